@@ -1,0 +1,56 @@
+# Set-up, tests and the demo. Every target sets up what it needs in .venv; a finished set-up is skipped.
+#
+#   make demo       the whole path at small size, offline, into runs/demo
+#   make test       the default tests (under 8 minutes on two cores)
+#   make test-all   also the tests marked slow
+#   make check      what CI runs: lint, format, tests
+#
+# TORCH picks another build, for example on a machine with a GPU:
+#   make demo TORCH="--index-url URL torch==2.13.0"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: setup demo test test-all check lint style bench clean
+
+setup: $(VENV)/installed
+
+# torch goes first and alone: asked for together with the rest, pip may take a build with CUDA libraries.
+$(VENV)/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Pass PYTHON=..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH)"
+	@$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch setup.cfg pyproject.toml constraints.txt
+	@echo "Installing deepseek-moe and what it needs into $(VENV)"
+	@$(PIP) --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: setup
+	@$(OFFLINE) $(BIN)/deepseek-moe demo
+
+test: setup
+	@$(OFFLINE) $(BIN)/python -m pytest
+
+test-all: setup
+	@$(OFFLINE) $(BIN)/python -m pytest -m "not gpu and not network"
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+style: setup
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+check: lint test
+
+bench: setup
+	@$(BIN)/deepseek-moe bench kernels
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The deepseek-moe command: one thin file a subcommand."""

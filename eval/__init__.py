@@ -1,0 +1,1 @@
+"""Evaluation: benchmark tasks, metrics, the code sandbox and their reports."""

@@ -1,0 +1,1 @@
+"""Model cards and run folders: what a run wrote, read back and shown."""

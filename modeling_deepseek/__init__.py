@@ -1,0 +1,1 @@
+"""The DeepSeek-style Mixture-of-Experts model for transformers."""

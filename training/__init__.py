@@ -1,0 +1,1 @@
+"""Training: data, objectives, rewards and the trainers of the three stages."""
