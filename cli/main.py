@@ -1,6 +1,106 @@
-"""Entry point of the command."""
+"""The ``deepseek-moe`` command: finds the subcommand, runs it, and turns what users get wrong into one line.
+
+Called by the console script and by ``python -m deepseek_cli.main``. Surprising: nothing heavy is imported here, nor by
+any subcommand's module at its top, so that ``--help`` answers at once; and a `ValueError` or a missing or occupied
+file ends in one line on stderr and exit code 2 (``--traceback`` shows where it came from), while any other exception
+is a defect of ours and keeps its traceback.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from importlib import metadata
+
+SUBCOMMANDS = (
+    "demo",
+    "pretrain",
+    "adapt",
+    "align",
+    "evaluate",
+    "generate",
+    "export",
+    "card",
+    "push",
+    "params",
+    "bench",
+)
+_USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
-def main() -> int:
-    """Run the command."""
-    return 0
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each option's default and keeps the examples' line breaks."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=100)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        # "(default: None)" and "(default: False)" tell nothing that the text does not.
+        if action.default in (None, False, argparse.SUPPRESS) or action.required:
+            return action.help or ""
+        return super()._get_help_string(action)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command, with every subcommand's options."""
+    parser = argparse.ArgumentParser(
+        prog="deepseek-moe",
+        description="Train, align, evaluate and ship DeepSeek-style Mixture-of-Experts language models.",
+        epilog="Begin with: deepseek-moe demo",
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"deepseek-moe {metadata.version('deepseek-moe')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in SUBCOMMANDS:
+        module = importlib.import_module(f"deepseek_cli.{name}")
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP,
+            epilog=f"examples:\n{module.EXAMPLES.rstrip()}",
+            formatter_class=_HelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: The arguments after the command's name; None takes the process's.
+
+    Returns:
+        0 on success, 1 when a run misses one of its own bars, 2 for what the user can mend, 130 after Ctrl-C.
+    """
+    args = build_parser().parse_args(argv)
+    _quieten_libraries()
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(f"\ndeepseek-moe {args.command}: interrupted; nothing half-written counts as finished", file=sys.stderr)
+        return 130
+    except _USER_ERRORS as error:
+        if args.traceback:
+            raise
+        print(f"deepseek-moe {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _quieten_libraries() -> None:
+    """Leave the terminal to our own progress and warnings; each variable can be set by the user instead."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

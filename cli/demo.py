@@ -1,0 +1,159 @@
+"""``deepseek-moe demo``: the whole path at small size, offline, on the embedded data.
+
+Joins the parts: each stage is the very function its own subcommand runs (`pretrain`, `adapt`, `align`, `evaluate`,
+`card`), with an embedded recipe. Surprising: a stage that was interrupted starts afresh on the next run, and a stage
+that finished is never run twice, so that an interrupted demo ends with the figures of an uninterrupted one.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HELP = "Run the whole path at small size, offline: pretrain, adapt, align, evaluate, model card, report."
+EXAMPLES = """
+  deepseek-moe demo
+  deepseek-moe demo --output runs/second --size debug
+"""
+MAX_SECONDS = 8 * 60
+MAX_MEMORY_GIB = 6.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one size of the demo runs.
+
+    Attributes:
+        recipe_suffix: Ending of the embedded recipes' names.
+        limit: Items a task: MMLU questions of each of the 57 subjects, HumanEval problems; a task not named is whole.
+        max_new_tokens: Tokens written for a HumanEval problem.
+        has_bars: Whether the bars on quality hold at this size.
+    """
+
+    recipe_suffix: str
+    limit: dict[str, int]
+    max_new_tokens: int
+    has_bars: bool
+
+
+SIZES = {
+    "demo": Size("demo", limit={"mmlu": 2}, max_new_tokens=96, has_bars=True),
+    "debug": Size("debug", limit={"mmlu": 1, "humaneval": 8}, max_new_tokens=16, has_bars=False),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--output", default="runs/demo", help="folder of the demo's runs")
+    parser.add_argument(
+        "--size", choices=sorted(SIZES), default="demo", help="debug: every step in about a minute, bars not checked"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start again even where stages have finished")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the stages that have not finished, then write the card and the report and print the table."""
+    root = Path(args.output)
+    size = SIZES[args.size]
+    _prepare(root, args.size, overwrite=args.overwrite)
+    stages: list[tuple[str, Callable[[Path, Size], Any]]] = [
+        ("pretrain", _pretrain),
+        ("adapt", _adapt),
+        ("align", _align),
+        ("evaluate", _evaluate),
+    ]
+    for number, (name, stage) in enumerate(stages, start=1):
+        _run_stage(root / name, f"[{number}/{len(stages) + 1}] {name}", lambda out, stage=stage: stage(out, size))
+    print(f"[{len(stages) + 1}/{len(stages) + 1}] model card and report", flush=True)
+    return _close(root, size)
+
+
+def _prepare(root: Path, size_name: str, *, overwrite: bool) -> None:
+    """Make the folder, or check that it holds a demo of this size."""
+    marker = root / "demo-size.txt"
+    if root.exists() and not root.is_dir():
+        raise FileExistsError(f"--output: {root} is a file, wanted a folder")
+    if root.is_dir() and any(root.iterdir()):
+        held = marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
+        if held is None:
+            raise FileExistsError(f"--output: {root} is not empty and holds no demo; pass another --output")
+        if overwrite:
+            shutil.rmtree(root)
+        elif held != size_name:
+            raise FileExistsError(
+                f"--output: {root} holds a demo of size {held}, not {size_name}; pass another --output, or --overwrite"
+            )
+    root.mkdir(parents=True, exist_ok=True)
+    marker.write_text(size_name + "\n", encoding="utf-8")
+
+
+def _run_stage(output: Path, title: str, stage: Callable[[Path], Any]) -> None:
+    """Run one stage unless it has finished; what an interrupted one left is deleted first."""
+    from deepseek_model_cards.run_folder import RunFolder
+
+    if RunFolder(output).is_finished:
+        print(f"{title}: done before, in {output}", flush=True)
+        return
+    if output.exists():
+        print(f"{title}: was interrupted, starts afresh", flush=True)
+        shutil.rmtree(output)
+    else:
+        print(title, flush=True)
+    stage(output)
+
+
+def _pretrain(output: Path, size: Size) -> None:
+    from deepseek_training.pretrain import PretrainRecipe, pretrain
+    from deepseek_training.recipe import load_recipe
+
+    pretrain(load_recipe(f"pretrain-{size.recipe_suffix}", PretrainRecipe, {}), output)
+
+
+def _adapt(output: Path, size: Size) -> None:
+    from deepseek_training.adapt import AdaptRecipe, adapt
+    from deepseek_training.recipe import load_recipe
+
+    model = output.parent / "pretrain" / "model"
+    adapt(load_recipe(f"adapt-{size.recipe_suffix}", AdaptRecipe, {"model": str(model)}), output)
+
+
+def _align(output: Path, size: Size) -> None:
+    from deepseek_training.align import AlignRecipe, align
+    from deepseek_training.recipe import load_recipe
+
+    model = output.parent / "adapt" / "model"
+    align(load_recipe(f"align-{size.recipe_suffix}", AlignRecipe, {"model": str(model)}), output)
+
+
+def _evaluate(output: Path, size: Size) -> None:
+    from deepseek_eval.harness import evaluate_model
+
+    evaluate_model(
+        str(output.parent / "align" / "model"),
+        tasks=("mmlu", "humaneval"),
+        limit=size.limit,
+        max_new_tokens=size.max_new_tokens,
+        output=output,
+    )
+
+
+def _close(root: Path, size: Size) -> int:
+    """Write card and report, print the table, and tell by the exit code whether every bar holds."""
+    from deepseek_model_cards.card import write_card
+    from deepseek_model_cards.report import summary_table, write_report
+    from deepseek_model_cards.run_folder import RunFolder
+
+    stages = ("pretrain", "adapt", "align", "evaluate")
+    summaries = [RunFolder(root / name).summary for name in stages]
+    card = write_card(root)
+    report = write_report(root, root / "report.html")
+    print()
+    print(summary_table(root))
+    print(f"\nmodel card  {card}\nreport      {report}\nmodel       {root / 'align' / 'model'}")
+    missed = [check["name"] for summary in summaries for check in summary["checks"] if not check["passed"]]
+    if missed and size.has_bars:
+        print(f"\nmissed: {', '.join(missed)}")
+        return 1
+    return 0

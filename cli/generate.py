@@ -1,0 +1,64 @@
+"""``deepseek-moe generate``: a quick look at what a model writes, token by token.
+
+Uses transformers' own `generate` and `TextStreamer`; any causal LM works.
+"""
+
+import argparse
+
+HELP = "Continue a prompt with any causal language model, streaming."
+EXAMPLES = """
+  deepseek-moe generate runs/demo/align/model --prompt "Once upon a time"
+  deepseek-moe generate runs/demo/pretrain/model --prompt "The King" --temperature 0 --max-new-tokens 40
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("model", metavar="MODEL", help="a local folder or a Hub id")
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="at most this many tokens are written")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.95, help="share of probability to sample from")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that lies in the checkpoint")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, check the prompt's length, and stream."""
+    _check(args)
+    import torch
+    from transformers import TextStreamer, set_seed
+
+    from deepseek_model_cards.loading import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    model = load_model(args.model, trust_remote_code=args.trust_remote_code)
+    inputs = tokenizer(args.prompt, return_tensors="pt")
+    num_prompt_tokens = inputs["input_ids"].shape[1]
+    context = model.config.max_position_embeddings
+    if num_prompt_tokens == 0:
+        raise ValueError("--prompt: got an empty text, wanted at least one token")
+    if num_prompt_tokens >= context:
+        raise ValueError(
+            f"--prompt: {num_prompt_tokens} tokens do not fit the model's context of {context}; pass a shorter prompt"
+        )
+    set_seed(args.seed)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    with torch.inference_mode():
+        model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=min(args.max_new_tokens, context - num_prompt_tokens),
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            **(sampling if args.temperature > 0 else {"do_sample": False}),
+        )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens: got {args.max_new_tokens}, wanted at least 1")
+    if args.temperature < 0:
+        raise ValueError(f"--temperature: got {args.temperature}, wanted 0 or more")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p: got {args.top_p}, wanted above 0 and at most 1")

@@ -1,0 +1,88 @@
+"""Imports run one way only, and the command's help stays light."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# What each folder may import of ours; design.md section 1.
+ALLOWED = {
+    "kernels": {"deepseek_kernels"},
+    "modeling_deepseek": {"modeling_deepseek", "deepseek_kernels"},
+    "model_cards": {"deepseek_model_cards", "modeling_deepseek"},
+    "training": {"deepseek_training", "deepseek_model_cards", "modeling_deepseek", "deepseek_kernels"},
+    "eval": {"deepseek_eval", "deepseek_model_cards", "modeling_deepseek", "deepseek_kernels"},
+    "cli": {
+        "deepseek_cli",
+        "deepseek_training",
+        "deepseek_eval",
+        "deepseek_model_cards",
+        "modeling_deepseek",
+        "deepseek_kernels",
+    },
+}
+OURS = set().union(*ALLOWED.values())
+FILES = sorted(path for folder in ALLOWED for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported_packages(path: Path) -> set[str]:
+    packages = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            packages.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            packages.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("import_module", "importlib.import_module"):
+            first = node.args[0]
+            if isinstance(first, ast.Constant):
+                packages.add(first.value.split(".")[0])
+    return packages
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_reversed_arrow(path):
+    folder = path.relative_to(ROOT).parts[0]
+    assert imported_packages(path) & OURS <= ALLOWED[folder]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_imports_are_only_the_model_files_siblings(path):
+    relative = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level > 0
+    ]
+    if path.parent == ROOT / "modeling_deepseek":
+        # save_pretrained follows `from .sibling import name` and nothing else.
+        assert all(node.level == 1 and node.module and "." not in node.module for node in relative)
+    else:
+        assert not relative
+
+
+def test_modeling_is_flat():
+    assert not [path for path in (ROOT / "modeling_deepseek").rglob("*.py") if path.parent.name != "modeling_deepseek"]
+
+
+def run_seconds(*command: str) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, capture_output=True, check=True)
+    return time.perf_counter() - started
+
+
+def test_help_answers_within_a_second_of_the_interpreter():
+    bare = min(run_seconds(sys.executable, "-c", "pass") for _ in range(3))
+    helped = min(run_seconds(sys.executable, "-m", "deepseek_cli.main", "--help") for _ in range(3))
+    assert helped - bare < 1.0
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, deepseek_cli.main as m; m.build_parser();"
+        "print([n for n in ('torch', 'transformers', 'numpy', 'datasets', 'trl', 'triton') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
