@@ -1,0 +1,230 @@
+"""The fused MoE layer: `fused_moe` and its plain reference.
+
+``modeling_deepseek.fused_experts`` registers it with transformers as the experts implementation ``fused_moe``.
+Surprising: forward and backward are one custom operator each, so ``torch.compile(fullgraph=True)`` sees two opaque
+calls, and what is kept between them is exactly the input, the pre-activation of each row, and integers: 2H + 4KI bytes
+a token in bf16, where transformers' grouped_mm keeps K(4H + 8I).
+
+T tokens, K slots a token, S = T*K rows, H hidden, I expert width, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+from deepseek_kernels import fused_moe_cpu
+from deepseek_kernels.activations import apply_activation, canonical_activation
+
+MAX_SLOTS = 64
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fused_moe(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_indices: Tensor,
+    topk_weights: Tensor,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """Return the weighted sum of each token's routed experts, differentiable in all four float arguments.
+
+    ``out[t] = sum_k w[t, k] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t]))`` with ``e = topk_indices[t, k]``.
+
+    Args:
+        hidden_states: [T, H]; float32, bfloat16 or float16 (float64 for checks).
+        gate_up_proj: [E, 2I, H], gate rows before up rows; contiguous, dtype of `hidden_states`.
+        down_proj: [E, H, I]; contiguous, dtype of `hidden_states`.
+        topk_indices: [T, K] int32 or int64, K at most 64. An index at or above E is an unused slot. A negative one is
+            an error on a CPU; on a GPU, where looking would stall the stream, it counts as unused.
+        topk_weights: [T, K], any float dtype.
+        activation: ``silu``, ``gelu`` or ``gelu_pytorch_tanh`` (transformers' names).
+
+    Returns:
+        [T, H] in the dtype of `hidden_states` (under autocast: in autocast's dtype).
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or layout do not fit together.
+
+    Example:
+        >>> import torch
+        >>> x, w1, w2 = torch.ones(2, 4), torch.ones(3, 6, 4), torch.ones(3, 4, 3)
+        >>> ids, weights = torch.tensor([[0, 2], [1, 3]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+        >>> fused_moe(x, w1, w2, ids, weights).shape
+        torch.Size([2, 4])
+    """
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden_states, gate_up_proj, down_proj = (t.to(dtype) for t in (hidden_states, gate_up_proj, down_proj))
+    activation = canonical_activation(activation)
+    _check(hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights)
+    floats = (hidden_states, gate_up_proj, down_proj, topk_weights)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
+    return _forward_op(
+        hidden_states.contiguous(),
+        gate_up_proj,
+        down_proj,
+        topk_indices.contiguous(),
+        topk_weights.contiguous(),
+        activation,
+        keep,
+    )[0]
+
+
+def fused_moe_reference(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_indices: Tensor,
+    topk_weights: Tensor,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """Return what `fused_moe` returns, by a loop over slots that nobody can misread; slow, differentiable.
+
+    Args:
+        hidden_states: [T, H].
+        gate_up_proj: [E, 2I, H].
+        down_proj: [E, H, I].
+        topk_indices: [T, K].
+        topk_weights: [T, K].
+        activation: As in `fused_moe`.
+    """
+    activation = canonical_activation(activation)
+    num_experts = gate_up_proj.shape[0]
+    rows = []
+    for token in range(hidden_states.shape[0]):
+        row = hidden_states[token] * 0
+        for slot in range(topk_indices.shape[1]):
+            expert = int(topk_indices[token, slot])
+            if expert >= num_experts:
+                continue
+            gate, up = (gate_up_proj[expert] @ hidden_states[token]).chunk(2)
+            y = down_proj[expert] @ (apply_activation(gate, activation) * up)
+            row = row + topk_weights[token, slot].to(y.dtype) * y
+        rows.append(row)
+    return torch.stack(rows) if rows else hidden_states * 1
+
+
+def _check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> None:
+    """Raise a ValueError that names argument, got and wanted, for the first thing that does not fit."""
+
+    def wrong(name, got, wanted):
+        raise ValueError(f"{name}: got {got}, wanted {wanted}")
+
+    for name, tensor, dims in (
+        ("hidden_states", x, 2),
+        ("gate_up_proj", gate_up, 3),
+        ("down_proj", down, 3),
+        ("topk_indices", indices, 2),
+        ("topk_weights", weights, 2),
+    ):
+        if tensor.dim() != dims:
+            wrong(name, f"{tensor.dim()} dimensions", f"{dims}")
+        if tensor.device != x.device:
+            wrong(name, f"device {tensor.device}", f"that of hidden_states, {x.device}")
+    if x.dtype not in _FLOAT_DTYPES:
+        wrong("hidden_states", f"dtype {x.dtype}", "float32, bfloat16, float16 or float64")
+    hidden, num_experts, width = x.shape[1], gate_up.shape[0], down.shape[2]
+    if num_experts == 0 or hidden == 0 or width == 0:
+        wrong("gate_up_proj", f"shape {tuple(gate_up.shape)}", "at least one expert, hidden and width of at least 1")
+    for name, tensor, shape in (
+        ("gate_up_proj", gate_up, (num_experts, 2 * width, hidden)),
+        ("down_proj", down, (num_experts, hidden, width)),
+        ("topk_weights", weights, tuple(indices.shape)),
+    ):
+        if tuple(tensor.shape) != shape:
+            wrong(name, f"shape {tuple(tensor.shape)}", f"{shape}")
+    for name, tensor in (("gate_up_proj", gate_up), ("down_proj", down)):
+        if tensor.dtype != x.dtype:
+            wrong(name, f"dtype {tensor.dtype}", f"that of hidden_states, {x.dtype}")
+        if not tensor.is_contiguous():
+            wrong(name, f"strides {tensor.stride()}", "a contiguous tensor")
+    if indices.dtype not in (torch.int32, torch.int64):
+        wrong("topk_indices", f"dtype {indices.dtype}", "int32 or int64")
+    if not weights.is_floating_point():
+        wrong("topk_weights", f"dtype {weights.dtype}", "a float dtype")
+    if indices.shape[0] != x.shape[0] or not 1 <= indices.shape[1] <= MAX_SLOTS:
+        wrong("topk_indices", f"shape {tuple(indices.shape)}", f"({x.shape[0]}, K) with K from 1 to {MAX_SLOTS}")
+
+
+@torch.library.custom_op("deepseek_kernels::fused_moe", mutates_args=())
+def _forward_op(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_indices: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    routing = fused_moe_cpu.route(topk_indices, gate_up_proj.shape[0])
+    output, preactivation = fused_moe_cpu.forward(
+        hidden_states, gate_up_proj, down_proj, routing, topk_weights, activation, keep
+    )
+    return output, preactivation, routing.row_slot, routing.counts
+
+
+@_forward_op.register_fake
+def _(hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, activation, keep):
+    num_rows, width = topk_indices.numel(), down_proj.shape[2]
+    return (
+        torch.empty_like(hidden_states),
+        hidden_states.new_empty(num_rows if keep else 0, 2 * width),
+        topk_indices.new_empty(num_rows, dtype=torch.int32),
+        topk_indices.new_empty(gate_up_proj.shape[0], dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("deepseek_kernels::fused_moe_backward", mutates_args=())
+def _backward_op(
+    grad_output: Tensor,
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    row_slot: Tensor,
+    counts: Tensor,
+    topk_weights: Tensor,
+    preactivation: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    routing = fused_moe_cpu.Routing(row_slot, counts)
+    return fused_moe_cpu.backward(
+        grad_output,
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        routing,
+        topk_weights,
+        preactivation,
+        activation,
+        needs,
+    )
+
+
+@_backward_op.register_fake
+def _(grad, x, gate_up, down, row_slot, counts, weights, preactivation, activation, needs):
+    wanted = zip((x, gate_up, down, weights), needs, strict=True)
+    return tuple(torch.empty_like(tensor) if need else tensor.new_empty(0) for tensor, need in wanted)
+
+
+def _setup_context(ctx, inputs, output):
+    hidden_states, gate_up_proj, down_proj, _, topk_weights, activation, _ = inputs
+    _, preactivation, row_slot, counts = output
+    ctx.save_for_backward(hidden_states, gate_up_proj, down_proj, row_slot, counts, topk_weights, preactivation)
+    ctx.activation = activation
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_output, *_):
+    if grad_output is None:
+        return (None,) * 7
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    grads = _backward_op(grad_output.contiguous(), *ctx.saved_tensors, ctx.activation, needs)
+    x, gate_up, down, weights = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return x, gate_up, down, None, weights, None, None
+
+
+torch.library.register_autograd("deepseek_kernels::fused_moe", _backward, setup_context=_setup_context)
