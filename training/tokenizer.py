@@ -1,0 +1,67 @@
+"""A byte-level BPE tokenizer, trained through ``tokenizers`` and saved as ``transformers`` expects it.
+
+The pretrain stage and the demo train one; every later stage loads it beside the model. Surprising: padding, begin and
+end are three different tokens (a pad that equals eos hides the end of a text from the loss), and none is added by
+itself: a prompt and its continuation can be encoded apart and joined. Every byte is in the vocabulary, so any text
+survives ``decode(encode(text))``.
+"""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
+MIN_VOCAB_SIZE = 256 + 3
+# DeepSeek-V2's plain form: words rather than extra tokens, which a small model would see too seldom to learn.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}User: {{ message['content'] }}\n\n"
+    "{% elif message['role'] == 'assistant' %}Assistant: {{ message['content'] }}{{ eos_token }}"
+    "{% elif message['role'] == 'system' %}{{ message['content'] }}\n\n"
+    "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, model_max_length: int = 1_000_000
+) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer learned from the texts.
+
+    Args:
+        texts: What the merges are counted on.
+        vocab_size: Number of tokens, the 256 bytes and 3 special ones included; at least 259.
+        model_max_length: Longest input the model takes, in tokens; longer ones make `transformers` warn.
+
+    Raises:
+        ValueError: The vocabulary is too small to hold every byte.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE} (every byte and 3 special tokens)"
+        )
+    tokenizer = Tokenizer(models.BPE())  # and no normalizer: it would change the user's text
+    # digits one by one, as DeepSeek-V3 does in threes: numbers stay comparable across lengths
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",  # generation continues the last column
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
