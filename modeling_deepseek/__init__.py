@@ -1,1 +1,22 @@
-"""The DeepSeek-style Mixture-of-Experts model for transformers."""
+"""The DeepSeek-style Mixture-of-Experts model for transformers.
+
+Importing it registers model type ``deepseek_moe`` with the Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .configuration_deepseek import DeepseekConfig
+from .modeling_deepseek import DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel
+
+__all__ = ["DeepseekConfig", "DeepseekForCausalLM", "DeepseekForSequenceClassification", "DeepseekModel"]
+
+AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig)
+DeepseekConfig.register_for_auto_class()
+for _auto_class, _model_class in (
+    (AutoModel, DeepseekModel),
+    (AutoModelForCausalLM, DeepseekForCausalLM),
+    (AutoModelForSequenceClassification, DeepseekForSequenceClassification),
+):
+    _auto_class.register(DeepseekConfig, _model_class)
+    # Has save_pretrained copy these files beside the weights.
+    _model_class.register_for_auto_class(_auto_class.__name__)

@@ -1,0 +1,73 @@
+"""What a router counts while training: tokens an expert, and tokens in all.
+
+`DeepseekRouter` owns one; the balancing bias, the expert-share controller and the logs read it. Surprising: are plain attributes, not buffers, because DistributedDataParallel overwrites buffers with rank 0's; and a activation checkpointing runs twice is counted once.
+"""
+
+import torch
+
+
+class ExpertLoad:
+    """Counts since the last optimizer step.
+
+    Counted are passes in training mode with gradients: no evaluation, no rollout, no padding.
+
+    Attributes:
+        tokens_per_expert: `[E]` int64, used slots only; None until something is counted.
+        num_tokens: Scalar int64 tensor, padding left out.
+    """
+
+    def __init__(self, num_experts: int):
+        self.num_experts = num_experts
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the counts."""
+        self.tokens_per_expert, self.num_tokens = None, None
+        self.anchor_version = None
+        self._is_counted_outside_backward = False
+
+    @torch.no_grad()
+    def count(
+        self,
+        topk_indices: torch.Tensor,
+        is_used: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        anchor: torch.nn.Parameter,
+    ) -> None:
+        """Add one pass.
+
+        Args:
+            topk_indices: `[T, K]`, all valid.
+            is_used: `[T, K]` bool; None: every slot.
+            token_mask: `[B, S]` bool, False for padding; None: no padding.
+            anchor: A parameter that optimizer steps change in place.
+        """
+        if self.tokens_per_expert is None:
+            self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=topk_indices.device)
+            self.num_tokens = torch.zeros((), dtype=torch.int64, device=topk_indices.device)
+        counted = torch.ones_like(topk_indices) if is_used is None else is_used.long()
+        if token_mask is not None and token_mask.numel() == len(topk_indices):
+            counted = counted * token_mask.reshape(-1, 1)
+            self.num_tokens += token_mask.sum()
+        else:
+            self.num_tokens += len(topk_indices)
+        # scatter_add_ rather than bincount: bincount waits for the GPU.
+        self.tokens_per_expert.scatter_add_(0, topk_indices.flatten(), counted.flatten())
+        self.anchor_version = anchor._version
+
+    def admits(self, training: bool) -> bool:
+        """Return whether the pass now running is to be counted.
+
+        Non-reentrant checkpointing runs a layer with gradients twice, the second time inside the backward pass; the
+        reentrant kind runs it first without gradients, so that only the run inside the backward pass can be told from
+        a rollout. Hence: inside a backward pass, count only if nothing was counted outside one.
+
+        Args:
+            training: The module's mode.
+        """
+        if not training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if torch._C._current_graph_task_id() != -1:
+            return not self._is_counted_outside_backward
+        self._is_counted_outside_backward = True
+        return True

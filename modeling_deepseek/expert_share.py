@@ -1,0 +1,99 @@
+"""How many experts a token uses: a cumulative share p, and the PI controller that steers p to a target mean.
+
+`DeepseekRouter` calls it when `min_experts_per_tok < num_experts_per_tok`. Surprising: p moves once per optimizer step
+and never within one, or activation checkpointing would recompute a layer with another p than it was run with, and
+gradient accumulation would change the result.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+# u = -log(1 - p): for shares that fall geometrically the number of experts is linear in u, so one gain fits peaked and
+# flat routers alike, where steering p itself turns unstable as p nears 1.
+_PROPORTIONAL_GAIN = 0.2
+_INTEGRAL_GAIN = 0.2
+_U_RANGE = (1e-3, 16.0)
+
+
+class ExpertShareController(nn.Module):
+    """Keeps each token's best experts until their share reaches p, and steers p.
+
+    With `e = (target - mean) / (max - min)`, once per optimizer step::
+
+        u <- u + K_p (e - e_previous) + K_i e,    p = 1 - exp(-u)
+
+    The state `[u, e_previous]` is one fp32 buffer, saved with the model.
+
+    Args:
+        config: The model's configuration.
+
+    Reference:
+        DTop-p, arXiv 2512.13996 (a PI controller on p). It steers one p for all layers; here each layer has its own.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.min_experts, self.max_experts = config.min_experts_per_tok, config.num_experts_per_tok
+        self.target = config.mean_experts_target
+        # Under even shares p = target / max keeps exactly the target.
+        self.initial_p = self.target / self.max_experts if config.expert_top_p is None else config.expert_top_p
+        self.state = nn.Buffer(torch.zeros(2, dtype=torch.float32))
+        self.reset_state()
+
+    @property
+    def top_p(self) -> float:
+        """The share p in force."""
+        return -math.expm1(-float(self.state[0]))
+
+    def forward(self, shares: torch.Tensor) -> torch.Tensor:
+        """Return which slots are used, `[T, K]` bool.
+
+        Args:
+            shares: `[T, K]`, best first, each row summing to 1.
+        """
+        slots = torch.arange(self.max_experts, device=shares.device)
+        share_before = shares.cumsum(-1) - shares
+        return (share_before < -torch.expm1(-self.state[0])) | (slots < self.min_experts)
+
+    @torch.no_grad()
+    def step(self, mean_experts: float) -> None:
+        """Move p once.
+
+        Args:
+            mean_experts: Mean number of experts a token since the last step, padding left out.
+        """
+        if self.target is None:
+            return
+        error = (self.target - mean_experts) / (self.max_experts - self.min_experts)
+        u, previous = self.state.tolist()
+        u += _PROPORTIONAL_GAIN * (error - previous) + _INTEGRAL_GAIN * error
+        self.state.copy_(torch.tensor([min(max(u, _U_RANGE[0]), _U_RANGE[1]), error]))
+
+    @torch.no_grad()
+    def reset_state(self) -> None:
+        """Return to the initial p."""
+        p = min(self.initial_p, -math.expm1(-_U_RANGE[1]))
+        init.copy_(self.state, torch.tensor([-math.log1p(-p), 0.0]))
+
+    def _apply(self, fn, recurse=True):
+        before = self.state
+        super()._apply(fn, recurse)
+        self.state = restore_float32(before, self.state)
+        return self
+
+
+def restore_float32(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return `before` where `after` is: undoes the cast, but not the move, of `Module.to`, `.half`, `.cuda`.
+
+    Args:
+        before: The fp32 buffer before the module's `_apply`.
+        after: The same buffer after it.
+    """
+    if after.dtype == torch.float32:
+        return after
+    if before.is_meta or after.is_meta:
+        return torch.empty_like(after, dtype=torch.float32)
+    return before.to(after.device)

@@ -1,0 +1,194 @@
+"""The model: transformers' DeepSeek-V3, and what this package adds to it.
+
+`modeling_deepseek/__init__.py` registers the classes; `save_pretrained` copies this file and its siblings into every
+checkpoint. Read beside `transformers/models/deepseek_v3/modeling_deepseek_v3.py`: only differences are stated here.
+Surprising: padding is told to the routers (`token_mask`), not to keep it from being routed but from being counted.
+
+The experts are transformers' own; transformers lets `experts_implementation` be set only where it finds the words
+@use_experts_implementation in the model's file.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3DecoderLayer,
+    DeepseekV3Experts,
+    DeepseekV3ForCausalLM,
+    DeepseekV3ForSequenceClassification,
+    DeepseekV3MLP,
+    DeepseekV3Model,
+    DeepseekV3MoE,
+    DeepseekV3PreTrainedModel,
+    DeepseekV3RMSNorm,
+    DeepseekV3RotaryEmbedding,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_deepseek import DeepseekConfig
+from .conversion import register_conversion
+from .routing import DeepseekRouter
+
+register_conversion(DeepseekConfig.model_type)
+
+
+def make_norm(config, size: int, eps: float) -> nn.Module:
+    """Return the normalisation that `norm_type` names.
+
+    Args:
+        config: The model's configuration.
+        size: Width of the last axis.
+        eps: Added to the variance.
+    """
+    return nn.LayerNorm(size, eps=eps) if config.norm_type == "layernorm" else DeepseekV3RMSNorm(size, eps=eps)
+
+
+class DeepseekMoE(DeepseekV3MoE):
+    """Adds our router to DeepSeek-V3's mixture of routed and shared experts."""
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.config = config
+        self.experts = DeepseekV3Experts(config)
+        self.gate = DeepseekRouter(config)
+        self.shared_experts = DeepseekV3MLP(config, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the experts' weighted sum plus the shared experts, `[B, S, D]`.
+
+        Args:
+            hidden_states: `[B, S, D]`.
+            token_mask: `[B, S]` bool, False for padding; None: no padding.
+        """
+        _, topk_weights, topk_indices = self.gate(hidden_states, token_mask)
+        routed = self.experts(hidden_states.view(-1, hidden_states.shape[-1]), topk_indices, topk_weights)
+        return routed.view_as(hidden_states) + self.shared_experts(hidden_states)
+
+
+class DeepseekAttention(DeepseekV3Attention):
+    """Lets `norm_type` choose the normalisation of the latents."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if config.norm_type == "layernorm":
+            # 1e-6 is what DeepSeek-V3's latent norms use, whatever rms_norm_eps says.
+            self.kv_a_layernorm = make_norm(config, config.kv_lora_rank, 1e-6)
+            if config.q_lora_rank is not None:
+                self.q_a_layernorm = make_norm(config, config.q_lora_rank, 1e-6)
+
+
+class DeepseekDecoderLayer(DeepseekV3DecoderLayer):
+    """Adds dropout on both branches, and hands `token_mask` to the router."""
+
+    def __init__(self, config, layer_idx: int):
+        # Not DeepseekV3DecoderLayer's constructor: it would allocate the experts twice.
+        GradientCheckpointingLayer.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = DeepseekAttention(config, layer_idx)
+        self.is_moe = layer_idx >= config.first_k_dense_replace
+        self.mlp = DeepseekMoE(config) if self.is_moe else DeepseekV3MLP(config)
+        self.input_layernorm = make_norm(config, config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size, config.rms_norm_eps)
+        # Identity draws no random numbers, so a run without dropout matches transformers' own.
+        self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout > 0 else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """Return the layer's output, `[B, S, D]`.
+
+        Args:
+            hidden_states: `[B, S, D]`.
+            token_mask: `[B, S]` bool, False for padding; None: no padding.
+            **kwargs: As for `DeepseekV3DecoderLayer`.
+        """
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + self.dropout(self.mlp(normed, token_mask) if self.is_moe else self.mlp(normed))
+
+
+class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
+    """Names our configuration and layers to transformers."""
+
+    config: DeepseekConfig
+    config_class = DeepseekConfig
+    _no_split_modules = ["DeepseekDecoderLayer"]  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": DeepseekDecoderLayer,
+        "attentions": DeepseekAttention,
+        "router_logits": OutputRecorder(DeepseekRouter, index=0),
+    }
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "share.state"]  # noqa: RUF012
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Write a checkpoint with the official per-expert names, also where the model was loaded from fused ones.
+
+        Args:
+            save_directory: The folder.
+            **kwargs: As for `transformers.PreTrainedModel.save_pretrained`.
+        """
+        self._weight_conversions = None  # Else transformers writes back the layout that it read.
+        super().save_pretrained(save_directory, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, DeepseekRouter):
+            module.init_weights(self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+
+class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
+    """The decoder without a head.
+
+    The constructors below call `PreTrainedModel`'s: DeepSeek-V3's would build its own layers first.
+    """
+
+    def __init__(self, config):
+        config.check()
+        PreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([DeepseekDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = make_norm(config, config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs) -> MoeModelOutputWithPast:
+        """Return hidden states, as `DeepseekV3Model` does.
+
+        Args:
+            input_ids: `[B, S]`.
+            attention_mask: As in transformers. A 2-D one also tells the routers which tokens not to count.
+            **kwargs: As for `DeepseekV3Model`.
+        """
+        if self.training and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            num_new = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
+            kwargs["token_mask"] = attention_mask[:, -num_new:].bool()
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
+    """The decoder with a language-modelling head."""
+
+    def __init__(self, config):
+        PreTrainedModel.__init__(self, config)
+        self.model = DeepseekModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class DeepseekForSequenceClassification(DeepseekPreTrainedModel, DeepseekV3ForSequenceClassification):
+    """The decoder with a score head on the last token that is not padding: a reward or value model."""
+
+    def __init__(self, config):
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = DeepseekModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()

@@ -1,0 +1,169 @@
+"""The router: which experts a token goes to, with what weights, and how many of them.
+
+`DeepseekMoE` calls it. With default settings it *is* transformers' `DeepseekV3TopkRouter`, bit for bit. Surprising:
+an expert that a token does not use keeps a valid index and gets weight zero, because transformers' `grouped_mm` turns
+an out-of-range index into NaN and `batched_mm` into an IndexError; only our `fused_moe`, which skips such slots, is
+given the index `num_experts`.
+
+Axes: T tokens, D hidden, E experts, K = `num_experts_per_tok` slots.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+from .expert_load import ExpertLoad
+from .expert_share import ExpertShareController, restore_float32
+
+
+class DeepseekRouter(DeepseekV3TopkRouter):
+    """Chooses experts by sigmoid or softmax scores of a linear gate or of attention over expert keys.
+
+    Buffers stay fp32 whatever the model's dtype: in bf16 the balancing bias stops moving (0.5 + 0.001 = 0.5).
+
+    Args:
+        config: The model's configuration.
+
+    Reference:
+        DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2 (sigmoid, bias, groups). Huang et al. 2024,
+        arXiv 2403.07652 (experts by cumulative share; there over all experts, here over the K best).
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.config = config
+        self.scoring_func = config.scoring_func
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
+        self.key_dim = config.router_key_dim
+        if self.key_dim is not None:
+            del self.weight
+            self.query_weight = nn.Parameter(torch.zeros(self.key_dim, self.hidden_dim))
+            self.expert_keys = nn.Parameter(torch.zeros(self.num_experts, self.key_dim))
+        self.share = ExpertShareController(config) if config.has_dynamic_experts else None
+        self.load = ExpertLoad(self.num_experts)
+
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Route each token.
+
+        Args:
+            hidden_states: `[..., D]`.
+            token_mask: `[B, S]` bool, False for padding, which is routed but never counted. None: no padding.
+
+        Returns:
+            `router_logits` `[T, E]` fp32, `topk_weights` `[T, K]` fp32 and `topk_indices` `[T, K]`; an unused slot
+            has weight 0.
+        """
+        if not self.is_extended:
+            router_logits, topk_weights, topk_indices = super().forward(hidden_states)
+            if self.load.admits(self.training):
+                self.load.count(topk_indices, None, token_mask, self.anchor)
+            return router_logits, topk_weights, topk_indices
+        router_logits = self.compute_logits(hidden_states)
+        scores = router_logits.sigmoid() if self.scoring_func == "sigmoid" else router_logits.softmax(-1)
+        topk_indices = self.choose_experts(scores)
+        is_used = self._choose_number(router_logits, scores, topk_indices)
+        topk_weights = self._weigh(router_logits, scores, topk_indices, is_used) * self.routed_scaling_factor
+        if self.load.admits(self.training):
+            self.load.count(topk_indices, is_used, token_mask, self.anchor)
+        if is_used is not None and self.config._experts_implementation == "fused_moe":
+            topk_indices = topk_indices.masked_fill(~is_used, self.num_experts)
+        return router_logits, topk_weights, topk_indices
+
+    @property
+    def is_extended(self) -> bool:
+        """True if any setting departs from DeepSeek-V3's router."""
+        return self.share is not None or self.scoring_func != "sigmoid" or self.key_dim is not None
+
+    @property
+    def anchor(self) -> nn.Parameter:
+        """The parameter whose in-place changes tell that the optimizer has stepped."""
+        return self.weight if self.key_dim is None else self.expert_keys
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return `router_logits` `[T, E]` in fp32: `x W^T`, or with `router_key_dim` d, `(x Q^T) K^T / sqrt(d)`.
+
+        Args:
+            hidden_states: `[..., D]`.
+        """
+        hidden_states = hidden_states.view(-1, self.hidden_dim).float()
+        if self.key_dim is None:
+            return F.linear(hidden_states, self.weight.float())
+        queries = F.linear(hidden_states, self.query_weight.float())
+        return F.linear(queries, self.expert_keys.float()) / math.sqrt(self.key_dim)
+
+    def choose_experts(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return `topk_indices` `[T, K]`, best first, by `scores + e_score_correction_bias` within the best groups.
+
+        A group's worth is the sum of its two best experts, as in DeepSeek-V3.
+
+        Args:
+            scores: `[T, E]`.
+        """
+        choice = scores + self.e_score_correction_bias
+        if self.num_group > 1:
+            groups = choice.view(-1, self.num_group, self.num_experts // self.num_group)
+            best = groups.topk(2, dim=-1)[0].sum(-1).topk(self.topk_group, dim=-1, sorted=False)[1]
+            is_open = torch.zeros(groups.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, True)
+            choice = groups.masked_fill(~is_open.unsqueeze(-1), float("-inf")).flatten(1)
+        return choice.topk(self.top_k, dim=-1)[1]
+
+    def _choose_number(self, router_logits, scores, topk_indices) -> torch.Tensor | None:
+        """Used slots `[T, K]`, or None for all of them."""
+        if self.share is None:
+            return None
+        if self.load.num_tokens is not None and self.load.anchor_version != self.anchor._version:
+            self.step_share()
+        with torch.no_grad():
+            weights = self._weigh(router_logits, scores, topk_indices, None)
+            return self.share(weights / weights.sum(-1, keepdim=True))
+
+    @torch.no_grad()
+    def step_share(self) -> None:
+        """Move the share p by what was counted since the last optimizer step, and begin to count anew.
+
+        The callback does this right after the step, with the counts of all ranks. Without it the next pass does it,
+        once it sees that the optimizer has changed the router.
+        """
+        if self.load.num_tokens is not None and self.load.num_tokens > 0:
+            self.share.step(float(self.load.tokens_per_expert.sum() / self.load.num_tokens))
+        self.load.reset()
+
+    def _weigh(self, router_logits, scores, topk_indices, is_used) -> torch.Tensor:
+        """Weights `[T, K]` of the chosen experts, zero where `is_used` is False, before scaling."""
+        if self.scoring_func == "softmax" and self.norm_topk_prob:
+            logits = router_logits.gather(1, topk_indices)
+            return (logits if is_used is None else logits.masked_fill(~is_used, float("-inf"))).softmax(-1)
+        weights = scores.gather(1, topk_indices)
+        if is_used is not None:
+            weights = weights * is_used
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20) if self.norm_topk_prob else weights
+
+    @torch.no_grad()
+    def init_weights(self, std: float) -> None:
+        """Set the weights' and buffers' first values.
+
+        Keys of unit variance give logits the spread that a linear gate of the same `std` has.
+
+        Args:
+            std: Standard deviation of the gate's or the query's weights.
+        """
+        init.zeros_(self.e_score_correction_bias)
+        if self.share is not None:
+            self.share.reset_state()
+        if self.key_dim is None:
+            init.normal_(self.weight, mean=0.0, std=std)
+        else:
+            init.normal_(self.query_weight, mean=0.0, std=std)
+            init.normal_(self.expert_keys, mean=0.0, std=1.0)
+
+    def _apply(self, fn, recurse=True):
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        self.e_score_correction_bias = restore_float32(before, self.e_score_correction_bias)
+        return self
