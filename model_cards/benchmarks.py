@@ -1,0 +1,80 @@
+"""Benchmark scores against chance: levels, intervals and the one word a reader needs.
+
+Surprising: at a score of zero the usual standard error is zero too, so intervals are Wilson's,
+which stay honest there.
+"""
+
+import math
+from typing import Any
+
+from deepseek_model_cards.stages import is_number
+
+# Hub id, name, configuration and chance level of the benchmarks that `deepseek_eval` runs.
+BENCHMARKS = {
+    "mmlu": {"hub_id": "cais/mmlu", "name": "MMLU", "config": "all", "chance": 0.25},
+    "humaneval": {"hub_id": "openai/openai_humaneval", "name": "HumanEval", "config": None, "chance": 0.0},
+}
+SHARE_METRICS = ("acc", "acc_norm", "exact_match", "pass_at_1", "pass@1")
+
+
+def benchmark_of(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the benchmark that a result belongs to, or None.
+
+    Args:
+        row: One entry of a summary's ``results``.
+    """
+    return BENCHMARKS.get(str(row.get("dataset")).lower())
+
+
+def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the interval of a share that n trials leave open.
+
+    (p + z^2/2n +/- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+
+    Args:
+        share: Successes over trials, in [0, 1].
+        n: Trials, at least 1.
+        z: Quantile of the normal distribution; 1.96 gives 95 %.
+
+    Reference: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    """
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def chance_level(row: dict[str, Any]) -> float | None:
+    """Return what guessing would score on a result's benchmark, or None where that is not known.
+
+    Args:
+        row: One entry of a summary's ``results``.
+    """
+    if is_number(row.get("chance")):
+        return row["chance"]
+    known = benchmark_of(row)
+    return known["chance"] if known and row["metric"] in SHARE_METRICS else None
+
+
+def compare_to_chance(row: dict[str, Any], chance: float | None) -> str:
+    """Say whether a result differs from guessing by more than two standard errors.
+
+    Args:
+        row: One entry of a summary's ``results``.
+        chance: What guessing scores, or None.
+    """
+    if chance is None or not is_number(row.get("value")):
+        return ""
+    if chance == 0 and row["value"] == 0:
+        # The usual error of a share is zero at zero; what n failures do bound is 1 - 0.05^(1/n).
+        return (
+            f"none solved (under {1 - 0.05 ** (1 / row['n']):.1%} at 95 % confidence)"
+            if row.get("n")
+            else "none solved"
+        )
+    if not is_number(row.get("stderr")):
+        return "no standard error, so not compared"
+    distance = row["value"] - chance
+    if abs(distance) <= 2 * row["stderr"]:
+        return "at chance"
+    return "above chance" if distance > 0 else "below chance"

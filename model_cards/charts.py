@@ -1,0 +1,203 @@
+"""The report's charts, each drawn by matplotlib and returned as an ``<img>`` source that needs no other file.
+
+SVG inside a data URI: sharp at any size, no request, and no clash of element ids between charts. Colours stay apart
+under the common forms of colour blindness, and every series is also named in a legend or at its axis.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
+SERIES = ("#2f6fb0", "#d9822b", "#2f855a", "#9b59b6", "#b83246", "#4a5568")
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["system-ui", "Helvetica", "Arial", "DejaVu Sans"],
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+}
+
+
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _to_source(figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def line_charts(panels: Sequence[dict[str, Any]]) -> str:
+    """Draw panels of lines side by side.
+
+    Args:
+        panels: One dictionary a panel: ``title``, ``ylabel`` and ``lines``, a list of (name, xs, ys).
+
+    Returns:
+        The source for an ``<img>``.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        figure, grid = _figure(max(5.2, 4.3 * len(panels)), 3.5, columns=len(panels))
+        for axes, panel in zip(grid[0], panels, strict=True):
+            for i, (name, xs, ys) in enumerate(panel["lines"]):
+                style = {"marker": "o", "markersize": 3.5} if len(xs) <= 12 else {}
+                axes.plot(xs, ys, color=SERIES[i % len(SERIES)], linewidth=1.6, label=name, **style)
+            axes.set_title(panel["title"])
+            axes.set_xlabel("step")
+            axes.set_ylabel(panel["ylabel"])
+            # Below the axes, where it can cover no line.
+            axes.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+        return _to_source(figure)
+
+
+def before_after_chart(rows: Sequence[dict[str, Any]], ylabel: str) -> str:
+    """Draw pairs of bars, before and after, with their standard errors.
+
+    Args:
+        rows: ``label``, and where known ``before``, ``after`` as (value, stderr or None) and ``baseline`` as
+            (name, value), drawn as a dashed line across the pair.
+        ylabel: What the bars measure.
+
+    Returns:
+        The source for an ``<img>``.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        figure, grid = _figure(max(4.6, 2.0 * len(rows) + 1.6), 3.3)
+        axes = grid[0][0]
+        for key, color, shift in (("before", "#b8c4d0", -0.2), ("after", SERIES[0], 0.2)):
+            for i, row in enumerate(rows):
+                if row.get(key) is None:
+                    continue
+                value, stderr = row[key]
+                x = i + shift if row.get("before") and row.get("after") else i
+                axes.bar(x, value, width=0.36, color=color, yerr=stderr or 0, capsize=4, ecolor=INK)
+                _write_above(axes, x, value + (stderr or 0), f"{value:.3f}", INK)
+        for i, row in enumerate(rows):
+            if row.get("baseline"):
+                name, value = row["baseline"]
+                axes.plot([i - 0.4, i + 0.4], [value, value], color=SERIES[4], linestyle="--", linewidth=1.4)
+                _write_above(axes, i, value, f"{name} {value:.3f}", SERIES[4])
+        axes.set_xticks(range(len(rows)), [row["label"] for row in rows])
+        axes.set_ylabel(ylabel)
+        axes.margins(y=0.16)
+        axes.grid(axis="x", visible=False)
+        _legend_before_after(axes, rows)
+        return _to_source(figure)
+
+
+def _write_above(axes, x: float, y: float, text: str, color: str) -> None:
+    style = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 9, "color": color}
+    axes.annotate(text, (x, y), xytext=(0, 4), **style)
+
+
+def _legend_before_after(axes, rows: Sequence[dict[str, Any]]) -> None:
+    from matplotlib.patches import Patch
+
+    names = [
+        (key, color)
+        for key, color in (("before", "#b8c4d0"), ("after", SERIES[0]))
+        if any(row.get(key) for row in rows)
+    ]
+    handles = [Patch(color=color, label=name) for name, color in names]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8.5)
+
+
+def heatmap(loads: Sequence[Sequence[float]], layer_names: Sequence[str]) -> str:
+    """Draw the load of every expert in every layer relative to an even share.
+
+    Args:
+        loads: One list a layer, one number an expert: tokens, or shares.
+        layer_names: One name a layer.
+
+    Returns:
+        The source for an ``<img>``. 1 (white) is an even share, 2 (red) twice that, 0 (blue) an expert never chosen.
+    """
+    import matplotlib
+    from matplotlib.colors import TwoSlopeNorm
+
+    relative = [[value * len(row) / max(sum(row), 1e-12) for value in row] for row in loads]
+    highest = max(2.0, *(max(row) for row in relative))
+    widest = max(len(row) for row in relative)
+    padded = [row + [float("nan")] * (widest - len(row)) for row in relative]
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        figure, grid = _figure(min(10.5, 3.0 + 0.42 * widest), 1.4 + 0.36 * len(relative))
+        axes = grid[0][0]
+        norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=highest)
+        image = axes.pcolormesh(padded, cmap="RdBu_r", norm=norm, edgecolors="white", linewidth=0.6)
+        axes.invert_yaxis()
+        axes.set_yticks([i + 0.5 for i in range(len(relative))], layer_names)
+        step = max(1, widest // 16)
+        axes.set_xticks([i + 0.5 for i in range(0, widest, step)], range(0, widest, step))
+        axes.set_xlabel("expert")
+        if widest <= 16:
+            _write_cells(axes, relative)
+        figure.colorbar(image, ax=axes, label="load / even share", ticks=[0, 1, highest], format="%.2g")
+        return _to_source(figure)
+
+
+def _write_cells(axes, relative: Sequence[Sequence[float]]) -> None:
+    for y, row in enumerate(relative):
+        for x, value in enumerate(row):
+            color = "white" if value > 1.75 or value < 0.25 else INK
+            axes.text(x + 0.5, y + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+
+
+def benchmark_chart(rows: Sequence[dict[str, Any]]) -> str:
+    """Draw benchmark scores with 95 % intervals and the chance level of each.
+
+    Args:
+        rows: ``label``, ``value`` and where known ``interval`` as (low, high) and ``chance``.
+
+    Returns:
+        The source for an ``<img>``.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        figure, grid = _figure(8.4, 1.1 + 0.62 * len(rows))
+        axes = grid[0][0]
+        for y, row in enumerate(rows):
+            if row.get("interval"):
+                axes.plot(row["interval"], [y, y], color=SERIES[0], linewidth=2.2, solid_capstyle="butt", zorder=3)
+            axes.plot([row["value"]], [y], "o", color=SERIES[0], markersize=7, zorder=3)
+            right = row["interval"][1] if row.get("interval") else row["value"]
+            axes.text(right + 0.008, y, f"{row['value']:.1%}", ha="left", va="center", fontsize=10, weight="bold")
+            if row.get("chance") is not None:
+                axes.plot([row["chance"]] * 2, [y - 0.36, y + 0.36], color=SERIES[4], linestyle="--", linewidth=1.6)
+        axes.plot([], [], "o-", color=SERIES[0], label="score, 95 % interval")
+        axes.plot([], [], "--", color=SERIES[4], label="chance")
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        highest = max([row["interval"][1] if row.get("interval") else row["value"] for row in rows] + [0.3])
+        axes.set_xlim(-0.02, min(1.02, highest * 1.25))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.grid(axis="y", visible=False)
+        axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return _to_source(figure)

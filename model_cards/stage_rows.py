@@ -1,0 +1,100 @@
+"""Stages as ready text, the same for the card and the report: data, command, time, machine, recipe, energy."""
+
+from typing import Any
+
+import yaml
+
+from deepseek_model_cards.stages import Stage, is_number
+from deepseek_model_cards.summary_table import check_rows, pair_results
+from deepseek_model_cards.wording import format_bytes, format_seconds, format_value
+
+STAGE_TITLES = {
+    "tokenizer": "Tokenizer",
+    "pretrain": "Stage 1: pretraining",
+    "adapt": "Stage 2: continued pretraining on a domain",
+    "align": "Stage 3: alignment by PPO",
+    "evaluate": "Evaluation",
+}
+# Rough draw under load for the energy estimate; stated in the card as an assumption, never as a measurement.
+WATTS_PER_CPU, WATTS_PER_GPU = 10, 700
+
+
+def data_row(stage: Stage, row: dict[str, Any]) -> dict[str, str]:
+    """Return a data set as ready text.
+
+    Args:
+        stage: The stage that used it.
+        row: One entry of its summary's ``data``.
+    """
+    cells = {key: str(row.get(key) or "not stated") for key in ("name", "split", "licence", "source")}
+    return {
+        **cells,
+        "stage": stage.name,
+        "used_for": str(row.get("used_for", "training")),
+        "num_rows": format_value(row.get("num_rows")),
+        "size": format_bytes(row.get("num_bytes")),
+    }
+
+
+def stage_row(stage: Stage) -> dict[str, Any]:
+    """Return a stage as ready text: command, time, machine, results, checks, recipe.
+
+    Args:
+        stage: A stage, finished or not.
+    """
+    environment = stage.environment
+    return {
+        "title": STAGE_TITLES.get(stage.name, stage.name),
+        "finished": stage.is_finished,
+        "command": stage.command_line or "not recorded",
+        "time": format_seconds(stage.summary.get("seconds")),
+        "seed": format_value(environment.get("seed")),
+        "commit": environment.get("commit") or "not recorded",
+        "machine": describe_machine(environment),
+        "results": pair_results(stage.results),
+        "checks": check_rows(stage),
+        "recipe": yaml.safe_dump(stage.settings, sort_keys=False, allow_unicode=True).strip(),
+    }
+
+
+def describe_machine(environment: dict[str, Any]) -> str:
+    """Return a run's machine in words.
+
+    Args:
+        environment: The run's ``environment.json``.
+    """
+    machine = environment.get("machine", {})
+    parts = [str(machine[key]) for key in ("system", "processor") if machine.get(key)]
+    if machine.get("num_cpus"):
+        parts.append(f"{machine['num_cpus']} CPU cores")
+    parts += machine.get("gpus") or (["no GPU"] if parts else [])
+    return ", ".join(parts) or "not recorded"
+
+
+def total_seconds(stages: dict[str, Stage]) -> float | None:
+    """Return the time of all finished stages in seconds, None where none recorded it.
+
+    Args:
+        stages: What `read_stages` gave.
+    """
+    seconds = [stage.summary["seconds"] for stage in stages.values() if is_number(stage.summary.get("seconds"))]
+    return sum(seconds) if seconds else None
+
+
+def energy_estimate(stages: dict[str, Stage]) -> str:
+    """Return a sentence on the energy used, from times and machines alone.
+
+    Args:
+        stages: What `read_stages` gave.
+    """
+    watt_seconds = 0.0
+    for stage in stages.values():
+        machine = stage.environment.get("machine", {})
+        watts = WATTS_PER_CPU * (machine.get("num_cpus") or 0) + WATTS_PER_GPU * len(machine.get("gpus") or [])
+        watt_seconds += watts * (stage.summary.get("seconds") or 0)
+    if not watt_seconds:
+        return "Energy: not estimated, for neither time nor machine was recorded."
+    return (
+        f"Energy: about {watt_seconds / 3.6e6:.2g} kWh, an estimate (time, at {WATTS_PER_CPU} W a CPU core and "
+        f"{WATTS_PER_GPU} W a GPU under full load), not metered."
+    )

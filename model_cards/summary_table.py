@@ -1,0 +1,116 @@
+"""The table a run ends with: what was measured before and after, and which bars were met.
+
+The same rows fill the terminal's table and the report's, so both say the same.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepseek_model_cards.stages import Stage, is_number, read_stages
+from deepseek_model_cards.wording import format_value, label_dataset, label_metric
+
+COLUMNS = ("stage", "what", "before / baseline", "after", "bar", "met")
+
+
+@dataclass
+class Row:
+    """One line of the table; every field is ready text.
+
+    Args:
+        stage: Where it was measured.
+        what: The metric and the data set.
+        before: The value before the stage, else the named baseline.
+        after: The value after it.
+        bar: What was demanded, empty where nothing was.
+        met: ``yes`` or ``NO``, empty where nothing was demanded.
+    """
+
+    stage: str
+    what: str
+    before: str = ""
+    after: str = ""
+    bar: str = ""
+    met: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the fields in the order of `COLUMNS`."""
+        return self.stage, self.what, self.before, self.after, self.bar, self.met
+
+
+def pair_results(results: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return results as ready text, what was measured before and after training in one row.
+
+    Args:
+        results: Entries of a summary's ``results``, of one stage.
+
+    Returns:
+        Rows with ``metric``, ``dataset``, ``before``, ``after`` and ``n``, in the order they were measured.
+    """
+    rows: dict[tuple, dict[str, str]] = {}
+    for result in results:
+        row = rows.setdefault(
+            (result["metric"], result.get("dataset"), result.get("split")),
+            {
+                "metric": label_metric(result["metric"]),
+                "dataset": label_dataset(result),
+                "before": "",
+                "after": "",
+                "n": format_value(result.get("n")),
+            },
+        )
+        shown = format_value(result.get("value"), result.get("stderr"))
+        row["before" if result.get("when") == "before" else "after"] = shown
+        if is_number(result.get("baseline")) and not row["before"]:
+            row["before"] = f"{format_value(result['baseline'])} ({result.get('baseline_name', 'baseline')})"
+    return list(rows.values())
+
+
+def check_rows(stage: Stage) -> list[Row]:
+    """Return the bars a stage held itself to, as rows of the table.
+
+    Args:
+        stage: A stage; an unfinished one has none.
+    """
+    return [_check_row(stage.name, check) for check in stage.checks]
+
+
+def summary_rows(run_path: str | Path) -> list[Row]:
+    """Return the table's rows: stage by stage its results in the order they were measured, then its bars.
+
+    Args:
+        run_path: A stage's folder, or the parent of several.
+    """
+    rows = []
+    for stage in read_stages(run_path).values():
+        for pair in pair_results(stage.results):
+            what = ", ".join(part for part in (pair["metric"], pair["dataset"]) if part)
+            rows.append(Row(stage.name, what, pair["before"], pair["after"]))
+        rows += check_rows(stage)
+    return rows
+
+
+def _check_row(stage: str, check: dict[str, Any]) -> Row:
+    bound = check.get("bound")
+    bar = " ".join(part for part in (str(check.get("comparison") or ""), format_value(bound)) if part)
+    met = "yes" if check["passed"] else "NO"
+    return Row(stage, check["name"], after=format_value(check.get("value")), bar=bar, met=met)
+
+
+def summary_table(run_path: str | Path) -> str:
+    """Return the closing table as text for a terminal.
+
+    Args:
+        run_path: A stage's folder, or the parent of several.
+
+    Returns:
+        Aligned columns, one line a metric or bar, no trailing newline.
+
+    Raises:
+        FileNotFoundError: There is no finished run.
+    """
+    lines = [COLUMNS, *(row.cells() for row in summary_rows(run_path))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(text)
