@@ -1,0 +1,317 @@
+"""Scores a model on benchmarks and writes a run folder: results, and every answer beside its target.
+
+Called by ``deepseek-moe evaluate`` and the demo. Each task streams its answers into ``samples_<task>.partial.jsonl`` as
+they come; a run that was interrupted reads that file and goes on with what is missing. Surprising: batches are planned
+over all items before the finished ones are left out, so that the numbers do not depend on where a run stopped.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import evaluate
+from tqdm.auto import tqdm
+
+from deepseek_eval.generation import SamplingSettings, complete_batches, plan_prompts
+from deepseek_eval.loglikelihood import encode_items, plan_batches, score_batches, supports_shared_prefix
+from deepseek_eval.model_loading import LoadedModel, load_model
+from deepseek_eval.sandbox import describe_protection
+from deepseek_eval.tasks.catalogue import find_task
+from deepseek_eval.tasks.task import Task
+from deepseek_model_cards.run_folder import RunFolder, write_json, write_text
+
+logger = logging.getLogger(__name__)
+METRICS_FOLDER = Path(__file__).resolve().parent / "metrics"
+
+
+def evaluate_model(
+    model_name_or_path: str | Path,
+    *,
+    tasks: Sequence[str] = ("mmlu", "humaneval"),
+    num_fewshot: int = 0,
+    limit: int | dict[str, int] | None = None,
+    batch_size: int = 16,
+    output: str | Path,
+    max_new_tokens: int | None = None,
+    num_samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    adapter: str | None = None,
+    experts_implementation: str | None = None,
+    data_path: str | Path | None = None,
+    allow_weak_sandbox: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Score a causal language model and write ``results.json`` and ``samples_<task>.jsonl``.
+
+    Args:
+        model_name_or_path: Checkpoint folder, run folder of ours, or Hub id.
+        tasks: Names from the catalogue.
+        num_fewshot: Shots for tasks that have them (MMLU: 0 to 5).
+        limit: At most this many items (MMLU: per subject), for all tasks or by task name; None for all.
+        batch_size: Questions, or prompts, a batch.
+        output: The run folder to write.
+        max_new_tokens: Length limit of a completion; None takes the task's (HumanEval: 1024).
+        num_samples: Completions a problem.
+        temperature: 0 is greedy.
+        top_p: Nucleus share for sampling.
+        seed: Seed for sampling.
+        dtype: As `load_model` takes it, as are the next four.
+        device: Torch device.
+        trust_remote_code: Run the checkpoint's own code.
+        adapter: PEFT adapter.
+        experts_implementation: How MoE layers run.
+        data_path: A folder with the user's own data files, named as the embedded ones.
+        allow_weak_sandbox: Run programs even where the machine offers less than the sandbox's minimum.
+        overwrite: Replace a run that is in the way.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        ValueError: An unknown task or setting, a model whose scores would mean nothing.
+        FileNotFoundError: Model or data are missing.
+    """
+    chosen = [find_task(name) for name in dict.fromkeys(tasks)]
+    settings = {key: value for key, value in locals().items() if key not in ("chosen", "overwrite", "output")}
+    settings |= {"tasks": [task.name for task in chosen], "model_name_or_path": str(model_name_or_path)}
+    settings["data_path"] = None if data_path is None else str(data_path)
+    _check_settings(settings)
+    started = time.monotonic()
+    run = RunFolder.create(output, settings, command="evaluate", seed=seed, overwrite=overwrite)
+    options = {
+        key: settings[key] for key in ("dtype", "device", "trust_remote_code", "adapter", "experts_implementation")
+    }
+    loaded = load_model(model_name_or_path, **options)
+    results: dict[str, Any] = {"model": str(model_name_or_path), "tasks": {}}
+    for task in chosen:
+        run_task = _run_choice_task if task.kind == "choice" else _run_program_task
+        results["tasks"][task.name] = run_task(run, loaded, task, settings)
+        write_json(run.path / "results.json", results)
+    run.finish(_summarise(chosen, results, settings, time.monotonic() - started))
+    return results
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    for name in ("batch_size", "num_samples", "max_new_tokens"):
+        if settings[name] is not None and settings[name] < 1:
+            raise ValueError(f"{name} = {settings[name]}, allowed is 1 or more")
+    for name, value in (settings["limit"] or {}).items() if isinstance(settings["limit"], dict) else []:
+        find_task(name)
+        if value < 1:
+            raise ValueError(f"limit of {name} = {value}, allowed is 1 or more")
+    if isinstance(settings["limit"], int) and settings["limit"] < 1:
+        raise ValueError(f"limit = {settings['limit']}, allowed is 1 or more")
+    if settings["temperature"] < 0:
+        raise ValueError(f"temperature = {settings['temperature']}, allowed is 0 (greedy) or more")
+    if settings["num_samples"] > 1 and settings["temperature"] == 0:
+        raise ValueError(f"num_samples = {settings['num_samples']} with temperature = 0 would repeat one completion")
+
+
+def _build_items(task: Task, settings: dict[str, Any]) -> list:
+    limit = settings["limit"]
+    if isinstance(limit, dict):
+        limit = limit.get(task.name)
+    data_path = settings["data_path"]
+    items = list(task.build_items(settings["num_fewshot"], limit, None if data_path is None else Path(data_path)))
+    if not items:
+        raise ValueError(f"data: task {task.name} has no items; its file is empty")
+    return items
+
+
+class _Samples:
+    """The answers of one task on disk, appended as they come and read back by a resumed run."""
+
+    def __init__(self, run: RunFolder, task: Task):
+        self.final_path = run.path / f"samples_{task.name}.jsonl"
+        self.partial_path = run.path / f"samples_{task.name}.partial.jsonl"
+        self.rows = {}
+        for path in (self.final_path, self.partial_path):
+            if path.is_file():
+                self.rows |= {self.key(row): row for row in _read_whole_lines(path)}
+
+    @staticmethod
+    def key(row: dict[str, Any]) -> tuple[str, int]:
+        return row["id"], row.get("sample", 0)
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        with open(self.partial_path, "a", encoding="utf-8") as file:
+            for row in rows:
+                if self.key(row) not in self.rows:
+                    self.rows[self.key(row)] = row
+                    file.write(json.dumps(row) + "\n")
+
+    def finish(self, rows: list[dict[str, Any]]) -> None:
+        write_text(self.final_path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.partial_path.unlink(missing_ok=True)
+
+
+def _read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file whose last line may have been cut short; such a line is dropped from the file too."""
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_text(path, whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _run_choice_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
+    items = _build_items(task, settings)
+    samples = _Samples(run, task)
+    encoded = encode_items(loaded, items)
+    can_share = settings["num_fewshot"] > 0 and supports_shared_prefix(loaded)
+    batches = plan_batches(encoded, settings["batch_size"], can_share)
+    missing = [batch for batch in batches if any((row.item.id, 0) not in samples.rows for row in batch.rows)]
+    num_done = sum(len(batch.rows) for batch in batches) - sum(len(batch.rows) for batch in missing)
+    with tqdm(total=len(items), initial=num_done, desc=f"evaluate {task.name}", unit="question") as bar:
+        for row, scores in score_batches(loaded, missing):
+            samples.append([_choice_row(row, scores)])
+            bar.update()
+    rows = [samples.rows[item.id, 0] for item in items]
+    scores = load_metric("choice_accuracy").compute(
+        predictions=[row["prediction"] for row in rows],
+        references=[row["target"] for row in rows],
+        groups=[item.group for item in items],
+        categories=task.categories,
+    )
+    samples.finish(rows)
+    num_truncated = sum(row["is_truncated"] for row in rows)
+    if num_truncated:
+        logger.warning(
+            "%s: %d of %d prompts lost tokens to the context of %d",
+            task.name,
+            num_truncated,
+            len(rows),
+            loaded.max_length,
+        )
+    return {
+        **scores,
+        "num_fewshot": settings["num_fewshot"],
+        "num_truncated": num_truncated,
+        "context": loaded.max_length,
+    }
+
+
+def _choice_row(row, scores: list[float]) -> dict[str, Any]:
+    # The first of equal scores wins, as numpy's argmax does in lm-eval.
+    prediction = max(range(len(scores)), key=scores.__getitem__)
+    return {
+        "id": row.item.id,
+        "prediction": prediction,
+        "target": row.item.target,
+        "acc": int(prediction == row.item.target),
+        "loglikelihoods": scores,
+        "group": row.item.group,
+        "is_truncated": row.is_truncated,
+    }
+
+
+def _run_program_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
+    items = _build_items(task, settings)
+    samples = _Samples(run, task)
+    sampling = SamplingSettings(
+        max_new_tokens=settings["max_new_tokens"] or task.max_new_tokens,
+        **{key: settings[key] for key in ("num_samples", "temperature", "top_p", "seed")},
+    )
+    batches = plan_prompts(loaded, items, sampling, settings["batch_size"])
+    missing = [b for b in batches if any((prompt.item.id, prompt.sample) not in samples.rows for prompt in b)]
+    steps = len(missing) * sampling.max_new_tokens
+    with tqdm(total=steps, desc=f"evaluate {task.name}: write", unit="step") as bar:
+        for number, batch in enumerate(missing, start=1):
+            rows = [_program_row(p, text) for p, text in complete_batches(loaded, [batch], sampling, bar.update)]
+            samples.append(rows)
+            bar.update(number * sampling.max_new_tokens - bar.n)  # Batches may end before the length limit.
+    return _run_tests(samples, items, task, sampling, settings)
+
+
+def _program_row(prompt, text: str) -> dict[str, Any]:
+    return {
+        "id": prompt.item.id,
+        "sample": prompt.sample,
+        "prediction": text,
+        "target": prompt.item.target,
+        "is_truncated": prompt.is_truncated,
+    }
+
+
+def _run_tests(samples, items, task: Task, sampling: SamplingSettings, settings: dict[str, Any]) -> dict[str, Any]:
+    n = sampling.num_samples
+    texts = [[samples.rows[item.id, sample]["prediction"] for sample in range(n)] for item in items]
+    with tqdm(total=n * len(items), desc=f"evaluate {task.name}: run", unit="program") as bar:
+        scores = load_metric("pass_at_k").compute(
+            predictions=[[item.program(text) for text in row] for item, row in zip(items, texts, strict=True)],
+            references=[item.tests for item in items],
+            k=[1, 10, 100],
+            allow_weak_sandbox=settings["allow_weak_sandbox"],
+            on_result=bar.update,
+        )
+    outcomes = scores.pop("samples")
+    rows = [
+        {**samples.rows[item.id, sample], **outcome}
+        for item, row in zip(items, outcomes, strict=True)
+        for sample, outcome in enumerate(row)
+    ]
+    samples.finish(rows)
+    return {
+        **scores,
+        "num_samples": n,
+        "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+        "num_truncated": sum(row["is_truncated"] for row in rows),
+        "sandbox": describe_protection(),
+    }
+
+
+def load_metric(name: str) -> evaluate.Metric:
+    """Return a metric shipped with the package, loaded without network.
+
+    Args:
+        name: A folder under ``metrics/``.
+    """
+    return evaluate.load(str(METRICS_FOLDER / name))
+
+
+def _summarise(tasks: list[Task], results: dict[str, Any], settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The run folder's summary: headline figures for cards and reports."""
+    lines = []
+    for task in tasks:
+        scores = results["tasks"][task.name]
+        name = "acc" if task.kind == "choice" else "pass@1"
+        lines.append(
+            {
+                "metric": name,
+                "dataset": task.dataset,
+                "split": task.split,
+                "value": scores[name],
+                "stderr": scores[f"{name}_stderr"],
+                "n": scores["n"],
+                "task": task.name,
+                "num_fewshot": scores.get("num_fewshot", 0),
+            }
+        )
+    data = [
+        {
+            "name": t.dataset,
+            "licence": t.licence,
+            "source": t.source,
+            "split": t.split,
+            "num_rows": results["tasks"][t.name]["n"],
+        }
+        for t in tasks
+    ]
+    return {
+        "stage": "evaluate",
+        "model": settings["model_name_or_path"],
+        "results": lines,
+        "data": data,
+        "checks": [],
+        "samples": [],
+        "seconds": seconds,
+    }

@@ -1,0 +1,1 @@
+"""``evaluate.Metric`` modules, one folder each, loadable offline from where the package lies."""

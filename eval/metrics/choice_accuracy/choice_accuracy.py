@@ -1,0 +1,87 @@
+"""Accuracy over multiple-choice questions with standard errors, in all and by group and category.
+
+Loaded offline by ``evaluate.load(<this folder>)``. Surprising: the micro average's standard error over groups is the
+pooled one that lm-evaluation-harness prints, so that equal predictions give equal figures.
+"""
+
+import math
+from collections import defaultdict
+
+import datasets
+import evaluate
+
+_CITATION = """\
+@article{hendrycks2021mmlu, title={Measuring Massive Multitask Language Understanding}, author={Hendrycks et al.},
+journal={ICLR}, year={2021}, note={arXiv 2009.03300}}
+"""
+_DESCRIPTION = "Share of questions whose predicted choice is the right one; micro, macro, by group and by category."
+_INPUTS = """
+Args:
+    predictions: index of the chosen answer, one a question.
+    references: index of the right answer, one a question.
+    groups: optional, the group (MMLU: subject) of each question.
+    categories: optional, a mapping from group to category.
+Returns:
+    acc, acc_stderr, n; with groups also macro_acc, macro_acc_stderr and groups; with categories also categories.
+"""
+
+
+class ChoiceAccuracy(evaluate.Metric):
+    """Accuracy with standard errors and breakdowns."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
+            reference_urls=["https://arxiv.org/abs/2009.03300"],
+        )
+
+    def _compute(self, predictions, references, groups=None, categories=None) -> dict:
+        hits = [int(p == r) for p, r in zip(predictions, references, strict=True)]
+        if groups is None:
+            return _score(hits)
+        hits_by_group = defaultdict(list)
+        for group, hit in zip(groups, hits, strict=True):
+            hits_by_group[group].append(hit)
+        result = {**_pool(list(hits_by_group.values())), **_macro(list(hits_by_group.values()))}
+        result["groups"] = {group: _score(rows) for group, rows in hits_by_group.items()}
+        if categories:
+            members = defaultdict(list)
+            for group, rows in hits_by_group.items():
+                members[categories.get(group, "other")].append(rows)
+            result["categories"] = {name: {**_pool(rows), **_macro(rows)} for name, rows in sorted(members.items())}
+        return result
+
+
+def _score(hits: list[int]) -> dict:
+    n = len(hits)
+    acc = sum(hits) / n
+    # One question has no spread to estimate.
+    stderr = math.sqrt(acc * (1 - acc) / (n - 1)) if n > 1 else None
+    return {"acc": acc, "acc_stderr": stderr, "n": n}
+
+
+def _pool(groups: list[list[int]]) -> dict:
+    """Micro average; its error pools the groups' variances, weighted by size (lm-eval's pooled_sample_stderr)."""
+    sizes = [len(rows) for rows in groups]
+    n = sum(sizes)
+    acc = sum(sum(rows) for rows in groups) / n
+    freedom = n - len(groups)
+    if freedom == 0:
+        return {"acc": acc, "acc_stderr": None, "n": n}
+    # (size - 1) * stderr^2 * size is the group's sum of squared deviations.
+    squares = sum(size * (sum(rows) / size) * (1 - sum(rows) / size) for size, rows in zip(sizes, groups, strict=True))
+    return {"acc": acc, "acc_stderr": math.sqrt(squares / freedom / n), "n": n}
+
+
+def _macro(groups: list[list[int]]) -> dict:
+    """Mean of the groups' accuracies; None as error when a group has a single question."""
+    scores = [_score(rows) for rows in groups]
+    macro = {"macro_acc": sum(score["acc"] for score in scores) / len(scores), "macro_acc_stderr": None}
+    if all(score["acc_stderr"] is not None for score in scores):
+        macro["macro_acc_stderr"] = math.sqrt(sum(score["acc_stderr"] ** 2 for score in scores)) / len(scores)
+    return macro

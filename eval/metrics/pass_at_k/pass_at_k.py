@@ -1,0 +1,90 @@
+"""pass@k of programs against their tests, run in the sandbox. A drop-in for ``code_eval``, with a standard error.
+
+Loaded offline by ``evaluate.load(<this folder>)``; inputs are those of ``code_eval``, so predictions made elsewhere fit.
+
+Formula, for n samples a problem of which c pass: pass@k = 1 - C(n - c, k) / C(n, k), averaged over problems.
+"""
+
+import math
+
+import datasets
+import evaluate
+
+from deepseek_eval.sandbox import run_programs
+
+_CITATION = """\
+@article{chen2021codex, title={Evaluating Large Language Models Trained on Code}, author={Chen et al.}, year={2021},
+note={arXiv 2107.03374}}
+"""
+_DESCRIPTION = (
+    "Unbiased probability that at least one of k samples passes its tests, with standard error over problems."
+)
+_INPUTS = """
+Args:
+    predictions: for each problem a list of candidate programs.
+    references: for each problem the code that tests it; it must raise when the candidate is wrong.
+    k: values of k; those above the smallest number of samples are left out.
+    timeout_s: seconds each program may run.
+    num_workers: programs run at once; by default one a processor.
+    allow_weak_sandbox: run even when the machine offers less than the sandbox's stated minimum.
+    on_result: called after each program, for progress bars.
+Returns:
+    pass@k and pass@k_stderr for each k, n (problems), and samples: passed and reason of each candidate.
+"""
+
+
+class PassAtK(evaluate.Metric):
+    """Unbiased pass@k."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {"predictions": datasets.Sequence(datasets.Value("string")), "references": datasets.Value("string")}
+            ),
+            reference_urls=["https://arxiv.org/abs/2107.03374"],
+        )
+
+    def _compute(
+        self,
+        predictions,
+        references,
+        k=(1, 10, 100),
+        timeout_s=3.0,
+        num_workers=None,
+        allow_weak_sandbox=False,
+        on_result=None,
+    ) -> dict:
+        sources, owners = [], []
+        for index, (candidates, tests) in enumerate(zip(predictions, references, strict=True)):
+            if not candidates:
+                raise ValueError(f"predictions: problem {index} has no sample, wanted at least one")
+            sources += [f"{candidate}\n{tests}" for candidate in candidates]
+            owners += [index] * len(candidates)
+        samples: list[list[dict]] = [[] for _ in references]
+        results = run_programs(
+            sources, timeout_s=timeout_s, num_workers=num_workers, allow_weak_sandbox=allow_weak_sandbox
+        )
+        for owner, result in zip(owners, results, strict=True):
+            samples[owner].append({"passed": result.passed, "reason": result.reason})
+            if on_result is not None:
+                on_result()
+        counts = [(len(rows), sum(row["passed"] for row in rows)) for rows in samples]
+        return {**_estimate(counts, [k] if isinstance(k, int) else k), "n": len(counts), "samples": samples}
+
+
+def _estimate(counts: list[tuple[int, int]], ks) -> dict:
+    smallest = min(total for total, _ in counts)
+    scores = {}
+    for k in ks:
+        if k > smallest:
+            continue
+        per_problem = [1 - math.comb(total - passed, k) / math.comb(total, k) for total, passed in counts]
+        n = len(per_problem)
+        mean = sum(per_problem) / n
+        spread = sum((value - mean) ** 2 for value in per_problem)
+        scores[f"pass@{k}"] = mean
+        scores[f"pass@{k}_stderr"] = math.sqrt(spread / (n - 1) / n) if n > 1 else None
+    return scores

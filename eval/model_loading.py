@@ -1,0 +1,133 @@
+"""Loads any causal language model, ours or not, local or from the Hub, and says in one line why it cannot.
+
+Called by ``harness.py``. Surprising: importing `modeling_deepseek` here is what lets our checkpoints load without
+remote code, and a run folder counts as a checkpoint (its ``model/`` subfolder is taken).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import modeling_deepseek  # noqa: F401  (registers our model type with the Auto classes)
+
+# What lm-evaluation-harness 0.4.13 assumes when neither model nor tokenizer names a context length.
+DEFAULT_MAX_LENGTH = 2048
+_LENGTH_SETTINGS = ("n_positions", "max_position_embeddings", "n_ctx")
+# transformers writes this number for "no limit".
+_NO_LIMIT = 10**29
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to score, with its tokenizer.
+
+    Args:
+        model: In evaluation mode, on its device.
+        tokenizer: As saved beside the model.
+        max_length: The context in tokens.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    adapter: str | None = None,
+    experts_implementation: str | None = None,
+) -> LoadedModel:
+    """Load a causal model and its tokenizer.
+
+    Args:
+        name_or_path: A checkpoint folder, a run folder of ours, or a Hub id.
+        dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+        device: A torch device; None takes the first GPU, else the CPU.
+        trust_remote_code: Run code that comes with the checkpoint.
+        adapter: A PEFT adapter to put on top, folder or Hub id.
+        experts_implementation: How transformers runs a MoE layer, for example ``grouped_mm``.
+
+    Raises:
+        FileNotFoundError: A local path is absent or holds no checkpoint.
+        ValueError: The checkpoint is damaged, or a Hub id cannot be fetched.
+    """
+    source = _resolve(name_or_path)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if experts_implementation is not None:
+        options["experts_implementation"] = experts_implementation
+    model = _load(AutoModelForCausalLM, "model", source, **options)
+    tokenizer = _load(AutoTokenizer, "tokenizer", source, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        model = _add_adapter(model, adapter)
+    model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return LoadedModel(model, tokenizer, find_max_length(model.config, tokenizer))
+
+
+def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(_resolve(adapter))).merge_and_unload()
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"adapter: {adapter} cannot be loaded ({_first_line(error)})") from None
+
+
+def _resolve(name_or_path: str | Path) -> str:
+    """Return a folder with a checkpoint, or the name unchanged when it can only be a Hub id."""
+    path = Path(name_or_path).expanduser()
+    if (path / "model" / "config.json").is_file():
+        return str(path / "model")
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(
+                f"model: {path} holds no config.json; wanted a checkpoint or a finished run folder"
+            )
+        return str(path)
+    name = str(name_or_path)
+    if path.exists():
+        raise FileNotFoundError(f"model: {path} is a file; wanted a checkpoint folder or a Hub id")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise FileNotFoundError(f"model: {path} does not exist")
+    return name
+
+
+def _load(auto_class: type, what: str, source: str, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(source, **options)
+    except SafetensorError as error:
+        raise ValueError(f"{what}: the weights in {source} are damaged or cut short ({_first_line(error)})") from None
+    except OSError as error:
+        if Path(source).is_dir():
+            raise FileNotFoundError(f"{what}: {source} is not whole ({_first_line(error)})") from None
+        raise ValueError(
+            f"{what}: {source} is no local folder and could not be fetched from the Hub; pass a checkpoint folder, or "
+            f"download it first ({_first_line(error)})"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def find_max_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the context length by the order lm-evaluation-harness looks it up.
+
+    Args:
+        config: The model's configuration; foreign ones name the length differently, hence the search.
+        tokenizer: Asked when the configuration is silent.
+    """
+    text_config = config.get_text_config()
+    for name in _LENGTH_SETTINGS:
+        if hasattr(text_config, name):
+            return getattr(text_config, name)
+    if tokenizer.model_max_length and tokenizer.model_max_length < _NO_LIMIT:
+        return tokenizer.model_max_length
+    return DEFAULT_MAX_LENGTH

@@ -1,0 +1,1 @@
+"""Benchmarks: one file of data and formatting each, listed in ``catalogue.py``."""

@@ -1,0 +1,107 @@
+"""MMLU: 57 subjects of four-choice questions, formatted as lm-evaluation-harness 0.4.13 does by default.
+
+Surprising: 0-shot unless asked otherwise, as there; with shots, the first of each subject's five development
+questions; ``limit`` counts questions per subject. ``style="hendrycks"`` writes the original code's format instead,
+which differs by a second space before the subject (it formats " abstract algebra" after "about").
+
+Reference: Hendrycks et al., 2021, "Measuring Massive Multitask Language Understanding", arXiv 2009.03300.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deepseek_eval.tasks.rows import read_rows
+from deepseek_eval.tasks.task import ChoiceItem, Task
+
+LETTERS = ("A", "B", "C", "D")
+MAX_SHOTS = 5
+
+_CATEGORIES = {
+    "stem": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
+    "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
+    "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
+    "high_school_mathematics high_school_physics high_school_statistics machine_learning",
+    "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history "
+    "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory "
+    "professional_law world_religions",
+    "social_sciences": "econometrics high_school_geography high_school_government_and_politics "
+    "high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality "
+    "professional_psychology public_relations security_studies sociology us_foreign_policy",
+    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing "
+    "medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology",
+}
+SUBJECT_CATEGORIES = {subject: category for category, names in _CATEGORIES.items() for subject in names.split()}
+
+
+def format_question(row: dict[str, Any]) -> str:
+    """Return question, lettered choices and ``Answer:``.
+
+    Args:
+        row: ``question`` and four ``choices``.
+    """
+    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
+    return f"{row['question'].strip()}{choices}\nAnswer:"
+
+
+def format_shots(subject: str, shots: list[dict[str, Any]], style: str = "lm_eval") -> str:
+    """Return the description and the answered examples that stand before a question.
+
+    Args:
+        subject: The subject's file name, for example ``abstract_algebra``.
+        shots: Development rows, already cut to the number wanted.
+        style: ``lm_eval`` or ``hendrycks``.
+    """
+    name = subject.replace("_", " ")
+    about = f" {name}" if style == "hendrycks" else name
+    description = f"The following are multiple choice questions (with answers) about {about}.\n\n"
+    return description + "".join(f"{format_question(row)} {LETTERS[row['answer']]}\n\n" for row in shots)
+
+
+def build_items(
+    num_fewshot: int, limit: int | None, data_path: Path | None, style: str = "lm_eval"
+) -> Iterator[ChoiceItem]:
+    """Yield the questions, subject by subject in the file's order.
+
+    Args:
+        num_fewshot: Shots from the development split, 0 to 5.
+        limit: At most this many questions per subject (the first ones, as lm-eval's ``--limit``).
+        data_path: A folder with ``mmlu_test.jsonl[.gz]`` and ``mmlu_dev.jsonl[.gz]``; None for the embedded ones.
+        style: ``lm_eval`` or ``hendrycks``.
+
+    Raises:
+        ValueError: More shots asked for than the development split has.
+    """
+    if not 0 <= num_fewshot <= MAX_SHOTS:
+        raise ValueError(f"num_fewshot = {num_fewshot} for mmlu, allowed is 0 to {MAX_SHOTS} (its development split)")
+    shots_by_subject = defaultdict(list)
+    for row in read_rows("mmlu_dev", data_path):
+        shots_by_subject[row["subject"]].append(row)
+    seen: dict[str, int] = defaultdict(int)
+    for row in read_rows("mmlu_test", data_path):
+        subject = row["subject"]
+        index = seen[subject]
+        seen[subject] += 1
+        if limit is not None and index >= limit:
+            continue
+        shots = format_shots(subject, shots_by_subject[subject][:num_fewshot], style)
+        yield ChoiceItem(
+            id=f"{subject}/{index}",
+            prompt=shots + format_question(row),
+            choices=tuple(f" {letter}" for letter in LETTERS),
+            target=row["answer"],
+            group=subject,
+        )
+
+
+TASK = Task(
+    name="mmlu",
+    kind="choice",
+    build_items=build_items,
+    dataset="cais/mmlu",
+    split="test",
+    licence="MIT",
+    source="https://github.com/hendrycks/test",
+    categories=SUBJECT_CATEGORIES,
+)
