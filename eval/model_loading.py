@@ -1,7 +1,6 @@
-"""Loads any causal language model, ours or not, local or from the Hub, and says in one line why it cannot.
+"""A model made ready to score: dtype, device, adapter, experts implementation, context length.
 
-Called by ``harness.py``. Surprising: importing `modeling_deepseek` here is what lets our checkpoints load without
-remote code, and a run folder counts as a checkpoint (its ``model/`` subfolder is taken).
+Called by ``harness.py``; the loading itself is `deepseek_model_cards.loading`.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_deepseek  # noqa: F401  (registers our model type with the Auto classes)
 
@@ -59,12 +58,11 @@ def load_model(
         FileNotFoundError: A local path is absent or holds no checkpoint.
         ValueError: The checkpoint is damaged, or a Hub id cannot be fetched.
     """
-    source = _resolve(name_or_path)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
-    model = _load(AutoModelForCausalLM, "model", source, **options)
-    tokenizer = _load(AutoTokenizer, "tokenizer", source, trust_remote_code=trust_remote_code)
+    model = loading.load_model(name_or_path, **options)
+    tokenizer = loading.load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
     if adapter is not None:
         model = _add_adapter(model, adapter)
     model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -75,46 +73,9 @@ def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(_resolve(adapter))).merge_and_unload()
+        return PeftModel.from_pretrained(model, loading.resolve_checkpoint(adapter)).merge_and_unload()
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"adapter: {adapter} cannot be loaded ({_first_line(error)})") from None
-
-
-def _resolve(name_or_path: str | Path) -> str:
-    """Return a folder with a checkpoint, or the name unchanged when it can only be a Hub id."""
-    path = Path(name_or_path).expanduser()
-    if (path / "model" / "config.json").is_file():
-        return str(path / "model")
-    if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise FileNotFoundError(
-                f"model: {path} holds no config.json; wanted a checkpoint or a finished run folder"
-            )
-        return str(path)
-    name = str(name_or_path)
-    if path.exists():
-        raise FileNotFoundError(f"model: {path} is a file; wanted a checkpoint folder or a Hub id")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise FileNotFoundError(f"model: {path} does not exist")
-    return name
-
-
-def _load(auto_class: type, what: str, source: str, **options: Any) -> Any:
-    try:
-        return auto_class.from_pretrained(source, **options)
-    except SafetensorError as error:
-        raise ValueError(f"{what}: the weights in {source} are damaged or cut short ({_first_line(error)})") from None
-    except OSError as error:
-        if Path(source).is_dir():
-            raise FileNotFoundError(f"{what}: {source} is not whole ({_first_line(error)})") from None
-        raise ValueError(
-            f"{what}: {source} is no local folder and could not be fetched from the Hub; pass a checkpoint folder, or "
-            f"download it first ({_first_line(error)})"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"adapter: {adapter} cannot be loaded ({loading.first_line(error)})") from None
 
 
 def find_max_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
