@@ -60,9 +60,9 @@ def describe_block(config: dict[str, Any]) -> dict[str, str]:
     key_dim = config.get("router_key_dim")
     q_rank = config.get("q_lora_rank")
     dense = config.get("first_k_dense_replace")
-    is_softmax = config.get("scoring_func") == "softmax"
+    is_softmax = config.get("scoring_func") == "softmax" and config.get("norm_topk_prob", True)
     choose = f"keep {least} to {most}\nby cumulative share" if is_dynamic else f"keep the top {most}"
-    score = "softmax over the chosen" if is_softmax else "sigmoid scores"
+    score = "softmax over the chosen" if is_softmax else f"{config.get('scoring_func', 'sigmoid')} scores"
     full = config["qk_nope_head_dim"] + config["qk_rope_head_dim"] + config["v_head_dim"]
     return {
         "norm": "LayerNorm" if config.get("norm_type") == "layernorm" else "RMSNorm",
@@ -76,7 +76,7 @@ def describe_block(config: dict[str, Any]) -> dict[str, str]:
         "value_dim": f"{config['v_head_dim']} a head",
         "cached": f"cached: {config['kv_lora_rank'] + config['qk_rope_head_dim']:,} numbers a token",
         "uncached": f"full keys and values would be {config['num_attention_heads'] * full:,}",
-        "gate": f"attention over learned expert keys, {key_dim}" if key_dim else "linear gate",
+        "gate": f"learned expert keys, {key_dim}" if key_dim else "linear gate",
         "choose": choose,
         "second": choose if is_softmax else score,
         "third": score if is_softmax else choose,

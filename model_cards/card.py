@@ -157,6 +157,8 @@ def _introduction(stages: dict[str, Stage], table: ParameterTable | None) -> str
 
 def _architecture(config: dict[str, Any], table: ParameterTable) -> list[tuple[str, str]]:
     words = describe_block(config)
+    is_dynamic = (config.get("min_experts_per_tok") or config["num_experts_per_tok"]) < config["num_experts_per_tok"]
+    target = config.get("target_experts_per_tok")
     cache = config["kv_lora_rank"] + config["qk_rope_head_dim"]
     return [
         ("layers", f"{config['num_hidden_layers']}; {words['dense']}"),
@@ -165,6 +167,7 @@ def _architecture(config: dict[str, Any], table: ParameterTable) -> list[tuple[s
         ("experts", f"{words['routed']}; {words['active']} work on a token; {words['shared']}"),
         ("router", f"{words['gate']}, {words['second']}, {words['third']}".replace("\n", " ")),
         ("norm", words["norm"]),
+        *([("experts a token, target mean", f"{target:g}")] if is_dynamic and target else []),
         ("vocabulary", f"{config['vocab_size']:,} tokens"),
         ("context", f"{config['max_position_embeddings']:,} tokens"),
         ("stored as", ", ".join(table.dtypes)),
@@ -248,9 +251,9 @@ def _loading(repo_id: str, config: dict[str, Any]) -> list[dict[str, str]]:
         }
     ]
     if config.get("auto_map"):
-        code = (
-            f'{load}{token}model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)\n{tail}'
-        )
+        # The tokenizer asks too: it reads the configuration, whose class is remote code.
+        trust = f'from_pretrained("{repo_id}", trust_remote_code=True)'
+        code = f"{load}tokenizer = AutoTokenizer.{trust}\nmodel = AutoModelForCausalLM.{trust}\n{tail}"
         ways.append({"title": "Without it, by the code in this repository", "language": "python", "code": code})
     exported = f"hf download {repo_id} --local-dir model\ndeepseek-moe export model exported --to deepseek_v3\n"
     exported += (

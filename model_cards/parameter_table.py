@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 PARTS = ("embedding", "attention", "routed experts", "shared experts", "router", "dense feed-forward", "norm", "other")
+# Saved with the weights, but steered by load counts instead of gradients, so no parameters.
+BUFFERS = (".e_score_correction_bias", ".share.state")
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ def count_checkpoint(model_path: str | Path) -> ParameterTable:
     by_dtype: dict[str, int] = {}
     for file in files:
         for name, tensor in read_header(file).items():
-            if name.endswith("e_score_correction_bias"):
-                continue  # a buffer: steered by load counts, not by gradients
+            if name.endswith(BUFFERS):
+                continue
             size = math.prod(tensor["shape"])
             part = part_of(name)
             by_part[part] = by_part.get(part, 0) + size

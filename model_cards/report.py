@@ -75,18 +75,17 @@ def write_report(run_path: str | Path, output: str | Path) -> Path:
     return Path(output)
 
 
-def _section(title: str, note: str, charts_: list[dict[str, str]], missing: str) -> Section:
-    return {"title": title, "note": note, "charts": charts_, "missing": "" if charts_ else missing}
+def _section(title: str, note: str, drawn: list[dict[str, str]], missing: str) -> Section:
+    return {"title": title, "note": note, "charts": drawn, "missing": missing}
 
 
-def _absent(stages: dict[str, Stage], names: tuple[str, ...], what: str) -> str:
-    """Say why a part is empty: no such stage, an unfinished one, or one that logged nothing of the kind."""
-    for name in names:
-        if name not in stages:
-            return f"Nothing to show: this run has no {name} stage."
-        if not stages[name].is_finished:
-            return f"Nothing to show: the {name} stage was begun and not finished."
-    return f"Nothing to show: no stage logged {what}."
+def _absent(stages: dict[str, Stage], name: str, what: str, drawn: list[dict[str, str]]) -> str:
+    """Say what a part lacks: its stage is not there, not finished, or logged nothing of the kind; else nothing."""
+    if name not in stages:
+        return f"This run has no {name} stage."
+    if not stages[name].is_finished:
+        return f"The {name} stage was begun and not finished."
+    return "" if drawn else f"No stage logged {what}."
 
 
 def _tiles(stages: dict[str, Stage]) -> list[dict[str, str]]:
@@ -142,9 +141,9 @@ def _loss_section(stages: dict[str, Stage]) -> Section:
         if lines:
             title = STAGE_TITLES.get(stage.name, stage.name)
             panels.append({"title": title.partition(": ")[2] or title, "ylabel": _loss_unit(lines), "lines": lines})
-    chart = {"source": charts.line_charts(panels), "alt": "Loss over steps, one panel a stage"} if panels else None
+    found = [{"source": charts.line_charts(panels), "alt": "Loss over steps, one panel a stage"}] if panels else []
     note = "Training loss is in nats a token, of the mixed training batches; held-out text is measured apart."
-    return _section("Loss", note, [chart] if chart else [], _absent(stages, ("pretrain",), "a loss"))
+    return _section("Loss", note, found, _absent(stages, "pretrain", "a loss", found))
 
 
 def _loss_keys(stage: Stage) -> list[tuple[str, str]]:
@@ -176,7 +175,7 @@ def _domain_section(stages: dict[str, Stage]) -> Section:
                 title = f"{STAGE_TITLES.get(stage.name, stage.name)}, {label}"
                 found.append({"title": title, "source": source, "alt": alt})
     note = "Held-out text before and after each stage; lower is better. Bits per byte compare across tokenizers."
-    return _section("General and domain text", note, found, _absent(stages, ("adapt",), "bits per byte"))
+    return _section("General and domain text", note, found, _absent(stages, "adapt", "bits per byte", found))
 
 
 def _reward_section(stages: dict[str, Stage]) -> Section:
@@ -196,7 +195,7 @@ def _reward_section(stages: dict[str, Stage]) -> Section:
         source = charts.before_after_chart(rows, "mean reward")
         found.append({"title": "Held-out prompts", "source": source, "alt": "Mean reward on held-out prompts"})
     note = "What PPO was paid for. A rising reward with a runaway KL is a sign of a gamed measure, so both are shown."
-    return _section("Reward", note, found, _absent(stages, ("align",), "a reward"))
+    return _section("Reward", note, found, _absent(stages, "align", "a reward", found))
 
 
 def _load_section(stages: dict[str, Stage]) -> Section:
@@ -213,7 +212,7 @@ def _load_section(stages: dict[str, Stage]) -> Section:
         panel = {"title": "Imbalance", "ylabel": "busiest expert / mean", "lines": lines}
         found.append({"source": charts.line_charts([panel]), "alt": "Load imbalance over steps"})
     note = "How the router spreads tokens: 1 is an even share, 0 an expert that is never chosen."
-    return _section("Expert load", note, found, _absent(stages, ("pretrain",), "the experts' load"))
+    return _section("Expert load", note, found, _absent(stages, "pretrain", "the experts' load", found))
 
 
 def _benchmark_section(stages: dict[str, Stage]) -> Section:
@@ -227,4 +226,4 @@ def _benchmark_section(stages: dict[str, Stage]) -> Section:
     if rows:
         found = [{"source": charts.benchmark_chart(rows), "alt": "Benchmark scores with intervals and chance"}]
     note = "Where the interval covers the dashed line, the score is no evidence that the model knows anything."
-    return _section("Benchmarks", note, found, _absent(stages, ("evaluate",), "a benchmark"))
+    return _section("Benchmarks", note, found, _absent(stages, "evaluate", "a benchmark", found))

@@ -56,7 +56,7 @@ def format_seconds(seconds: Any) -> str:
     """
     if not is_number(seconds):
         return "not recorded"
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -15,33 +15,18 @@ HOME = "/home/someone/projects"
 
 
 def tiny_checkpoint(path: Path) -> None:
-    """Save a real DeepSeek-V3 checkpoint of 2 layers: 1 dense, 1 with 4 routed experts (2 active) and 1 shared."""
+    """Save a real checkpoint of ours with its tokenizer: 2 layers, 1 of them with 4 routed experts (1 to 3 active)."""
     import torch
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    from deepseek_training.tokenizer import train_tokenizer
+    from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
     torch.manual_seed(0)
-    config = DeepseekV3Config(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=40,
-        moe_intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        kv_lora_rank=16,
-        q_lora_rank=None,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        max_position_embeddings=64,
-        num_nextn_predict_layers=0,
-    )
-    DeepseekV3ForCausalLM(config).save_pretrained(path)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "num_hidden_layers": 2}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 3, "min_experts_per_tok": 1}
+    config = DeepseekConfig.from_preset("debug", vocab_size=300, max_position_embeddings=64, **sizes, **experts)
+    DeepseekForCausalLM(config).save_pretrained(path)
+    train_tokenizer(["a fox and a crow sat on a wall"] * 4, 300).save_pretrained(path)
 
 
 def make_stage(

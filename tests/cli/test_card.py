@@ -1,0 +1,37 @@
+import argparse
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from deepseek_cli import card
+from deepseek_model_cards.run_folder import RunFolder
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    card.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    run = RunFolder.create(tmp_path / "demo" / "evaluate", {"model": "fox"}, command="evaluate", seed=1)
+    row = {"metric": "acc", "dataset": "mmlu", "split": "test", "value": 0.25, "stderr": 0.04, "n": 114}
+    run.finish({"stage": "evaluate", "results": [row], "checks": [], "data": [], "samples": [], "seconds": 3})
+    return tmp_path / "demo"
+
+
+def test_card_and_report_are_written_and_the_table_is_printed(evaluated, capsys):
+    assert card.run(parse(str(evaluated), "--repo-id", "someone/fox", "--licence", "mit")) == 0
+    printed = capsys.readouterr().out
+    assert "0.250 \u00b1 0.040" in printed and str(evaluated / "report.html") in printed
+    loaded = ModelCard.load(evaluated / "README.md")
+    assert loaded.data.license == "mit" and loaded.data.model_name == "fox"
+    assert (evaluated / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert yaml.safe_load((evaluated / ".eval_results" / "mmlu.yaml").read_text())[0]["value"] == 0.25
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        card.run(parse(str(tmp_path)))

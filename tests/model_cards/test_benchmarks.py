@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+
+from deepseek_model_cards.benchmarks import chance_level, compare_to_chance, wilson_interval
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 164), (30, 114), (1, 7), (164, 164)])
+def test_the_interval_solves_the_score_equation(successes, n):
+    """Witness: a bound p of Wilson's interval satisfies |share - p| = z sqrt(p (1 - p) / n)."""
+    share = successes / n
+    for bound in wilson_interval(share, n):
+        assert abs(share - bound) == pytest.approx(1.96 * np.sqrt(bound * (1 - bound) / n), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "reading"),
+    [
+        (0.263, 0.041, "at chance"),
+        (0.40, 0.041, "above chance"),
+        (0.10, 0.041, "below chance"),
+        (0.3, None, "no stand"),
+    ],
+)
+def test_a_score_is_read_against_guessing(value, stderr, reading):
+    row = {"dataset": "mmlu", "metric": "acc", "value": value, "stderr": stderr, "n": 114}
+    assert chance_level(row) == 0.25
+    assert compare_to_chance(row, 0.25).startswith(reading)
+
+
+def test_none_solved_says_what_that_bounds():
+    row = {"dataset": "humaneval", "metric": "pass_at_1", "value": 0.0, "stderr": 0.0, "n": 164}
+    # 0.982^164 = 0.05: at a true rate of 1.8 %, 164 failures in a row happen one time in twenty.
+    assert compare_to_chance(row, chance_level(row)) == "none solved (under 1.8% at 95 % confidence)"
+    assert compare_to_chance({**row, "value": 0.05, "stderr": 0.017}, 0.0) == "above chance"
+
+
+def test_chance_is_not_guessed_for_other_data_or_metrics():
+    assert chance_level({"dataset": "books", "metric": "acc"}) is None
+    assert chance_level({"dataset": "mmlu", "metric": "perplexity"}) is None
+    assert chance_level({"dataset": "own", "metric": "acc", "chance": 0.5}) == 0.5
