@@ -1,10 +1,11 @@
 """The DeepSeek-style Mixture-of-Experts model for transformers.
 
-Importing it registers model type ``deepseek_moe`` with the Auto classes.
+Importing it registers model type ``deepseek_moe`` with the Auto classes, and the experts implementation ``fused_moe``.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from . import fused_experts  # noqa: F401  (registers itself)
 from .configuration_deepseek import DeepseekConfig
 from .modeling_deepseek import DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel
 

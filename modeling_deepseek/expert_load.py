@@ -1,6 +1,8 @@
 """What a router counts while training: tokens an expert, and tokens in all.
 
-`DeepseekRouter` owns one; the balancing bias, the expert-share controller and the logs read it. Surprising: are plain attributes, not buffers, because DistributedDataParallel overwrites buffers with rank 0's; and a activation checkpointing runs twice is counted once.
+`DeepseekRouter` owns one; the balancing bias, the expert-share controller and the logs read it. Surprising: the counts
+are plain attributes, not buffers, because DistributedDataParallel overwrites buffers with rank 0's; and a layer that
+activation checkpointing runs twice is counted once.
 """
 
 import torch
