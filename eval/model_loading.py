@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import modeling_deepseek  # noqa: F401  (registers our model type with the Auto classes)
+from deepseek_model_cards import loading
 
 # What lm-evaluation-harness 0.4.13 assumes when neither model nor tokenizer names a context length.
 DEFAULT_MAX_LENGTH = 2048

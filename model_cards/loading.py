@@ -69,9 +69,7 @@ def resolve_checkpoint(name_or_path: str | Path, *, marks: tuple[str, ...] = _CO
         return str(path / "model")
     if path.is_dir():
         if not any((path / name).is_file() for name in marks):
-            raise FileNotFoundError(
-                f"model: {path} holds no config.json; wanted a checkpoint or a finished run folder"
-            )
+            raise FileNotFoundError(f"model: {path} holds no config.json; wanted a checkpoint or a finished run")
         return str(path)
     name = str(name_or_path)
     if path.exists():
