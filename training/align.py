@@ -1,0 +1,284 @@
+"""Stage 3: align a model with PPO under a weighted reward.
+
+``deepseek-moe align RECIPE`` and the demo call `align`. The run folder keeps policy (``model/``), value model and
+reference, a row of metrics an update, and the held-out prompts' rewards before and after. Surprising: the gain is
+judged pairwise, prompt by prompt with the same random numbers, because the prompts differ far more among themselves
+than a prompt's rewards before and after; the unpaired error is reported beside it.
+"""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from deepseek_model_cards.loading import load_model, load_tokenizer
+from deepseek_model_cards.run_folder import RunFolder
+from deepseek_training.recipe import recipe_settings, setting
+
+METRIC_NAMES = ("reward", "reward_relevance", "reward_safety", "reward_diversity", "kl", "length_tokens")
+NUM_SAMPLES = 6
+
+
+@dataclasses.dataclass
+class AlignRecipe:
+    """Settings of the align stage."""
+
+    model: str = setting(help="the policy to start from: local path or Hub id, with its tokenizer")
+    prompts: str = setting("dialogues", help="embedded name, file, folder or Hub id of prompts")
+    prompt_column: str | None = setting(None, help="column with the prompts; by default 'prompt' or 'text'")
+    prompt_template: str | None = setting(
+        "{prompt}\n", help="how a prompt is put to the model; null uses the tokenizer's chat template"
+    )
+    max_prompt_tokens: int = setting(96, help="longer prompts are refused; at least 1")
+    num_eval_prompts: int = setting(192, help="held-out prompts scored before and after; at least 8")
+    weights: list[float] = setting(  # noqa: RUF009 - `setting` returns a dataclass field
+        [0.7, 0.2, 0.1], help="of relevance, safety, diversity; none negative, sum above 0"
+    )
+    num_updates: int = setting(20, help="PPO updates; at least 1")
+    batch_size: int = setting(64, help="prompts played an update")
+    num_mini_batches: int = setting(2, help="optimizer steps a pass over the batch; divides batch_size")
+    num_ppo_epochs: int = setting(2, help="passes over each batch")
+    response_length: int = setting(40, help="longest completion, in tokens")
+    temperature: float = setting(0.9, help="of sampling, above 0")
+    learning_rate: float = setting(1e-4, help="of policy and value model; falls linearly to 0")
+    kl_coef: float = setting(0.05, help="weight of the divergence from the reference; 0 or more")
+    cliprange: float = setting(0.2, help="the policy's probability ratio is clipped to 1 plus or minus this")
+    cliprange_value: float = setting(0.2, help="the value's change is clipped to this")
+    vf_coef: float = setting(0.5, help="weight of the value loss")
+    max_grad_norm: float = setting(1.0, help="gradients are clipped to this norm")
+    missing_eos_penalty: float | None = setting(None, help="taken off the score of a completion that does not end")
+    min_gain_stderr: float = setting(2.0, help="bar: the held-out reward must rise by this many standard errors")
+    seed: int = setting(0, help="of prompts' order, sampling and the value head")
+
+    def __post_init__(self):
+        """Check the ranges."""
+        for name in ("num_updates", "batch_size", "num_mini_batches", "num_ppo_epochs", "response_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed is 1 or more")
+        if self.batch_size % self.num_mini_batches:
+            raise ValueError(f"num_mini_batches={self.num_mini_batches}: must divide batch_size={self.batch_size}")
+        if self.num_eval_prompts < 8:
+            raise ValueError(f"num_eval_prompts={self.num_eval_prompts}: allowed is 8 or more")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature}: allowed is above 0")
+        if self.kl_coef < 0:
+            raise ValueError(f"kl_coef={self.kl_coef}: allowed is 0 or more")
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise ValueError(f"prompt_template={self.prompt_template!r}: it must hold {{prompt}}")
+
+
+def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Align a model and return the summary, also written to the run folder.
+
+    Args:
+        recipe: The settings.
+        output: The run folder; an unfinished run with equal settings goes on from its last checkpoint.
+        overwrite: Delete whatever run the folder holds.
+
+    Raises:
+        ValueError: A setting or a prompt that cannot work.
+        FileNotFoundError: No such model or prompts.
+        FileExistsError: The folder holds something else.
+        RewardError: The reward failed in mid-run; the run can be taken up again.
+    """
+    from deepseek_training.ppo_checkpoint import last_checkpoint
+
+    started = time.time()
+    reward = build_reward(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    prompts = {
+        "train": load_prompts(recipe, tokenizer, "train"),
+        "validation": load_prompts(recipe, tokenizer, "validation").select_columns(["prompt", "input_ids"]),
+    }
+    held_out = prompts["validation"].select(range(min(recipe.num_eval_prompts, len(prompts["validation"]))))
+    run = RunFolder.create(output, recipe_settings(recipe), command="align", seed=recipe.seed, overwrite=overwrite)
+    trainer = build_trainer(recipe, run, tokenizer, reward, prompts["train"], held_out)
+    trainer.evaluate(metric_key_prefix="before")
+    before = trainer.last_evaluation
+    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
+    trainer.evaluate(metric_key_prefix="after")
+    after = trainer.last_evaluation
+    save_models(trainer, run, tokenizer)
+    return run.finish(summarize(recipe, prompts, held_out, before, after, time.time() - started))
+
+
+def build_reward(recipe: AlignRecipe) -> Any:
+    """Return the weighted reward of a recipe."""
+    from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
+
+    return WeightedReward([Relevance(), Safety(), Diversity()], weights=recipe.weights)
+
+
+def load_prompts(recipe: AlignRecipe, tokenizer: Any, split: str) -> Any:
+    """Return a `datasets.Dataset` with ``prompt`` and ``input_ids``, in order of appearance.
+
+    Raises:
+        ValueError: No prompts, or one longer than `max_prompt_tokens`.
+    """
+    import datasets
+
+    from deepseek_training.text_data import load_texts
+
+    texts = load_texts(recipe.prompts, split, column=recipe.prompt_column)
+    ids = [encode_prompt(text, tokenizer, recipe.prompt_template) for text in texts]
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+    if len(ids[longest]) > recipe.max_prompt_tokens:
+        raise ValueError(
+            f"prompts: {recipe.prompts} holds a prompt of {len(ids[longest])} tokens ({texts[longest][:40]!r}...), "
+            f"longer than max_prompt_tokens={recipe.max_prompt_tokens}"
+        )
+    return datasets.Dataset.from_dict({"prompt": texts, "input_ids": ids})
+
+
+def encode_prompt(prompt: str, tokenizer: Any, template: str | None) -> list[int]:
+    """Return a prompt's token ids, put as the template says; None takes the tokenizer's chat template.
+
+    Raises:
+        ValueError: No template is given and the tokenizer has none.
+    """
+    if template is not None:
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return start + tokenizer(template.replace("{prompt}", prompt), add_special_tokens=False)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ValueError("prompt_template=null: the tokenizer has no chat template; give one such as '{prompt}\\n'")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def build_trainer(recipe: AlignRecipe, run: RunFolder, tokenizer: Any, reward: Any, train: Any, held_out: Any) -> Any:
+    """Return the PPO trainer: value model from the policy's weights, reference a frozen copy."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from trl.experimental.ppo import PPOConfig
+
+    from deepseek_training.ppo_trainer import CorrectedPPOTrainer
+
+    torch.manual_seed(recipe.seed)
+    policy = load_model(recipe.model)
+    value_model = load_model(recipe.model, auto_class=AutoModelForSequenceClassification, num_labels=1)
+    torch.nn.init.zeros_(value_model.score.weight)  # a random head would start with a random baseline
+    context = policy.config.max_position_embeddings
+    if recipe.max_prompt_tokens + recipe.response_length > context:
+        raise ValueError(
+            f"max_prompt_tokens={recipe.max_prompt_tokens} and response_length={recipe.response_length}: together "
+            f"longer than the model's context of {context} tokens"
+        )
+    args = PPOConfig(
+        output_dir=str(run.path / "checkpoints"),
+        seed=recipe.seed,
+        per_device_train_batch_size=recipe.batch_size // recipe.num_mini_batches,
+        gradient_accumulation_steps=recipe.num_mini_batches,
+        num_mini_batches=recipe.num_mini_batches,
+        per_device_eval_batch_size=recipe.batch_size,
+        local_rollout_forward_batch_size=recipe.batch_size,
+        total_episodes=recipe.num_updates * recipe.batch_size,
+        num_ppo_epochs=recipe.num_ppo_epochs,
+        response_length=recipe.response_length,
+        temperature=recipe.temperature,
+        learning_rate=recipe.learning_rate,
+        kl_coef=recipe.kl_coef,
+        cliprange=recipe.cliprange,
+        cliprange_value=recipe.cliprange_value,
+        vf_coef=recipe.vf_coef,
+        max_grad_norm=recipe.max_grad_norm,
+        missing_eos_penalty=recipe.missing_eos_penalty,
+        stop_token="eos",
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=10,
+        save_total_limit=1,
+        num_sample_generations=0,
+        report_to=[],
+    )
+    return CorrectedPPOTrainer(
+        args=args,
+        processing_class=tokenizer,
+        model=policy,
+        reward=reward,
+        train_dataset=train,
+        eval_dataset=held_out,
+        value_model=value_model,
+        callbacks=[_make_log_callback(run)],
+    )
+
+
+def _make_log_callback(run: RunFolder) -> Any:
+    """A callback that copies each log row into the run folder, under the names the card and report read."""
+    from transformers import TrainerCallback
+
+    class LogToRunFolder(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            row = {"step": state.global_step, **logs}
+            if "objective/scores" in logs:
+                row |= {"reward": logs["objective/scores"], "kl": logs["objective/kl"]}
+                row |= {"entropy": logs["policy/entropy_avg"], "learning_rate": logs["lr"]}
+            run.log(row)
+
+    return LogToRunFolder()
+
+
+def save_models(trainer: Any, run: RunFolder, tokenizer: Any) -> None:
+    """Write the policy to ``model/``, beside it ``value_model/`` and ``reference/``, each loadable by itself."""
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    folders = {"value_model": unwrapped.value_model, "reference": trainer.ref_model, "model": unwrapped.policy}
+    for name, model in folders.items():
+        if model is not None:
+            model.save_pretrained(run.path / name)
+            tokenizer.save_pretrained(run.path / name)
+
+
+def summarize(
+    recipe: AlignRecipe, prompts: dict, held_out: Any, before: dict, after: dict, seconds: float
+) -> dict[str, Any]:
+    """Return the summary: results before and after, the gain with its error, data, checks and samples."""
+    from deepseek_training.ppo_trainer import standard_error
+    from deepseek_training.text_data import describe_data
+
+    results = [
+        {
+            "metric": name,
+            "dataset": recipe.prompts,
+            "split": "validation",
+            "when": when,
+            "value": sum(values[name]) / len(values[name]),
+            "stderr": standard_error(values[name]),
+            "n": len(values[name]),
+        }
+        for when, values in (("before", before), ("after", after))
+        for name in METRIC_NAMES
+        if name in values
+    ]
+    gains = [new - old for old, new in zip(before["reward"], after["reward"], strict=True)]
+    gain, paired = sum(gains) / len(gains), standard_error(gains)
+    unpaired = math.hypot(standard_error(before["reward"]), standard_error(after["reward"]))
+    ratio = gain / paired if paired else 0.0
+    picks = range(0, len(held_out), max(1, len(held_out) // NUM_SAMPLES))[:NUM_SAMPLES]
+    return {
+        "stage": "align",
+        "results": results,
+        "gain": {"value": gain, "stderr_paired": paired, "stderr_unpaired": unpaired, "n": len(gains)},
+        "data": [
+            describe_data(recipe.prompts, "train", prompts["train"]["prompt"], "training"),
+            describe_data(recipe.prompts, "validation", held_out["prompt"], "evaluation"),
+        ],
+        "checks": [
+            {
+                "name": "held-out reward gain, in paired standard errors",
+                "value": ratio,
+                "bound": recipe.min_gain_stderr,
+                "comparison": ">=",
+                "passed": ratio >= recipe.min_gain_stderr,
+            }
+        ],
+        "samples": [
+            {"prompt": held_out[i]["prompt"], "completion": values["completion"][i], "when": when}
+            for i in picks
+            for when, values in (("before", before), ("after", after))
+        ],
+        "seconds": seconds,
+    }

@@ -1,0 +1,519 @@
+"""TRL's `PPOTrainer` with its known defects mended; TRL stays the engine.
+
+TRL builds the wrapper, optimizer, schedule, callbacks and saves; its generation, whitening, truncation and metrics'
+names are used as they are. Overridden is what is wrong, each place with its reason; `docs/aligning_with_ppo.md` has
+the table, stock against ours. Rewards are callables (`deepseek_training.rewards`), the very ones GRPO and RLOO take.
+Surprising: with settings under which the stock class is right, both trace the same losses; a test holds that.
+"""
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import trl.experimental.ppo.ppo_trainer as trl_ppo
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object
+from datasets import Dataset
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl.experimental.utils import get_reward
+from trl.models.utils import unwrap_model_for_generation
+
+from deepseek_training.ppo_checkpoint import load_checkpoint, save_training_state
+from deepseek_training.ppo_rollout import (
+    NO_TOKEN,
+    PromptCollator,
+    RewardAdapter,
+    Rollout,
+    mask_beyond_end,
+    response_logprobs,
+    response_values,
+    sample,
+)
+from deepseek_training.ppo_update import STATS, Targets, compute_targets, micro_batch_loss
+
+_SEED_STEP = 1_000_003  # a prime, so that seeds of different updates and processes do not meet
+
+
+class RewardError(RuntimeError):
+    """A reward failed in the middle of a run; a checkpoint of the last whole update has been written."""
+
+
+class CorrectedPPOTrainer(PPOTrainer):
+    """PPO that clips, steps, resumes, evaluates and saves as its settings say.
+
+    Args:
+        args: TRL's settings; their names and meanings are TRL's.
+        processing_class: The tokenizer; it needs a pad token, which may equal eos.
+        model: The policy.
+        reward: A callable (see `deepseek_training.rewards`), or a reward model as TRL takes it.
+        train_dataset: Rows with ``input_ids``; all other columns go to the reward.
+        value_model: A sequence classifier with one label.
+        ref_model: The reference; None copies the policy, or with LoRA turns the adapter off.
+        eval_dataset: Held-out rows, for `evaluate`.
+        callbacks: More callbacks.
+        peft_config: Makes the policy a LoRA one.
+        prompt_column: The column passed to the reward as its prompts; without it the prompts are decoded.
+
+    Raises:
+        ValueError: A setting with which training could not begin or never end.
+    """
+
+    def __init__(
+        self,
+        *,
+        args: PPOConfig,
+        processing_class: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        reward: Callable[..., list[float | None]] | nn.Module,
+        train_dataset: Dataset,
+        value_model: nn.Module,
+        ref_model: PreTrainedModel | None = None,
+        eval_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: Any = None,
+        optimizers: tuple = (None, None),
+        prompt_column: str = "prompt",
+    ):
+        _check(args, processing_class, train_dataset, eval_dataset)
+        if not isinstance(reward, nn.Module):
+            reward = RewardAdapter(reward, processing_class)
+        with _stock_accelerator_replaced(args):
+            super().__init__(
+                args=args,
+                processing_class=processing_class,
+                model=model,
+                ref_model=ref_model,
+                reward_model=reward,
+                train_dataset=train_dataset,
+                value_model=value_model,
+                data_collator=PromptCollator(),
+                eval_dataset=eval_dataset,
+                optimizers=optimizers,
+                callbacks=callbacks,
+                peft_config=peft_config,
+            )
+        if len(train_dataset) < args.batch_size:
+            raise ValueError(
+                f"train_dataset: {len(train_dataset)} rows are fewer than the batch of {args.batch_size}; "
+                "lower per_device_train_batch_size or gradient_accumulation_steps"
+            )
+        self.prompt_column = prompt_column
+        self.last_evaluation: dict[str, list] = {}
+        self._metrics: dict[str, list[float]] = {}
+        self._extra_columns: dict[str, list] = {}
+        self._seconds = dict.fromkeys(("generation", "reward", "logps", "update"), 0.0)
+        for module in (self.policy_model, self.ref_model, self.value_model):
+            if module is not None:
+                disable_functional_dropout(module)
+        if args.gradient_checkpointing:  # stock: the setting is read and never applied
+            for module in (self.policy_model, self.value_model):
+                module.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
+        """Train to the end, from the start or from a checkpoint folder.
+
+        Stock takes no checkpoint, never evaluates, and rolls out in training mode.
+
+        Raises:
+            RewardError: A reward raised, or returned scores that are missing, not finite or miscounted.
+        """
+        args = self.args
+        self._begin(resume_from_checkpoint)
+        started = time.perf_counter()
+        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        while self.state.global_step < args.num_total_batches and not self.control.should_training_stop:
+            self._train_step(self.state.global_step + 1)
+        self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+        seconds = time.perf_counter() - started
+        losses = [row["loss/policy_avg"] for row in self.state.log_history if "loss/policy_avg" in row]
+        return TrainOutput(
+            self.state.global_step, float(np.mean(losses)) if losses else 0.0, {"train_runtime": seconds}
+        )
+
+    def _begin(self, checkpoint: str | None) -> None:
+        """Set the counters as stock does, then overwrite them with the checkpoint's."""
+        args = self.args
+        self.state.global_step = self.state.episode = 0
+        self.state.max_steps = args.num_total_batches
+        self.state.num_train_epochs = args.total_episodes / self.train_dataset_len
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(args, name)
+            if value is not None:
+                value = math.ceil(self.state.max_steps * value) if value < 1 else value
+                setattr(self.state, name, value)
+        if self.is_deepspeed_enabled:
+            self.deepspeed = self.model_wrapped = self.model
+        if checkpoint is not None:
+            load_checkpoint(self, checkpoint)
+        self.model.train()
+
+    def _train_step(self, update: int) -> None:
+        args = self.args
+        self._seed(update)
+        try:
+            rollout = self._play(self._batch(update))
+        except RewardError:
+            self._save_checkpoint(self.model, trial=None)
+            raise
+        with torch.no_grad():
+            targets = compute_targets(rollout, args)
+        stats = self._learn(rollout, targets)
+        self.state.episode += args.batch_size
+        self.state.epoch = self.state.episode / self.train_dataset_len
+        self.state.global_step = update
+        self._log_step(rollout, targets, stats)
+        self.lr_scheduler.step()
+        self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+        if self.control.should_evaluate and self.eval_dataset is not None:
+            self.evaluate()
+        if self.control.should_save:
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(args, self.state, self.control)
+
+    def _seed(self, update: int) -> None:
+        """Make an update's randomness depend on nothing but seed, process and number, so that resuming is exact."""
+        torch.manual_seed(self.local_seed + _SEED_STEP * update)
+        np.random.seed((self.local_seed + _SEED_STEP * update) % 2**32)
+
+    def _batch(self, update: int) -> dict[str, Any]:
+        """This process's prompts of an update; each pass over the data has its own order."""
+        args = self.args
+        per_epoch = self.train_dataset_len // args.batch_size
+        epoch, position = divmod(update - 1, per_epoch)
+        order = torch.randperm(self.train_dataset_len, generator=torch.Generator().manual_seed(args.seed + epoch))
+        start = position * args.batch_size + self.accelerator.process_index * args.local_batch_size
+        rows = self.train_dataset.select(order[start : start + args.local_batch_size].tolist())
+        return self.data_collator(list(rows))
+
+    @torch.no_grad()
+    def _play(self, batch: dict[str, Any], temperature: float | None = None, is_evaluation: bool = False) -> Rollout:
+        """Sample completions and note logps, values and scores, with every module in evaluation mode.
+
+        Stock samples in training mode (functional dropout, load counters) and outside autocast.
+        """
+        args, device = self.args, self.accelerator.device
+        temperature = args.temperature if temperature is None else temperature
+        queries = batch["input_ids"].to(device)
+        context_length = queries.shape[1]
+        self.model.eval()
+        with self.accelerator.autocast():
+            with self._timed("generation"), self._unwrapped_for_generation(temperature) as (unwrapped, config):
+                query_responses, logprobs = sample(
+                    unwrapped.policy, queries, config, args.local_rollout_forward_batch_size, self.stop_token_id
+                )
+            with self._timed("logps"):
+                ref_logprobs, values = self._reference_and_values(query_responses, context_length, temperature)
+        self.model.train()
+        masked = mask_beyond_end(query_responses[:, context_length:], logprobs.float(), ref_logprobs, values)
+        responses = query_responses[:, context_length:]
+        has_eos = (responses == self._end_token_id).any(1)
+        with self._timed("reward"):
+            scores, completions = self._score(batch, query_responses, context_length, is_evaluation)
+        if args.missing_eos_penalty is not None:
+            scores = torch.where(has_eos, scores, scores - args.missing_eos_penalty)
+        return Rollout(
+            query_responses, context_length, scores=scores, has_eos=has_eos, completions=completions, **masked
+        )
+
+    @property
+    def _end_token_id(self) -> int:
+        return self.processing_class.eos_token_id if self.stop_token_id is None else self.stop_token_id
+
+    @contextlib.contextmanager
+    def _unwrapped_for_generation(self, temperature: float) -> Iterator[tuple[nn.Module, GenerationConfig]]:
+        settings = {
+            "max_new_tokens": self.args.response_length,
+            "temperature": temperature + 1e-7,
+            "top_k": 0,
+            "top_p": 1.0,
+            "do_sample": True,
+        }
+        config = GenerationConfig(**settings, pad_token_id=self.processing_class.pad_token_id)
+        with unwrap_model_for_generation(
+            self.model,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            generation_kwargs=settings,
+        ) as unwrapped:
+            yield unwrapped, config
+
+    def _reference_and_values(
+        self, query_responses: torch.Tensor, context_length: int, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T] each, in slices of the rollout batch size."""
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        ref_logprobs, values = [], []
+        for part in query_responses.split(self.args.local_rollout_forward_batch_size):
+            if self.ref_model is None:
+                with self.null_ref_context():
+                    ref_logprobs.append(response_logprobs(unwrapped.policy, part, context_length, temperature))
+            else:
+                ref_logprobs.append(response_logprobs(self.ref_model, part, context_length, temperature))
+            values.append(response_values(unwrapped.value_model, part, context_length))
+        return torch.cat(ref_logprobs), torch.cat(values)
+
+    @contextlib.contextmanager
+    def null_ref_context(self) -> Iterator[None]:
+        """Turn the LoRA adapter off; stock looks for it on the DDP wrapper, which has no ``policy``."""
+        wrapped, self.model = self.model, self.accelerator.unwrap_model(self.model)
+        try:
+            with super().null_ref_context():
+                yield
+        finally:
+            self.model = wrapped
+
+    def _score(
+        self, batch: dict[str, Any], query_responses: torch.Tensor, context_length: int, is_evaluation: bool
+    ) -> tuple[torch.Tensor, list[str]]:
+        """[B] scores and the completions as text; the reward is called once for the whole batch."""
+        device = self.accelerator.device
+        ids = [row[row != NO_TOKEN].tolist() for row in query_responses[:, context_length:]]
+        if not isinstance(self.reward_model, RewardAdapter):
+            _, scores, _ = get_reward(self.reward_model, query_responses, NO_TOKEN, context_length)
+            return scores.float(), self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        columns = {key: value for key, value in batch.items() if key not in ("input_ids", self.prompt_column)}
+        prompts = batch.get(self.prompt_column) or self.processing_class.batch_decode(
+            [row[row != NO_TOKEN].tolist() for row in batch["input_ids"]], skip_special_tokens=True
+        )
+        extras = {
+            "trainer_state": self.state,
+            "log_metric": self._log_metric,
+            "log_extra": self._extra_columns.__setitem__,
+            "is_evaluation": is_evaluation,
+        }
+        try:
+            scores, completions = self.reward_model.score(ids, prompts, **columns, **extras)
+        except Exception as error:  # whatever a user's reward may raise, the run is kept
+            raise RewardError(f"step {self.state.global_step + 1}: {type(error).__name__}: {error}") from error
+        return scores.to(device), completions
+
+    def _learn(self, rollout: Rollout, targets: Targets) -> dict[str, torch.Tensor]:
+        """Take the optimizer steps of one batch; return `STATS`, one value a mini-batch, and the gradient's norm.
+
+        Stock steps once per `gradient_accumulation_steps` micro-batches, however many make a mini-batch; steps after
+        each of them when the data loader is at its end; never clips.
+        """
+        args, accelerator, device = self.args, self.accelerator, self.accelerator.device
+        logged: dict[str, list[torch.Tensor]] = {name: [] for name in (*STATS, "grad_norm")}
+        with self._timed("update"):
+            for _ in range(args.num_ppo_epochs):
+                order = torch.from_numpy(np.random.permutation(args.local_batch_size)).to(device)
+                for mini_batch in order.split(args.local_mini_batch_size):
+                    tokens = (~rollout.padding_mask[mini_batch]).sum()
+                    positions = (~rollout.padding_mask_p1[mini_batch]).sum()
+                    micro_batches = mini_batch.split(args.per_device_train_batch_size)
+                    sums: dict[str, torch.Tensor] = {}
+                    for rows in micro_batches:
+                        with accelerator.accumulate(self.model):
+                            loss, stats = micro_batch_loss(
+                                self.model, rollout, targets, rows, (tokens, positions, len(mini_batch)), args
+                            )
+                            # accelerate divides by the number of micro-batches; the shares already add up to the mean
+                            accelerator.backward(loss * len(micro_batches))
+                            if accelerator.sync_gradients and args.max_grad_norm:
+                                norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                                logged["grad_norm"].append(norm.detach())
+                            self.optimizer.step()
+                            self.optimizer.zero_grad()
+                        for name, value in stats.items():
+                            sums[name] = sums.get(name, 0.0) + value
+                    for name, value in sums.items():
+                        logged[name].append(value)
+        return {name: torch.stack(values) for name, values in logged.items() if values}
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Sample one completion a held-out prompt and return the mean reward, its parts and the KL, with errors.
+
+        Stock has no evaluation loop and its loader drops the last partial batch. The randomness is the same at every
+        call, so that evaluations differ by the policy alone, and training does not notice.
+
+        Args:
+            eval_dataset: Other rows than the trainer's.
+            ignore_keys: Not used; for `Trainer`'s signature.
+            metric_key_prefix: Put before each name.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = list(range(rank, len(dataset), world))
+        size = self.args.per_device_eval_batch_size
+        rows: list[dict[str, Any]] = []
+        training_metrics, self._metrics = self._metrics, {}
+        seconds = copy.copy(self._seconds)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.local_seed)
+            for start in range(0, len(mine), size):
+                batch = self.data_collator(list(dataset.select(mine[start : start + size])))
+                rows += self._evaluate_batch(batch, mine[start : start + size])
+        self._metrics, self._seconds = training_metrics, seconds
+        rows = sorted(gather_object(rows), key=lambda row: row["index"])
+        self.last_evaluation = {key: [row[key] for row in rows] for key in rows[0]}
+        metrics = {}
+        for key, values in self.last_evaluation.items():
+            if isinstance(values[0], float):
+                metrics[f"{metric_key_prefix}_{key}"] = float(np.mean(values))
+                metrics[f"{metric_key_prefix}_{key}_stderr"] = standard_error(values)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate_batch(self, batch: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
+        """One row a prompt: reward, its parts, KL, length, completion."""
+        self._extra_columns.clear()
+        rollout = self._play(batch, is_evaluation=True)
+        kl = (rollout.logprobs - rollout.ref_logprobs).masked_fill(rollout.padding_mask, 0).sum(1)
+        columns = {
+            "index": indices,
+            "reward": rollout.scores.tolist(),
+            **self._extra_columns,
+            "kl": kl.tolist(),
+            "length_tokens": rollout.lengths.float().tolist(),
+            "completion": rollout.completions,
+        }
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    # ---- logging and saving ---------------------------------------------------------------------------------------
+
+    def _log_metric(self, name: str, value: float) -> None:
+        """What rewards receive as ``log_metric``; values are averaged over the processes at the next log."""
+        self._metrics.setdefault(name, []).append(value)
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+
+    def _log_step(self, rollout: Rollout, targets: Targets, stats: dict[str, torch.Tensor]) -> None:
+        """Log under TRL's names, and the gradient's norm, the reward's parts and the share of time beside them."""
+        entropy = (-rollout.logprobs).masked_fill(rollout.padding_mask, 0).sum(1).mean()
+        non_score = targets.non_score_reward.sum(1).mean()
+        seconds, total = self._seconds, sum(self._seconds.values())
+        own = {
+            "objective/kl": targets.kl.sum(1).mean(),
+            "objective/entropy": entropy,
+            "objective/non_score_reward": non_score,
+            "objective/rlhf_reward": non_score + rollout.scores.mean(),
+            "objective/scores": rollout.scores.mean(),
+            "policy/approxkl_avg": stats["approxkl"].mean(),
+            "policy/clipfrac_avg": stats["pg_clipfrac"].mean(),
+            "loss/policy_avg": stats["pg_loss"].mean(),
+            "loss/value_avg": stats["vf_loss"].mean(),
+            "val/clipfrac_avg": stats["vf_clipfrac"].mean(),
+            "policy/entropy_avg": stats["entropy"].mean(),
+            "val/ratio": stats["ratio"].mean(),
+            "length_tokens": rollout.lengths.float().mean(),
+            "has_eos": rollout.has_eos.float().mean(),
+            **{name: float(np.mean(values)) for name, values in self._metrics.items()},
+        }
+        device = self.accelerator.device
+        metrics = {
+            name: self.accelerator.gather(torch.as_tensor(value, device=device).float()).mean().item()
+            for name, value in own.items()
+        }
+        metrics["val/ratio_var"] = self.accelerator.gather(stats["ratio"]).var(correction=0).item()
+        metrics["val/num_eos_tokens"] = int((rollout.responses == self.processing_class.eos_token_id).sum())
+        if "grad_norm" in stats:
+            metrics["grad_norm"] = stats["grad_norm"].mean().item()
+        metrics["eps"] = self.args.batch_size / max(total, 1e-9)
+        metrics["rollout_tokens_per_second"] = int(rollout.lengths.sum()) / max(seconds["generation"], 1e-9)
+        metrics["update_tokens_per_second"] = (
+            int((rollout.query_responses != NO_TOKEN).sum()) * self.args.num_ppo_epochs / max(seconds["update"], 1e-9)
+        )
+        metrics.update({f"time/{name}_share": value / max(total, 1e-9) for name, value in seconds.items()})
+        metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
+        metrics["episode"] = self.state.episode
+        self._metrics.clear()
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self.log(metrics)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy, also when DDP hides it (stock then saves the wrapper, which fails)."""
+        wrapped, self.model = self.model, self.accelerator.unwrap_model(self.model)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self.model = wrapped
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save what `Trainer` saves, then the value model and the reward's state (stock loses both)."""
+        super(PPOTrainer, self)._save_checkpoint(model, trial)
+        save_training_state(self)
+
+
+def disable_functional_dropout(model: nn.Module) -> None:
+    """Set every dropout rate a module keeps as a number to 0; TRL reaches only ``nn.Dropout``.
+
+    PPO compares probabilities of the same tokens before and after a step, so they must not be random.
+
+    Args:
+        model: Changed in place; its configuration, which is saved, is left as it is.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def standard_error(values: list[float]) -> float:
+    """Return the standard error of the mean; 0 for a single value."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _check(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, train: Dataset, held_out: Dataset | None) -> None:
+    if tokenizer.pad_token_id is None:
+        raise ValueError("tokenizer: it has no pad token; set tokenizer.pad_token (it may be the eos token)")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: it has no eos token, so no completion could end; set tokenizer.eos_token")
+    for name, dataset in (("train_dataset", train), ("eval_dataset", held_out)):
+        if dataset is None and name == "eval_dataset":
+            continue
+        if not len(dataset):
+            raise ValueError(f"{name}: it is empty; wanted at least one prompt")
+        if any(not len(ids) for ids in dataset["input_ids"]):
+            raise ValueError(f"{name}: a prompt has no tokens")
+    per_mini_batch = args.gradient_accumulation_steps / args.num_mini_batches
+    if per_mini_batch > 1 and not per_mini_batch.is_integer():
+        raise ValueError(
+            f"num_mini_batches={args.num_mini_batches}: gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps} must be a multiple of it, or at most as large"
+        )
+
+
+@contextlib.contextmanager
+def _stock_accelerator_replaced(args: PPOConfig) -> Iterator[None]:
+    """While stock's constructor runs, give it an `Accelerator` that obeys the settings.
+
+    Stock builds one without mixed precision, that counts `gradient_accumulation_steps` micro-batches to a step, steps
+    early at the data loader's end, and lets DDP wait for experts that saw no token.
+    """
+
+    def build(gradient_accumulation_steps: int) -> Accelerator:
+        steps = max(1, gradient_accumulation_steps // args.num_mini_batches)
+        return Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps, sync_with_dataloader=False),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+
+    stock, trl_ppo.Accelerator = trl_ppo.Accelerator, build
+    try:
+        yield
+    finally:
+        trl_ppo.Accelerator = stock

@@ -1,0 +1,211 @@
+"""Words and n-grams, as the rewards count them.
+
+Chat messages (``[{"role": ..., "content": ...}]``, what GRPO and RLOO pass for conversational data) are read as the
+text of their last message, so each reward takes plain strings and conversations alike.
+"""
+
+import re
+from collections.abc import Sequence
+
+# Han characters are words by themselves: Chinese puts no space between words.
+_WORD = re.compile(r"[^\W_\u4e00-\u9fff]+(?:['\u2019][^\W\d_]+)*|[\u4e00-\u9fff]")
+
+# The closed-class words of English: they carry the grammar of a sentence and hardly any of its topic.
+FUNCTION_WORDS = frozenset(
+    [
+        "a",
+        "about",
+        "above",
+        "after",
+        "again",
+        "against",
+        "all",
+        "also",
+        "am",
+        "an",
+        "and",
+        "any",
+        "are",
+        "aren't",
+        "as",
+        "at",
+        "be",
+        "because",
+        "been",
+        "before",
+        "being",
+        "below",
+        "between",
+        "both",
+        "but",
+        "by",
+        "can",
+        "cannot",
+        "can't",
+        "could",
+        "couldn't",
+        "did",
+        "didn't",
+        "do",
+        "does",
+        "doesn't",
+        "doing",
+        "don't",
+        "down",
+        "during",
+        "each",
+        "few",
+        "for",
+        "from",
+        "further",
+        "had",
+        "hadn't",
+        "has",
+        "hasn't",
+        "have",
+        "haven't",
+        "having",
+        "he",
+        "he's",
+        "her",
+        "here",
+        "hers",
+        "herself",
+        "him",
+        "himself",
+        "his",
+        "how",
+        "i",
+        "i'd",
+        "i'll",
+        "i'm",
+        "i've",
+        "if",
+        "in",
+        "into",
+        "is",
+        "isn't",
+        "it",
+        "it's",
+        "its",
+        "itself",
+        "just",
+        "let's",
+        "may",
+        "me",
+        "might",
+        "more",
+        "most",
+        "must",
+        "my",
+        "myself",
+        "no",
+        "nor",
+        "not",
+        "now",
+        "of",
+        "off",
+        "on",
+        "once",
+        "only",
+        "or",
+        "other",
+        "ought",
+        "our",
+        "ours",
+        "ourselves",
+        "out",
+        "over",
+        "own",
+        "same",
+        "shall",
+        "she",
+        "should",
+        "shouldn't",
+        "so",
+        "some",
+        "such",
+        "than",
+        "that",
+        "that's",
+        "the",
+        "their",
+        "theirs",
+        "them",
+        "themselves",
+        "then",
+        "there",
+        "there's",
+        "these",
+        "they",
+        "they're",
+        "this",
+        "those",
+        "through",
+        "to",
+        "too",
+        "under",
+        "until",
+        "up",
+        "upon",
+        "very",
+        "was",
+        "wasn't",
+        "we",
+        "we're",
+        "were",
+        "weren't",
+        "what",
+        "what's",
+        "when",
+        "where",
+        "which",
+        "while",
+        "who",
+        "whom",
+        "why",
+        "will",
+        "with",
+        "won't",
+        "would",
+        "wouldn't",
+        "yet",
+        "you",
+        "you'd",
+        "you'll",
+        "you're",
+        "you've",
+        "your",
+        "yours",
+        "yourself",
+        "yourselves",
+    ]
+)
+
+
+def text_of(item: str | Sequence[dict[str, str]]) -> str:
+    """Return a prompt's or completion's text, be it a string or chat messages."""
+    return item if isinstance(item, str) else (item[-1]["content"] if item else "")
+
+
+def split_words(text: str) -> list[str]:
+    """Return the lower-case words of a text, without punctuation."""
+    return _WORD.findall(text.lower().replace("\u2019", "'"))
+
+
+def content_words(words: Sequence[str]) -> list[str]:
+    """Return the words that are not function words, each cut to its stem."""
+    return [stem(word) for word in words if word not in FUNCTION_WORDS]
+
+
+def stem(word: str) -> str:
+    """Return the word without plural and the commonest verb endings, so that "treats" meets "treatment" halfway."""
+    for ending in ("'s", "ies", "ing", "ed", "es", "s"):
+        if word.endswith(ending) and len(word) - len(ending) >= 4:
+            return word[: -len(ending)]
+    return word
+
+
+def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """Return the n-grams of a word list, in order."""
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
