@@ -1,6 +1,6 @@
 """The kernel's means of confinement, called through ctypes: namespaces, Landlock, seccomp, capabilities.
 
-Called only by ``sandbox_server.py``, in a process of its own. Standard library only, because that process starts without
+Called only by ``sandbox_server.py``, in a process of its own. Standard library only: that process has no
 site-packages. Every function raises `OSError` where the kernel refuses, so the caller can name what is missing.
 Surprising: the seccomp program is assembled here by hand; it is thirty lines and saves a dependency with C code.
 
@@ -104,7 +104,7 @@ def unshare(flags: int) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
-    """Mount, as mount(2).
+    """Attach a file system or a folder at another place.
 
     Args:
         source: Device or folder.

@@ -1,8 +1,9 @@
 """Scores a model on benchmarks and writes a run folder: results, and every answer beside its target.
 
-Called by ``deepseek-moe evaluate`` and the demo. Each task streams its answers into ``samples_<task>.partial.jsonl`` as
-they come; a run that was interrupted reads that file and goes on with what is missing. Surprising: batches are planned
-over all items before the finished ones are left out, so that the numbers do not depend on where a run stopped.
+Called by ``deepseek-moe evaluate`` and the demo. Each task appends its answers to ``samples_<task>.partial.jsonl``
+as they come; a run that was interrupted reads that file and goes on with what is missing. Surprising: batches are
+planned over all items before the finished ones are left out, so that the numbers do not depend on where a run
+stopped.
 """
 
 import json
@@ -24,6 +25,8 @@ from deepseek_eval.tasks.task import Task
 from deepseek_model_cards.run_folder import RunFolder, write_json, write_text
 
 logger = logging.getLogger(__name__)
+# What makes the figures comparable: whose prompts, stop strings and aggregation they follow.
+HARNESS = "deepseek-moe, prompts and aggregation of lm-evaluation-harness 0.4.13"
 METRICS_FOLDER = Path(__file__).resolve().parent / "metrics"
 
 
@@ -33,7 +36,7 @@ def evaluate_model(
     tasks: Sequence[str] = ("mmlu", "humaneval"),
     num_fewshot: int = 0,
     limit: int | dict[str, int] | None = None,
-    batch_size: int = 16,
+    batch_size: int = 32,
     output: str | Path,
     max_new_tokens: int | None = None,
     num_samples: int = 1,
@@ -294,6 +297,7 @@ def _summarise(tasks: list[Task], results: dict[str, Any], settings: dict[str, A
                 "n": scores["n"],
                 "task": task.name,
                 "num_fewshot": scores.get("num_fewshot", 0),
+                "harness": HARNESS,
             }
         )
     data = [
@@ -303,6 +307,7 @@ def _summarise(tasks: list[Task], results: dict[str, Any], settings: dict[str, A
             "source": t.source,
             "split": t.split,
             "num_rows": results["tasks"][t.name]["n"],
+            "used_for": "evaluation",
         }
         for t in tasks
     ]

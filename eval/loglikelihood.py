@@ -1,8 +1,8 @@
 """Log-likelihoods of one-token answers, several times faster than one full forward pass a question.
 
-Called by ``harness.py`` for multiple-choice tasks. The numbers are lm-evaluation-harness 0.4.13's: the prompt is encoded
-as the tokenizer does by default, too long a prompt loses tokens from the left, and the score is the log-softmax of the
-last position at each answer's token.
+Called by ``harness.py`` for multiple-choice tasks. The numbers are lm-evaluation-harness 0.4.13's: the prompt is
+encoded as the tokenizer does by default, too long a prompt loses tokens from the left, and the score is the
+log-softmax of the last position at each answer's token.
 
 What is different is only the cost. Questions of one group open with the same tokens (description and shots); those are
 run once and their key-value cache is shared by the whole batch without being copied. Batches hold questions of similar
@@ -82,8 +82,8 @@ def encode_items(loaded: LoadedModel, items: Sequence[ChoiceItem]) -> list[Encod
         encoded.append(EncodedItem(item, token_ids[-max_length:], choice_ids, len(token_ids) > max_length))
     if shortest > max_length:
         raise ValueError(
-            f"context: {max_length} tokens hold not even the shortest question ({shortest} tokens); use fewer shots or "
-            "a model with a longer context"
+            f"context: {max_length} tokens hold not even the shortest question ({shortest} tokens); use fewer shots "
+            "or a model with a longer context"
         )
     return encoded
 

@@ -3,9 +3,10 @@
     run_program("assert 1 + 1 == 2").passed      # True only if the program ran to its end without error
     for result in run_programs(sources): ...     # several at once, results in order
 
-Called by the pass@k metric and usable alone. Each program runs in its own process without network, environment or files
-but Python's own library and an empty temporary folder, under limits, by the strongest means the machine has; what these
-are is probed when the first program runs and named by `describe_protection`. ``sandbox_server.py`` holds the mechanism.
+Called by the pass@k metric and usable alone. Each program runs in its own process without network, environment or
+files but Python's own library and an empty temporary folder, under limits, by the strongest means the machine has;
+what these are is probed when the first program runs and named by `describe_protection`. ``sandbox_server.py`` holds
+the mechanism.
 
 Surprising: on a machine that offers less than `MINIMUM`, nothing runs unless asked for with ``allow_weak_sandbox``.
 """
@@ -127,7 +128,8 @@ def _check_protection(allow_weak: bool) -> None:
     missing = [name for name in MINIMUM if name not in layers]
     if missing and not allow_weak:
         raise ValueError(
-            f"sandbox: this machine offers no protection for {', '.join(missing)} ({'; '.join(_POOL.notes) or 'no reason given'}); "
+            f"sandbox: this machine offers no protection for {', '.join(missing)} "
+            f"({'; '.join(_POOL.notes) or 'no reason given'}); "
             "pass allow_weak_sandbox (--allow-weak-sandbox) to run programs all the same"
         )
 

@@ -8,12 +8,12 @@ Three processes matter. The *server* builds a private root once (only Python's l
 *program* into it; forking a warm interpreter is what makes this cheap. The program gets no network, no other files, an
 unprivileged user, limits and a filter on system calls; the judge watches clock, memory and end.
 
-Surprising: how the judge knows that a program ran to its end. Anything the program's process could send, hostile code in
-that process could send as well; a secret could be found by it. So nothing is believed that is sent. Before the program
-the process blocks in a read, called from one place; the judge notes the stack pointer the kernel shows for it in
-``/proc/PID/syscall``. After the last line it blocks in the same read from the same place, and only there has the stack
-that depth: code inside the program stands deeper, and code that left it by an exception, an exit or a signal never
-comes back to that place.
+Surprising: how the judge knows that a program ran to its end. Anything the program's process could send, hostile
+code in that process could send as well; a secret could be found by it. So nothing is believed that is sent. Before
+the program the process blocks in a read, called from one place; the judge notes the stack pointer the kernel shows
+for it in ``/proc/PID/syscall``. After the last line it blocks in the same read from the same place, and only there
+has the stack that depth: code inside the program stands deeper, and code that left it by an exception, an exit or a
+signal never comes back to that place.
 """
 
 import os
@@ -48,7 +48,11 @@ TICK_S = 0.02
 ARRIVAL_S = 2.0
 _CHANNEL = 3
 # Loaded once and shared by every program: what benchmark solutions import, so that a fork starts warm.
-_PRELOADED = ["abc", "array", "base64", "bisect", "calendar", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "heapq", "hashlib", "io", "itertools", "json", "keyword", "math", "numbers", "operator", "queue", "random", "re", "secrets", "statistics", "string", "struct", "textwrap", "threading", "traceback", "typing", "unicodedata", "uuid"]
+_PRELOADED = """
+    abc array base64 bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools heapq
+    hashlib io itertools json keyword math numbers operator queue random re secrets statistics string struct textwrap
+    threading traceback typing unicodedata uuid
+""".split()  # noqa: SIM905  (a list of forty strings would take forty lines)
 
 
 class Server:
@@ -349,7 +353,7 @@ class _Judge:
 
 
 def _fork_init() -> int:
-    """The first process of the new process namespace: it does nothing, adopts orphans, and takes all along when killed.
+    """The first process of the new process namespace: it idles, adopts orphans, and takes all along when killed.
 
     The program is the second one, because the first is immune to signals from inside, its own included.
     """
@@ -458,10 +462,9 @@ def _fresh_interpreter(server: Server, as_main: bool) -> dict:
 
 
 def _make_hook(readable: list[str]):
-    forbidden = frozenset(
-        ("sys.settrace", "sys.setprofile", "sys.addaudithook", "code.__new__", "gc.get_objects", "gc.get_referrers")
-        + ("gc.get_referents", "sys._current_frames", "sys._current_exceptions", "sys.monitoring.register_callback")
-    )
+    names = "sys.settrace sys.setprofile sys.addaudithook sys._current_frames sys._current_exceptions code.__new__"
+    names += " gc.get_objects gc.get_referrers gc.get_referents sys.monitoring.register_callback"
+    forbidden = frozenset(names.split())
     modules = frozenset(("ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_xxsubinterpreters", "_interpreters"))
 
     def hook(event, arguments, forbidden=forbidden, modules=modules, error=RuntimeError):

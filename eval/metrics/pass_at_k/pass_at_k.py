@@ -1,6 +1,6 @@
 """pass@k of programs against their tests, run in the sandbox. A drop-in for ``code_eval``, with a standard error.
 
-Loaded offline by ``evaluate.load(<this folder>)``; inputs are those of ``code_eval``, so predictions made elsewhere fit.
+Loaded offline by ``evaluate.load(<this folder>)``; inputs are those of ``code_eval``, so its users' predictions fit.
 
 Formula, for n samples a problem of which c pass: pass@k = 1 - C(n - c, k) / C(n, k), averaged over problems.
 """

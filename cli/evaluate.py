@@ -1,0 +1,124 @@
+"""``deepseek-moe evaluate``: scores any causal language model; the work is done by `deepseek_eval.harness`."""
+
+import argparse
+
+HELP = "score a causal language model on MMLU and HumanEval"
+EXAMPLES = """
+  deepseek-moe evaluate runs/demo/align --tasks mmlu --limit 2
+  deepseek-moe evaluate path/to/model --tasks mmlu --num-fewshot 5 --batch-size 64 --output runs/mmlu
+  deepseek-moe evaluate org/name --tasks humaneval --num-samples 10 --temperature 0.8 --output runs/humaneval
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options.
+
+    Args:
+        parser: The command's parser.
+    """
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, run folder, or Hub id")
+    parser.add_argument("--tasks", default="mmlu,humaneval", help="comma-separated names")
+    parser.add_argument("--num-fewshot", type=int, default=0, metavar="N", help="shots (MMLU: 0 to 5)")
+    parser.add_argument(
+        "--limit",
+        default=None,
+        metavar="N",
+        help="first N items of a task (MMLU: of each subject), or by task: mmlu=2,humaneval=20 (all without it)",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="B", help="questions or prompts at once")
+    parser.add_argument("--output", default="runs/evaluate", metavar="DIR", help="run folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that is in the way")
+    parser.add_argument(
+        "--data", default=None, metavar="DIR", help="folder with own data files, named as the embedded"
+    )
+    _add_generation_arguments(parser)
+    _add_model_arguments(parser)
+
+
+def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("completions")
+    group.add_argument("--max-new-tokens", type=int, default=None, metavar="N", help="length limit (HumanEval: 1024)")
+    group.add_argument("--num-samples", type=int, default=1, metavar="N", help="completions per problem")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus share for sampling")
+    group.add_argument("--seed", type=int, default=0, help="seed for sampling")
+    group.add_argument(
+        "--allow-weak-sandbox", action="store_true", help="run programs though the machine cannot confine them fully"
+    )
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("loading")
+    group.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="weights' type"
+    )
+    group.add_argument("--device", default=None, help="torch device (the first GPU, else the CPU)")
+    group.add_argument("--adapter", default=None, metavar="PATH", help="PEFT adapter, folder or Hub id")
+    group.add_argument("--experts-implementation", default=None, metavar="NAME", help="how MoE layers run")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+
+
+def parse_limit(text: str | None) -> int | dict[str, int] | None:
+    """Return ``--limit`` as the harness takes it.
+
+    Args:
+        text: A number, or ``task=number`` pairs with commas.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            return int(text)
+        return {name.strip(): int(number) for name, number in (pair.split("=") for pair in text.split(","))}
+    except ValueError:
+        raise ValueError(
+            f"limit: {text!r}, wanted a number or task=number pairs such as mmlu=2,humaneval=20"
+        ) from None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print one line a figure.
+
+    Args:
+        args: The parsed options.
+
+    Returns:
+        0.
+    """
+    limit = parse_limit(args.limit)
+    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    from deepseek_eval.tasks.catalogue import find_task
+
+    for name in tasks:  # Before the seconds that torch takes to load.
+        find_task(name)
+    from deepseek_eval.harness import evaluate_model
+
+    names = (
+        "num_fewshot batch_size output overwrite max_new_tokens num_samples temperature top_p seed allow_weak_sandbox "
+        "dtype device adapter experts_implementation trust_remote_code"
+    )
+    options = {name: vars(args)[name] for name in names.split()}
+    results = evaluate_model(args.model, tasks=tasks, limit=limit, data_path=args.data, **options)
+    print(format_results(results))
+    print(f"\nWritten to {args.output}: results.json and samples_<task>.jsonl")
+    return 0
+
+
+def format_results(results: dict) -> str:
+    """Return a small table of the headline figures.
+
+    Args:
+        results: What the harness returned.
+    """
+    lines = [f"{'task':<12}{'metric':<12}{'value':>8}{'stderr':>9}{'n':>8}"]
+    for task, scores in results["tasks"].items():
+        for metric, value in scores.items():
+            if metric not in ("acc", "macro_acc") and not (metric.startswith("pass@") and "_" not in metric):
+                continue
+            stderr = scores[f"{metric}_stderr"]
+            error = "-" if stderr is None else f"{stderr:.4f}"
+            lines.append(f"{task:<12}{metric:<12}{value:>8.4f}{error:>9}{scores['n']:>8}")
+    return "\n".join(lines)
