@@ -1,0 +1,38 @@
+"""``deepseek-moe adapt``: stage 2, from a recipe."""
+
+import argparse
+
+HELP = "Continue a model on a domain with replayed general text (stage 2)."
+EXAMPLES = """
+  deepseek-moe adapt adapt-debug --model runs/first/model --output runs/second
+  deepseek-moe adapt adapt-demo --model runs/mine/model --data my_domain.jsonl --output runs/domain
+  deepseek-moe adapt adapt-demo --model runs/mine/model --replay-share 0.5 --output runs/more_replay
+
+An interrupted run goes on when the same command is given again.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the recipe, its settings and where to write."""
+    from deepseek_training.recipe import add_recipe_arguments
+    from deepseek_training.stage_recipes import AdaptRecipe
+
+    add_recipe_arguments(parser, AdaptRecipe)
+    parser.add_argument("--output", default="runs/adapt", help="run folder")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and print what changed."""
+    from deepseek_training.recipe import collect_overrides, load_recipe
+    from deepseek_training.stage_recipes import AdaptRecipe
+
+    recipe = load_recipe(args.recipe, AdaptRecipe, collect_overrides(args))
+
+    from deepseek_training.adapt import adapt
+
+    summary = adapt(recipe, args.output, overwrite=args.overwrite)
+    for check in summary["checks"]:
+        print(f"{check['dataset']}: bits per byte {check['value']:+.1%} ({'ok' if check['passed'] else 'missed'})")
+    print(f"model in {args.output}/model after {summary['seconds']:.0f} s")
+    return 0 if all(check["passed"] for check in summary["checks"]) else 1

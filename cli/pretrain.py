@@ -1,0 +1,48 @@
+"""``deepseek-moe pretrain``: stage 1, from a recipe."""
+
+import argparse
+
+HELP = "Pretrain a model from scratch on plain text (stage 1)."
+EXAMPLES = """
+  deepseek-moe pretrain pretrain-debug --output runs/first
+  deepseek-moe pretrain pretrain-demo --data my_texts/ --max-steps 2000 --output runs/mine
+  deepseek-moe pretrain my_recipe.yaml --model "{n_routed_experts: 32}" --output runs/more_experts
+
+An interrupted run goes on when the same command is given again.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the recipe, its settings and where to write."""
+    from deepseek_training.recipe import add_recipe_arguments
+    from deepseek_training.stage_recipes import PretrainRecipe
+
+    add_recipe_arguments(parser, PretrainRecipe)
+    parser.add_argument("--output", default="runs/pretrain", help="run folder")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and print where the result lies."""
+    from deepseek_training.recipe import collect_overrides, load_recipe
+    from deepseek_training.stage_recipes import PretrainRecipe
+
+    recipe = load_recipe(args.recipe, PretrainRecipe, collect_overrides(args))
+
+    from deepseek_training.pretrain import pretrain
+
+    summary = pretrain(recipe, args.output, overwrite=args.overwrite)
+    return _report(summary, args.output)
+
+
+def _report(summary: dict, output: str) -> int:
+    for row in summary["results"]:
+        print(
+            f"{row['dataset']}: {row['value']:.4f} +- {row['stderr']:.4f} bits per byte "
+            f"({row['baseline_name']}: {row['baseline']:.4f})"
+        )
+    print(f"model in {output}/model after {summary['seconds']:.0f} s")
+    missed = [check["name"] for check in summary["checks"] if not check["passed"]]
+    if missed:
+        print(f"missed: {', '.join(missed)}")
+    return 1 if missed else 0

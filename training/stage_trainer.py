@@ -1,0 +1,179 @@
+"""The training shared by `pretrain` and `adapt`: `transformers.Trainer` in a run folder, with exact resume.
+
+What is ours here: evaluation in bits per byte, the figures of the experts, and going on from the last complete
+checkpoint. Surprising: a run that was killed ends with the same bits as one that was not, which holds because the log
+window, the data order, the random state and the routers' controllers all restart at a checkpoint.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
+
+from deepseek_model_cards.run_folder import RunFolder
+from deepseek_training.bits_per_byte import BitsPerByte, measure_model
+from deepseek_training.checkpoints import CheckpointMarker, last_complete_checkpoint, step_of
+from deepseek_training.figures import TrainingFigures
+from deepseek_training.packing import cut_to_share, encode_documents
+from deepseek_training.run_callbacks import MetricsFile, ProgressBar, drop_metrics_after
+from deepseek_training.stage_recipes import TrainerSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """A held-out set as it is scored.
+
+    Attributes:
+        name: As it appears in the figures.
+        texts: The texts.
+        documents: Their tokens.
+        num_bytes: Their UTF-8 bytes.
+    """
+
+    name: str
+    texts: list[str]
+    documents: Sequence[np.ndarray]
+    num_bytes: int
+
+    @classmethod
+    def prepare(cls, name: str, texts: Sequence[str], tokenizer: Any, max_bytes: int | None) -> "HeldOut":
+        """Return the set, shortened to `max_bytes` and encoded."""
+        texts = cut_to_share(texts, max_bytes)
+        return cls(name, texts, encode_documents(texts, tokenizer), sum(len(text.encode()) for text in texts))
+
+    def measure(self, model: Any, recipe: TrainerSettings) -> BitsPerByte:
+        """Return the model's bits per byte on this set."""
+        return measure_model(
+            model,
+            self.documents,
+            self.num_bytes,
+            sequence_length=recipe.sequence_length,
+            batch_size=recipe.batch_size,
+        )
+
+
+class StageTrainer(Trainer):
+    """Evaluates in bits per byte instead of the mean loss of blocks.
+
+    Args:
+        recipe: The stage's settings.
+        held_out: The sets to score.
+        **kwargs: As for `transformers.Trainer`.
+    """
+
+    def __init__(self, recipe: TrainerSettings, held_out: Sequence[HeldOut], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.recipe = recipe
+        self.held_out = held_out
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score every held-out set, log and return ``eval_<name>_bits_per_byte``."""
+        metrics = {}
+        for held_out in self.held_out:
+            measured = held_out.measure(self.model_wrapped, self.recipe)
+            metrics[f"eval_{held_out.name}_bits_per_byte"] = measured.value
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def train_stage(
+    recipe: TrainerSettings,
+    run: RunFolder,
+    model: PreTrainedModel,
+    dataset: torch.utils.data.Dataset,
+    held_out: Sequence[HeldOut],
+    *,
+    stage: str,
+) -> TrainingFigures:
+    """Train the model in place, from the run's last complete checkpoint if it has one.
+
+    Args:
+        recipe: The settings.
+        run: The run folder.
+        model: The model.
+        dataset: Blocks to train on.
+        held_out: Sets scored every `eval_steps`.
+        stage: Its name, for the progress bar.
+
+    Returns:
+        The figures, which hold the load of the experts in the last logged window.
+    """
+    trainer = StageTrainer(
+        recipe,
+        held_out,
+        model=model,
+        args=training_arguments(recipe, run),
+        train_dataset=dataset,
+        eval_dataset=dataset if recipe.eval_steps else None,  # Trainer wants one; `evaluate` reads `held_out`
+    )
+    trainer.remove_callback(PrinterCallback)
+    disable_progress_bar()  # "Writing model shards" would break our bar's line at every checkpoint
+    figures = TrainingFigures.attach(trainer)
+    trainer.add_callback(MetricsFile(run, figures))
+    trainer.add_callback(ProgressBar(stage))
+    trainer.add_callback(CheckpointMarker())
+    checkpoint = last_complete_checkpoint(run.path / "checkpoints")
+    if run.is_resumed:
+        drop_metrics_after(run, step_of(checkpoint) if checkpoint else 0)
+    if checkpoint:
+        logger.warning("going on from %s", checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        logger.warning("%s", describe_interruption(recipe, run))
+        raise
+    return figures
+
+
+def describe_interruption(recipe: TrainerSettings, run: RunFolder) -> str:
+    """Return one line on how to go on after Ctrl-C."""
+    checkpoint = last_complete_checkpoint(run.path / "checkpoints")
+    start = f"step {step_of(checkpoint)}" if checkpoint else "the beginning (no checkpoint was due yet)"
+    return f"stopped; run the same command again to go on from {start} in {run.path}"
+
+
+def training_arguments(recipe: TrainerSettings, run: RunFolder) -> TrainingArguments:
+    """Return the trainer's arguments for a recipe.
+
+    Args:
+        recipe: The settings.
+        run: The run folder; checkpoints go into it.
+    """
+    has_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(run.path / "checkpoints"),
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": recipe.min_learning_rate_share},
+        warmup_steps=recipe.warmup_steps,
+        optim="adamw_torch",
+        weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.adam_beta2,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.bf16,
+        activation_checkpointing=recipe.gradient_checkpointing,
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if recipe.eval_steps else "no",
+        eval_steps=recipe.eval_steps or None,
+        save_strategy="steps" if recipe.save_steps else "no",
+        save_steps=recipe.save_steps or recipe.max_steps,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        use_cpu=not has_gpu,
+        dataloader_pin_memory=has_gpu,
+        remove_unused_columns=False,
+        disable_tqdm=True,  # `ProgressBar` replaces it
+        report_to=recipe.report_to or "none",
+    )
