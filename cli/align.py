@@ -11,7 +11,7 @@ EXAMPLES = """
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from deepseek_training.align import AlignRecipe
+    from deepseek_training.align_recipe import AlignRecipe
     from deepseek_training.recipe import add_recipe_arguments
 
     add_recipe_arguments(parser, AlignRecipe)

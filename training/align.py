@@ -6,7 +6,6 @@ judged pairwise, prompt by prompt with the same random numbers, because the prom
 than a prompt's rewards before and after; the unpaired error is reported beside it.
 """
 
-import dataclasses
 import math
 import time
 from pathlib import Path
@@ -14,58 +13,11 @@ from typing import Any
 
 from deepseek_model_cards.loading import load_model, load_tokenizer
 from deepseek_model_cards.run_folder import RunFolder
-from deepseek_training.recipe import recipe_settings, setting
+from deepseek_training.align_recipe import AlignRecipe
+from deepseek_training.recipe import recipe_settings
 
 METRIC_NAMES = ("reward", "reward_relevance", "reward_safety", "reward_diversity", "kl", "length_tokens")
 NUM_SAMPLES = 6
-
-
-@dataclasses.dataclass
-class AlignRecipe:
-    """Settings of the align stage."""
-
-    model: str = setting(help="the policy to start from: local path or Hub id, with its tokenizer")
-    prompts: str = setting("dialogues", help="embedded name, file, folder or Hub id of prompts")
-    prompt_column: str | None = setting(None, help="column with the prompts; by default 'prompt' or 'text'")
-    prompt_template: str | None = setting(
-        "{prompt}\n", help="how a prompt is put to the model; null uses the tokenizer's chat template"
-    )
-    max_prompt_tokens: int = setting(96, help="longer prompts are refused; at least 1")
-    num_eval_prompts: int = setting(192, help="held-out prompts scored before and after; at least 8")
-    weights: list[float] = setting(  # noqa: RUF009 - `setting` returns a dataclass field
-        [0.7, 0.2, 0.1], help="of relevance, safety, diversity; none negative, sum above 0"
-    )
-    num_updates: int = setting(20, help="PPO updates; at least 1")
-    batch_size: int = setting(64, help="prompts played an update")
-    num_mini_batches: int = setting(2, help="optimizer steps a pass over the batch; divides batch_size")
-    num_ppo_epochs: int = setting(2, help="passes over each batch")
-    response_length: int = setting(40, help="longest completion, in tokens")
-    temperature: float = setting(0.9, help="of sampling, above 0")
-    learning_rate: float = setting(1e-4, help="of policy and value model; falls linearly to 0")
-    kl_coef: float = setting(0.05, help="weight of the divergence from the reference; 0 or more")
-    cliprange: float = setting(0.2, help="the policy's probability ratio is clipped to 1 plus or minus this")
-    cliprange_value: float = setting(0.2, help="the value's change is clipped to this")
-    vf_coef: float = setting(0.5, help="weight of the value loss")
-    max_grad_norm: float = setting(1.0, help="gradients are clipped to this norm")
-    missing_eos_penalty: float | None = setting(None, help="taken off the score of a completion that does not end")
-    min_gain_stderr: float = setting(2.0, help="bar: the held-out reward must rise by this many standard errors")
-    seed: int = setting(0, help="of prompts' order, sampling and the value head")
-
-    def __post_init__(self):
-        """Check the ranges."""
-        for name in ("num_updates", "batch_size", "num_mini_batches", "num_ppo_epochs", "response_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed is 1 or more")
-        if self.batch_size % self.num_mini_batches:
-            raise ValueError(f"num_mini_batches={self.num_mini_batches}: must divide batch_size={self.batch_size}")
-        if self.num_eval_prompts < 8:
-            raise ValueError(f"num_eval_prompts={self.num_eval_prompts}: allowed is 8 or more")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature}: allowed is above 0")
-        if self.kl_coef < 0:
-            raise ValueError(f"kl_coef={self.kl_coef}: allowed is 0 or more")
-        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
-            raise ValueError(f"prompt_template={self.prompt_template!r}: it must hold {{prompt}}")
 
 
 def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -157,8 +109,9 @@ def build_trainer(recipe: AlignRecipe, run: RunFolder, tokenizer: Any, reward: A
     from deepseek_training.ppo_trainer import CorrectedPPOTrainer
 
     torch.manual_seed(recipe.seed)
-    policy = load_model(recipe.model)
-    value_model = load_model(recipe.model, auto_class=AutoModelForSequenceClassification, num_labels=1)
+    options = {"experts_implementation": recipe.experts_implementation} if recipe.experts_implementation else {}
+    policy = load_model(recipe.model, **options)
+    value_model = load_model(recipe.model, auto_class=AutoModelForSequenceClassification, num_labels=1, **options)
     torch.nn.init.zeros_(value_model.score.weight)  # a random head would start with a random baseline
     context = policy.config.max_position_embeddings
     if recipe.max_prompt_tokens + recipe.response_length > context:

@@ -1,41 +1,66 @@
-"""Relevance: how much of the prompt's topic a completion takes up, without repeating the prompt.
+"""Relevance: does the completion speak about what the prompt asks, in words of its own?
 
-    relevance = (1 - echo) * min(1, cosine / `full_cosine`)
-    cosine    = cosine of the IDF-weighted bags of word stems of prompt and completion
-    echo      = share of the completion's word triples that are copied from the prompt
+    relevance  = similarity * novelty * prose
+    similarity = (cosine(embed(prompt), embed(completion)) - low) / (high - low), cut to [0, 1]
+    novelty    = min(1, share of the completion's distinct content words that the prompt lacks / 0.5)
+    prose      = min(1, share of function words / 0.25) * min(1, share of distinct content words / 0.6)
 
-The offline default needs no model. Failure modes: it sees words, not meaning, so a synonym earns nothing and a wrong
-statement on the topic earns everything.
+The cosine alone is hacked at once: repeating the prompt maximises it. `novelty` takes an echo to 0 and lets an answer
+name its subject freely; `prose` takes a list of keywords and a word said over and over to 0. The embedder is the
+small one that ships (`deepseek_training.text_embedder`) or any sentence-embedding model (`SentenceEncoder`).
+
+Failure modes: a bag of words knows no truth and no grammar, so a false statement on the topic earns as much as a true
+one; short honest answers that share no topic word ("About one in ten") earn little; the function words are English, so
+for text in other scripts `prose` only counts repetition.
 """
 
-import functools
-import math
-from collections import Counter
-from typing import Any
+from typing import Any, Protocol
 
-from deepseek_training.rewards.words import content_words, ngrams, split_words, text_of
+import numpy as np
+
+from deepseek_training.rewards.words import FUNCTION_WORDS, content_words, split_words, text_of
+
+# The cosines of unrelated and of good answers, from data/text_embedder.json (quartiles on held-out dialogues).
+LOW_COSINE, HIGH_COSINE = 0.05, 0.60
+FULL_NOVELTY, FULL_FUNCTION_SHARE, FULL_DISTINCT_SHARE = 0.5, 0.25, 0.6
+
+
+class Embedder(Protocol):
+    """What `Relevance` needs of an embedder."""
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """Return [len(texts), dimensions] unit rows."""
 
 
 class Relevance:
-    """Lexical relevance with an echo guard.
+    """Cosine of prompt and completion under guards against echo, keyword lists and repetition.
 
     Args:
-        full_cosine: The cosine that earns full marks, above 0 and at most 1.
+        embedder: Anything with ``embed(texts)``; None takes the one that ships.
+        low: The cosine that earns 0.
+        high: The cosine that earns 1, above `low`.
+        has_guards: False leaves the bare cosine, to show what PPO makes of it.
     """
 
-    name = "relevance"
+    def __init__(
+        self,
+        embedder: Embedder | None = None,
+        low: float = LOW_COSINE,
+        high: float = HIGH_COSINE,
+        has_guards: bool = True,
+    ):
+        from deepseek_training.text_embedder import TextEmbedder
 
-    def __init__(self, full_cosine: float = 0.6):
-        if not 0 < full_cosine <= 1:
-            raise ValueError(f"full_cosine={full_cosine}: allowed is above 0 and at most 1")
-        self.__name__ = self.name  # GRPO and RLOO log a reward under its __name__
-        self.full_cosine = full_cosine
-        self.idf, self.rarest = _load_idf()
+        if not -1 <= low < high <= 1:
+            raise ValueError(f"low={low}, high={high}: allowed is -1 <= low < high <= 1")
+        self.__name__ = "relevance"  # GRPO and RLOO log a reward under its __name__
+        self.embedder = TextEmbedder.load() if embedder is None else embedder
+        self.low, self.high, self.has_guards = low, high, has_guards
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any
     ) -> list[float]:
-        """Return one score in [0, 1] a completion.
+        """Return one score in [0, 1] a completion; an empty one gets 0.
 
         Args:
             prompts: Strings or chat messages, one a completion.
@@ -43,38 +68,31 @@ class Relevance:
             completion_ids: Not used.
             kwargs: Not used.
         """
-        return [self._score(text_of(p), text_of(c)) for p, c in zip(prompts, completions, strict=True)]
-
-    def _score(self, prompt: str, completion: str) -> float:
-        asked, answered = split_words(prompt), split_words(completion)
-        cosine = self._cosine(content_words(asked), content_words(answered))
-        return (1 - echo_share(asked, answered)) * min(1.0, cosine / self.full_cosine)
-
-    def _cosine(self, first: list[str], second: list[str]) -> float:
-        a, b = self._bag(first), self._bag(second)
-        norm = math.sqrt(sum(x * x for x in a.values()) * sum(x * x for x in b.values()))
-        return sum(weight * b.get(word, 0.0) for word, weight in a.items()) / norm if norm else 0.0
-
-    def _bag(self, words: list[str]) -> dict[str, float]:
-        """Logarithmic counts: saying a word ten times is not ten times as relevant."""
-        return {word: (1 + math.log(n)) * self.idf.get(word, self.rarest) for word, n in Counter(words).items()}
+        asked, answered = [text_of(item) for item in prompts], [text_of(item) for item in completions]
+        distinct = list(dict.fromkeys(asked))  # GRPO repeats a prompt for each of its completions
+        rows = dict(zip(distinct, self.embedder.embed(distinct), strict=True))
+        cosines = [float(rows[p] @ c) for p, c in zip(asked, self.embedder.embed(answered), strict=True)]
+        return [
+            min(1.0, max(0.0, (cosine - self.low) / (self.high - self.low)))
+            * (guard(split_words(p), split_words(c)) if self.has_guards else 1.0)
+            for cosine, p, c in zip(cosines, asked, answered, strict=True)
+        ]
 
 
-def echo_share(asked: list[str], answered: list[str]) -> float:
-    """Return the share of the answer's word triples that stand in the prompt."""
-    triples = ngrams(answered, min(3, max(1, len(answered))))
-    known = set(ngrams(asked, min(3, max(1, len(answered)))))
-    return sum(triple in known for triple in triples) / len(triples) if triples else 0.0
+def guard(asked: list[str], answered: list[str]) -> float:
+    """Return novelty times prose, in [0, 1].
 
-
-@functools.cache
-def _load_idf() -> tuple[dict[str, float], float]:
-    """Inverse document frequencies over the embedded training dialogues."""
-    from deepseek_training.text_data import read_rows
-
-    rows = [row for row in read_rows("dialogues") if row["split"] == "train"]
-    counts: Counter[str] = Counter()
-    for row in rows:
-        counts.update(set(content_words(split_words(row["prompt"] + " " + row["answer"]))))
-    idf = {word: math.log((1 + len(rows)) / (1 + n)) for word, n in counts.items()}
-    return idf, math.log(1 + len(rows))
+    Args:
+        asked: The prompt's words.
+        answered: The completion's words.
+    """
+    content = content_words(answered)
+    if not content:
+        return 0.0
+    kinds = set(content)
+    novelty = len(kinds - set(content_words(asked))) / len(kinds)
+    prose = min(1.0, len(kinds) / len(content) / FULL_DISTINCT_SHARE)
+    if sum(word.isascii() for word in answered) > len(answered) / 2:
+        share = sum(word in FUNCTION_WORDS for word in answered) / len(answered)
+        prose *= min(1.0, share / FULL_FUNCTION_SHARE)
+    return min(1.0, novelty / FULL_NOVELTY) * prose
