@@ -58,16 +58,19 @@ def write_card(
     licence: str = "apache-2.0",
     repo_id: str | None = None,
     template: str | Path | None = None,
+    output: str | Path | None = None,
+    model_path: Path | None = None,
 ) -> Path:
     """Write the model card of a run and return its path.
 
     Args:
-        run_path: A stage's folder, or the parent of several; ``README.md``, ``block.png`` and ``.eval_results/`` are
-            written into it.
+        run_path: A stage's folder, or the parent of several.
         name: The model's name; the folder's name by default.
         licence: The licence of the weights, as the Hub spells it.
         repo_id: Where the model will lie on the Hub, for the loading examples.
         template: A Jinja template in place of ours; it gets the same values.
+        output: The folder for ``README.md``, ``block.png`` and ``.eval_results/``; the run's own by default.
+        model_path: The model's folder where it is not in the run; the last stage's by default.
 
     Raises:
         FileNotFoundError: There is no finished run, or no such template.
@@ -76,21 +79,22 @@ def write_card(
     from huggingface_hub import ModelCard
 
     path = Path(run_path)
+    target = Path(output) if output else path
     if template is not None and not Path(template).is_file():
         raise FileNotFoundError(f"--template: {template} is no file")
     stages = read_stages(path)
-    model_path = final_model_path(stages)
+    model_path = model_path or final_model_path(stages)
     config = read_config(model_path)
     name = name or _name_from(path, repo_id)
     metadata = build_metadata(stages, name=name, licence=licence, config=config)
     values = describe_run(stages, name=name, repo_id=repo_id, config=config, model_path=model_path)
     if values["architecture"]:
-        draw_block(config, path / PICTURE)
+        draw_block(config, target / PICTURE)
     # from_template fills {{ card_data }} itself and gives the template every metadata field; ours come on top.
     card = ModelCard.from_template(metadata, template_path=str(template or TEMPLATE), **values)
-    card.save(path / "README.md")
-    write_eval_results(stages, path)
-    return path / "README.md"
+    card.save(target / "README.md")
+    write_eval_results(stages, target)
+    return target / "README.md"
 
 
 def _name_from(path: Path, repo_id: str | None) -> str:

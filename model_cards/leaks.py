@@ -5,6 +5,7 @@ looks at the bytes of a file right before an upload and is the last gate. Surpri
 of environment variables whose names sound secret, for those end up in saved settings more often than in source.
 """
 
+import mmap
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -67,11 +68,11 @@ def secret_values(environment: Mapping[str, str] = os.environ) -> list[str]:
     return sorted((value for value in values if len(value) >= _SHORTEST_SECRET), key=len, reverse=True)
 
 
-def find_leaks(content: bytes, *, is_text: bool, folders: Iterable[Path] = ()) -> list[str]:
+def find_leaks(content: bytes | mmap.mmap, *, is_text: bool, folders: Iterable[Path] = ()) -> list[str]:
     """Name what in a file must not be uploaded; never the secret itself.
 
     Args:
-        content: The bytes of the file.
+        content: The bytes of the file, in memory or mapped.
         is_text: Look for token shapes and any absolute path too; in weights those would match by chance, so there
             only exact values and folders are looked for.
         folders: Local folders whose names must not occur, such as the run's own and the home folder.
@@ -80,11 +81,11 @@ def find_leaks(content: bytes, *, is_text: bool, folders: Iterable[Path] = ()) -
         One short description a finding, empty when clean.
     """
     found = []
-    if any(secret.encode() in content for secret in secret_values()):
+    if any(content.find(secret.encode()) >= 0 for secret in secret_values()):
         found.append("the value of a secret environment variable")
-    found += [f"the local folder {folder}" for folder in folders if str(folder).encode() in content]
+    found += [f"the local folder {folder}" for folder in folders if content.find(str(folder).encode()) >= 0]
     if is_text:
-        text = content.decode("utf-8", errors="replace")
+        text = bytes(content).decode("utf-8", errors="replace")
         if _TOKEN.search(text):
             found.append("something shaped like an access token")
         path = _ABSOLUTE_PATH.search(text)

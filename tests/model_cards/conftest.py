@@ -5,6 +5,7 @@ without error, before and after, a baseline, a missed check, a benchmark at chan
 """
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,30 @@ def demo_run(finished_run, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def finished_stage(tmp_path_factory) -> Path:
+    """One stage alone with a model in several shards and a benchmark; few charts, so that many tests can afford it."""
+    from modeling_deepseek import DeepseekForCausalLM
+
+    row = result("acc", "mmlu", 0.263, stderr=0.041, n=114, split="test", num_fewshot=0)
+    settings = {"model": f"{HOME}/demo/adapt/model"}
+    run = make_stage(tmp_path_factory.mktemp("stage"), "align", settings=settings, summary={"results": [row]})
+    tiny_checkpoint(run.model_path)
+    model = DeepseekForCausalLM.from_pretrained(run.model_path)
+    (run.model_path / "model.safetensors").unlink()
+    model.save_pretrained(run.model_path, max_shard_size="90KB")
+    assert len(list(run.model_path.glob("*.safetensors"))) >= 2
+    return run.path
+
+
+@pytest.fixture
+def stage_run(finished_stage, tmp_path) -> Path:
+    """A copy of the one stage that a test may write into."""
+    import shutil
+
+    return shutil.copytree(finished_stage, tmp_path / "align")
+
+
+@pytest.fixture(scope="session")
 def builders():
     """The functions that make one stage each, for tests of incomplete runs."""
     return {
@@ -172,3 +197,24 @@ def builders():
         "stage": make_stage,
         "result": result,
     }
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on this machine, empty, whose endpoint is `hub.url`; the client's plain large-file protocol, no xet."""
+    import importlib.util
+
+    from huggingface_hub import constants
+
+    # Tests import no siblings (importlib mode), so the server is loaded by its path.
+    path = Path(__file__).with_name("hub_server.py")
+    spec = importlib.util.spec_from_file_location("hub_server", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["hub_server"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    hub, server = module.start_hub()
+    hub.url = server.url
+    yield hub
+    server.shutdown()
