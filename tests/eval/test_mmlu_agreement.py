@@ -1,0 +1,95 @@
+"""Our MMLU answers against lm-evaluation-harness 0.4.13's, question by question.
+
+``reference/`` holds three small checkpoints, a fixed slice of 570 questions, and what lm_eval answered on it; the
+scripts beside them made all three. The slow tests run lm_eval itself on all 14,042 questions, where an interpreter that
+has it is named by ``LM_EVAL_PYTHON``.
+"""
+
+import gzip
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deepseek_eval.loglikelihood import encode_items, plan_batches, score_batches, supports_shared_prefix
+from deepseek_eval.model_loading import load_model
+from deepseek_eval.tasks import mmlu
+
+REFERENCE = Path(__file__).resolve().parent / "reference"
+MODELS = ("ours", "llama", "v3")
+# fp32 sums in another order; a prediction may differ only where its two best answers are closer than this.
+TIE = 1e-4
+
+
+def read_reference() -> dict[tuple[str, int], dict[str, list[float]]]:
+    answers = {}
+    with gzip.open(REFERENCE / "lm_eval_0.4.13.jsonl.gz", "rt") as file:
+        for row in map(json.loads, file):
+            answers.setdefault((row["model"], row["num_fewshot"]), {})[row["id"]] = row["loglikelihoods"]
+    return answers
+
+
+def score(model: str, num_fewshot: int, ids: set[str] | None, batch_size: int = 32) -> tuple[dict, dict]:
+    """Our log-likelihoods and whether each prompt was cut, by question."""
+    loaded = load_model(REFERENCE / model, dtype="float32")
+    items = [item for item in mmlu.build_items(num_fewshot, None, None) if ids is None or item.id in ids]
+    encoded = encode_items(loaded, items)
+    batches = plan_batches(encoded, batch_size, can_share=num_fewshot > 0 and supports_shared_prefix(loaded))
+    pairs = list(score_batches(loaded, batches))
+    return {row.item.id: scores for row, scores in pairs}, {row.item.id: row.is_truncated for row, _ in pairs}
+
+
+def find_disagreements(ours: dict, theirs: dict) -> tuple[list[str], list[str]]:
+    """Questions whose prediction differs: those that are ties, and those that are not."""
+    ties, errors = [], []
+    for name, scores in theirs.items():
+        best, second = sorted(scores, reverse=True)[:2]
+        if ours[name].index(max(ours[name])) != scores.index(best):
+            (ties if best - second < TIE else errors).append(name)
+    return ties, errors
+
+
+@pytest.mark.parametrize("num_fewshot", [0, 5])
+@pytest.mark.parametrize("model", MODELS)
+def test_answers_equal_lm_eval_on_the_slice(model, num_fewshot):
+    theirs = read_reference()[model, num_fewshot]
+    assert len(theirs) == 570
+    ours, is_truncated = score(model, num_fewshot, set(theirs))
+    ties, errors = find_disagreements(ours, theirs)
+    assert not errors
+    assert len(ties) <= 2, ties
+    difference = max(abs(a - b) for name in theirs for a, b in zip(ours[name], theirs[name], strict=True))
+    # Observed on two machines' worth of thread counts: below 1e-5 plus the file's rounding to five decimals.
+    assert difference < 5e-5
+    # The slice must exercise the cut from the left, or agreement on it would go untested.
+    assert any(is_truncated.values()) == (num_fewshot == 5)
+
+
+def test_the_slice_is_the_one_its_rule_gives():
+    names = json.loads((REFERENCE / "slice.json").read_text())
+    assert len(names) == 570
+    assert {name.split("/")[0] for name in names} == set(mmlu.SUBJECT_CATEGORIES)
+    assert set(names) == set(read_reference()["ours", 0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("num_fewshot", [0, 5])
+@pytest.mark.parametrize("model", MODELS)
+def test_answers_equal_lm_eval_on_all_questions(model, num_fewshot, tmp_path):
+    python = os.environ.get("LM_EVAL_PYTHON")
+    if not python:
+        pytest.skip("LM_EVAL_PYTHON names no interpreter with lm_eval 0.4.13")
+    output = tmp_path / "answers.jsonl.gz"
+    command = [python, str(REFERENCE / "run_lm_eval.py"), str(REFERENCE / model), str(output)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    subprocess.run([*command, "--num-fewshot", str(num_fewshot)], check=True, env=environment, capture_output=True)
+    with gzip.open(output, "rt") as file:
+        theirs = {row["id"]: row["loglikelihoods"] for row in map(json.loads, file)}
+    assert len(theirs) == 14_042
+    ours, _ = score(model, num_fewshot, None)
+    ties, errors = find_disagreements(ours, theirs)
+    print(f"{model}, {num_fewshot} shots: {len(ties)} ties closer than {TIE} differ: {ties}")
+    assert not errors
