@@ -57,6 +57,16 @@ class ExpertLoad:
         self.tokens_per_expert.scatter_add_(0, topk_indices.flatten(), counted.flatten())
         self.anchor_version = anchor._version
 
+    def is_stale(self, anchor: torch.nn.Parameter) -> bool:
+        """Return whether the optimizer has stepped since the last count, seen outside a backward pass.
+
+        Args:
+            anchor: The parameter that was given to `count`.
+        """
+        if self.num_tokens is None or torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return False
+        return self.anchor_version != anchor._version
+
     def admits(self, training: bool) -> bool:
         """Return whether the pass now running is to be counted.
 

@@ -11,11 +11,15 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-# u = -log(1 - p): for shares that fall geometrically the number of experts is linear in u, so one gain fits peaked and
-# flat routers alike, where steering p itself turns unstable as p nears 1.
+# u = -log(1 - p): for shares that fall geometrically the number of experts is linear in u, where in p it would be
+# steeper and steeper towards 1.
 _PROPORTIONAL_GAIN = 0.2
 _INTEGRAL_GAIN = 0.2
-_U_RANGE = (1e-3, 16.0)
+_U_RANGE = (1e-3, 30.0)
+# A fresh router's shares are so even that a hair's breadth of p separates 8 experts from 9, a trained one's are not:
+# the gain halves, nearly, each time the error changes sign, and grows slowly while it does not.
+_GAIN_RANGE = (1e-3, 10.0)
+_GAIN_GROWTH, _GAIN_DECAY = 1.2, 0.6
 
 
 class ExpertShareController(nn.Module):
@@ -23,9 +27,10 @@ class ExpertShareController(nn.Module):
 
     With `e = (target - mean) / (max - min)`, once per optimizer step::
 
-        u <- u + K_p (e - e_previous) + K_i e,    p = 1 - exp(-u)
+        g <- 1.2 g if e has the sign of e_previous, else 0.6 g
+        u <- u + g (K_p (e - e_previous) + K_i e),    p = 1 - exp(-u)
 
-    The state `[u, e_previous]` is one fp32 buffer, saved with the model.
+    The state `[u, e_previous, g]` is one fp32 buffer, saved with the model.
 
     Args:
         config: The model's configuration.
@@ -40,7 +45,7 @@ class ExpertShareController(nn.Module):
         self.target = config.mean_experts_target
         # Under even shares p = target / max keeps exactly the target.
         self.initial_p = self.target / self.max_experts if config.expert_top_p is None else config.expert_top_p
-        self.state = nn.Buffer(torch.zeros(2, dtype=torch.float32))
+        self.state = nn.Buffer(torch.zeros(3, dtype=torch.float32))
         self.reset_state()
 
     @property
@@ -55,8 +60,10 @@ class ExpertShareController(nn.Module):
             shares: `[T, K]`, best first, each row summing to 1.
         """
         slots = torch.arange(self.max_experts, device=shares.device)
-        share_before = shares.cumsum(-1) - shares
-        return (share_before < -torch.expm1(-self.state[0])) | (slots < self.min_experts)
+        # A slot is needed if what lies before it is below p. Put as "what is left, this slot included, exceeds 1 - p",
+        # it stays exact for p near 1, where a sum close to 1 loses the small shares.
+        left = shares.flip(-1).cumsum(-1).flip(-1)
+        return (left > torch.exp(-self.state[0])) | (slots < self.min_experts)
 
     @torch.no_grad()
     def step(self, mean_experts: float) -> None:
@@ -68,15 +75,18 @@ class ExpertShareController(nn.Module):
         if self.target is None:
             return
         error = (self.target - mean_experts) / (self.max_experts - self.min_experts)
-        u, previous = self.state.tolist()
-        u += _PROPORTIONAL_GAIN * (error - previous) + _INTEGRAL_GAIN * error
-        self.state.copy_(torch.tensor([min(max(u, _U_RANGE[0]), _U_RANGE[1]), error]))
+        u, previous, gain = self.state.tolist()
+        if error * previous != 0:
+            gain *= _GAIN_GROWTH if error * previous > 0 else _GAIN_DECAY
+            gain = min(max(gain, _GAIN_RANGE[0]), _GAIN_RANGE[1])
+        u += gain * (_PROPORTIONAL_GAIN * (error - previous) + _INTEGRAL_GAIN * error)
+        self.state.copy_(torch.tensor([min(max(u, _U_RANGE[0]), _U_RANGE[1]), error, gain]))
 
     @torch.no_grad()
     def reset_state(self) -> None:
         """Return to the initial p."""
-        p = min(self.initial_p, -math.expm1(-_U_RANGE[1]))
-        init.copy_(self.state, torch.tensor([-math.log1p(-p), 0.0]))
+        u = math.inf if self.initial_p == 1 else -math.log1p(-self.initial_p)
+        init.copy_(self.state, torch.tensor([u if self.target is None else min(u, _U_RANGE[1]), 0.0, 1.0]))
 
     def _apply(self, fn, recurse=True):
         before = self.state

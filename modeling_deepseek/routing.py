@@ -117,7 +117,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         """Used slots `[T, K]`, or None for all of them."""
         if self.share is None:
             return None
-        if self.load.num_tokens is not None and self.load.anchor_version != self.anchor._version:
+        if self.training and self.load.is_stale(self.anchor):
             self.step_share()
         with torch.no_grad():
             weights = self._weigh(router_logits, scores, topk_indices, None)

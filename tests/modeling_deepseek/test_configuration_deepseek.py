@@ -1,0 +1,99 @@
+import pytest
+from transformers import AutoConfig, DeepseekV3Config
+
+from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
+
+
+def test_defaults_are_deepseek_v3s():
+    ours, stock = DeepseekConfig().to_dict(), DeepseekV3Config().to_dict()
+    differing = {key for key, value in stock.items() if ours[key] != value}
+    assert differing == {"model_type"}
+    assert not DeepseekConfig().has_dynamic_experts
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok: 9 is not allowed, want at most n_routed_experts=8"),
+        (
+            {"num_experts_per_tok": 5},
+            "num_experts_per_tok: 5 is not allowed, want at most the 4 experts of topk_group",
+        ),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok: 0 is not allowed"),
+        ({"min_experts_per_tok": 4}, "min_experts_per_tok: 4 is not allowed, want at most num_experts_per_tok=3"),
+        ({"min_experts_per_tok": 0}, "min_experts_per_tok: 0 is not allowed"),
+        ({"min_experts_per_tok": 1, "target_experts_per_tok": 3.5}, "target_experts_per_tok: 3.5 is not allowed"),
+        ({"target_experts_per_tok": 2}, "target_experts_per_tok: 2 is not allowed"),
+        ({"min_experts_per_tok": 1, "expert_top_p": 0.0}, "expert_top_p: 0.0 is not allowed, want None or in"),
+        ({"min_experts_per_tok": 1, "expert_top_p": 1.01}, "expert_top_p: 1.01 is not allowed"),
+        ({"scoring_func": "relu"}, "scoring_func: 'relu' is not allowed, want sigmoid or softmax"),
+        ({"norm_type": "batchnorm"}, "norm_type: 'batchnorm' is not allowed, want rmsnorm or layernorm"),
+        ({"hidden_dropout": 1.0}, "hidden_dropout: 1.0 is not allowed"),
+        ({"hidden_dropout": float("nan")}, "hidden_dropout: nan is not allowed"),
+        ({"router_key_dim": 0}, "router_key_dim: 0 is not allowed"),
+        ({"n_group": 3}, "n_group: 3 is not allowed, want a divisor of n_routed_experts=8"),
+        ({"n_group": 8, "topk_group": 8}, "n_group: 8 is not allowed, want groups of at least 2"),
+        ({"topk_group": 3}, "topk_group: 3 is not allowed"),
+        ({"hidden_size": -1}, "hidden_size: -1 is not allowed"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim: 7 is not allowed, want an even number"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 is not allowed"),
+        ({"router_z_loss_coef": -1e-3}, "router_z_loss_coef: -0.001 is not allowed"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(tiny, settings, message):
+    with pytest.raises(ValueError) as caught:
+        DeepseekConfig(**{**tiny, **settings})
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_setting_changed_after_construction_is_refused_by_the_model(tiny):
+    config = DeepseekConfig(**tiny)
+    config.num_experts_per_tok = 99
+    with pytest.raises(ValueError, match="num_experts_per_tok: 99 is not allowed"):
+        DeepseekForCausalLM(config)
+
+
+def test_targets(tiny):
+    def target(**settings):
+        return DeepseekConfig(**{**tiny, **settings}).mean_experts_target
+
+    assert target() is None
+    assert target(min_experts_per_tok=3) is None
+    assert target(min_experts_per_tok=1) == 2
+    assert target(min_experts_per_tok=1, target_experts_per_tok=2.5) == 2.5
+    assert target(min_experts_per_tok=1, expert_top_p=0.5) is None
+    assert target(min_experts_per_tok=1, expert_top_p=0.5, target_experts_per_tok=2.5) == 2.5
+
+
+def test_presets_take_overrides_and_name_the_nearest_setting():
+    assert DeepseekConfig.from_preset("nano", vocab_size=300, num_experts=8).n_routed_experts == 8
+    with pytest.raises(ValueError, match="did you mean vocab_size"):
+        DeepseekConfig.from_preset("nano", vocabsize=300)
+    with pytest.raises(ValueError, match="preset: 'huge' is not one of 154b, 7.7b, nano, debug"):
+        DeepseekConfig.from_preset("huge")
+
+
+def test_saved_settings_come_back(tmp_path, tiny):
+    added = {
+        "scoring_func": "softmax",
+        "min_experts_per_tok": 1,
+        "target_experts_per_tok": 1.5,
+        "expert_top_p": 0.25,
+        "router_key_dim": 6,
+        "norm_type": "layernorm",
+        "hidden_dropout": 0.125,
+    }
+    config = DeepseekConfig(**tiny, **added)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is DeepseekConfig
+    assert {key: getattr(loaded, key) for key in added} == added
+    loaded.name_or_path = ""
+    assert loaded.to_dict() == config.to_dict()
+
+
+def test_another_models_checkpoint_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="model_type: 'llama' is not allowed"):
+        DeepseekConfig.from_pretrained(tmp_path)
