@@ -117,6 +117,15 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
     _check(_LIBC.mount(*arguments), f"mount {target}")
 
 
+def unmount(target: str) -> None:
+    """Detach what is mounted at a place, also while it is in use.
+
+    Args:
+        target: The place.
+    """
+    _check(_LIBC.umount2(target.encode(), _MNT_DETACH), f"umount {target}")
+
+
 def change_root(folder: str) -> None:
     """Make `folder`, a mount point, the root and let go of the old one.
 
@@ -126,7 +135,7 @@ def change_root(folder: str) -> None:
     os.chdir(folder)
     # The new root stacked on the old one at the same place: no empty folder is needed for the old one.
     _syscall("pivot_root", b".", b".")
-    _check(_LIBC.umount2(b".", _MNT_DETACH), "umount the old root")
+    unmount(".")
     os.chdir("/")
 
 

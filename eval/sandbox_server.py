@@ -53,6 +53,12 @@ _PRELOADED = """
     hashlib io itertools json keyword math numbers operator queue random re secrets statistics string struct textwrap
     threading traceback typing unicodedata uuid
 """.split()  # noqa: SIM905  (a list of forty strings would take forty lines)
+_PRELOADED_IF_UNREADABLE = """
+    ast asyncio bz2 cmath collections.abc concurrent.futures contextlib csv difflib email fnmatch gettext glob
+    graphlib html inspect ipaddress locale logging lzma multiprocessing optparse pathlib pickle platform pprint pstats
+    sqlite3 ssl stringprep subprocess tempfile timeit tokenize types unittest urllib.parse weakref
+    xml.dom.minidom xml.etree.ElementTree zipfile zlib zoneinfo encodings.idna encodings.latin_1 encodings.rot_13
+""".split()  # noqa: SIM905
 
 
 class Server:
@@ -74,6 +80,7 @@ class Server:
             with contextlib.suppress(ImportError):
                 __import__(name)
         os.umask(0o022)
+        os.environ.clear()  # Python itself may have put LC_CTYPE there.
         self.readable = _library_paths()
         self._choose_user()
         if "namespaces" not in self.without:
@@ -83,9 +90,23 @@ class Server:
             os.chmod(self.work_folder, 0o700)
             self.scratch = self.work_folder
             self.readable += ["/dev/null", "/dev/urandom", "/dev/zero"]
+            self._preload_unreadable()
         self._probe()
         gc.collect()
         gc.freeze()  # Keeps the garbage collector of every program from touching, and so copying, these pages.
+
+    def _preload_unreadable(self) -> None:
+        """Load more of the library where the programs' user may not read it, as under root's home."""
+        if os.getuid() == self.run_uid or _succeeds_in_child(
+            lambda: (_become(self.run_uid), open(os.__file__).close())
+        ):
+            return
+        for name in _PRELOADED_IF_UNREADABLE:
+            with contextlib.suppress(ImportError):
+                __import__(name)
+        self.notes.append(
+            "Python's library is unreadable to the programs' user; only what is preloaded can be imported"
+        )
 
     def _choose_user(self) -> None:
         if os.getuid() != 0:
@@ -136,8 +157,7 @@ class Server:
         for device in ("null", "zero", "urandom"):
             _bind_read_only(f"/dev/{device}", f"{root}/dev/{device}", devices=True)
         os.mkdir(root + "/tmp")
-        options = f"size={DISK_BYTES},nr_inodes=4096,mode=700,uid={self.run_uid}"
-        kernel.mount("tmpfs", root + "/tmp", "tmpfs", quiet, options)
+        self._mount_scratch(root + "/tmp")
         kernel.mount("tmpfs", root, "", kernel.MS_REMOUNT | quiet | kernel.MS_RDONLY, "size=1m,mode=755")
         kernel.change_root(root)
         self.scratch = "/tmp"
@@ -186,14 +206,24 @@ class Server:
         return {**outcome, "seconds": time.monotonic() - start}
 
     def _clear_scratch(self) -> None:
-        with os.scandir(self.scratch) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    _make_removable(entry.path)
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                else:
-                    with contextlib.suppress(OSError):
-                        os.unlink(entry.path)
+        """Give the next program an empty folder. What cannot be emptied ends the server; the parent starts another."""
+        if not os.listdir(self.scratch):
+            return
+        if self.scratch == "/tmp":
+            # A fresh file system is emptier, and quicker, than anything deleted from a tree made to resist deletion.
+            kernel.unmount("/tmp")
+            self._mount_scratch("/tmp")
+            return
+        for entry in list(os.scandir(self.scratch)):
+            if entry.is_dir(follow_symlinks=False):
+                _make_removable(entry.path)
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+
+    def _mount_scratch(self, target: str) -> None:
+        options = f"size={DISK_BYTES},nr_inodes=4096,mode=700,uid={self.run_uid}"
+        kernel.mount("tmpfs", target, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
 
 
 def _judge_and_exit(server: Server, request: dict, writer: int) -> None:
@@ -429,16 +459,15 @@ def _confine(server: Server) -> None:
     }
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
+    kernel.forbid_new_privileges()
+    if server.has_landlock:
+        # Before the change of user, who may be unable to open the paths that are to be allowed.
+        kernel.restrict_files(server.readable, [server.scratch])
     if os.getuid() == 0:
-        os.setgroups([])
-        os.setresgid(server.run_uid, server.run_uid, server.run_uid)
-        os.setresuid(server.run_uid, server.run_uid, server.run_uid)
+        _become(server.run_uid)
     with contextlib.suppress(OSError):
         kernel.drop_capabilities()
     kernel.die_with_parent()
-    kernel.forbid_new_privileges()
-    if server.has_landlock:
-        kernel.restrict_files(server.readable, [server.scratch])
     if server.has_seccomp:
         kernel.restrict_calls(own_pid)
 
@@ -447,7 +476,7 @@ def _fresh_interpreter(server: Server, as_main: bool) -> dict:
     """Take our modules out of sight and forbid, from inside Python, what only attacks need.
 
     The audit hook is no boundary; the kernel is. It keeps honest-looking tricks (tracing functions that jump over
-    assertions, made-up bytecode, raw memory through ctypes) from reaching the frame that reports the end.
+    assertions, searches of the heap, raw memory through ctypes) from reaching the frame that reports the end.
     """
     for name in ("confinement", "ctypes", "_ctypes", "sysconfig", "socket", "_socket", "resource", "__main__"):
         sys.modules.pop(name, None)
@@ -462,7 +491,7 @@ def _fresh_interpreter(server: Server, as_main: bool) -> dict:
 
 
 def _make_hook(readable: list[str]):
-    names = "sys.settrace sys.setprofile sys.addaudithook sys._current_frames sys._current_exceptions code.__new__"
+    names = "sys.settrace sys.setprofile sys.addaudithook sys._current_frames sys._current_exceptions"
     names += " gc.get_objects gc.get_referrers gc.get_referents sys.monitoring.register_callback"
     forbidden = frozenset(names.split())
     modules = frozenset(("ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_xxsubinterpreters", "_interpreters"))
@@ -503,12 +532,13 @@ def _bind_read_only(source: str, target: str, devices: bool = False) -> None:
 
 
 def _can_become(uid: int) -> bool:
-    def change() -> None:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
+    return _succeeds_in_child(lambda: _become(uid))
 
-    return _succeeds_in_child(change)
+
+def _become(uid: int) -> None:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
 
 
 def _succeeds_in_child(action) -> bool:
@@ -532,12 +562,13 @@ def _add(layers: dict[str, str], name: str, layer: str) -> None:
 
 
 def _make_removable(folder: str) -> None:
-    with contextlib.suppress(OSError):
-        os.chmod(folder, 0o700)
-        for parent, folders, _ in os.walk(folder):
-            for name in folders:
-                with contextlib.suppress(OSError):
-                    os.chmod(os.path.join(parent, name), 0o700, follow_symlinks=False)
+    """Give back the permissions a program took from its own folders."""
+    os.chmod(folder, 0o700)
+    for parent, folders, _ in os.walk(folder):
+        for name in folders:
+            path = os.path.join(parent, name)
+            if not os.path.islink(path):
+                os.chmod(path, 0o700)
 
 
 def _disk_bytes(folder: str) -> int:

@@ -1,8 +1,8 @@
 """Our MMLU answers against lm-evaluation-harness 0.4.13's, question by question.
 
 ``reference/`` holds three small checkpoints, a fixed slice of 570 questions, and what lm_eval answered on it; the
-scripts beside them made all three. The slow tests run lm_eval itself on all 14,042 questions, where an interpreter that
-has it is named by ``LM_EVAL_PYTHON``.
+scripts beside them made all three. The slow tests run lm_eval itself on all 14,042 questions, where an interpreter
+that has it is named by ``LM_EVAL_PYTHON``.
 """
 
 import gzip
