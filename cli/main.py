@@ -7,6 +7,7 @@ is a defect of ours and keeps its traceback.
 """
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, subparser=command)
     return parser
 
 
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0 on success, 1 when a run misses one of its own bars, 2 for what the user can mend, 130 after Ctrl-C.
     """
-    args = build_parser().parse_args(argv)
+    args = _parse(build_parser(), argv)
     _quieten_libraries()
     try:
         return args.run(args)
@@ -89,10 +90,22 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse, naming the nearest option where one is unknown; argparse alone only repeats what was typed."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = args.subparser
+        near = difflib.get_close_matches(unknown[0], command._option_string_actions, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; see deepseek-moe {args.command} --help"
+        command.exit(2, f"deepseek-moe {args.command}: error: unknown argument {unknown[0]}{hint}\n")
+    return args
+
+
 def _quieten_libraries() -> None:
     """Leave the terminal to our own progress and warnings; each variable can be set by the user instead."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")

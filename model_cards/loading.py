@@ -84,6 +84,9 @@ def _load(auto_class: type, what: str, source: str, **options: Any) -> Any:
         return auto_class.from_pretrained(source, **options)
     except SafetensorError as error:
         raise ValueError(f"{what}: the weights in {source} are damaged or cut short ({first_line(error)})") from None
+    except RuntimeError as error:
+        # transformers logs a table of the tensors and raises this where shapes differ from the configuration's.
+        raise ValueError(f"{what}: the weights in {source} do not fit its config.json ({first_line(error)})") from None
     except OSError as error:
         if Path(source).is_dir():
             raise FileNotFoundError(f"{what}: {source} is not whole ({first_line(error)})") from None

@@ -81,7 +81,7 @@ class RunFolder:
         run.is_resumed = False
         if run.path.exists() and not run.path.is_dir():
             raise FileExistsError(f"output: {run.path} is a file, wanted a folder")
-        if overwrite and (run.path / RECIPE_FILE).exists():
+        if (overwrite and (run.path / RECIPE_FILE).exists()) or run._has_only_begun():
             shutil.rmtree(run.path)
         if run.path.exists() and any(run.path.iterdir()):
             run._check_resumable(settings)
@@ -91,6 +91,10 @@ class RunFolder:
         write_json(run.path / ENVIRONMENT_FILE, describe_environment(command, seed))
         write_text(run.path / RECIPE_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         return run
+
+    def _has_only_begun(self) -> bool:
+        """True for a run that stopped, say at a wrong setting, before it wrote anything worth keeping."""
+        return self.path.is_dir() and {path.name for path in self.path.iterdir()} == {RECIPE_FILE, ENVIRONMENT_FILE}
 
     def _check_resumable(self, settings: dict[str, Any]) -> None:
         hint = "pass another --output, or --overwrite"

@@ -89,3 +89,12 @@ def test_the_environment_names_versions_and_machine_but_no_variable(monkeypatch)
     assert environment["versions"]["torch"].startswith("2.")
     assert environment["machine"]["num_cpus"] >= 1
     assert "hf_" + "a" * 30 not in json.dumps(environment)
+
+
+def test_a_run_that_only_began_is_replaced(tmp_path):
+    RunFolder.create(tmp_path / "run", {"k": 99}, command="pretrain")
+    run = RunFolder.create(tmp_path / "run", {"k": 2}, command="pretrain")
+    assert run.settings == {"k": 2} and not run.is_resumed
+    run.log({"step": 1})
+    with pytest.raises(FileExistsError, match="it differs in k"):
+        RunFolder.create(tmp_path / "run", {"k": 3}, command="pretrain")
