@@ -11,8 +11,14 @@ from deepseek_model_cards.stages import is_number
 
 # Hub id, name, configuration and chance level of the benchmarks that `deepseek_eval` runs.
 BENCHMARKS = {
-    "mmlu": {"hub_id": "cais/mmlu", "name": "MMLU", "config": "all", "chance": 0.25},
-    "humaneval": {"hub_id": "openai/openai_humaneval", "name": "HumanEval", "config": None, "chance": 0.0},
+    "mmlu": {"key": "mmlu", "hub_id": "cais/mmlu", "name": "MMLU", "config": "all", "chance": 0.25},
+    "humaneval": {
+        "key": "humaneval",
+        "hub_id": "openai/openai_humaneval",
+        "name": "HumanEval",
+        "config": None,
+        "chance": 0.0,
+    },
 }
 SHARE_METRICS = ("acc", "acc_norm", "exact_match", "pass_at_1", "pass@1")
 
@@ -23,7 +29,8 @@ def benchmark_of(row: dict[str, Any]) -> dict[str, Any] | None:
     Args:
         row: One entry of a summary's ``results``.
     """
-    return BENCHMARKS.get(str(row.get("dataset")).lower())
+    name = str(row.get("dataset")).lower()
+    return next((known for key, known in BENCHMARKS.items() if name in (key, known["hub_id"].lower())), None)
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -57,7 +64,7 @@ def chance_level(row: dict[str, Any]) -> float | None:
 
 
 def compare_to_chance(row: dict[str, Any], chance: float | None) -> str:
-    """Say whether a result differs from guessing by more than two standard errors.
+    """Say whether guessing lies within a result's 95 % interval.
 
     Args:
         row: One entry of a summary's ``results``.
@@ -72,9 +79,18 @@ def compare_to_chance(row: dict[str, Any], chance: float | None) -> str:
             if row.get("n")
             else "none solved"
         )
-    if not is_number(row.get("stderr")):
-        return "no standard error, so not compared"
-    distance = row["value"] - chance
-    if abs(distance) <= 2 * row["stderr"]:
+    low, high = _interval(row)
+    if low is None:
+        return "no error known, so not compared"
+    if low <= chance <= high:
         return "at chance"
-    return "above chance" if distance > 0 else "below chance"
+    return "above chance" if row["value"] > chance else "below chance"
+
+
+def _interval(row: dict[str, Any]) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of a share: Wilson's where the number of items is known, else two standard errors."""
+    if is_number(row.get("n")) and row["n"] > 0:
+        return wilson_interval(row["value"], row["n"])
+    if is_number(row.get("stderr")):
+        return row["value"] - 2 * row["stderr"], row["value"] + 2 * row["stderr"]
+    return None, None

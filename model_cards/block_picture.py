@@ -67,7 +67,9 @@ def describe_block(config: dict[str, Any]) -> dict[str, str]:
     return {
         "norm": "LayerNorm" if config.get("norm_type") == "layernorm" else "RMSNorm",
         "layers": f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']:,}",
-        "dense": f"the first {dense} with a dense feed-forward, no experts" if dense else "every layer has experts",
+        "dense": f"the first {dense if dense > 1 else ''}".rstrip() + " with a dense feed-forward, no experts"
+        if dense
+        else "every layer has experts",
         "heads": f"{config['num_attention_heads']} heads",
         "query": f"query latent, {q_rank:,}" if q_rank else "query",
         "latent": f"key-value latent, {config['kv_lora_rank']:,}",

@@ -79,10 +79,24 @@ def base_models(stages: dict[str, Stage]) -> list[str]:
     """Return the Hub ids of the models that the run started from.
 
     Args:
-        stages: What `read_stages` gave; a stage that began with a Hub model says so in ``summary["base_model"]``. A
-            local path is no base model in the Hub's sense and is left out.
+        stages: What `read_stages` gave; a stage says in ``summary["base_model"]`` what it began with. What is a local
+            path is no base model in the Hub's sense and is left out.
     """
-    return sorted({stage.summary["base_model"] for stage in stages.values() if stage.summary.get("base_model")})
+    named = {str(stage.summary["base_model"]) for stage in stages.values() if stage.summary.get("base_model")}
+    return sorted(name for name in named if is_hub_id(name))
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name can only be meant as ``owner/name`` on the Hub.
+
+    Args:
+        name: A Hub id, or a local path; one that exists is taken for local, as transformers takes it.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not Path(name).exists()
 
 
 def _tags(stages: dict[str, Stage], config: dict[str, Any]) -> list[str]:
@@ -162,7 +176,7 @@ def write_eval_results(stages: dict[str, Stage], folder: str | Path) -> list[Pat
         benchmark = benchmark_of(row)
         if benchmark:
             entry = _to_entry(row, benchmark["hub_id"], stages[row["stage"]])
-            by_benchmark.setdefault(row["dataset"].lower(), []).append(entry)
+            by_benchmark.setdefault(benchmark["key"], []).append(entry)
     target = Path(folder) / ".eval_results"
     files = []
     for key, entries in by_benchmark.items():

@@ -71,16 +71,18 @@ def line_charts(panels: Sequence[dict[str, Any]]) -> str:
             axes.set_xlabel("step")
             axes.set_ylabel(panel["ylabel"])
             # Below the axes, where it can cover no line.
-            axes.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+            columns = 2 if max(len(name) for name, *_ in panel["lines"]) > 14 else 4
+            axes.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
+            axes.xaxis.get_major_locator().set_params(integer=True)
         return _to_source(figure)
 
 
 def before_after_chart(rows: Sequence[dict[str, Any]], ylabel: str) -> str:
-    """Draw pairs of bars, before and after, with their standard errors.
+    """Draw groups of bars, baseline, before and after, with their standard errors.
 
     Args:
-        rows: ``label``, and where known ``before``, ``after`` as (value, stderr or None) and ``baseline`` as
-            (name, value), drawn as a dashed line across the pair.
+        rows: ``label``, and where known ``before`` and ``after`` as (value, stderr or None) and ``baseline`` as
+            (name, value).
         ylabel: What the bars measure.
 
     Returns:
@@ -89,43 +91,44 @@ def before_after_chart(rows: Sequence[dict[str, Any]], ylabel: str) -> str:
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        figure, grid = _figure(max(4.6, 2.0 * len(rows) + 1.6), 3.3)
+        figure, grid = _figure(max(5.2, 1.9 * len(rows) + 1.8), 3.3)
         axes = grid[0][0]
-        for key, color, shift in (("before", "#b8c4d0", -0.2), ("after", SERIES[0], 0.2)):
-            for i, row in enumerate(rows):
-                if row.get(key) is None:
-                    continue
-                value, stderr = row[key]
-                x = i + shift if row.get("before") and row.get("after") else i
-                axes.bar(x, value, width=0.36, color=color, yerr=stderr or 0, capsize=4, ecolor=INK)
-                _write_above(axes, x, value + (stderr or 0), f"{value:.3f}", INK)
+        names: dict[str, str] = {}
         for i, row in enumerate(rows):
-            if row.get("baseline"):
-                name, value = row["baseline"]
-                axes.plot([i - 0.4, i + 0.4], [value, value], color=SERIES[4], linestyle="--", linewidth=1.4)
-                _write_above(axes, i, value, f"{name} {value:.3f}", SERIES[4])
+            bars = _bars_of(row)
+            for j, (name, color, value, stderr) in enumerate(bars):
+                x = i + 0.4 * (j - (len(bars) - 1) / 2)
+                axes.bar(x, value, width=0.36, color=color, yerr=stderr or 0, capsize=4, ecolor=INK)
+                _write_above(axes, x, value + (stderr or 0), f"{value:.3f}")
+                names[name] = color
         axes.set_xticks(range(len(rows)), [row["label"] for row in rows])
         axes.set_ylabel(ylabel)
         axes.margins(y=0.16)
         axes.grid(axis="x", visible=False)
-        _legend_before_after(axes, rows)
+        _legend_of_bars(axes, names)
         return _to_source(figure)
 
 
-def _write_above(axes, x: float, y: float, text: str, color: str) -> None:
-    style = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 9, "color": color}
+def _bars_of(row: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:
+    """Name, colour, value and error of each bar of a group."""
+    bars = []
+    if row.get("baseline"):
+        bars.append((row["baseline"][0], "#e0a5ad", row["baseline"][1], None))
+    for key, color in (("before", "#b8c4d0"), ("after", SERIES[0])):
+        if row.get(key):
+            bars.append((key, color, *row[key]))
+    return bars
+
+
+def _write_above(axes, x: float, y: float, text: str) -> None:
+    style = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 9, "color": INK}
     axes.annotate(text, (x, y), xytext=(0, 4), **style)
 
 
-def _legend_before_after(axes, rows: Sequence[dict[str, Any]]) -> None:
+def _legend_of_bars(axes, names: dict[str, str]) -> None:
     from matplotlib.patches import Patch
 
-    names = [
-        (key, color)
-        for key, color in (("before", "#b8c4d0"), ("after", SERIES[0]))
-        if any(row.get(key) for row in rows)
-    ]
-    handles = [Patch(color=color, label=name) for name, color in names]
+    handles = [Patch(color=color, label=name) for name, color in names.items()]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8.5)
 
 
@@ -157,15 +160,15 @@ def heatmap(loads: Sequence[Sequence[float]], layer_names: Sequence[str]) -> str
         axes.set_xticks([i + 0.5 for i in range(0, widest, step)], range(0, widest, step))
         axes.set_xlabel("expert")
         if widest <= 16:
-            _write_cells(axes, relative)
+            _write_cells(axes, relative, norm)
         figure.colorbar(image, ax=axes, label="load / even share", ticks=[0, 1, highest], format="%.2g")
         return _to_source(figure)
 
 
-def _write_cells(axes, relative: Sequence[Sequence[float]]) -> None:
+def _write_cells(axes, relative: Sequence[Sequence[float]], norm) -> None:
     for y, row in enumerate(relative):
         for x, value in enumerate(row):
-            color = "white" if value > 1.75 or value < 0.25 else INK
+            color = INK if 0.25 < norm(value) < 0.8 else "white"
             axes.text(x + 0.5, y + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
 
 

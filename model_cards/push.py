@@ -134,18 +134,22 @@ def collect_files(run_path: str | Path, repo_id: str, *, licence: str, folder: P
     files = [UploadFile(str(path.relative_to(folder)), path) for path in written]
     for path in sorted(model_path.iterdir()):
         if any(fnmatch.fnmatch(path.name, pattern) for pattern in MODEL_FILES):
-            files.append(UploadFile(path.name, _without_origin(path)))
+            files.append(UploadFile(path.name, drop_origin(path) or path))
     return files
 
 
-def _without_origin(path: Path) -> Path | bytes:
-    """The file, or its JSON without the keys that name where the model was loaded from."""
+def drop_origin(path: Path) -> bytes | None:
+    """Return a JSON file without the keys that name where the model was loaded from, None where it has none.
+
+    Args:
+        path: A file of a model's folder.
+    """
     if path.suffix != ".json" or path.name in OPAQUE_FILES:
-        return path
+        return None
     value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict) or not any(key in value for key in ORIGIN_KEYS):
+        return None
     kept = {key: inner for key, inner in value.items() if key not in ORIGIN_KEYS}
-    if kept == value:
-        return path
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 

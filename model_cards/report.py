@@ -134,6 +134,17 @@ def _pairs(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def _samples(stages: dict[str, Stage]) -> list[dict[str, Any]]:
+    """Generations by stage and prompt, what was written before and after training under one prompt."""
+    samples: dict[tuple[str, str], dict[str, Any]] = {}
+    for stage in stages.values():
+        for row in stage.summary.get("samples", []):
+            empty = {"stage": stage.name, "prompt": row["prompt"], "completions": []}
+            sample = samples.setdefault((stage.name, row["prompt"]), empty)
+            sample["completions"].append({"when": row.get("when", ""), "text": row["completion"]})
+    return list(samples.values())
+
+
 def _loss_section(stages: dict[str, Stage]) -> Section:
     panels = []
     for stage in stages.values():
@@ -166,14 +177,16 @@ def _loss_unit(lines: list[tuple]) -> str:
 
 def _domain_section(stages: dict[str, Stage]) -> Section:
     found = []
-    for metric, label in (("bits_per_byte", "bits per byte"), ("perplexity", "perplexity")):
-        for stage in stages.values():
-            rows = [{**row, "label": row["dataset"]} for row in _pairs(stage.results) if row["metric"] == metric]
-            if rows:
-                source = charts.before_after_chart(rows, label)
-                alt = "; ".join(f"{r['label']}: {r.get('before', '')} {r.get('after', '')}" for r in rows)
-                title = f"{STAGE_TITLES.get(stage.name, stage.name)}, {label}"
-                found.append({"title": title, "source": source, "alt": alt})
+    for metric in ("bits_per_byte", "perplexity"):
+        rows = [
+            {**row, "label": f"{row['dataset']}\n({stage.name})"}
+            for stage in stages.values()
+            for row in _pairs(stage.results)
+            if row["metric"] == metric
+        ]
+        if rows:
+            source = charts.before_after_chart(rows, label_metric(metric))
+            found.append({"source": source, "alt": f"{label_metric(metric)} before and after each stage"})
     note = "Held-out text before and after each stage; lower is better. Bits per byte compare across tokenizers."
     return _section("General and domain text", note, found, _absent(stages, "adapt", "bits per byte", found))
 

@@ -6,6 +6,7 @@ One place, so that the card, the report and the closing table never round the sa
 import math
 from typing import Any
 
+from deepseek_model_cards.benchmarks import benchmark_of
 from deepseek_model_cards.stages import is_number
 
 
@@ -25,7 +26,9 @@ def format_value(value: Any, stderr: Any = None) -> str:
         return "-"
     if not is_number(value):
         return str(value)
-    if is_number(stderr) and stderr > 0 and math.isfinite(stderr):
+    if isinstance(value, float) and abs(value) < 5e-7:
+        value = 0.0  # rounding noise, such as a KL between a model and itself
+    if is_number(stderr) and stderr > 5e-7 and math.isfinite(stderr):
         decimals = min(6, max(0, 1 - math.floor(math.log10(stderr))))
         return f"{value:.{decimals}f} \u00b1 {stderr:.{decimals}f}"
     if isinstance(value, int) or value == 0:
@@ -95,5 +98,7 @@ def label_dataset(row: dict[str, Any]) -> str:
         row: One entry of a summary's ``results``.
     """
     parts = [str(row[key]) for key in ("dataset", "split") if row.get(key)]
-    names = {"mmlu": "MMLU", "humaneval": "HumanEval"}
-    return ", ".join(names.get(part.lower(), part) for part in parts)
+    known = benchmark_of(row)
+    if known:
+        parts[0] = known["name"]
+    return ", ".join(parts)

@@ -18,13 +18,21 @@ def test_the_interval_solves_the_score_equation(successes, n):
         (0.263, 0.041, "at chance"),
         (0.40, 0.041, "above chance"),
         (0.10, 0.041, "below chance"),
-        (0.3, None, "no stand"),
+        (0.3, None, "at chance"),
     ],
 )
 def test_a_score_is_read_against_guessing(value, stderr, reading):
     row = {"dataset": "mmlu", "metric": "acc", "value": value, "stderr": stderr, "n": 114}
     assert chance_level(row) == 0.25
     assert compare_to_chance(row, 0.25).startswith(reading)
+
+
+def test_an_error_is_taken_from_the_count_else_from_the_standard_error():
+    row = {"dataset": "cais/mmlu", "metric": "acc", "value": 0.3}
+    assert compare_to_chance(row, 0.25) == "no error known, so not compared"
+    assert compare_to_chance({**row, "stderr": 0.02}, 0.25) == "above chance"
+    assert compare_to_chance({**row, "n": 57}, 0.25) == "at chance"
+    assert compare_to_chance({**row, "n": 5700}, 0.25) == "above chance"
 
 
 def test_none_solved_says_what_that_bounds():

@@ -59,6 +59,15 @@ def test_a_hub_base_model_is_named_with_its_relation(tmp_path, builders):
     assert metadata["base_model_relation"] == "finetune"
 
 
+@pytest.mark.parametrize("local", ["runs/demo/pretrain/model", "/srv/models/base", "./base", "model", "here/model"])
+def test_a_local_base_model_is_left_out_and_never_fatal(tmp_path, builders, local, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    builders["stage"](tmp_path / "run", "adapt", settings={}, summary={"base_model": local, "seconds": 1})
+    metadata = build_metadata(read_stages(tmp_path / "run"), name="fox", licence="mit", config={}).to_dict()
+    assert "base_model" not in metadata and "base_model_relation" not in metadata
+
+
 def test_eval_results_files_read_back_by_the_hubs_own_parser(stages, tmp_path):
     files = write_eval_results(stages, tmp_path)
     assert [str(file.relative_to(tmp_path)) for file in files] == [

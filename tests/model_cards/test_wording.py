@@ -11,6 +11,7 @@ from deepseek_model_cards.wording import format_bytes, format_count, format_seco
         (1234.5, 30.0, "1234 \u00b1 30"),
         (0.0, 0.0, "0"),  # no failure left no error to show
         (2.41, None, "2.410"),
+        (1e-9, 1e-9, "0"),  # the KL of a model to itself, in fp32
         (-0.19, None, "-0.1900"),
         (99999.4, None, "99999"),
         (1e-5, None, "1e-05"),
@@ -35,4 +36,5 @@ def test_counts_times_and_sizes_read_as_words():
 
 def test_data_sets_are_named_with_their_split():
     assert label_dataset({"dataset": "mmlu", "split": "test"}) == "MMLU, test"
+    assert label_dataset({"dataset": "openai/openai_humaneval"}) == "HumanEval"
     assert label_dataset({"dataset": None}) == ""
