@@ -63,9 +63,7 @@ def write_report(run_path: str | Path, output: str | Path) -> Path:
         tiles=_tiles(stages),
         rows=summary_rows(run_path),
         sections=[make(stages) for make in makers],
-        samples=[
-            {"stage": stage.name, **row} for stage in stages.values() for row in stage.summary.get("samples", [])
-        ],
+        samples=_samples(stages),
         data=[data_row(stage, row) for stage in stages.values() for row in stage.data],
         stages=[stage_row(stage) for stage in stages.values()],
         versions=", ".join(f"{key} {value}" for key, value in merged_versions(stages).items()),

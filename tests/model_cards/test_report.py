@@ -66,6 +66,11 @@ def test_generations_are_text_not_markup(html):
     assert "there was a fox &amp; a &lt;crow&gt;." in html and "<crow>" not in html
 
 
+def test_what_was_written_before_and_after_stands_under_one_prompt(html):
+    assert html.count("How are you?") == 1
+    assert re.search(r">before</span> the the the.*>after</span> I am well, thank you\.", html, re.DOTALL)
+
+
 @pytest.mark.parametrize(
     ("built", "absent"), [(["pretrain"], ["adapt", "align", "evaluate"]), (["align"], ["pretrain", "evaluate"])]
 )
