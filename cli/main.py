@@ -24,7 +24,6 @@ SUBCOMMANDS = (
     "card",
     "push",
     "params",
-    "bench",
 )
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 

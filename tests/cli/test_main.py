@@ -1,0 +1,186 @@
+"""The command as users meet it: help with defaults and examples, and one line with exit code 2 for what they mend."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from _pytest.pathlib import import_path
+from transformers import AutoModelForCausalLM
+
+from deepseek_cli.main import SUBCOMMANDS, main
+from deepseek_training.tokenizer import train_tokenizer
+from modeling_deepseek import DeepseekConfig
+
+shared = import_path(
+    Path(__file__).with_name("conftest.py"), root=Path(__file__).parent, consider_namespace_packages=False
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A random debug-size model with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer(["a small text to learn letters from " * 20], 300)
+    torch.manual_seed(0)
+    # A fixed number of experts, so that `export` finds nothing to refuse before it reads the weights.
+    fixed = {"min_experts_per_tok": None, "target_experts_per_tok": None}
+    config = DeepseekConfig.from_preset("debug", vocab_size=len(tokenizer), **fixed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path) -> Path:
+    """The same checkpoint with its weights cut in half, as by a full disk."""
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    return folder
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_each_subcommand_has_help_with_examples(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert f"deepseek-moe {name}" in printed.split("examples:")[1]
+    assert importlib.import_module(f"deepseek_cli.{name}").HELP.split()[0] in printed
+
+
+def error_line(capsys, *arguments: str) -> str:
+    """Run the command in this process; it must end with code 2 and one line on stderr."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if "%|" not in line and line.strip()]
+    assert code == 2, captured.err
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def pretrain_arguments(tmp_path, *more: str) -> list[str]:
+    return ["pretrain", "pretrain-debug", "--output", str(tmp_path / "run"), *more]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--learnig-rate", "1"], "did you mean --learning-rate?"),
+        (["--data", "nowhere.txt"], "nowhere.txt"),
+        (["--learning-rate", "fast"], "learning_rate"),
+        (["--model", "{num_experts_per_tok: 99}"], "num_experts_per_tok: 99 is not allowed"),
+        (["--model", "{num_experts_per_tok: 2, min_experts_per_tok: 3}"], "min_experts_per_tok: 3"),
+        (["--model", "{num_expert_per_tok: 2}"], "did you mean num_experts_per_tok"),
+        (["--sequence-length", "4096"], "max_position_embeddings"),
+        (["--preset", "huge"], "154b"),
+    ],
+)
+def test_wrong_settings(capsys, tmp_path, arguments, expected):
+    assert expected in error_line(capsys, *pretrain_arguments(tmp_path, *arguments))
+
+
+def test_unknown_recipe_key_names_the_nearest(capsys, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("learnig_rate: 0.1\n")
+    line = error_line(capsys, "pretrain", str(recipe), "--output", str(tmp_path / "run"))
+    assert "learnig_rate" in line and "learning_rate" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [(b"", "empty"), (bytes(range(128, 256)) * 40, "not UTF-8 text")], ids=["empty", "binary"]
+)
+def test_unusable_data_files(capsys, tmp_path, content, expected):
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    line = error_line(capsys, *pretrain_arguments(tmp_path, "--data", str(path)))
+    assert expected in line and "text.txt" in line
+
+
+def test_a_refused_run_leaves_the_folder_usable(capsys, tmp_path):
+    error_line(capsys, *pretrain_arguments(tmp_path, "--model", "{num_experts_per_tok: 99}"))
+    # The corrected call gets past the folder: its own mistake is named, not the folder.
+    line = error_line(capsys, *pretrain_arguments(tmp_path, "--model", "{num_experts_per_tok: 98}"))
+    assert "98" in line and "holds another run" not in line
+
+
+def test_output_that_holds_another_run(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("seed: 1\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert "holds another run" in error_line(capsys, *pretrain_arguments(tmp_path))
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_output_that_holds_someone_elses_files(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    assert "not empty" in error_line(capsys, *pretrain_arguments(tmp_path, "--overwrite"))
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_prompt_longer_than_the_context(capsys, checkpoint):
+    line = error_line(capsys, "generate", str(checkpoint), "--prompt", "many words " * 600)
+    assert "512" in line and "--prompt" in line
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export", "align", "adapt"])
+def test_a_checkpoint_cut_short(capsys, broken, tmp_path, command):
+    arguments = {
+        "generate": ["generate", str(broken), "--prompt", "hello"],
+        "evaluate": ["evaluate", str(broken), "--output", str(tmp_path / "out")],
+        "export": ["export", str(broken), str(tmp_path / "out"), "--to", "deepseek_v3"],
+        "align": ["align", "align-debug", "--model", str(broken), "--output", str(tmp_path / "out")],
+        "adapt": ["adapt", "adapt-debug", "--model", str(broken), "--output", str(tmp_path / "out")],
+    }[command]
+    assert "cut short" in error_line(capsys, *arguments)
+
+
+@pytest.mark.parametrize("model", ["/nowhere/at/all", "./nowhere"])
+def test_a_missing_model(capsys, model):
+    assert "does not exist" in error_line(capsys, "generate", model, "--prompt", "hello")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "someone/some-model", "--prompt", "hello"],
+        ["evaluate", "someone/some-model", "--output", "out"],
+        ["pretrain", "pretrain-debug", "--data", "someone/some-data", "--output", "out"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_hub_id_without_network(tmp_path, arguments):
+    # In a process of its own: huggingface_hub reads HF_HUB_OFFLINE once, at import.
+    done = shared.run_command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "pass" in done.stderr, done.stderr
+
+
+def test_generate_streams_the_same_text_for_the_same_seed(capsys, checkpoint):
+    texts = []
+    for _ in range(2):
+        assert main(["generate", str(checkpoint), "--prompt", "a small", "--max-new-tokens", "8"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("a small")
+
+
+def test_a_defect_of_ours_keeps_its_traceback(tmp_path):
+    code = "import deepseek_cli.generate as g, deepseek_cli.main as m\ng.run = lambda args: {}['x']\nm.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "generate", "m", "--prompt", "p"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "Traceback" in done.stderr
