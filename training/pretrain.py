@@ -43,6 +43,7 @@ def pretrain(recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = Fa
     started = time.monotonic()
     texts = load_texts(recipe.data, "train", column=recipe.data_column)
     held_out_texts = load_texts(recipe.data, "validation", column=recipe.data_column)
+    model_config(recipe, {"vocab_size": recipe.vocab_size})  # a bad setting leaves no run folder behind
     run = RunFolder.create(output, recipe_settings(recipe), command="pretrain", seed=recipe.seed, overwrite=overwrite)
     tokenizer = prepare_tokenizer(recipe, texts)
     model = build_model(recipe, tokenizer)
@@ -102,23 +103,33 @@ def build_model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> P
     Args:
         recipe: The settings.
         tokenizer: Its size and special tokens go into the configuration.
-
-    Raises:
-        ValueError: The blocks are longer than the model's context, or a setting of the model is refused.
     """
-    settings = {
+    vocabulary = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        **recipe.model,
     }
-    config = DeepseekConfig.from_preset(recipe.preset, **settings)
-    check_context(recipe, config)
+    config = model_config(recipe, vocabulary)
     set_seed(recipe.seed)
     model = AutoModelForCausalLM.from_config(config)
     model.set_experts_implementation(recipe.experts_implementation)
     return model
+
+
+def model_config(recipe: PretrainRecipe, vocabulary: dict[str, Any]) -> DeepseekConfig:
+    """Return the configuration of the recipe's model.
+
+    Args:
+        recipe: The settings.
+        vocabulary: Settings that the tokenizer decides; the recipe's own win.
+
+    Raises:
+        ValueError: A setting of the model is refused, or the blocks are longer than its context.
+    """
+    config = DeepseekConfig.from_preset(recipe.preset, **{**vocabulary, **recipe.model})
+    check_context(recipe, config)
+    return config
 
 
 def check_context(recipe: TrainerSettings, config: Any) -> None:

@@ -5,7 +5,7 @@ stages so that reading them imports neither torch nor transformers.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from deepseek_training.recipe import setting
 
@@ -27,7 +27,9 @@ class TrainerSettings:
     max_grad_norm: float = setting(1.0, help="Gradients are clipped to this norm.")
     bf16: bool = setting(False, help="Train under bf16 autocast.")
     gradient_checkpointing: bool = setting(False, help="Recompute activations in the backward pass to save memory.")
-    experts_implementation: str = setting("fused_moe", help="How experts are computed: fused_moe, grouped_mm, eager.")
+    experts_implementation: Literal["fused_moe", "grouped_mm", "batched_mm", "eager"] = setting(
+        "fused_moe", help="How experts are computed: fused_moe, grouped_mm, batched_mm or eager."
+    )
     eval_steps: int = setting(0, help="Steps between measurements on the held-out text; 0: only at the end.")
     eval_bytes: int | None = setting(
         None, help="UTF-8 bytes of each held-out set that are scored, the same share of each document; null: all."
@@ -78,6 +80,10 @@ class PretrainRecipe(TrainerSettings):
     preset: str = setting("nano", help="Model size: 154b, 7.7b, nano or debug.")
     model: dict[str, Any] = setting({}, help="Settings of DeepseekConfig that replace the preset's.")
     check_bigram: bool = setting(True, help="Check that the model beats an interpolated bigram on the held-out text.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require("vocab_size", self.tokenizer is not None or self.vocab_size >= 259, "at least 259")
 
 
 @dataclasses.dataclass(kw_only=True)

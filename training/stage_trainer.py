@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 from deepseek_model_cards.run_folder import RunFolder
@@ -22,6 +22,7 @@ from deepseek_training.figures import TrainingFigures
 from deepseek_training.packing import cut_to_share, encode_documents
 from deepseek_training.run_callbacks import MetricsFile, ProgressBar, drop_metrics_after
 from deepseek_training.stage_recipes import TrainerSettings
+from modeling_deepseek.routing import DeepseekRouter
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,32 @@ class StageTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load a checkpoint's weights through `from_pretrained`.
+
+        `Trainer` (5.23) hands the file to `load_state_dict`, which knows nothing of the per-expert names that
+        `save_pretrained` writes: the experts would silently keep their initial values.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        model = self.model if model is None else model
+        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
+
+
+class RouterSteps(TrainerCallback):
+    """Steps the routers' controllers at the end of a step, so that a checkpoint holds the state after it.
+
+    Left alone, a router steps at its next forward pass, and what it has counted by then is in no checkpoint.
+    """
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Step each router that chooses a number of experts."""
+        for module in model.modules():
+            if isinstance(module, DeepseekRouter) and module.share is not None:
+                module.step_share()
+
 
 def train_stage(
     recipe: TrainerSettings,
@@ -117,6 +144,7 @@ def train_stage(
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()  # "Writing model shards" would break our bar's line at every checkpoint
     figures = TrainingFigures.attach(trainer)
+    trainer.add_callback(RouterSteps())
     trainer.add_callback(MetricsFile(run, figures))
     trainer.add_callback(ProgressBar(stage))
     trainer.add_callback(CheckpointMarker())
