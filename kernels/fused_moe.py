@@ -14,7 +14,15 @@ from torch import Tensor
 from deepseek_kernels import fused_moe_cpu
 from deepseek_kernels.activations import apply_activation, canonical_activation
 
+try:
+    from deepseek_kernels import fused_moe_gpu
+    from deepseek_kernels.triton_numerics import IS_INTERPRETED
+except ImportError:  # no Triton on this system; the CPU path needs none
+    fused_moe_gpu = None
+    IS_INTERPRETED = False
+
 MAX_SLOTS = 64
+_ALIGNED_INTS = 16
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -149,6 +157,30 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: T
         wrong("topk_indices", f"shape {tuple(indices.shape)}", f"({x.shape[0]}, K) with K from 1 to {MAX_SLOTS}")
 
 
+def _runs_triton(tensor: Tensor) -> bool:
+    """Whether Triton computes this: on a GPU, or on a CPU in a process started with TRITON_INTERPRET=1."""
+    return fused_moe_gpu is not None and (tensor.is_cuda or IS_INTERPRETED)
+
+
+def _metadata_sizes(num_rows: int, num_experts: int) -> list[int]:
+    """Lengths of the four integer lists kept in one tensor, each padded so that the next begins aligned."""
+    return [-(-n // _ALIGNED_INTS) * _ALIGNED_INTS for n in (num_rows, num_rows, num_experts + 1, num_experts + 1)]
+
+
+def _pack(metadata, num_rows: int, num_experts: int, like: Tensor) -> Tensor:
+    packed = torch.empty(sum(_metadata_sizes(num_rows, num_experts)), dtype=torch.int32, device=like.device)
+    pieces = packed.split(_metadata_sizes(num_rows, num_experts))
+    for piece, source in zip(pieces, metadata, strict=False):
+        piece[: source.numel()].copy_(source)
+    return packed
+
+
+def _unpack(packed: Tensor, num_rows: int, num_experts: int) -> list[Tensor]:
+    pieces = packed.split(_metadata_sizes(num_rows, num_experts))
+    lengths = (num_rows, num_rows, num_experts + 1, num_experts + 1)
+    return [piece[:length] for piece, length in zip(pieces, lengths, strict=True)]
+
+
 @torch.library.custom_op("deepseek_kernels::fused_moe", mutates_args=())
 def _forward_op(
     hidden_states: Tensor,
@@ -158,22 +190,29 @@ def _forward_op(
     topk_weights: Tensor,
     activation: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    routing = fused_moe_cpu.route(topk_indices, gate_up_proj.shape[0])
-    output, preactivation = fused_moe_cpu.forward(
-        hidden_states, gate_up_proj, down_proj, routing, topk_weights, activation, keep
-    )
-    return output, preactivation, routing.row_slot, routing.counts
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, num_experts = topk_indices.numel(), gate_up_proj.shape[0]
+    inputs = (hidden_states, gate_up_proj, down_proj)
+    if _runs_triton(hidden_states):
+        output, preactivation, m = fused_moe_gpu.forward(*inputs, topk_indices, topk_weights, activation, keep)
+        lists = (m.row_slot, m.slot_row, m.expert_start, m.tile_start) if keep else ()
+    else:
+        routing = fused_moe_cpu.route(topk_indices, num_experts)
+        output, preactivation = fused_moe_cpu.forward(*inputs, routing, topk_weights, activation, keep)
+        # The CPU path needs no inverse order; counts take the place of the starts.
+        lists = (routing.row_slot, routing.row_slot[:0], routing.counts) if keep else ()
+    packed = _pack(lists, num_rows, num_experts, topk_indices) if keep else topk_indices.new_empty(0).int()
+    return output, preactivation, packed
 
 
 @_forward_op.register_fake
 def _(hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, activation, keep):
     num_rows, width = topk_indices.numel(), down_proj.shape[2]
+    num_integers = sum(_metadata_sizes(num_rows, gate_up_proj.shape[0])) if keep else 0
     return (
         torch.empty_like(hidden_states),
         hidden_states.new_empty(num_rows if keep else 0, 2 * width),
-        topk_indices.new_empty(num_rows, dtype=torch.int32),
-        topk_indices.new_empty(gate_up_proj.shape[0], dtype=torch.int32),
+        topk_indices.new_empty(num_integers, dtype=torch.int32),
     )
 
 
@@ -183,20 +222,24 @@ def _backward_op(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    row_slot: Tensor,
-    counts: Tensor,
+    packed: Tensor,
     topk_weights: Tensor,
     preactivation: Tensor,
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    routing = fused_moe_cpu.Routing(row_slot, counts)
-    return fused_moe_cpu.backward(
+    num_experts = gate_up_proj.shape[0]
+    lists = _unpack(packed, topk_weights.numel(), num_experts)
+    if _runs_triton(hidden_states):
+        module, metadata = fused_moe_gpu, fused_moe_gpu.RoutingMetadata(*lists)
+    else:
+        module, metadata = fused_moe_cpu, fused_moe_cpu.Routing(lists[0], lists[2][:num_experts])
+    return module.backward(
         grad_output,
         hidden_states,
         gate_up_proj,
         down_proj,
-        routing,
+        metadata,
         topk_weights,
         preactivation,
         activation,
@@ -205,17 +248,18 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad, x, gate_up, down, row_slot, counts, weights, preactivation, activation, needs):
+def _(grad, x, gate_up, down, packed, weights, preactivation, activation, needs):
     wanted = zip((x, gate_up, down, weights), needs, strict=True)
     return tuple(torch.empty_like(tensor) if need else tensor.new_empty(0) for tensor, need in wanted)
 
 
 def _setup_context(ctx, inputs, output):
-    hidden_states, gate_up_proj, down_proj, _, topk_weights, activation, _ = inputs
-    _, preactivation, row_slot, counts = output
-    ctx.save_for_backward(hidden_states, gate_up_proj, down_proj, row_slot, counts, topk_weights, preactivation)
-    ctx.activation = activation
+    hidden_states, gate_up_proj, down_proj, _, topk_weights, activation, keep = inputs
+    _, preactivation, packed = output
     ctx.set_materialize_grads(False)
+    if keep:
+        ctx.save_for_backward(hidden_states, gate_up_proj, down_proj, packed, topk_weights, preactivation)
+        ctx.activation = activation
 
 
 def _backward(ctx, grad_output, *_):

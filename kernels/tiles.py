@@ -1,0 +1,269 @@
+"""Which tile sizes each kernel runs with: a shipped table, what a user's own tuning found, or a safe default.
+
+Every launch asks `choose_tiles`. The key is the GPU, H, I and a bucket of rows per expert, never the number of tokens:
+two batches of different length run the same kernels. Nothing is measured here; ``tuning`` does that on request and
+writes the file this one reads.
+
+Surprising: the shipped sizes were chosen by compiling (registers, spills, shared memory; the tests repeat it), not by
+timing, until docs/kernels.md says otherwise.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Upper ends of the buckets of mean rows per expert; 16-row tiles waste little where an expert has a handful of rows.
+ROW_BUCKETS = (16, 64)
+ANY = 0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one kernel's tiles, for two-byte elements.
+
+    Attributes:
+        block_m: Rows (of the result).
+        block_n: Columns; of gate and of up each, in `gate_up`.
+        block_k: Inner elements a step.
+        num_warps: Warps a program.
+        num_stages: Steps in flight.
+        group_m: Row tiles walked before the next column block.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What the kernel takes at compile time."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m}
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        """What Triton takes at compile time."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of one call's kernels; the four that walk rows share one `block_m`, as they share the tile map."""
+
+    gate_up: Tile
+    down: Tile
+    down_backward: Tile
+    input_gradient: Tile
+    weight_gradient: Tile
+
+    @property
+    def block_m(self) -> int:
+        """Rows a tile of the row kernels."""
+        return self.gate_up.block_m
+
+    def for_dtype(self, dtype: torch.dtype) -> "Tiles":
+        """Return the same with `block_k` cut so that wider elements take no more shared memory.
+
+        Args:
+            dtype: Of the operands.
+        """
+        if dtype.itemsize <= 2:
+            return self
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        cut = {
+            name: dataclasses.replace(tile, block_k=max(16, tile.block_k * 2 // dtype.itemsize))
+            for name, tile in parts.items()
+        }
+        return Tiles(**cut)
+
+
+# Under 64 KiB of shared memory in bf16 and under 128 accumulators a thread: runs on anything Triton compiles for.
+SAFE = Tiles(
+    gate_up=Tile(64, 64, 32, 4, 2),
+    down=Tile(64, 64, 32, 4, 3),
+    down_backward=Tile(64, 64, 32, 4, 2),
+    input_gradient=Tile(64, 64, 32, 4, 3),
+    weight_gradient=Tile(64, 64, 32, 4, 2),
+)
+_FEW_ROWS = Tiles(
+    gate_up=Tile(16, 64, 128, 4, 3),
+    down=Tile(16, 64, 128, 4, 4),
+    down_backward=Tile(16, 64, 64, 4, 3),
+    input_gradient=Tile(16, 64, 128, 4, 4),
+    weight_gradient=Tile(64, 128, 16, 4, 2),
+)
+_HOPPER_SOME_ROWS = Tiles(
+    gate_up=Tile(64, 64, 64, 4, 4),
+    down=Tile(64, 128, 64, 4, 4),
+    down_backward=Tile(64, 64, 64, 4, 4),
+    input_gradient=Tile(64, 128, 64, 4, 4),
+    weight_gradient=Tile(128, 128, 32, 8, 3),
+)
+_HOPPER_MANY_ROWS = Tiles(
+    gate_up=Tile(128, 128, 64, 8, 3),
+    down=Tile(128, 256, 64, 8, 3),
+    down_backward=Tile(128, 64, 64, 8, 4),
+    input_gradient=Tile(128, 256, 64, 8, 3),
+    weight_gradient=Tile(128, 256, 64, 8, 3),
+)
+_AMPERE_MANY_ROWS = Tiles(
+    gate_up=Tile(128, 64, 32, 8, 4),
+    down=Tile(128, 128, 32, 8, 4),
+    down_backward=Tile(128, 64, 32, 8, 4),
+    input_gradient=Tile(128, 128, 32, 8, 4),
+    weight_gradient=Tile(128, 128, 32, 8, 4),
+)
+_CDNA_MANY_ROWS = Tiles(
+    gate_up=Tile(128, 64, 32, 8, 2),
+    down=Tile(128, 128, 32, 8, 2),
+    down_backward=Tile(128, 64, 32, 8, 2),
+    input_gradient=Tile(128, 128, 32, 8, 2),
+    weight_gradient=Tile(128, 128, 32, 8, 2),
+)
+_CDNA_FEW_ROWS = Tiles(
+    gate_up=Tile(16, 64, 64, 4, 2),
+    down=Tile(16, 64, 64, 4, 2),
+    down_backward=Tile(16, 64, 64, 4, 2),
+    input_gradient=Tile(16, 64, 64, 4, 2),
+    weight_gradient=Tile(64, 64, 32, 4, 2),
+)
+
+# (GPU, H, I, bucket) -> tiles; H = I = ANY stands for all sizes. GPUs by a part of torch's device name.
+_BY_ROWS = {
+    "H200": (_FEW_ROWS, _HOPPER_SOME_ROWS, _HOPPER_MANY_ROWS),
+    "H100": (_FEW_ROWS, _HOPPER_SOME_ROWS, _HOPPER_MANY_ROWS),
+    "GH200": (_FEW_ROWS, _HOPPER_SOME_ROWS, _HOPPER_MANY_ROWS),
+    "B200": (_FEW_ROWS, _HOPPER_SOME_ROWS, _HOPPER_MANY_ROWS),
+    "A100": (_CDNA_FEW_ROWS, SAFE, _AMPERE_MANY_ROWS),
+    "MI300": (_CDNA_FEW_ROWS, SAFE, _CDNA_MANY_ROWS),
+}
+SHIPPED = {(gpu, ANY, ANY, bucket): tiles for gpu, by_rows in _BY_ROWS.items() for bucket, tiles in enumerate(by_rows)}
+# What each GPU of the table compiles for: Triton backend, architecture, threads a warp.
+TARGETS = {
+    "A100": ("cuda", 80, 32),
+    "H100": ("cuda", 90, 32),
+    "H200": ("cuda", 90, 32),
+    "GH200": ("cuda", 90, 32),
+    "B200": ("cuda", 100, 32),
+    "MI300": ("hip", "gfx942", 64),
+}
+# Under the interpreter every step costs milliseconds, whatever its size: small tiles keep odd shapes interesting.
+INTERPRETED = Tiles(
+    gate_up=Tile(16, 16, 16, 1, 1),
+    down=Tile(16, 16, 16, 1, 1),
+    down_backward=Tile(16, 16, 16, 1, 1, group_m=2),
+    input_gradient=Tile(16, 16, 16, 1, 1),
+    weight_gradient=Tile(16, 16, 16, 1, 1),
+)
+
+
+def row_bucket(num_rows: int, num_experts: int) -> int:
+    """Return the bucket of the mean number of rows per expert.
+
+    Args:
+        num_rows: S.
+        num_experts: E.
+    """
+    mean = num_rows / num_experts
+    return next((i for i, upper in enumerate(ROW_BUCKETS) if mean <= upper), len(ROW_BUCKETS))
+
+
+def choose_tiles(device: torch.device, hidden: int, width: int, bucket: int, dtype: torch.dtype) -> Tiles:
+    """Return the tiles for a shape on a device: tuned, shipped or safe, in this order.
+
+    Args:
+        device: Where the tensors are; a CPU means the interpreter.
+        hidden: H.
+        width: I.
+        bucket: From `row_bucket`.
+        dtype: Of the operands.
+    """
+    if device.type == "cpu":
+        return INTERPRETED
+    return _choose(torch.cuda.get_device_name(device), hidden, width, bucket).for_dtype(dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(device_name: str, hidden: int, width: int, bucket: int) -> Tiles:
+    tuned = load_tuned().get((device_name, hidden, width, bucket))
+    if tuned is not None:
+        return tuned
+    # The longest name that fits: "GH200" contains "H200".
+    gpu = max((name for name in _BY_ROWS if name in device_name), key=len, default=None)
+    if gpu is None:
+        _log_unknown(device_name)
+        return SAFE
+    for key in ((gpu, hidden, width, bucket), (gpu, ANY, ANY, bucket)):
+        if key in SHIPPED:
+            return SHIPPED[key]
+    raise AssertionError(f"no tiles for {gpu}, bucket {bucket}")
+
+
+@functools.lru_cache(maxsize=64)
+def _log_unknown(device_name: str) -> None:
+    logger.warning(
+        "fused_moe: %s is not in the tile table; using small safe tiles (deepseek-moe bench kernels --tune measures)",
+        device_name,
+    )
+
+
+def tuned_path() -> Path:
+    """Return the file of this user's own tuning results."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepseek-moe" / "tiles.json"
+
+
+def load_tuned() -> dict[tuple[str, int, int, int], Tiles]:
+    """Return the tuned tiles by (device name, H, I, bucket); empty if there are none, or the file is unreadable."""
+    path = tuned_path()
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            (e["device"], e["hidden"], e["width"], e["bucket"]): Tiles(
+                **{name: Tile(**sizes) for name, sizes in e["tiles"].items()}
+            )
+            for e in entries
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("fused_moe: %s is unreadable (%s) and left out", path, error)
+        return {}
+
+
+def save_tuned(device_name: str, hidden: int, width: int, bucket: int, tiles: Tiles) -> Path:
+    """Add one result to this user's file and return its path.
+
+    Args:
+        device_name: As torch names the GPU.
+        hidden: H.
+        width: I.
+        bucket: From `row_bucket`.
+        tiles: What was fastest.
+    """
+    entries = {**load_tuned(), (device_name, hidden, width, bucket): tiles}
+    rows = [
+        {"device": d, "hidden": h, "width": w, "bucket": b, "tiles": dataclasses.asdict(t)}
+        for (d, h, w, b), t in entries.items()
+    ]
+    path = tuned_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+    _choose.cache_clear()
+    return path
+
+
+def matmul_precision() -> str:
+    """Return Triton's name for what torch lets fp32 products do: ``tf32`` or ``ieee``."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
