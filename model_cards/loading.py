@@ -94,6 +94,8 @@ def _load(auto_class: type, what: str, source: str, **options: Any) -> Any:
             f"{what}: {source} is no local folder and could not be fetched from the Hub; pass a checkpoint folder, or "
             f"download it first ({first_line(error)})"
         ) from None
+    except ValueError as error:  # Upstream's are long: an unknown architecture, no usable tokenizer file.
+        raise ValueError(f"{what}: {source} cannot be loaded ({first_line(error)})") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -1,7 +1,8 @@
-"""Programs that try to pass without passing, to reach out, or to do harm; and honest ones that look a little like them.
+"""Programs that try to pass without passing, to reach out, or to do harm; and honest ones a little like them.
 
 Each hostile program would count as passed if its trick worked: most end in ``assert False`` or never get to their
-assertion. Data only; ``test_sandbox_hostile.py`` and ``benchmarks`` run them.
+assertion. Data only; ``test_sandbox_hostile.py`` runs them, and ``compare_sandboxes.py`` runs them under other
+harnesses.
 """
 
 # Tricks that aim at the verdict: the program is wrong and wants to be called right.
@@ -18,7 +19,10 @@ thread.start()
 thread.join()
 assert False
 """,
-    "quit_builtin": "import builtins\ngetattr(builtins, 'quit', exit if 'exit' in dir(builtins) else __import__('sys').exit)()",
+    "quit_builtin": """
+import builtins
+getattr(builtins, 'quit', exit if 'exit' in dir(builtins) else __import__('sys').exit)()
+""",
     "exit_in_atexit": "import atexit, os\natexit.register(os._exit, 0)\nassert False",
     "exit_in_excepthook": """
 import os, sys
@@ -104,7 +108,15 @@ try:
 finally:
     assert False
 """,
-    "close_the_channel": "import os\nfor handle in range(3, 64):\n    try:\n        os.close(handle)\n    except OSError:\n        pass\nassert False",
+    "close_the_channel": """
+import os
+for handle in range(3, 64):
+    try:
+        os.close(handle)
+    except OSError:
+        pass
+assert False
+""",
     "search_the_callers": """
 import sys
 frame = sys._getframe()
@@ -196,7 +208,15 @@ module.dlopen(None, 0)
 assert False
 """,
     "replace_the_process": "import os\nos.execv('/bin/true', ['true'])\nassert False",
-    "replace_the_process_by_name": "import os\nfor path in ('/bin/true', '/usr/bin/true', '/proc/self/exe'):\n    try:\n        os.execv(path, ['true', '-c', ''])\n    except OSError:\n        pass\nassert False",
+    "replace_the_process_by_name": """
+import os
+for path in ('/bin/true', '/usr/bin/true', '/proc/self/exe'):
+    try:
+        os.execv(path, ['true', '-c', ''])
+    except OSError:
+        pass
+assert False
+""",
     "deep_recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(n):\n    return f(n + 1)\nf(0)\nassert False",
     "crash": "import faulthandler\nfaulthandler._sigsegv()\nassert False",
     "kill_itself": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\nassert False",
@@ -328,9 +348,10 @@ assert found
     "read_own_command_line": "assert open('/proc/self/cmdline', 'rb').read()",
     "read_the_sandbox": "import glob\nassert glob.glob('/**/sandbox_server.py', recursive=True)",
     "delete_everything": """
-import os, shutil
-shutil.rmtree('/', ignore_errors=True)
-assert not os.path.exists(os.__file__)
+import shutil
+errors = []
+shutil.rmtree('/', onerror=lambda *arguments: errors.append(arguments))
+assert not errors
 """,
     "write_outside": """
 import os
@@ -374,7 +395,10 @@ shared_memory.SharedMemory('deepseek_moe', create=True, size=4096)
     "make_a_device": "import os, stat\nos.mknod('sda', stat.S_IFBLK | 0o600, os.makedev(8, 0))",
     "set_the_clock": "import time\ntime.clock_settime(time.CLOCK_REALTIME, 0)",
     "set_the_name": "import socket\nsocket.sethostname('pwned')",
-    "install_a_package": "import subprocess, sys\nsubprocess.check_call([sys.executable or 'python3', '-m', 'pip', 'install', 'x'])",
+    "install_a_package": """
+import subprocess, sys
+subprocess.check_call([sys.executable or 'python3', '-m', 'pip', 'install', 'x'])
+""",
 }
 
 HOSTILE = {**VERDICT, **REACH}
@@ -405,8 +429,17 @@ with tempfile.TemporaryDirectory() as folder:
     "printing": "print('x' * 100000)\nimport sys\nsys.stderr.write('y')",
     "dataclass": "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nassert P(1) == P(1)",
     "namedtuple": "from collections import namedtuple\nassert namedtuple('P', 'x y')(1, 2).y == 2",
-    "lazy_imports": "import sqlite3, asyncio, xml.dom.minidom, csv, zlib, hashlib, inspect, fractions\nassert hashlib.md5(b'x')",
-    "asyncio": "import asyncio\nasync def f():\n    await asyncio.sleep(0)\n    return 7\nassert asyncio.run(f()) == 7",
+    "lazy_imports": """
+import sqlite3, asyncio, xml.dom.minidom, csv, zlib, hashlib, inspect, fractions
+assert hashlib.md5(b'x')
+""",
+    "asyncio": """
+import asyncio
+async def f():
+    await asyncio.sleep(0)
+    return 7
+assert asyncio.run(f()) == 7
+""",
     "caught_error": "try:\n    1 / 0\nexcept ZeroDivisionError:\n    pass",
     "caught_exit": "import sys\ntry:\n    sys.exit(1)\nexcept SystemExit:\n    pass",
     "recursion": "def f(n):\n    return n and f(n - 1)\nassert f(900) == 0",

@@ -165,7 +165,7 @@ def test_less_than_the_minimum_needs_a_flag(monkeypatch):
     pool = sandbox._Pool()
     pool._layers, pool.notes = {"limits": "rlimits", "end": "x"}, ["namespaces: not permitted"]
     monkeypatch.setattr(sandbox, "_POOL", pool)
-    with pytest.raises(ValueError, match="no protection for network, files, processes .*not permitted"):
+    with pytest.raises(ValueError, match=r"no protection for network, files, processes .*not permitted"):
         sandbox.run_program("pass")
     assert sandbox.run_program("pass", allow_weak_sandbox=True).passed
     pool.close()
