@@ -228,7 +228,7 @@ class DeepseekConfig(DeepseekV3Config):
         for name in ("router_bias_update_speed", "seq_aux_loss_coef", "router_z_loss_coef", "mtp_loss_coef"):
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, value, "a number of at least 0")
-            _require(value == 0, name, value, "only 0.0 so far: it is not built yet")
+        _require(self.mtp_loss_coef == 0, "mtp_loss_coef", self.mtp_loss_coef, "only 0.0 so far: it is not built yet")
 
 
 def _require(holds: bool, name: str, value: Any, allowed: str) -> None:

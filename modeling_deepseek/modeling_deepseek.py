@@ -2,7 +2,7 @@
 
 `modeling_deepseek/__init__.py` registers the classes; `save_pretrained` copies this file and its siblings into every
 checkpoint. Read beside `transformers/models/deepseek_v3/modeling_deepseek_v3.py`: only differences are stated here.
-Surprising: padding is told to the routers (`token_mask`), not to keep it from being routed but from being counted.
+Surprising: padding is told to the routers (`layout`), not to keep it from being routed but from being counted.
 
 The experts are transformers' own; transformers lets `experts_implementation` be set only where it finds the words
 @use_experts_implementation in the model's file.
@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .configuration_deepseek import DeepseekConfig
 from .conversion import register_conversion
 from .routing import DeepseekRouter
+from .token_layout import TokenLayout, make_layout
 
 register_conversion(DeepseekConfig.model_type)
 
@@ -56,14 +57,14 @@ class DeepseekMoE(DeepseekV3MoE):
         self.gate = DeepseekRouter(config)
         self.shared_experts = DeepseekV3MLP(config, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, layout: TokenLayout | None = None) -> torch.Tensor:
         """Return the experts' weighted sum plus the shared experts, `[B, S, D]`.
 
         Args:
             hidden_states: `[B, S, D]`.
-            token_mask: `[B, S]` bool, False for padding; None: no padding.
+            layout: Sequences and padding; None: neither is known.
         """
-        _, topk_weights, topk_indices = self.gate(hidden_states, token_mask)
+        _, topk_weights, topk_indices = self.gate(hidden_states, layout)
         routed = self.experts(hidden_states.view(-1, hidden_states.shape[-1]), topk_indices, topk_weights)
         return routed.view_as(hidden_states) + self.shared_experts(hidden_states)
 
@@ -81,7 +82,7 @@ class DeepseekAttention(DeepseekV3Attention):
 
 
 class DeepseekDecoderLayer(DeepseekV3DecoderLayer):
-    """Adds dropout on both branches, and hands `token_mask` to the router."""
+    """Adds dropout on both branches, and hands `layout` to the router."""
 
     def __init__(self, config, layer_idx: int):
         # Not DeepseekV3DecoderLayer's constructor: it would allocate the experts twice.
@@ -95,18 +96,18 @@ class DeepseekDecoderLayer(DeepseekV3DecoderLayer):
         # Identity draws no random numbers, so a run without dropout matches transformers' own.
         self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout > 0 else nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, layout: TokenLayout | None = None, **kwargs) -> torch.Tensor:
         """Return the layer's output, `[B, S, D]`.
 
         Args:
             hidden_states: `[B, S, D]`.
-            token_mask: `[B, S]` bool, False for padding; None: no padding.
+            layout: Sequences and padding; None: neither is known.
             **kwargs: As for `DeepseekV3DecoderLayer`.
         """
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         normed = self.post_attention_layernorm(hidden_states)
-        return hidden_states + self.dropout(self.mlp(normed, token_mask) if self.is_moe else self.mlp(normed))
+        return hidden_states + self.dropout(self.mlp(normed, layout) if self.is_moe else self.mlp(normed))
 
 
 class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
@@ -163,12 +164,13 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
 
         Args:
             input_ids: `[B, S]`.
-            attention_mask: As in transformers. A 2-D one also tells the routers which tokens not to count.
+            attention_mask: As in transformers. A 2-D one also tells the routers what is padding.
             **kwargs: As for `DeepseekV3Model`.
         """
-        if self.training and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            num_new = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
-            kwargs["token_mask"] = attention_mask[:, -num_new:].bool()
+        if self.training:
+            tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            position_ids = kwargs.get("position_ids")
+            kwargs["layout"] = make_layout(tokens.shape[:2], tokens.device, attention_mask, position_ids)
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 

@@ -15,9 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.utils import logging
 
+from .auxiliary_loss import AttachLoss, router_z_loss, sequence_balance_loss
 from .expert_load import ExpertLoad
 from .expert_share import ExpertShareController, restore_float32
+from .token_layout import TokenLayout
+
+logger = logging.get_logger(__name__)
 
 
 class DeepseekRouter(DeepseekV3TopkRouter):
@@ -47,33 +52,42 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         self.load = ExpertLoad(self.num_experts)
 
     def forward(
-        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, layout: TokenLayout | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route each token.
 
         Args:
             hidden_states: `[..., D]`.
-            token_mask: `[B, S]` bool, False for padding, which is routed but never counted. None: no padding.
+            layout: Which tokens are padding, routed but neither counted nor in any loss; None: each is its own
+                sequence and none is padding.
 
         Returns:
             `router_logits` `[T, E]` fp32, `topk_weights` `[T, K]` fp32 and `topk_indices` `[T, K]`; an unused slot
             has weight 0.
         """
-        if not self.is_extended:
+        if self.training and self.load.is_stale(self.anchor):
+            self._finish_step_alone()
+        is_used = None
+        if self.is_extended:
+            router_logits = self.compute_logits(hidden_states)
+            scores = self._score(router_logits)
+            topk_indices = self.choose_experts(scores)
+            is_used = self._choose_number(router_logits, scores, topk_indices)
+            topk_weights = self._weigh(router_logits, scores, topk_indices, is_used) * self.routed_scaling_factor
+        else:
             router_logits, topk_weights, topk_indices = super().forward(hidden_states)
-            if self.load.admits(self.training):
-                self.load.count(topk_indices, None, token_mask, self.anchor)
-            return router_logits, topk_weights, topk_indices
-        router_logits = self.compute_logits(hidden_states)
-        scores = router_logits.sigmoid() if self.scoring_func == "sigmoid" else router_logits.softmax(-1)
-        topk_indices = self.choose_experts(scores)
-        is_used = self._choose_number(router_logits, scores, topk_indices)
-        topk_weights = self._weigh(router_logits, scores, topk_indices, is_used) * self.routed_scaling_factor
         if self.load.admits(self.training):
-            self.load.count(topk_indices, is_used, token_mask, self.anchor)
+            self.load.count(topk_indices, is_used, layout, self.anchor)
+        if self.training and self.has_losses and torch.is_grad_enabled():
+            topk_weights = AttachLoss.apply(topk_weights, self._loss(router_logits, topk_indices, is_used, layout))
         if is_used is not None and self.config._experts_implementation == "fused_moe":
             topk_indices = topk_indices.masked_fill(~is_used, self.num_experts)
         return router_logits, topk_weights, topk_indices
+
+    @property
+    def has_losses(self) -> bool:
+        """True if any auxiliary loss has a weight."""
+        return self.config.seq_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
 
     @property
     def is_extended(self) -> bool:
@@ -117,20 +131,65 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         """Used slots `[T, K]`, or None for all of them."""
         if self.share is None:
             return None
-        if self.training and self.load.is_stale(self.anchor):
-            self.step_share()
         with torch.no_grad():
             weights = self._weigh(router_logits, scores, topk_indices, None)
             return self.share(weights / weights.sum(-1, keepdim=True))
 
-    @torch.no_grad()
-    def step_share(self) -> None:
-        """Move the share p by what was counted since the last optimizer step, and begin to count anew.
+    def _score(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """`scores` `[T, E]`."""
+        return router_logits.sigmoid() if self.scoring_func == "sigmoid" else router_logits.softmax(-1)
 
-        The callback does this right after the step, with the counts of all ranks. Without it the next pass does it,
-        once it sees that the optimizer has changed the router.
+    def _loss(self, router_logits, topk_indices, is_used, layout) -> torch.Tensor:
+        """The weighted auxiliary losses of this pass, scaled to its part of an optimizer step."""
+        if layout is None:
+            layout = TokenLayout(torch.zeros(len(topk_indices), dtype=torch.int64, device=topk_indices.device), 1)
+        loss = router_logits.new_zeros(())
+        if self.config.seq_aux_loss_coef > 0:
+            balance = sequence_balance_loss(self._score(router_logits), topk_indices, is_used, layout)
+            loss = loss + self.config.seq_aux_loss_coef * balance
+        if self.config.router_z_loss_coef > 0:
+            loss = loss + self.config.router_z_loss_coef * router_z_loss(router_logits, layout)
+        if self.load.loss_scale == 0:
+            logger.warning_once(
+                "gradient accumulation without ExpertBalanceCallback: only each step's first pass bears the router's "
+                "auxiliary losses"
+            )
+        return loss * self.load.loss_scale
+
+    @torch.no_grad()
+    def finish_step(self, tokens_per_expert: torch.Tensor, num_tokens: float) -> None:
+        """Update bias and share once after an optimizer step, and begin to count anew.
+
+        The bias moves against the load, centred so that its mean stays where it is::
+
+            d_i = speed * sign(mean load - load_i),    b_i <- b_i + d_i - mean(d)
+
+        Args:
+            tokens_per_expert: `[E]`, of all data-parallel ranks.
+            num_tokens: Likewise, padding left out.
+
+        Reference:
+            Wang et al. 2024, arXiv 2408.15664, algorithm 1; DeepSeek-V3 uses a speed of 0.001.
         """
-        if self.load.num_tokens is not None and self.load.num_tokens > 0:
+        self.load.reset()
+        if num_tokens == 0:
+            return
+        speed = self.config.router_bias_update_speed
+        if speed > 0:
+            load = tokens_per_expert.to(self.e_score_correction_bias)
+            delta = speed * torch.sign(load.mean() - load)
+            self.e_score_correction_bias += delta - delta.mean()
+        if self.share is not None:
+            self.share.step(float(tokens_per_expert.sum() / num_tokens))
+
+    def _finish_step_alone(self) -> None:
+        """What is done at the next pass where no callback did it right after the optimizer step: only the share."""
+        if self.config.router_bias_update_speed > 0:
+            logger.warning_once(
+                f"router_bias_update_speed={self.config.router_bias_update_speed}: the balancing bias stays as it is, "
+                "for nothing updates it; pass ExpertBalanceCallback to the trainer"
+            )
+        if self.share is not None and self.load.num_tokens > 0:
             self.share.step(float(self.load.tokens_per_expert.sum() / self.load.num_tokens))
         self.load.reset()
 
