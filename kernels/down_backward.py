@@ -171,16 +171,93 @@ def down_backward_kernel(
         grad_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K * WIDTH
 
-    is_output = is_row[:, None] & is_column[None, :]
-    h_offsets = rows[:, None] * 2 * WIDTH + columns[None, :]
-    gate = tl.load(preactivation_ptr + h_offsets, mask=is_output, other=0.0).to(ACC)
-    up = tl.load(preactivation_ptr + h_offsets + WIDTH, mask=is_output, other=0.0).to(ACC)
+    local = tl.arange(0, BLOCK_M)
+    scale = tl.load(topk_weights_ptr + slots, mask=is_row, other=0.0).to(ACC)
+    # Offsets within the tile fit 32 bits; only the tile's own place needs 64.
+    h_tile_ptr = preactivation_ptr + first * 2 * WIDTH
+    grad_h_tile_ptr = grad_h_ptr + first * 2 * WIDTH
+    scaled_tile_ptr = scaled_ptr + first * WIDTH
+    num_tile_rows = (end - first).to(tl.int32)
+    partial = tl.zeros((BLOCK_M,), dtype=ACC)
+    # In one piece this needs over 255 registers on sm_90 from 64 columns on, and spills; in quarters or halves it
+    # does not.
+    QUARTER: tl.constexpr = BLOCK_N // 4
+    if BLOCK_N >= 32:
+        left, right = _halves(grad_a, BLOCK_M, BLOCK_N)
+        first_quarter, second_quarter = _halves(left, BLOCK_M, BLOCK_N // 2)
+        third_quarter, fourth_quarter = _halves(right, BLOCK_M, BLOCK_N // 2)
+        for quarter in tl.static_range(4):
+            if quarter == 0:
+                piece = first_quarter
+            elif quarter == 1:
+                piece = second_quarter
+            elif quarter == 2:
+                piece = third_quarter
+            else:
+                piece = fourth_quarter
+            partial += _store_columns(
+                piece,
+                scale,
+                h_tile_ptr,
+                grad_h_tile_ptr,
+                scaled_tile_ptr,
+                local,
+                num_tile_rows,
+                block_n * BLOCK_N + quarter * QUARTER + tl.arange(0, QUARTER),
+                WIDTH,
+                ACTIVATION,
+                DTYPE,
+                ACC,
+            )
+    else:
+        partial += _store_columns(
+            grad_a,
+            scale,
+            h_tile_ptr,
+            grad_h_tile_ptr,
+            scaled_tile_ptr,
+            local,
+            num_tile_rows,
+            columns,
+            WIDTH,
+            ACTIVATION,
+            DTYPE,
+            ACC,
+        )
+    tl.store(partial_ptr + block_n.to(tl.int64) * num_rows + rows, partial, mask=is_row)
+
+
+@triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_columns(
+    grad_a,
+    scale,
+    h_ptr,
+    grad_h_ptr,
+    scaled_ptr,
+    rows,
+    num_rows,
+    columns,
+    WIDTH,
+    ACTIVATION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Write both results for some columns of a tile and return their part of the router's gradient per row."""
+    mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+    offsets = rows[:, None] * (2 * WIDTH) + columns[None, :]
+    gate = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    up = tl.load(h_ptr + offsets + WIDTH, mask=mask, other=0.0).to(ACC)
     activated, slope = activate(gate, ACTIVATION)
     partial = tl.sum(grad_a * activated * up, 1)
-    tl.store(partial_ptr + block_n.to(tl.int64) * num_rows + rows, partial, mask=is_row)
-    scale = tl.load(topk_weights_ptr + slots, mask=is_row, other=0.0).to(ACC)[:, None]
-    grad_a *= scale
-    tl.store(grad_h_ptr + h_offsets, narrow(grad_a * up * slope, DTYPE), mask=is_output)
-    tl.store(grad_h_ptr + h_offsets + WIDTH, narrow(grad_a * activated, DTYPE), mask=is_output)
-    scaled_ptrs = scaled_ptr + rows[:, None] * WIDTH + columns[None, :]
-    tl.store(scaled_ptrs, narrow(scale * activated * up, DTYPE), mask=is_output)
+    grad_a *= scale[:, None]
+    tl.store(grad_h_ptr + offsets, narrow(grad_a * up * slope, DTYPE), mask=mask)
+    tl.store(grad_h_ptr + offsets + WIDTH, narrow(grad_a * activated, DTYPE), mask=mask)
+    scaled = scale[:, None] * activated * up
+    tl.store(scaled_ptr + rows[:, None] * WIDTH + columns[None, :], narrow(scaled, DTYPE), mask=mask)
+    return partial

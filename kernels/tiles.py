@@ -161,7 +161,7 @@ TARGETS = {
 INTERPRETED = Tiles(
     gate_up=Tile(16, 16, 16, 1, 1),
     down=Tile(16, 16, 16, 1, 1),
-    down_backward=Tile(16, 16, 16, 1, 1, group_m=2),
+    down_backward=Tile(16, 32, 16, 1, 1, group_m=2),
     input_gradient=Tile(16, 16, 16, 1, 1),
     weight_gradient=Tile(16, 16, 16, 1, 1),
 )
