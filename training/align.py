@@ -7,6 +7,7 @@ than a prompt's rewards before and after; the unpaired error is reported beside 
 """
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from deepseek_model_cards.run_folder import RunFolder
 from deepseek_training.align_recipe import AlignRecipe
 from deepseek_training.recipe import recipe_settings
 
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # pinned below 1.13, so its warning tells a user nothing
 METRIC_NAMES = ("reward", "reward_relevance", "reward_safety", "reward_diversity", "kl", "length_tokens")
 NUM_SAMPLES = 6
 
@@ -35,6 +37,7 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -
         RewardError: The reward failed in mid-run; the run can be taken up again.
     """
     from deepseek_training.ppo_checkpoint import last_checkpoint
+    from deepseek_training.run_callbacks import drop_metrics_after
 
     started = time.time()
     reward = build_reward(recipe)
@@ -46,9 +49,11 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -
     held_out = prompts["validation"].select(range(min(recipe.num_eval_prompts, len(prompts["validation"]))))
     run = RunFolder.create(output, recipe_settings(recipe), command="align", seed=recipe.seed, overwrite=overwrite)
     trainer = build_trainer(recipe, run, tokenizer, reward, prompts["train"], held_out)
+    checkpoint = last_checkpoint(trainer.args.output_dir)
+    drop_metrics_after(run, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
     trainer.evaluate(metric_key_prefix="before")
     before = trainer.last_evaluation
-    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.evaluate(metric_key_prefix="after")
     after = trainer.last_evaluation
     save_models(trainer, run, tokenizer)
@@ -103,9 +108,10 @@ def encode_prompt(prompt: str, tokenizer: Any, template: str | None) -> list[int
 def build_trainer(recipe: AlignRecipe, run: RunFolder, tokenizer: Any, reward: Any, train: Any, held_out: Any) -> Any:
     """Return the PPO trainer: value model from the policy's weights, reference a frozen copy."""
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, PrinterCallback
     from trl.experimental.ppo import PPOConfig
 
+    from deepseek_training.align_callbacks import LogToRunFolder, RewardBar
     from deepseek_training.ppo_trainer import CorrectedPPOTrainer
 
     torch.manual_seed(recipe.seed)
@@ -146,9 +152,10 @@ def build_trainer(recipe: AlignRecipe, run: RunFolder, tokenizer: Any, reward: A
         save_steps=10,
         save_total_limit=1,
         num_sample_generations=0,
+        disable_tqdm=True,  # our own bar shows the reward
         report_to=[],
     )
-    return CorrectedPPOTrainer(
+    trainer = CorrectedPPOTrainer(
         args=args,
         processing_class=tokenizer,
         model=policy,
@@ -156,23 +163,10 @@ def build_trainer(recipe: AlignRecipe, run: RunFolder, tokenizer: Any, reward: A
         train_dataset=train,
         eval_dataset=held_out,
         value_model=value_model,
-        callbacks=[_make_log_callback(run)],
+        callbacks=[LogToRunFolder(run), RewardBar("align")],
     )
-
-
-def _make_log_callback(run: RunFolder) -> Any:
-    """A callback that copies each log row into the run folder, under the names the card and report read."""
-    from transformers import TrainerCallback
-
-    class LogToRunFolder(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            row = {"step": state.global_step, **logs}
-            if "objective/scores" in logs:
-                row |= {"reward": logs["objective/scores"], "kl": logs["objective/kl"]}
-                row |= {"entropy": logs["policy/entropy_avg"], "learning_rate": logs["lr"]}
-            run.log(row)
-
-    return LogToRunFolder()
+    trainer.remove_callback(PrinterCallback)  # it prints every metric of every update
+    return trainer
 
 
 def save_models(trainer: Any, run: RunFolder, tokenizer: Any) -> None:

@@ -26,12 +26,12 @@ _LIMITS = {"medquad": (900, 150), "hh": (500, 100), "taskmaster": (200, 50)}
 
 
 def main(source: str, output: str) -> None:
-    """Write ``dialogues.jsonl.gz``.
+    """Write ``dialogues.jsonl.gz``, and ``instructions.jsonl.gz`` for the attack table.
 
     Args:
-        source: Folder with ``domain_medicine/medquad_qa.jsonl.gz``, ``hh_rlhf/harmless-base-test.jsonl.gz`` and
-            ``prompts/taskmaster4_dialogues.jsonl.gz``.
-        output: The file to write.
+        source: Folder with ``domain_medicine/medquad_qa.jsonl.gz``, ``hh_rlhf/harmless-base-test.jsonl.gz``, and under
+            ``prompts/`` ``taskmaster4_dialogues.jsonl.gz`` and ``self_instruct_user_oriented_instructions.jsonl.gz``.
+        output: The folder to write into.
     """
     folder = Path(source)
     rows: list[dict[str, str]] = []
@@ -39,10 +39,8 @@ def main(source: str, output: str) -> None:
         rows += _select(name, reader(folder))
     seen = {_normalise(row["prompt"]) for row in rows if row["split"] == "train"}
     rows = [row for row in rows if row["split"] == "train" or _normalise(row["prompt"]) not in seen]
-    # mtime 0: the same rows give the same bytes.
-    with gzip.GzipFile(output, "wb", compresslevel=9, mtime=0) as file:
-        for row in rows:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    _write(Path(output) / "dialogues.jsonl.gz", rows)
+    _write(Path(output) / "instructions.jsonl.gz", list(read_instructions(folder)))
 
 
 def read_medquad(folder: Path) -> Iterator[dict[str, str]]:
@@ -70,6 +68,17 @@ def read_taskmaster(folder: Path) -> Iterator[dict[str, str]]:
             yield {"prompt": turns[0], "answer": _shorten(turns[1]), "source": "taskmaster", "split": _split(turns[0])}
 
 
+def read_instructions(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield Self-Instruct's user-oriented tasks that a few sentences of prose answer."""
+    for row in _read(folder / "prompts/self_instruct_user_oriented_instructions.jsonl.gz"):
+        instance = row["instances"][0]
+        prompt = re.sub(r"\s+", " ", f"{row['instruction']} {instance['input']}").strip()
+        answer = _shorten(instance["output"])
+        letters = sum(character.isalpha() or character == " " for character in answer)
+        if len(prompt.split()) <= 60 and len(answer.split()) >= 12 and letters >= 0.9 * len(answer):
+            yield {"prompt": prompt, "answer": answer, "source": "instructions"}
+
+
 def _select(name: str, rows: Iterator[dict[str, str]]) -> list[dict[str, str]]:
     """Keep decent, distinct rows in the order of their hash, at most `_LIMITS` of each split."""
     distinct = {}
@@ -88,6 +97,13 @@ def _read(path: Path) -> Iterator[dict]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    # mtime 0: the same rows give the same bytes
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=9, fileobj=raw, mtime=0) as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def _split(text: str) -> str:

@@ -427,7 +427,8 @@ class CorrectedPPOTrainer(PPOTrainer):
             name: self.accelerator.gather(torch.as_tensor(value, device=device).float()).mean().item()
             for name, value in own.items()
         }
-        metrics["val/ratio_var"] = self.accelerator.gather(stats["ratio"]).var(correction=0).item()
+        ratios = self.accelerator.gather(stats["ratio"])
+        metrics["val/ratio_var"] = ratios.var().item() if len(ratios) > 1 else 0.0
         metrics["val/num_eos_tokens"] = int((rollout.responses == self.processing_class.eos_token_id).sum())
         if "grad_norm" in stats:
             metrics["grad_norm"] = stats["grad_norm"].mean().item()

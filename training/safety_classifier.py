@@ -4,10 +4,12 @@
 
 Small enough to ship (64 KiB of 8-bit weights) and to score thousands of texts a second on one core; what it can and
 cannot tell is measured in ``data/safety_classifier.json``. Trained by `deepseek_training.train_safety_classifier`.
-Surprising: hashing is CRC-32, because Python's own hash differs between processes.
+Surprising: a text is as unsafe as its worst sentence, for a harmless context would dilute an
+abusive one; and hashing is CRC-32, because Python's own hash differs between processes.
 """
 
 import functools
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,8 @@ import numpy as np
 from deepseek_training.rewards.words import ngrams, split_words
 
 NUM_BUCKETS = 1 << 16
-MAX_WORDS = 256  # of a longer text each stretch of this many words is scored, and the worst one counts
+MAX_WORDS = 30  # a longer sentence is cut into stretches of this many words
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 EMBEDDED_PATH = Path(__file__).parent / "data" / "safety_classifier.npz"
 
 
@@ -56,7 +59,7 @@ class SafetyClassifier:
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
         """Return the probability that each text is unsafe, float64 [len(texts)]."""
-        return np.array([max(self._predict_stretch(part) for part in _stretches(text)) for text in texts])
+        return np.array([max(self._predict_stretch(part) for part in split_stretches(text)) for text in texts])
 
     def _predict_stretch(self, words: list[str]) -> float:
         features = hash_features(words)
@@ -83,6 +86,10 @@ def hash_features(words: Sequence[str]) -> np.ndarray:
     return np.unique(np.array([zlib.crc32(text.encode()) % NUM_BUCKETS for text in features], dtype=np.int64))
 
 
-def _stretches(text: str) -> list[list[str]]:
-    words = split_words(text)
-    return [words[i : i + MAX_WORDS] for i in range(0, max(1, len(words)), MAX_WORDS)]
+def split_stretches(text: str) -> list[list[str]]:
+    """Return the words of each sentence, long ones cut, at least one list."""
+    stretches = []
+    for sentence in _SENTENCE_END.split(text):
+        words = split_words(sentence)
+        stretches += [words[i : i + MAX_WORDS] for i in range(0, len(words), MAX_WORDS)]
+    return stretches or [[]]

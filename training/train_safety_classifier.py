@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +21,10 @@ import numpy as np
 import torch
 
 from deepseek_training.rewards.words import split_words
-from deepseek_training.safety_classifier import NUM_BUCKETS, SafetyClassifier, hash_features
+from deepseek_training.safety_classifier import NUM_BUCKETS, SafetyClassifier, hash_features, split_stretches
 from deepseek_training.text_data import read_rows
 
-EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, SEED = 6, 256, 0.05, 1e-5, 0
+EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, SEED = 4, 256, 0.05, 1e-5, 0
 Row = tuple[str, str, int]  # set, text, 1 = unsafe
 
 
@@ -61,14 +62,13 @@ def read_sets(folder: Path) -> Iterator[Row]:
     for row in read_rows("dialogues"):
         if row["split"] == "train" and row["source"] != "hh":
             yield "dialogues", row["prompt"], 0
-            yield "dialogues", row["answer"], 0
+            yield from (("dialogues", " ".join(words), 0) for words in split_stretches(row["answer"]))
     for row in read_rows("books"):
         if row["split"] == "train":
-            words = row["text"].split()
-            yield from (("books", " ".join(words[i : i + 40]), 0) for i in range(0, len(words), 400))
+            yield from (("books", " ".join(words), 0) for words in split_stretches(row["text"])[::12])
     for row in read_rows("medicine"):
         if row["split"] == "train":
-            yield "medicine", " ".join(row["text"].split()[:50]), 0
+            yield from (("medicine", " ".join(words), 0) for words in split_stretches(row["text"])[::12])
 
 
 def is_held_out(text: str) -> bool:
@@ -77,7 +77,7 @@ def is_held_out(text: str) -> bool:
 
 
 def fit(rows: list[Row]) -> SafetyClassifier:
-    """Return the classifier that minimises cross-entropy, each set and label weighted alike in total."""
+    """Return the classifier that minimises the cross-entropy under the weights of `_balance`."""
     torch.manual_seed(SEED)
     features = [torch.from_numpy(hash_features(split_words(text))) for _, text, _ in rows]
     labels = torch.tensor([float(label) for _, _, label in rows])
@@ -101,11 +101,14 @@ def fit(rows: list[Row]) -> SafetyClassifier:
 
 
 def _balance(rows: list[Row]) -> np.ndarray:
-    """Weights with mean 1: the square root of inverse frequency of (set, label), so that no set drowns the others."""
+    """Weights of mean 1 that let no set drown the others: (n of the set's label) ** -0.8, and each label alike."""
     keys = [(name, label) for name, _, label in rows]
-    counts = {key: keys.count(key) for key in set(keys)}
-    weights = np.array([counts[key] ** -0.5 for key in keys])
-    return weights / weights.mean()
+    counts = Counter(keys)
+    weights = np.array([counts[key] ** -0.8 for key in keys])
+    labels = np.array([label for _, label in keys])
+    for label in (0, 1):
+        weights[labels == label] *= len(rows) / 2 / weights[labels == label].sum()
+    return weights
 
 
 def describe(classifier: SafetyClassifier, train: list[Row], held_out: list[Row], xstest: Path) -> dict:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from deepseek_training.build_dialogues import read_hh, read_medquad, read_taskmaster
-from deepseek_training.rewards.words import split_words
+from deepseek_training.rewards.words import content_words, split_words
 from deepseek_training.text_data import read_rows
-from deepseek_training.text_embedder import NUM_BUCKETS, NUM_DIMENSIONS, TextEmbedder, hash_text
+from deepseek_training.text_embedder import NUM_BUCKETS, NUM_DIMENSIONS, TextEmbedder, hash_text, word_bucket
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE, TEMPERATURE, SEED = 4, 256, 0.01, 0.07, 0
 Pair = tuple[str, str]
@@ -89,7 +89,16 @@ def fit(sources: dict[str, list[Pair]]) -> TextEmbedder:
             loss.backward()
             optimizer.step()
             schedule.step()
-    return TextEmbedder(bag.weight.detach().numpy())
+    return TextEmbedder(bag.weight.detach().numpy(), count_rarity(sources))
+
+
+def count_rarity(sources: dict[str, list[Pair]]) -> np.ndarray:
+    """Return each word bucket's log of documents over documents with it, a pair counting as one document."""
+    documents = [f"{a} {b}" for pairs in sources.values() for a, b in pairs]
+    counts = np.zeros(NUM_BUCKETS)
+    for document in documents:
+        counts[list({word_bucket(word) for word in content_words(split_words(document))})] += 1
+    return np.log((1 + len(documents)) / (1 + counts)).astype(np.float32)
 
 
 def _batches(hashed: dict[str, list]) -> list[list]:

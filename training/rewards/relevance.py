@@ -1,28 +1,34 @@
 """Relevance: does the completion speak about what the prompt asks, in words of its own?
 
     relevance  = similarity * novelty * prose
-    similarity = (cosine(embed(prompt), embed(completion)) - low) / (high - low), cut to [0, 1]
+    similarity = max((cosine - low) / (high - low), coverage / 0.6), cut to [0, 1]
+    cosine     = embed(prompt) . embed(completion)
+    coverage   = share of the prompt's content words, weighted by rarity, that the completion names (also by initials)
     novelty    = min(1, share of the completion's distinct content words that the prompt lacks / 0.5)
     prose      = min(1, share of function words / 0.25) * min(1, share of distinct content words / 0.6)
 
-The cosine alone is hacked at once: repeating the prompt maximises it. `novelty` takes an echo to 0 and lets an answer
+Similarity alone is hacked at once: repeating the prompt maximises it. `novelty` takes an echo to 0 and lets an answer
 name its subject freely; `prose` takes a list of keywords and a word said over and over to 0. The embedder is the
 small one that ships (`deepseek_training.text_embedder`) or any sentence-embedding model (`SentenceEncoder`).
 
 Failure modes: a bag of words knows no truth and no grammar, so a false statement on the topic earns as much as a true
-one; short honest answers that share no topic word ("About one in ten") earn little; the function words are English, so
-for text in other scripts `prose` only counts repetition.
+one; an honest answer that shares no topic word with its prompt ("About one in ten") earns little; the function words
+are English, so for text in other scripts `prose` only counts repetition.
 """
 
+import re
 from typing import Any, Protocol
 
 import numpy as np
 
 from deepseek_training.rewards.words import FUNCTION_WORDS, content_words, split_words, text_of
+from deepseek_training.text_embedder import TextEmbedder
 
-# The cosines of unrelated and of good answers, from data/text_embedder.json (quartiles on held-out dialogues).
-LOW_COSINE, HIGH_COSINE = 0.05, 0.60
-FULL_NOVELTY, FULL_FUNCTION_SHARE, FULL_DISTINCT_SHARE = 0.5, 0.25, 0.6
+# Between the cosines of unrelated and of good answers: quartiles on held-out dialogues, in data/text_embedder.json.
+LOW_COSINE, HIGH_COSINE = 0.1, 0.6
+FULL_COVERAGE, FULL_NOVELTY, FULL_FUNCTION_SHARE, FULL_DISTINCT_SHARE = 0.6, 0.5, 0.25, 0.6
+_CAPITALS = re.compile(r"\b[A-Z]{2,6}\b")
+_CASED_WORD = re.compile(r"[^\W\d_][\w'-]*")
 
 
 class Embedder(Protocol):
@@ -49,12 +55,11 @@ class Relevance:
         high: float = HIGH_COSINE,
         has_guards: bool = True,
     ):
-        from deepseek_training.text_embedder import TextEmbedder
-
         if not -1 <= low < high <= 1:
             raise ValueError(f"low={low}, high={high}: allowed is -1 <= low < high <= 1")
         self.__name__ = "relevance"  # GRPO and RLOO log a reward under its __name__
-        self.embedder = TextEmbedder.load() if embedder is None else embedder
+        self.lexicon = TextEmbedder.load()
+        self.embedder = self.lexicon if embedder is None else embedder
         self.low, self.high, self.has_guards = low, high, has_guards
 
     def __call__(
@@ -72,11 +77,43 @@ class Relevance:
         distinct = list(dict.fromkeys(asked))  # GRPO repeats a prompt for each of its completions
         rows = dict(zip(distinct, self.embedder.embed(distinct), strict=True))
         cosines = [float(rows[p] @ c) for p, c in zip(asked, self.embedder.embed(answered), strict=True)]
-        return [
-            min(1.0, max(0.0, (cosine - self.low) / (self.high - self.low)))
-            * (guard(split_words(p), split_words(c)) if self.has_guards else 1.0)
-            for cosine, p, c in zip(cosines, asked, answered, strict=True)
-        ]
+        return [self._score(p, c, cosine) for p, c, cosine in zip(asked, answered, cosines, strict=True)]
+
+    def _score(self, asked: str, answered: str, cosine: float) -> float:
+        near = (cosine - self.low) / (self.high - self.low)
+        similarity = min(1.0, max(0.0, near, coverage(asked, answered, self.lexicon) / FULL_COVERAGE))
+        return similarity * (guard(split_words(asked), split_words(answered)) if self.has_guards else 1.0)
+
+
+def coverage(asked: str, answered: str, lexicon: TextEmbedder) -> float:
+    """Return the share of the prompt's content words that the answer names, weighted by rarity, in [0, 1].
+
+    Words that the answer gives by their initials count as named: "GAN" for "Giant Axonal Neuropathy".
+
+    Args:
+        asked: The prompt.
+        answered: The completion.
+        lexicon: Knows how rare words are.
+    """
+    wanted = sorted(set(content_words(split_words(asked))))
+    if not wanted:
+        return 0.0
+    named = set(content_words(split_words(answered))) | _named_by_initials(asked, set(_CAPITALS.findall(answered)))
+    weights = lexicon.weigh(wanted)
+    total = float(weights.sum())
+    return float(sum(weights[i] for i, word in enumerate(wanted) if word in named)) / total if total > 0 else 0.0
+
+
+def _named_by_initials(asked: str, capitals: set[str]) -> set[str]:
+    """The stems of the runs of content words whose initials stand among the capitals."""
+    words = [word for word in _CASED_WORD.findall(asked) if word.lower() not in FUNCTION_WORDS]
+    initials = "".join(word[0].upper() for word in words)
+    found: set[str] = set()
+    for text in capitals:
+        start = initials.find(text)
+        if start >= 0:
+            found.update(content_words(split_words(" ".join(words[start : start + len(text)]))))
+    return found
 
 
 def guard(asked: list[str], answered: list[str]) -> float:
