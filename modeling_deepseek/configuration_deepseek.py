@@ -56,7 +56,7 @@ class DeepseekConfig(DeepseekV3Config):
         router_key_dim: None for the linear gate; a number for attention of the token's query over learned expert
             keys of this width.
         router_bias_update_speed: Step of the aux-loss-free balancing bias (DeepSeek-V3: 0.001), applied by
-            `ExpertBalanceCallback`. 0 leaves the bias alone.
+            `ExpertBalanceCallback`. 0 leaves the bias alone. Loading a checkpoint sets it to 0 unless it is passed.
         seq_aux_loss_coef: Weight of the sequence-wise balance loss (DeepSeek-V3: 1e-4).
         router_z_loss_coef: Weight of the router's z-loss (ST-MoE: 1e-3).
         mtp_loss_coef: Weight of the multi-token prediction loss (DeepSeek-V3: 0.3).
@@ -129,6 +129,18 @@ class DeepseekConfig(DeepseekV3Config):
         elif model_type != cls.model_type:
             raise ValueError(f"model_type: {model_type!r} is not allowed, want {cls.model_type} or deepseek_v3")
         return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DeepseekConfig":
+        """Make a configuration from saved settings, with the bias update off unless `kwargs` asks for it.
+
+        A finished model's bias is part of how it routes; fine-tuning moves it only on request.
+
+        Args:
+            config_dict: The settings.
+            **kwargs: As for `transformers.PreTrainedConfig.from_dict`.
+        """
+        return super().from_dict({**config_dict, "router_bias_update_speed": 0.0}, **kwargs)
 
     @property
     def has_dynamic_experts(self) -> bool:

@@ -8,11 +8,13 @@ The experts are transformers' own; transformers lets `experts_implementation` be
 @use_experts_implementation in the model's file.
 """
 
+import functools
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
     DeepseekV3DecoderLayer,
@@ -159,6 +161,7 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @functools.wraps(DeepseekV3Model.forward)  # Trainer and generate read the arguments' names.
     def forward(self, input_ids=None, attention_mask=None, **kwargs) -> MoeModelOutputWithPast:
         """Return hidden states, as `DeepseekV3Model` does.
 
@@ -183,6 +186,30 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @functools.wraps(DeepseekV3ForCausalLM.forward)
+    def forward(self, input_ids=None, attention_mask=None, **kwargs) -> MoeCausalLMOutputWithPast:
+        """Return logits and loss, as `DeepseekV3ForCausalLM` does, and with the router logits also `aux_loss`.
+
+        Args:
+            input_ids: `[B, S]`.
+            attention_mask: As in transformers.
+            **kwargs: As for `DeepseekV3ForCausalLM`.
+        """
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if isinstance(output, MoeCausalLMOutputWithPast) and output.router_logits is not None:
+            output.aux_loss = self._mean_balance_loss(output.router_logits, attention_mask)
+        return output
+
+    @torch.no_grad()
+    def _mean_balance_loss(self, router_logits, attention_mask) -> torch.Tensor:
+        """The layers' mean balance loss, for the logs of trainers that expect one; its gradient is in the layers."""
+        routers = [layer.mlp.gate for layer in self.model.layers if layer.is_moe]
+        layout = None
+        if isinstance(attention_mask, torch.Tensor) and len(router_logits[0]) == attention_mask.numel():
+            layout = make_layout(attention_mask.shape, attention_mask.device, attention_mask, None)
+        losses = [router.balance_loss(row, layout) for router, row in zip(routers, router_logits, strict=True)]
+        return torch.stack(losses).mean()
 
 
 class DeepseekForSequenceClassification(DeepseekPreTrainedModel, DeepseekV3ForSequenceClassification):

@@ -62,7 +62,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "q_lora_rank": None,
         "kv_lora_rank": 64,
-        "qk_nope_head_dim": 32,
+        # Query and value heads equally wide: only then does torch's attention on a CPU take its fast path.
+        "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 16,
         "v_head_dim": 32,
         "n_routed_experts": 16,

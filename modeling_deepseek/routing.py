@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .auxiliary_loss import AttachLoss, router_z_loss, sequence_balance_loss
 from .expert_load import ExpertLoad
 from .expert_share import ExpertShareController, restore_float32
-from .token_layout import TokenLayout
+from .token_layout import TokenLayout, one_sequence
 
 logger = logging.get_logger(__name__)
 
@@ -58,8 +58,8 @@ class DeepseekRouter(DeepseekV3TopkRouter):
 
         Args:
             hidden_states: `[..., D]`.
-            layout: Which tokens are padding, routed but neither counted nor in any loss; None: each is its own
-                sequence and none is padding.
+            layout: Sequences and padding, which is routed but neither counted nor in any loss; None: one
+                sequence.
 
         Returns:
             `router_logits` `[T, E]` fp32, `topk_weights` `[T, K]` fp32 and `topk_indices` `[T, K]`; an unused slot
@@ -141,8 +141,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
 
     def _loss(self, router_logits, topk_indices, is_used, layout) -> torch.Tensor:
         """The weighted auxiliary losses of this pass, scaled to its part of an optimizer step."""
-        if layout is None:
-            layout = TokenLayout(torch.zeros(len(topk_indices), dtype=torch.int64, device=topk_indices.device), 1)
+        layout = one_sequence(router_logits) if layout is None else layout
         loss = router_logits.new_zeros(())
         if self.config.seq_aux_loss_coef > 0:
             balance = sequence_balance_loss(self._score(router_logits), topk_indices, is_used, layout)
@@ -155,6 +154,19 @@ class DeepseekRouter(DeepseekV3TopkRouter):
                 "auxiliary losses"
             )
         return loss * self.load.loss_scale
+
+    def balance_loss(self, router_logits: torch.Tensor, layout: TokenLayout | None) -> torch.Tensor:
+        """Return the sequence-wise balance loss of given logits, unweighted.
+
+        Args:
+            router_logits: `[T, E]`.
+            layout: Sequences and padding; None: one sequence.
+        """
+        layout = one_sequence(router_logits) if layout is None else layout
+        scores = self._score(router_logits)
+        topk_indices = self.choose_experts(scores)
+        is_used = self._choose_number(router_logits, scores, topk_indices)
+        return sequence_balance_loss(scores, topk_indices, is_used, layout)
 
     @torch.no_grad()
     def finish_step(self, tokens_per_expert: torch.Tensor, num_tokens: float) -> None:

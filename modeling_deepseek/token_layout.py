@@ -69,3 +69,12 @@ def make_layout(
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         rows = rows.masked_fill(attention_mask[:, -length:] == 0, -1)
     return TokenLayout(rows.reshape(-1), num_sequences)
+
+
+def one_sequence(tokens: torch.Tensor) -> TokenLayout:
+    """Return the layout that takes all tokens for one sequence.
+
+    Args:
+        tokens: `[T, ...]`.
+    """
+    return TokenLayout(torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device), 1)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-# Odd on purpose: groups on, query latent on, one dense layer, head widths that differ. The expert width is a multiple of
-# 8, which grouped_mm wants in bf16.
+# Odd on purpose: groups on, query latent on, one dense layer, head widths that differ. The expert width is a multiple
+# of 8, which grouped_mm wants in bf16.
 TINY = {
     "vocab_size": 97,
     "hidden_size": 32,
