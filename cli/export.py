@@ -1,24 +1,54 @@
 """``deepseek-moe export``: a checkpoint that others load without our code."""
 
 import argparse
+import sys
 
-HELP = "Write a checkpoint that stock transformers loads without this package."
+HELP = "Write a checkpoint that stock transformers or llama.cpp loads without this package."
 EXAMPLES = """
   deepseek-moe export runs/demo/align/model exported --to deepseek_v3
+  deepseek-moe export runs/demo/align/model model.gguf --to gguf
+  deepseek-moe export runs/demo/align/model model.gguf --to gguf --fixed-experts 2
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", help="a checkpoint of ours: a folder or a Hub id")
-    parser.add_argument("output", help="the folder to write; it must not exist or be empty")
-    parser.add_argument("--to", choices=("deepseek_v3",), default="deepseek_v3", help="the format")
+    parser.add_argument("model", help="a checkpoint of ours: a folder or a Hub id (gguf: a folder)")
+    parser.add_argument("output", help="the folder to write, empty or absent (gguf: a folder or FILE.gguf)")
+    parser.add_argument("--to", choices=("deepseek_v3", "gguf"), default="deepseek_v3", help="the format")
+    parser.add_argument(
+        "--fixed-experts",
+        type=int,
+        metavar="N",
+        help="gguf: export a dynamic number of experts a token at this fixed one, and print the measured difference",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the checkpoint and print where it lies."""
+    if args.to == "gguf":
+        return _export_gguf(args)
+    if args.fixed_experts is not None:
+        raise ValueError("--fixed-experts: goes with --to gguf only")
+    from deepseek_model_cards.loading import load_model, load_tokenizer
     from modeling_deepseek.export import export_deepseek_v3
 
-    export_deepseek_v3(args.model, args.output)
+    export_deepseek_v3(load_model(args.model, dtype="auto"), args.output)
+    try:
+        load_tokenizer(args.model).save_pretrained(args.output)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"no tokenizer exported: {error}", file=sys.stderr)
     print(f"{args.to} checkpoint  {args.output}")
+    return 0
+
+
+def _export_gguf(args: argparse.Namespace) -> int:
+    from deepseek_model_cards.gguf_export import export_gguf
+
+    path = export_gguf(args.model, args.output, fixed_experts=args.fixed_experts)
+    if args.fixed_experts is not None:
+        from deepseek_model_cards.fixed_experts import measure_fixed_experts
+
+        print(measure_fixed_experts(args.model, args.fixed_experts))
+    print(f"gguf file  {path}")
     return 0

@@ -2,8 +2,13 @@
 
 `modeling_deepseek.py` calls `register_conversion` on import, so that it also happens where a checkpoint's own copy of
 these files is loaded. Surprising: without it, transformers saves a third-party model's fused tensors without a word.
+And `Trainer` resumes by `load_state_dict`, past every mapping, so that a resumed stock MoE silently starts with fresh
+experts; hence the hook.
 """
 
+from typing import Any
+
+import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
@@ -28,3 +33,24 @@ def register_conversion(model_type: str) -> None:
     ]
     # The package and a checkpoint's copy of it may both be imported in one process.
     register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
+
+
+def fuse_expert_names(experts: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Replace per-expert tensors in a state dict by the fused ones that the module holds.
+
+    A hook for `register_load_state_dict_pre_hook`; does nothing where the names are fused already.
+
+    Args:
+        experts: The experts' module.
+        state_dict: Changed in place.
+        prefix: Of the module's names, with its dot.
+    """
+    rows = range(experts.num_experts)
+    if f"{prefix}0.gate_proj.weight" not in state_dict:
+        return
+
+    def take(name: str) -> torch.Tensor:
+        return torch.stack([state_dict.pop(f"{prefix}{row}.{name}.weight") for row in rows])
+
+    state_dict[f"{prefix}gate_up_proj"] = torch.cat([take("gate_proj"), take("up_proj")], dim=1)
+    state_dict[f"{prefix}down_proj"] = take("down_proj")

@@ -6,7 +6,7 @@ approximated; the balancing bias is kept, for V3 has it, while losses and update
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from .configuration_deepseek import DeepseekConfig
 from .modeling_deepseek import DeepseekForCausalLM
@@ -27,27 +27,28 @@ def obstacles_to_deepseek_v3(config: DeepseekConfig) -> list[str]:
     return [f"{name}={getattr(config, name)!r}" for name, stands in obstacles.items() if stands]
 
 
-def export_deepseek_v3(model_name_or_path: str | Path, output: str | Path) -> None:
-    """Write a model as a stock `deepseek_v3` checkpoint, with its tokenizer if it has one.
+def export_deepseek_v3(model: DeepseekForCausalLM, output: str | Path) -> None:
+    """Write a model as a stock `deepseek_v3` checkpoint.
 
     Args:
-        model_name_or_path: A checkpoint of ours.
+        model: A causal language model of ours.
         output: The folder to write.
 
     Raises:
-        ValueError: The model is outside DeepSeek-V3's range.
+        ValueError: The model is of another type, or outside DeepSeek-V3's range.
         FileExistsError: The folder holds files.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"output: {output} exists and is not an empty folder")
-    config = DeepseekConfig.from_pretrained(model_name_or_path)
+    config = model.config
+    if config.model_type != DeepseekConfig.model_type:
+        raise ValueError(f"model_type: {config.model_type!r} is not allowed, want {DeepseekConfig.model_type}")
     obstacles = obstacles_to_deepseek_v3(config)
     if obstacles:
-        raise ValueError(f"model: {model_name_or_path} is outside deepseek_v3's range: {', '.join(obstacles)}")
-    model = DeepseekForCausalLM.from_pretrained(model_name_or_path, dtype="auto")
+        raise ValueError(f"model: {', '.join(obstacles)} cannot be expressed in deepseek_v3")
     added = DeepseekConfig.__annotations__.keys() | {"auto_map", "model_type", "architectures", "transformers_version"}
-    settings = {key: value for key, value in model.config.to_dict().items() if key not in added}
+    settings = {key: value for key, value in config.to_dict().items() if key not in added}
     # Built on the meta device and given our tensors, so that the weights are in memory once.
     stock = DeepseekV3ForCausalLM.from_pretrained(
         None, config=DeepseekV3Config(**settings), state_dict=model.state_dict(), dtype=model.dtype
@@ -55,5 +56,3 @@ def export_deepseek_v3(model_name_or_path: str | Path, output: str | Path) -> No
     stock._weight_conversions = None  # Else it would be written with the fused names it was given.
     stock.generation_config = model.generation_config
     stock.save_pretrained(output)
-    if any((Path(model_name_or_path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        AutoTokenizer.from_pretrained(model_name_or_path).save_pretrained(output)

@@ -31,7 +31,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_deepseek import DeepseekConfig
-from .conversion import register_conversion
+from .conversion import fuse_expert_names, register_conversion
 from .routing import DeepseekRouter
 from .token_layout import TokenLayout, make_layout
 
@@ -56,6 +56,7 @@ class DeepseekMoE(DeepseekV3MoE):
         nn.Module.__init__(self)
         self.config = config
         self.experts = DeepseekV3Experts(config)
+        self.experts.register_load_state_dict_pre_hook(fuse_expert_names)
         self.gate = DeepseekRouter(config)
         self.shared_experts = DeepseekV3MLP(config, config.moe_intermediate_size * config.n_shared_experts)
 

@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
+from deepseek_training.balance import ExpertBalanceCallback
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 EXTENDED = {
@@ -17,6 +18,14 @@ EXTENDED = {
     "norm_type": "layernorm",
     "hidden_dropout": 0.1,
 }
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.mark.parametrize("per_expert", [True, False])
@@ -108,3 +117,41 @@ def test_the_package_and_its_copy_live_in_one_process(tiny, input_ids, tmp_path,
     ]
     for loaded in both:
         assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+def test_load_state_dict_takes_a_saved_file(tiny, tmp_path):
+    """As Trainer resumes: per-expert names straight into `load_state_dict`, without transformers' conversion."""
+    saved, fresh = (DeepseekForCausalLM(DeepseekConfig(**tiny)) for _ in range(2))
+    saved.save_pretrained(tmp_path)
+    result = fresh.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert not result.missing_keys and not result.unexpected_keys
+    expected = saved.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in fresh.state_dict().items())
+    fresh.load_state_dict(expected)  # Fused names as ever.
+
+
+def test_stock_trainer_resumes_bit_for_bit(tiny, tmp_path):
+    """Six steps at once against three, a checkpoint, and three more in a fresh trainer, dynamic experts on."""
+    from transformers import Trainer, TrainingArguments
+
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 97, (12, 17), generator=generator)]
+    settings = {**tiny, "min_experts_per_tok": 1, "target_experts_per_tok": 1.7, "expert_top_p": 0.4}
+
+    def train(folder, num_steps, resume=None):
+        torch.manual_seed(0)
+        model = DeepseekForCausalLM(DeepseekConfig(**settings))
+        arguments = TrainingArguments(
+            folder, max_steps=6, save_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True,
+            report_to=[], disable_tqdm=True, logging_steps=1, lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[ExpertBalanceCallback(), StopAt(num_steps)])
+        trainer.train(resume_from_checkpoint=resume)
+        return model, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    whole, losses = train(tmp_path / "whole", 6)
+    train(tmp_path / "parts", 3)
+    resumed, resumed_losses = train(tmp_path / "parts", 6, resume=str(tmp_path / "parts" / "checkpoint-3"))
+    assert resumed_losses == losses
+    expected = whole.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())

@@ -16,7 +16,7 @@ def test_stock_transformers_loads_it_with_equal_logits(tiny, input_ids, tmp_path
     model.to(dtype).save_pretrained(tmp_path / "ours")
     # Not compared with `model` itself: .to(bfloat16) rounds transformers' rotary frequencies, which loading does not.
     model = DeepseekForCausalLM.from_pretrained(tmp_path / "ours")
-    export_deepseek_v3(tmp_path / "ours", tmp_path / "stock")
+    export_deepseek_v3(model, tmp_path / "stock")
     assert not list((tmp_path / "stock").glob("*.py")), "none of our code"
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", output_loading_info=True)
     assert type(loaded) is DeepseekV3ForCausalLM and not any(info.values())
@@ -29,9 +29,8 @@ def test_a_model_outside_v3s_range_is_refused_by_name(tiny, tmp_path):
     config = DeepseekConfig(
         **tiny, scoring_func="softmax", min_experts_per_tok=1, router_key_dim=6, norm_type="layernorm"
     )
-    DeepseekForCausalLM(config).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError) as caught:
-        export_deepseek_v3(tmp_path / "ours", tmp_path / "stock")
+        export_deepseek_v3(DeepseekForCausalLM(config), tmp_path / "stock")
     for name in ("scoring_func='softmax'", "min_experts_per_tok=1", "router_key_dim=6", "norm_type='layernorm'"):
         assert name in str(caught.value)
     assert not (tmp_path / "stock").exists()
@@ -41,4 +40,9 @@ def test_an_occupied_folder_is_left_alone(tiny, tmp_path):
     (tmp_path / "stock").mkdir()
     (tmp_path / "stock" / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is not an empty folder"):
-        export_deepseek_v3(tmp_path, tmp_path / "stock")
+        export_deepseek_v3(DeepseekForCausalLM(DeepseekConfig(**tiny)), tmp_path / "stock")
+
+
+def test_another_model_is_refused(stock, tmp_path):
+    with pytest.raises(ValueError, match="model_type: 'deepseek_v3' is not allowed"):
+        export_deepseek_v3(stock, tmp_path / "stock")
