@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 from deepseek_model_cards.run_folder import RunFolder
+from deepseek_training.balance import ExpertBalanceCallback
 from deepseek_training.bits_per_byte import BitsPerByte, measure_model
 from deepseek_training.checkpoints import CheckpointMarker, last_complete_checkpoint, step_of
 from deepseek_training.figures import TrainingFigures
 from deepseek_training.packing import cut_to_share, encode_documents
 from deepseek_training.run_callbacks import MetricsFile, ProgressBar, drop_metrics_after
 from deepseek_training.stage_recipes import TrainerSettings
-from modeling_deepseek.routing import DeepseekRouter
 
 logger = logging.getLogger(__name__)
 
@@ -98,19 +98,6 @@ class StageTrainer(Trainer):
         model.load_state_dict(loaded.state_dict())
 
 
-class RouterSteps(TrainerCallback):
-    """Steps the routers' controllers at the end of a step, so that a checkpoint holds the state after it.
-
-    Left alone, a router steps at its next forward pass, and what it has counted by then is in no checkpoint.
-    """
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        """Step each router that chooses a number of experts."""
-        for module in model.modules():
-            if isinstance(module, DeepseekRouter) and module.share is not None:
-                module.step_share()
-
-
 def train_stage(
     recipe: TrainerSettings,
     run: RunFolder,
@@ -144,7 +131,7 @@ def train_stage(
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()  # "Writing model shards" would break our bar's line at every checkpoint
     figures = TrainingFigures.attach(trainer)
-    trainer.add_callback(RouterSteps())
+    trainer.add_callback(ExpertBalanceCallback())
     trainer.add_callback(MetricsFile(run, figures))
     trainer.add_callback(ProgressBar(stage))
     trainer.add_callback(CheckpointMarker())
