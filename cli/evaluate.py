@@ -2,10 +2,11 @@
 
 import argparse
 
-HELP = "score a causal language model on MMLU and HumanEval"
+HELP = "Score a causal language model on MMLU, HumanEval and MBPP."
 EXAMPLES = """
   deepseek-moe evaluate runs/demo/align --tasks mmlu --limit 2
   deepseek-moe evaluate path/to/model --tasks mmlu --num-fewshot 5 --batch-size 64 --output runs/mmlu
+  deepseek-moe evaluate --samples completions.jsonl --tasks humaneval --output runs/scored
   deepseek-moe evaluate org/name --tasks humaneval --num-samples 10 --temperature 0.8 --output runs/humaneval
 """
 
@@ -16,9 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The command's parser.
     """
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, run folder, or Hub id")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="checkpoint folder, run folder, or Hub id")
+    parser.add_argument(
+        "--samples", default=None, metavar="FILE", help="instead of a model: completions to run (task_id, completion)"
+    )
     parser.add_argument("--tasks", default="mmlu,humaneval", help="comma-separated names")
-    parser.add_argument("--num-fewshot", type=int, default=0, metavar="N", help="shots (MMLU: 0 to 5)")
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        default=None,
+        metavar="N",
+        help="shots (MMLU: 0 to 5, 0 by default; MBPP: 0 to 3, 3)",
+    )
     parser.add_argument(
         "--limit",
         default=None,
@@ -90,10 +100,29 @@ def run(args: argparse.Namespace) -> int:
     """
     limit = parse_limit(args.limit)
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if (args.model is None) == (args.samples is None):
+        raise ValueError("evaluate: give either MODEL or --samples FILE")
     from deepseek_eval.tasks.catalogue import find_task
 
     for name in tasks:  # Before the seconds that torch takes to load.
         find_task(name)
+    results = _evaluate_model(args, tasks, limit) if args.samples is None else _score_samples(args, tasks, limit)
+    print(format_results(results))
+    print(f"\nWritten to {args.output}: results.json and samples_<task>.jsonl")
+    return 0
+
+
+def _score_samples(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict:
+    from deepseek_eval.samples_file import score_samples
+
+    if len(tasks) != 1:
+        raise ValueError(f"tasks: {','.join(tasks)} with --samples, wanted exactly one, such as humaneval")
+    limit = limit.get(tasks[0]) if isinstance(limit, dict) else limit
+    options = {name: vars(args)[name] for name in ("output", "overwrite", "allow_weak_sandbox")}
+    return score_samples(args.samples, tasks[0], limit=limit, data_path=args.data, **options)
+
+
+def _evaluate_model(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict:
     from deepseek_eval.harness import evaluate_model
 
     names = (
@@ -101,10 +130,7 @@ def run(args: argparse.Namespace) -> int:
         "dtype device adapter experts_implementation trust_remote_code"
     )
     options = {name: vars(args)[name] for name in names.split()}
-    results = evaluate_model(args.model, tasks=tasks, limit=limit, data_path=args.data, **options)
-    print(format_results(results))
-    print(f"\nWritten to {args.output}: results.json and samples_<task>.jsonl")
-    return 0
+    return evaluate_model(args.model, tasks=tasks, limit=limit, data_path=args.data, **options)
 
 
 def format_results(results: dict) -> str:

@@ -34,7 +34,7 @@ def evaluate_model(
     model_name_or_path: str | Path,
     *,
     tasks: Sequence[str] = ("mmlu", "humaneval"),
-    num_fewshot: int = 0,
+    num_fewshot: int | None = None,
     limit: int | dict[str, int] | None = None,
     batch_size: int = 32,
     output: str | Path,
@@ -57,7 +57,8 @@ def evaluate_model(
     Args:
         model_name_or_path: Checkpoint folder, run folder of ours, or Hub id.
         tasks: Names from the catalogue.
-        num_fewshot: Shots for tasks that have them (MMLU: 0 to 5).
+        num_fewshot: Shots for tasks that have them (MMLU: 0 to 5, MBPP: 0 to 3); None takes each reference's own (0
+            and 3).
         limit: At most this many items (MMLU: per subject), for all tasks or by task name; None for all.
         batch_size: Questions, or prompts, a batch.
         output: The run folder to write.
@@ -123,10 +124,14 @@ def _build_items(task: Task, settings: dict[str, Any]) -> list:
     if isinstance(limit, dict):
         limit = limit.get(task.name)
     data_path = settings["data_path"]
-    items = list(task.build_items(settings["num_fewshot"], limit, None if data_path is None else Path(data_path)))
+    items = list(task.build_items(_num_fewshot(task, settings), limit, None if data_path is None else Path(data_path)))
     if not items:
         raise ValueError(f"data: task {task.name} has no items; its file is empty")
     return items
+
+
+def _num_fewshot(task: Task, settings: dict[str, Any]) -> int:
+    return task.num_fewshot if settings["num_fewshot"] is None else settings["num_fewshot"]
 
 
 class _Samples:
@@ -169,7 +174,7 @@ def _run_choice_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: 
     items = _build_items(task, settings)
     samples = _Samples(run, task)
     encoded = encode_items(loaded, items)
-    can_share = settings["num_fewshot"] > 0 and supports_shared_prefix(loaded)
+    can_share = _num_fewshot(task, settings) > 0 and supports_shared_prefix(loaded)
     batches = plan_batches(encoded, settings["batch_size"], can_share)
     missing = [batch for batch in batches if any((row.item.id, 0) not in samples.rows for row in batch.rows)]
     num_done = sum(len(batch.rows) for batch in batches) - sum(len(batch.rows) for batch in missing)
@@ -196,7 +201,7 @@ def _run_choice_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: 
         )
     return {
         **scores,
-        "num_fewshot": settings["num_fewshot"],
+        "num_fewshot": _num_fewshot(task, settings),
         "num_truncated": num_truncated,
         "context": loaded.max_length,
     }
@@ -239,6 +244,9 @@ def _program_row(prompt, text: str) -> dict[str, Any]:
         "id": prompt.item.id,
         "sample": prompt.sample,
         "prediction": text,
+        # The same two under OpenAI's names, so that its evaluate_functional_correctness reads this file.
+        "task_id": prompt.item.id,
+        "completion": text,
         "target": prompt.item.target,
         "is_truncated": prompt.is_truncated,
     }
@@ -264,6 +272,7 @@ def _run_tests(samples, items, task: Task, sampling: SamplingSettings, settings:
     samples.finish(rows)
     return {
         **scores,
+        "num_fewshot": _num_fewshot(task, settings),
         "num_samples": n,
         "temperature": sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens,
@@ -296,7 +305,7 @@ def _summarise(tasks: list[Task], results: dict[str, Any], settings: dict[str, A
                 "stderr": scores[f"{name}_stderr"],
                 "n": scores["n"],
                 "task": task.name,
-                "num_fewshot": scores.get("num_fewshot", 0),
+                "num_fewshot": scores["num_fewshot"],
                 "harness": HARNESS,
             }
         )

@@ -70,6 +70,7 @@ class Task:
         licence: The data's licence.
         source: Where the data came from.
         categories: Group to category, for a second breakdown.
+        num_fewshot: Shots the reference uses when none are asked for.
         max_new_tokens: How much a completion may hold (programs only).
     """
 
@@ -81,4 +82,5 @@ class Task:
     licence: str
     source: str
     categories: dict[str, str] = field(default_factory=dict)
+    num_fewshot: int = 0
     max_new_tokens: int = 0

@@ -130,6 +130,26 @@ while frame:
     frame = frame.f_back
 assert False
 """,
+    "append_to_the_callers_result": """
+import sys
+frame = sys._getframe()
+while frame:
+    for name, value in list(frame.f_locals.items()):
+        if name in ('result', 'results', 'outcome', 'status') and hasattr(value, 'append'):
+            value.append('passed')
+    frame = frame.f_back
+assert False
+""",
+    "append_and_die": """
+import sys, posix
+frame = sys._getframe()
+while frame:
+    for name, value in list(frame.f_locals.items()):
+        if name in ('result', 'results', 'outcome', 'status') and hasattr(value, 'append'):
+            value.append('passed')
+    frame = frame.f_back
+posix._exit(0)
+""",
     "search_the_heap": """
 import gc
 for thing in gc.get_objects():
@@ -379,6 +399,21 @@ import os
 os.unshare(0x10000000) if hasattr(os, 'unshare') else (_ for _ in ()).throw(OSError)
 """,
     "mount_by_subprocess": "import subprocess\nsubprocess.run(['mount', '-t', 'tmpfs', 'none', '/tmp'], check=True)",
+    "shell_by_posix": "import posix\nassert posix.system('true') == 0",
+    "fork_by_posix": """
+import posix, time
+while True:
+    try:
+        posix.fork()
+    except OSError:
+        time.sleep(60)
+""",
+    "kill_the_parent_by_posix": """
+import posix
+parent = posix.getppid()
+assert parent > 1, 'nobody to kill'
+posix.kill(parent, 9)
+""",
     "shell": "import os\nassert os.system('true') == 0",
     "tcp_socket": "import socket\nsocket.create_connection(('1.1.1.1', 53), timeout=1)",
     "loopback_server": "import socket\ns = socket.socket()\ns.bind(('127.0.0.1', 0))\ns.listen()",

@@ -1,0 +1,128 @@
+"""Scores completions made elsewhere: OpenAI's JSON Lines, ``task_id`` and ``completion`` a line.
+
+Called by ``deepseek-moe evaluate --samples``. It works the other way round as well: the ``samples_<task>.jsonl``
+that the harness writes has these two keys in every row, so ``evaluate_functional_correctness`` reads it unchanged.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from deepseek_eval.harness import load_metric
+from deepseek_eval.sandbox import describe_protection
+from deepseek_eval.tasks.catalogue import find_task
+from deepseek_eval.tasks.task import ProgramItem
+from deepseek_model_cards.run_folder import RunFolder, write_json, write_text
+
+# How many names of missing problems a message lists.
+_NUM_NAMED = 3
+
+
+def read_samples(path: str | Path, items: list[ProgramItem]) -> list[list[str]]:
+    """Return each problem's completions, in the items' order.
+
+    Args:
+        path: The samples file.
+        items: The problems it must cover.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line is no sample, a problem is missing or unknown, or one sample occurs twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"samples: {path} does not exist")
+    known = {item.id for item in items}
+    completions: dict[str, list[str]] = defaultdict(list)
+    seen = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        row = _parse_row(path, number, line)
+        name = row["task_id"]
+        if name not in known:
+            raise ValueError(f"samples: {path}, line {number} has task_id {name!r}, which the task does not know")
+        # Files of ours number a problem's samples; OpenAI's do not, and there a repeated line is one more sample.
+        if "sample" in row and (name, row["sample"]) in seen:
+            raise ValueError(f"samples: {path}, line {number} repeats sample {row['sample']} of {name}")
+        seen.add((name, row.get("sample")))
+        completions[name].append(row["completion"])
+    missing = [item.id for item in items if item.id not in completions]
+    if missing:
+        more = ", ..." if len(missing) > _NUM_NAMED else ""
+        raise ValueError(
+            f"samples: {path} lacks {len(missing)} of {len(items)} problems ({', '.join(missing[:_NUM_NAMED])}{more})"
+        )
+    return [completions[item.id] for item in items]
+
+
+def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if isinstance(row["task_id"], str) and isinstance(row["completion"], str):
+            return row
+    except (json.JSONDecodeError, KeyError, TypeError):
+        pass
+    raise ValueError(f"samples: {path}, line {number} is no JSON object with the texts task_id and completion")
+
+
+def score_samples(
+    path: str | Path,
+    task_name: str,
+    *,
+    output: str | Path,
+    k: tuple[int, ...] = (1, 10, 100),
+    limit: int | None = None,
+    data_path: str | Path | None = None,
+    allow_weak_sandbox: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Run the tests on a samples file and write a run folder, as `evaluate_model` does for a model.
+
+    Args:
+        path: The samples file.
+        task_name: A task whose answers are programs.
+        output: The run folder to write.
+        k: Values of k for pass@k.
+        limit: Only the task's first problems.
+        data_path: A folder with the user's own data files.
+        allow_weak_sandbox: Run programs even where the machine offers less than the sandbox's minimum.
+        overwrite: Replace a run that is in the way.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        ValueError: The task takes no programs, or the file does not cover it.
+    """
+    task = find_task(task_name)
+    if task.kind != "program":
+        raise ValueError(f"samples: task {task.name} is not answered by programs")
+    items = list(task.build_items(task.num_fewshot, limit, None if data_path is None else Path(data_path)))
+    rows = read_samples(path, items)
+    settings = {"samples": str(path), "task": task.name, "k": list(k), "limit": limit}
+    run = RunFolder.create(output, settings, command="evaluate", overwrite=overwrite)
+    with tqdm(total=sum(map(len, rows)), desc=f"evaluate {task.name}: run", unit="program") as bar:
+        scores = load_metric("pass_at_k").compute(
+            predictions=[[item.program(text) for text in row] for item, row in zip(items, rows, strict=True)],
+            references=[item.tests for item in items],
+            k=list(k),
+            allow_weak_sandbox=allow_weak_sandbox,
+            on_result=bar.update,
+        )
+    outcomes = scores.pop("samples")
+    lines = [
+        {"id": item.id, "task_id": item.id, "sample": index, "prediction": text, "completion": text, **outcome}
+        for item, row, row_outcomes in zip(items, rows, outcomes, strict=True)
+        for index, (text, outcome) in enumerate(zip(row, row_outcomes, strict=True))
+    ]
+    write_text(run.path / f"samples_{task.name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    results = {"model": None, "tasks": {task.name: {**scores, "sandbox": describe_protection()}}}
+    write_json(run.path / "results.json", results)
+    figure = {"metric": "pass@1", "value": scores["pass@1"], "stderr": scores["pass@1_stderr"], "n": scores["n"]}
+    figure |= {"dataset": task.dataset, "split": task.split, "task": task.name}
+    run.finish({"stage": "evaluate", "results": [figure], "data": [], "checks": [], "samples": []})
+    return results
