@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from deepseek_training.balance import ExpertBalanceCallback
+
 
 class TrainingFigures(TrainerCallback):
     """Collects figures over the steps since the last log line and adds them to it.
@@ -29,14 +31,15 @@ class TrainingFigures(TrainerCallback):
         self._num_tokens, self._seconds, self._began = 0, 0.0, 0.0
 
     @classmethod
-    def attach(cls, trainer: Trainer) -> "TrainingFigures":
+    def attach(cls, trainer: Trainer, *, balance: ExpertBalanceCallback | None = None) -> "TrainingFigures":
         """Add figures to a trainer, before its trackers.
 
         Args:
             trainer: Any trainer, before `train`.
+            balance: A balancing callback, which adds its own figures to the log and so belongs before them too.
         """
         figures = cls()
-        trainer.callback_handler.callbacks.insert(0, figures)
+        trainer.callback_handler.callbacks[:0] = [figures] if balance is None else [figures, balance]
         return figures
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -145,9 +148,9 @@ def _summarise(windows: list[_RouterWindow]) -> dict[str, Any]:
     figures = {
         "load_imbalance": sum(imbalances) / len(imbalances),
         "router_entropy": sum(router.entropy / router.num_tokens for router in windows) / len(windows),
-        "mean_experts": sum(int(router.tokens_per_expert.sum()) / router.num_tokens for router in windows)
+        "mean_experts_per_tok": sum(int(router.tokens_per_expert.sum()) / router.num_tokens for router in windows)
         / len(windows),
-        "idle_experts": sum(int((router.tokens_per_expert == 0).sum()) for router in windows),
+        "num_idle_experts": sum(int((router.tokens_per_expert == 0).sum()) for router in windows),
     }
     for layer, value in enumerate(imbalances):
         figures[f"load_imbalance_layer_{layer}"] = value

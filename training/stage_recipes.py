@@ -25,6 +25,10 @@ class TrainerSettings:
     weight_decay: float = setting(0.1, help="AdamW's weight decay (DeepSeek-V3: 0.1).")
     adam_beta2: float = setting(0.95, help="AdamW's second decay rate (DeepSeek-V3: 0.95).")
     max_grad_norm: float = setting(1.0, help="Gradients are clipped to this norm.")
+    bias_update_speed: float | None = setting(
+        None,
+        help="Step of the experts' balancing bias (DeepSeek-V3: 0.001); null: the model's router_bias_update_speed.",
+    )
     bf16: bool = setting(False, help="Train under bf16 autocast.")
     gradient_checkpointing: bool = setting(False, help="Recompute activations in the backward pass to save memory.")
     experts_implementation: Literal["fused_moe", "grouped_mm", "batched_mm", "eager"] = setting(

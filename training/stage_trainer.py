@@ -130,8 +130,7 @@ def train_stage(
     )
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()  # "Writing model shards" would break our bar's line at every checkpoint
-    figures = TrainingFigures.attach(trainer)
-    trainer.add_callback(ExpertBalanceCallback())
+    figures = TrainingFigures.attach(trainer, balance=ExpertBalanceCallback(recipe.bias_update_speed))
     trainer.add_callback(MetricsFile(run, figures))
     trainer.add_callback(ProgressBar(stage))
     trainer.add_callback(CheckpointMarker())

@@ -73,8 +73,8 @@ def test_figures_count_every_routed_token(finished, tiny_settings):
             assert tokens * 1 <= sum(load) <= tokens * 3  # 1 to 3 of 8 experts a token
             assert row[f"load_imbalance_layer_{layer}"] == pytest.approx(max(load) / (sum(load) / 8))
         routed = sum(map(sum, row["tokens_per_expert"]))
-        assert row["mean_experts"] == pytest.approx(routed / 2 / tokens)
-        assert row["idle_experts"] == sum(load.count(0) for load in row["tokens_per_expert"])
+        assert row["mean_experts_per_tok"] == pytest.approx(routed / 2 / tokens)
+        assert row["num_idle_experts"] == sum(load.count(0) for load in row["tokens_per_expert"])
         assert 0 < row["router_entropy"] <= 2.08  # ln 8
         assert row["tokens_per_second"] > 0 and row["grad_norm"] > 0
     assert summary["tokens_per_expert"] == rows[-1]["tokens_per_expert"]
