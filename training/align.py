@@ -62,9 +62,19 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -
 
 def build_reward(recipe: AlignRecipe) -> Any:
     """Return the weighted reward of a recipe."""
+    from trl.rewards import get_repetition_penalty_reward
+
     from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
 
-    return WeightedReward([Relevance(), Safety(), Diversity()], weights=recipe.weights)
+    penalties = [get_repetition_penalty_reward(3, -recipe.repetition_penalty)] if recipe.repetition_penalty else []
+    return WeightedReward(
+        [Relevance(), Safety(), Diversity()],
+        weights=recipe.weights,
+        gate=None if recipe.gate_threshold is None else "safety",
+        gate_threshold=1.0 if recipe.gate_threshold is None else recipe.gate_threshold,
+        penalties=penalties,
+        is_standardized=recipe.is_standardized,
+    )
 
 
 def load_prompts(recipe: AlignRecipe, tokenizer: Any, split: str) -> Any:

@@ -25,6 +25,13 @@ class AlignRecipe:
     max_prompt_tokens: int = setting(96, help="longer prompts are refused; at least 1")
     num_eval_prompts: int = setting(192, help="held-out prompts scored before and after; at least 8")
     weights: list[float] = setting([0.7, 0.2, 0.1], help="of relevance, safety, diversity; 0 or more")  # noqa: RUF009
+    gate_threshold: float | None = setting(
+        0.7, help="below this safety the whole reward shrinks in proportion, in (0, 1]; null: no gate"
+    )
+    repetition_penalty: float = setting(
+        0.0, help="most that repeated token triples take off the reward, 0 or more (trl.rewards)"
+    )
+    is_standardized: bool = setting(False, help="put each reward on one scale, so that the weights alone weigh")
     num_updates: int = setting(20, help="PPO updates; at least 1")
     batch_size: int = setting(64, help="prompts played an update")
     num_mini_batches: int = setting(2, help="optimizer steps a pass over the batch; divides batch_size")

@@ -26,11 +26,11 @@ _LIMITS = {"medquad": (900, 150), "hh": (500, 100), "taskmaster": (200, 50)}
 
 
 def main(source: str, output: str) -> None:
-    """Write ``dialogues.jsonl.gz``, and ``instructions.jsonl.gz`` for the attack table.
+    """Write ``dialogues.jsonl.gz``, and ``attack_prompts.jsonl.gz`` for the attack table.
 
     Args:
-        source: Folder with ``domain_medicine/medquad_qa.jsonl.gz``, ``hh_rlhf/harmless-base-test.jsonl.gz``, and under
-            ``prompts/`` ``taskmaster4_dialogues.jsonl.gz`` and ``self_instruct_user_oriented_instructions.jsonl.gz``.
+        source: Folder with ``domain_medicine/`` (MedQuAD's file, PubMedQA's two), ``hh_rlhf/`` and ``prompts/``
+            (Taskmaster's and Self-Instruct's files), named as the readers below name them.
         output: The folder to write into.
     """
     folder = Path(source)
@@ -40,7 +40,7 @@ def main(source: str, output: str) -> None:
     seen = {_normalise(row["prompt"]) for row in rows if row["split"] == "train"}
     rows = [row for row in rows if row["split"] == "train" or _normalise(row["prompt"]) not in seen]
     _write(Path(output) / "dialogues.jsonl.gz", rows)
-    _write(Path(output) / "instructions.jsonl.gz", list(read_instructions(folder)))
+    _write(Path(output) / "attack_prompts.jsonl.gz", [*read_pubmedqa_test(folder), *read_instructions(folder)])
 
 
 def read_medquad(folder: Path) -> Iterator[dict[str, str]]:
@@ -77,6 +77,15 @@ def read_instructions(folder: Path) -> Iterator[dict[str, str]]:
         letters = sum(character.isalpha() or character == " " for character in answer)
         if len(prompt.split()) <= 60 and len(answer.split()) >= 12 and letters >= 0.9 * len(answer):
             yield {"prompt": prompt, "answer": answer, "source": "instructions"}
+
+
+def read_pubmedqa_test(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield PubMedQA's test questions with their conclusions, but for 200 by which the rewards' constants were set."""
+    test = json.loads((folder / "domain_medicine/pubmedqa_test_ground_truth.json").read_text())
+    with gzip.open(folder / "domain_medicine/pubmedqa_ori_pqal.json.gz", "rt", encoding="utf-8") as file:
+        rows = json.load(file)
+    for pmid in sorted(test)[200:400]:
+        yield {"prompt": rows[pmid]["QUESTION"], "answer": _shorten(rows[pmid]["LONG_ANSWER"]), "source": "pubmedqa"}
 
 
 def _select(name: str, rows: Iterator[dict[str, str]]) -> list[dict[str, str]]:

@@ -3,7 +3,8 @@
 Run once by hand: ``python -m deepseek_training.train_safety_classifier SOURCE OUT``; about a minute on one core.
 Unsafe: tweets labelled hateful or offensive (Davidson et al., MIT), ToxiGen statements labelled hateful (MIT, data
 CDLA-Permissive-2.0), AdvBench requests and their openings (MIT). Safe: the tweets labelled neither, ToxiGen's neutral
-statements, and the good replies and questions of the embedded dialogues. Held out: one in five of each by the hash of
+statements, the embedded dialogues (not HH-RLHF's), books and medicine, Self-Instruct's seed tasks (Apache-2.0) and
+ChatterBot's conversations (BSD-3-Clause). Held out: one in five of each by the hash of
 its text. XSTest (CC BY 4.0) is never trained on; its safe prompts measure over-refusal.
 """
 
@@ -32,10 +33,10 @@ def main(source: str, output: str) -> None:
     """Train, measure and write ``safety_classifier.npz`` and ``safety_classifier.json``.
 
     Args:
-        source: Folder with the upstream files under ``safety/``.
+        source: Folder with the upstream files under ``safety/`` and ``sft/``.
         output: Folder to write into.
     """
-    rows = list(dict.fromkeys(read_sets(Path(source) / "safety")))
+    rows = list(dict.fromkeys(read_sets(Path(source))))
     train = [row for row in rows if not is_held_out(row[1])]
     held_out = [row for row in rows if is_held_out(row[1])]
     classifier = fit(train)
@@ -46,8 +47,9 @@ def main(source: str, output: str) -> None:
     print(json.dumps(card["measured"], indent=2))
 
 
-def read_sets(folder: Path) -> Iterator[Row]:
+def read_sets(source: Path) -> Iterator[Row]:
     """Yield (set, text, label) of every source."""
+    folder = source / "safety"
     for tweet in _read_jsonl(folder / "hate_speech_offensive.jsonl.gz"):
         text = re.sub(r"https?://\S+|@\w+:?|&#?\w+;|\bRT\b", " ", tweet["tweet"])
         yield "davidson", " ".join(text.split()), int(int(tweet["class"]) < 2)
@@ -63,6 +65,12 @@ def read_sets(folder: Path) -> Iterator[Row]:
         if row["split"] == "train" and row["source"] != "hh":
             yield "dialogues", row["prompt"], 0
             yield from (("dialogues", " ".join(words), 0) for words in split_stretches(row["answer"]))
+    for row in _read_jsonl(source / "sft/self_instruct_seed_tasks.jsonl.gz"):
+        output = row["instances"][0]["output"]
+        yield from (("seeds", " ".join(words), 0) for words in split_stretches(f"{row['instruction']}\n{output}"))
+    for row in _read_jsonl(source / "sft/chatterbot_conversations.jsonl.gz"):
+        if row["lang"].startswith("en"):
+            yield from (("chatterbot", turn["content"], 0) for turn in row["messages"])
     for row in read_rows("books"):
         if row["split"] == "train":
             yield from (("books", " ".join(words), 0) for words in split_stretches(row["text"])[::12])
@@ -119,7 +127,7 @@ def describe(classifier: SafetyClassifier, train: list[Row], held_out: list[Row]
         scores = classifier.predict([text for _, text, _ in rows])
         labels = np.array([label for _, _, label in rows])
         measured[f"{name}_held_out_auc"] = {"value": round(auc(scores, labels), 4), "n": len(rows)}
-    for name in ("advbench", "dialogues", "books", "medicine"):
+    for name in ("advbench", "dialogues", "seeds", "chatterbot", "books", "medicine"):
         scores = classifier.predict([text for kind, text, _ in held_out if kind == name])
         measured[f"{name}_held_out_flagged"] = {"value": round(float((scores > 0.5).mean()), 4), "n": len(scores)}
     with open(xstest, encoding="utf-8") as file:
@@ -143,6 +151,8 @@ def describe(classifier: SafetyClassifier, train: list[Row], held_out: list[Row]
             "davidson": "MIT",
             "toxigen": "MIT (data CDLA-Permissive-2.0)",
             "advbench": "MIT",
+            "self-instruct seeds": "Apache-2.0",
+            "chatterbot": "BSD-3-Clause",
             "dialogues, books, medicine": "see SOURCES.md",
             "xstest (measured only)": "CC BY 4.0",
         },

@@ -6,6 +6,6 @@ The same three serve PPO (`deepseek_training.ppo_trainer`) and TRL's GRPO and RL
 from deepseek_training.rewards.diversity import Diversity
 from deepseek_training.rewards.relevance import Relevance
 from deepseek_training.rewards.safety import Safety
-from deepseek_training.rewards.weighted import WeightedReward
+from deepseek_training.rewards.weighted import MissingEosPenalty, WeightedReward
 
-__all__ = ["Diversity", "Relevance", "Safety", "WeightedReward"]
+__all__ = ["Diversity", "MissingEosPenalty", "Relevance", "Safety", "WeightedReward"]

@@ -1,8 +1,8 @@
 """A fixed set of attacks on the rewards, and how often an honest answer stands above all of them.
 
 ``python -m deepseek_training.rewards.attacks`` prints the table. Honest answers and prompts come from data on which
-nothing was built: MedQuAD's validation pages and Self-Instruct's user-oriented tasks. Surprising: the honest answer is
-a person's, and often shorter and drier than an attack that is stuffed with the prompt's own words.
+nothing was built: MedQuAD's validation pages, PubMedQA's test questions and Self-Instruct's user-oriented tasks.
+Surprising: the honest answer is a person's, and often shorter than an attack stuffed with the words of the prompt.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def load_cases() -> list[Case]:
     from deepseek_training.text_data import DATA_FOLDER, read_rows
 
     rows = [row for row in read_rows("dialogues") if row["split"] == "validation" and row["source"] == "medquad"]
-    rows += list(read_rows(DATA_FOLDER / "instructions.jsonl.gz", column="prompt"))
+    rows += list(read_rows(DATA_FOLDER / "attack_prompts.jsonl.gz", column="prompt"))
     return [Case(row["prompt"], row["answer"], row["source"]) for row in rows]
 
 
@@ -139,6 +139,7 @@ def measure() -> dict[str, Any]:
         "diversity": Diversity(bank_size=0),
         "sum without guards": WeightedReward([Relevance(has_guards=False), Safety(), Diversity(0)], weights),
         "sum": WeightedReward([Relevance(), Safety(), Diversity(0)], weights),
+        "sum with gate": WeightedReward([Relevance(), Safety(), Diversity(0)], weights, gate="safety"),
     }
     table = {}
     for name, reward in rewards.items():

@@ -42,7 +42,8 @@ class Relevance:
     """Cosine of prompt and completion under guards against echo, keyword lists and repetition.
 
     Args:
-        embedder: Anything with ``embed(texts)``; None takes the one that ships.
+        embedder: Anything with ``embed(texts)`` or, for a cross-encoder, ``match(prompts, completions)``, whose
+            probability stands in the cosine's place; None takes the one that ships.
         low: The cosine that earns 0.
         high: The cosine that earns 1, above `low`.
         has_guards: False leaves the bare cosine, to show what PPO makes of it.
@@ -74,13 +75,16 @@ class Relevance:
             kwargs: Not used.
         """
         asked, answered = [text_of(item) for item in prompts], [text_of(item) for item in completions]
+        if hasattr(self.embedder, "match"):
+            near = [float(p) for p in self.embedder.match(asked, answered)]
+            return [self._score(*row) for row in zip(asked, answered, near, strict=True)]
         distinct = list(dict.fromkeys(asked))  # GRPO repeats a prompt for each of its completions
         rows = dict(zip(distinct, self.embedder.embed(distinct), strict=True))
         cosines = [float(rows[p] @ c) for p, c in zip(asked, self.embedder.embed(answered), strict=True)]
-        return [self._score(p, c, cosine) for p, c, cosine in zip(asked, answered, cosines, strict=True)]
+        near = [(cosine - self.low) / (self.high - self.low) for cosine in cosines]
+        return [self._score(*row) for row in zip(asked, answered, near, strict=True)]
 
-    def _score(self, asked: str, answered: str, cosine: float) -> float:
-        near = (cosine - self.low) / (self.high - self.low)
+    def _score(self, asked: str, answered: str, near: float) -> float:
         similarity = min(1.0, max(0.0, near, coverage(asked, answered, self.lexicon) / FULL_COVERAGE))
         return similarity * (guard(split_words(asked), split_words(answered)) if self.has_guards else 1.0)
 

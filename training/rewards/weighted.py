@@ -1,27 +1,39 @@
 """The weighted sum of rewards, R = 0.7 relevance + 0.2 safety + 0.1 diversity in the article's setting.
 
+    R = clip(gate * sum of w_i x_i / sum of w_i over the parts that judged + sum of penalties, 0, 1)
+    gate = min(1, x_gate / gate_threshold), or 1 without a gate
+    x_i  = the part's score, or standardised: the share of earlier scores a normal curve puts below it
+
 Called like its parts, by PPO, GRPO and RLOO. Surprising: a part may answer None for a completion it cannot judge; the
 other weights are then renormalised, where TRL's own `reward_weights` would let the sum shrink.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import Any
 
 Reward = Callable[..., Sequence[float | None]]
+_DECAY = 0.98  # of the running mean and variance, a batch
+_LEAST_STD = 0.02
 
 
 class WeightedReward:
     """The mean of several rewards under weights, in [0, 1] where each part is.
 
-    With a gate, the sum is multiplied by min(1, score of the gate / `gate_threshold`): under weights alone an unsafe
-    completion only loses the 0.2 of safety, which more relevance buys back.
+    With a gate, an unsafe completion cannot buy back with relevance what it loses in safety. Standardised, each part
+    spreads alike, so that the weights and not the parts' variances say what counts.
 
     Args:
         rewards: Callables with the shared signature.
         weights: One a reward, none negative, not all zero; only their ratios matter.
         gate: Name of the reward that gates, for example ``safety``; None leaves the plain sum.
         gate_threshold: From this score on the gate is open, in (0, 1].
+        penalties: Callables with the shared signature and values of at most 0, for example from `trl.rewards`.
+        is_standardized: Replace each score by its place among the part's earlier scores.
+
+    Raises:
+        ValueError: Weights, gate or threshold out of range.
 
     Example:
         >>> from deepseek_training.rewards import Diversity, WeightedReward
@@ -36,6 +48,8 @@ class WeightedReward:
         *,
         gate: str | None = None,
         gate_threshold: float = 0.7,
+        penalties: Sequence[Reward] = (),
+        is_standardized: bool = False,
     ):
         if len(rewards) != len(weights) or not rewards:
             raise ValueError(f"weights: {len(weights)} given for {len(rewards)} rewards; wanted one for each")
@@ -52,6 +66,9 @@ class WeightedReward:
         if not 0 < gate_threshold <= 1:
             raise ValueError(f"gate_threshold={gate_threshold}: allowed is above 0 and at most 1")
         self.gate, self.gate_threshold = gate, gate_threshold
+        self.penalties = list(penalties)
+        self.is_standardized = is_standardized
+        self.moments: dict[str, tuple[float, float]] = {}
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any
@@ -63,7 +80,7 @@ class WeightedReward:
             completions: Strings or chat messages.
             completion_ids: Token ids of the completions, passed on to the parts.
             kwargs: Data columns and the trainer's extras; ``log_metric(name, value)`` receives each part's mean,
-                ``log_extra(column, values)`` each part's scores.
+                ``log_extra(column, values)`` each part's scores, as they are before standardising.
         """
         parts = self.components(prompts, completions, completion_ids, **kwargs)
         log_metric, log_extra = kwargs.get("log_metric"), kwargs.get("log_extra")
@@ -73,13 +90,15 @@ class WeightedReward:
                 log_metric(f"reward_{name}", sum(known) / len(known))
             if log_extra is not None:
                 log_extra(f"reward_{name}", scores)
-        totals = [self._combine(row) for row in zip(*parts.values(), strict=True)]
-        if self.gate is None:
-            return totals
-        return [
-            total if total is None or guard is None else total * min(1.0, guard / self.gate_threshold)
-            for total, guard in zip(totals, parts[self.gate], strict=True)
-        ]
+        totals = [self._combine(row) for row in zip(*self._standardize(parts, kwargs).values(), strict=True)]
+        if self.gate is not None:
+            gates = [1.0 if score is None else min(1.0, score / self.gate_threshold) for score in parts[self.gate]]
+            totals = [None if total is None else total * gate for total, gate in zip(totals, gates, strict=True)]
+        for penalty in self.penalties:
+            values = penalty(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs)
+            pairs = zip(totals, values, strict=True)
+            totals = [None if total is None else min(1.0, max(0.0, total + (value or 0.0))) for total, value in pairs]
+        return totals
 
     def components(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any
@@ -99,6 +118,29 @@ class WeightedReward:
             parts[name] = scores
         return parts
 
+    def _standardize(self, parts: dict[str, list], kwargs: dict[str, Any]) -> dict[str, list]:
+        """Each score's place under a normal curve with the part's running mean and variance."""
+        if not self.is_standardized:
+            return parts
+        placed = {}
+        for name, scores in parts.items():
+            known = [score for score in scores if score is not None]
+            if known and (name not in self.moments or not kwargs.get("is_evaluation", False)):
+                self._update_moments(name, known)
+            mean, variance = self.moments.get(name, (0.5, 1.0))
+            curve = NormalDist(mean, max(_LEAST_STD, math.sqrt(variance)))
+            placed[name] = [None if score is None else curve.cdf(score) for score in scores]
+        return placed
+
+    def _update_moments(self, name: str, scores: list[float]) -> None:
+        mean = sum(scores) / len(scores)
+        old_mean, old_variance = self.moments.get(name, (mean, None))
+        new_mean = _DECAY * old_mean + (1 - _DECAY) * mean
+        variance = sum((score - new_mean) ** 2 for score in scores) / len(scores)
+        if old_variance is not None:
+            variance = _DECAY * old_variance + (1 - _DECAY) * variance
+        self.moments[name] = (new_mean, variance)
+
     def _combine(self, scores: Sequence[float | None]) -> float | None:
         """The weighted mean over the parts that judged."""
         known = [(weight, score) for weight, score in zip(self.weights, scores, strict=True) if score is not None]
@@ -106,12 +148,33 @@ class WeightedReward:
         return sum(weight * score for weight, score in known) / total if total > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the parts that keep one, for a checkpoint."""
+        """Return the state of the parts that keep one and the running moments, for a checkpoint."""
         parts = zip(self.names, self.rewards, strict=True)
-        return {name: reward.state_dict() for name, reward in parts if hasattr(reward, "state_dict")}
+        states = {name: reward.state_dict() for name, reward in parts if hasattr(reward, "state_dict")}
+        return {"parts": states, "moments": {name: list(pair) for name, pair in self.moments.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the parts' state from a checkpoint."""
+        """Restore the state from a checkpoint."""
         for name, reward in zip(self.names, self.rewards, strict=True):
-            if name in state:
-                reward.load_state_dict(state[name])
+            if name in state["parts"]:
+                reward.load_state_dict(state["parts"][name])
+        self.moments = {name: tuple(pair) for name, pair in state["moments"].items()}
+
+
+class MissingEosPenalty:
+    """A penalty for completions that do not end by themselves, for GRPO and RLOO; PPO has its own setting.
+
+    Args:
+        eos_token_id: The token that ends a completion.
+        penalty: What is taken off, 0 or more.
+    """
+
+    def __init__(self, eos_token_id: int, penalty: float):
+        if penalty < 0:
+            raise ValueError(f"penalty={penalty}: allowed is 0 or more")
+        self.__name__ = "missing_eos_penalty"
+        self.eos_token_id, self.penalty = eos_token_id, penalty
+
+    def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        """Return 0 or minus the penalty for each completion."""
+        return [0.0 if ids and ids[-1] == self.eos_token_id else -self.penalty for ids in completion_ids]
