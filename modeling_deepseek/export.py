@@ -11,6 +11,10 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from .configuration_deepseek import DeepseekConfig
 from .modeling_deepseek import DeepseekForCausalLM
 
+# transformers 5 neither writes nor reads these two, DeepSeek's own config.json has them: without topk_method vLLM and
+# SGLang make no balancing bias and stop at its tensor, without scoring_func vLLM takes softmax scores.
+_ENGINE_SETTINGS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+
 
 def obstacles_to_deepseek_v3(config: DeepseekConfig) -> list[str]:
     """Return the settings outside DeepSeek-V3's range, each as ``name=value``.
@@ -48,10 +52,15 @@ def export_deepseek_v3(model: DeepseekForCausalLM, output: str | Path) -> None:
     if obstacles:
         raise ValueError(f"model: {', '.join(obstacles)} cannot be expressed in deepseek_v3")
     added = DeepseekConfig.__annotations__.keys() | {"auto_map", "model_type", "architectures", "transformers_version"}
-    settings = {key: value for key, value in config.to_dict().items() if key not in added}
+    settings = {key: value for key, value in config.to_dict().items() if key not in added} | _ENGINE_SETTINGS
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        # vLLM's and SGLang's DeepSeek have a head of their own, and it would stay as it was born.
+        settings["tie_word_embeddings"] = False
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     # Built on the meta device and given our tensors, so that the weights are in memory once.
     stock = DeepseekV3ForCausalLM.from_pretrained(
-        None, config=DeepseekV3Config(**settings), state_dict=model.state_dict(), dtype=model.dtype
+        None, config=DeepseekV3Config(**settings), state_dict=state, dtype=model.dtype
     )
     stock._weight_conversions = None  # Else it would be written with the fused names it was given.
     stock.generation_config = model.generation_config

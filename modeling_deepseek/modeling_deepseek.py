@@ -174,6 +174,9 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
         if self.training:
             tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
             position_ids = kwargs.get("position_ids")
+            if kwargs.get("use_cache") is None:
+                # With a cache, transformers does not keep packed sequences apart.
+                kwargs["use_cache"] = False
             kwargs["layout"] = make_layout(tokens.shape[:2], tokens.device, attention_mask, position_ids)
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
