@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from deepseek_model_cards.gguf_tokenizer import write_tokenizer
+from deepseek_model_cards.loading import resolve_checkpoint
 
 _GATING = {"softmax": "SOFTMAX", "sigmoid": "SIGMOID"}
 
@@ -37,11 +38,17 @@ class Tensors:
 
         Args:
             model_path: A folder with ``*.safetensors``.
+
+        Raises:
+            ValueError: A file is cut short.
         """
         files = {}
         for path in sorted(model_path.glob("*.safetensors")):
-            with safe_open(path, "pt") as opened:
-                files.update(dict.fromkeys(opened.keys(), path))
+            try:
+                with safe_open(path, "pt") as opened:
+                    files.update(dict.fromkeys(opened.keys(), path))
+            except SafetensorError as error:
+                raise ValueError(f"model: {path} is cut short or damaged ({error})") from None
         return cls(files)
 
     def __contains__(self, name: str) -> bool:
@@ -74,6 +81,9 @@ def obstacles_to_gguf(config: dict[str, Any]) -> list[str]:
     found = [f"{key}={config[key]!r}" for key, allowed in wanted.items() if config.get(key, allowed[0]) not in allowed]
     if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
         found.append(f"rope_parameters={rope or config.get('rope_scaling')}")
+    if config["num_hidden_layers"] in (26, 27) and config.get("q_lora_rank"):
+        # llama.cpp takes these for DeepSeek-V2-Lite, which has no query latent, and never reads its rank.
+        found.append(f"num_hidden_layers={config['num_hidden_layers']} with q_lora_rank={config['q_lora_rank']}")
     if "quantization_config" in config:
         found.append("quantization_config")
     return found
@@ -97,7 +107,7 @@ def export_gguf(model_path: str | Path, output: str | Path, *, fixed_experts: in
         FileNotFoundError: The folder is no checkpoint.
     """
     gguf = _import_gguf()
-    source = Path(model_path)
+    source = Path(resolve_checkpoint(model_path))
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"model: {source} holds no config.json; pass a checkpoint's folder")
     target = _target(Path(output))

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +25,20 @@ def test_stock_transformers_loads_it_with_equal_logits(tiny, input_ids, tmp_path
     assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
     ours, stock = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "stock"))
     assert ours.keys() == stock.keys() and all(torch.equal(ours[name], stock[name]) for name in ours)
+
+
+def test_vllm_and_sglang_find_what_they_read(tiny, input_ids, tmp_path):
+    """Their loaders (vLLM 002d6073, SGLang 00114aef): `topk_method` decides whether there is a balancing bias, vLLM's
+    `scoring_func` is softmax unless told, and both have a head of their own even where ours is tied.
+    """
+    model = DeepseekForCausalLM(DeepseekConfig(**tiny, tie_word_embeddings=True)).eval()
+    export_deepseek_v3(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["topk_method"] == "noaux_tc" and config["scoring_func"] == "sigmoid"
+    assert config["tie_word_embeddings"] is False
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids).logits, model(input_ids).logits)
 
 
 def test_a_model_outside_v3s_range_is_refused_by_name(tiny, tmp_path):
