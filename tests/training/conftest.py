@@ -22,6 +22,7 @@ def tiny_settings(tiny_data):
     return {
         "data": str(tiny_data),
         "preset": "debug",
+        "model": {"router_bias_update_speed": 0.01, "hidden_dropout": 0.1},  # state that a resumed run must restore
         "vocab_size": 300,
         "sequence_length": 32,
         "batch_size": 4,
