@@ -168,7 +168,7 @@ def _metadata_sizes(num_rows: int, num_experts: int) -> list[int]:
 
 
 def _pack(metadata, num_rows: int, num_experts: int, like: Tensor) -> Tensor:
-    packed = torch.empty(sum(_metadata_sizes(num_rows, num_experts)), dtype=torch.int32, device=like.device)
+    packed = torch.zeros(sum(_metadata_sizes(num_rows, num_experts)), dtype=torch.int32, device=like.device)
     pieces = packed.split(_metadata_sizes(num_rows, num_experts))
     for piece, source in zip(pieces, metadata, strict=False):
         piece[: source.numel()].copy_(source)

@@ -1,44 +1,195 @@
-"""The CPU path of `fused_moe` against its reference in float64, and the errors of its arguments."""
+"""`fused_moe` on a CPU: against its reference in float64, what it keeps, how it composes with torch, its errors."""
 
 import pytest
 import torch
+from moe_cases import assert_equals_reference, gradients, make_case
+from torch.utils.checkpoint import checkpoint
 
-from deepseek_kernels.fused_moe import fused_moe, fused_moe_reference
+from deepseek_kernels import large_buffers
+from deepseek_kernels.fused_moe import fused_moe
 
-# Relative RMS per tensor. bf16 rounds h, a, y and the output, each 1.6e-3; the gradients pass through a few more.
-OUTPUT_RMS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 7e-4, torch.bfloat16: 5e-3}
-
-
-def make_case(dtype, *, T=7, H=12, I=5, E=6, K=3, unused=True, seed=0):  # noqa: E741
-    """Inputs of order one; odd H and I, T below any tile, some slots unused."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(T, H, generator=generator)
-    gate_up = torch.randn(E, 2 * I, H, generator=generator) / H**0.5
-    down = torch.randn(E, H, I, generator=generator) / I**0.5
-    ids = torch.randint(0, E + 1 if unused else E, (T, K), generator=generator)
-    weights = torch.rand(T, K, generator=generator) + 0.1
-    weights = weights.double() if dtype == torch.float64 else weights
-    return [t.to(dtype).requires_grad_() for t in (x, gate_up, down)], ids, weights.requires_grad_()
-
-
-def relative_rms(got, want):
-    return ((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-30)).item()
-
-
-def run(function, tensors, ids, weights, grad, **kwargs):
-    output = function(*tensors, ids, weights, **kwargs)
-    output.backward(grad.to(output.dtype))
-    return [output.detach(), *(t.grad for t in (*tensors, weights))]
+PATTERNS = ["some_unused", "empty_experts", "one_expert", "all_unused"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize("dtype", OUTPUT_RMS)
-def test_output_and_gradients_equal_the_reference(dtype, activation):
-    tensors, ids, weights = make_case(dtype, T=33)
-    grad = torch.randn(33, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
-    wide = [t.detach().double().requires_grad_() for t in tensors]
-    wide_weights = weights.detach().double().requires_grad_()
-    got = run(fused_moe, tensors, ids, weights, grad, activation=activation)
-    want = run(fused_moe_reference, wide, ids, wide_weights, grad.double(), activation=activation)
-    for one, other in zip(got, want, strict=True):
-        assert relative_rms(one, other) < OUTPUT_RMS[dtype]
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations(dtype, activation):
+    case = make_case(dtype, T=33)
+    assert_equals_reference(gradients(fused_moe, case, activation), case, dtype, activation)
+
+
+@pytest.mark.parametrize("T", [0, 1, 7, 64])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routing_patterns(dtype, pattern, T):
+    case = make_case(dtype, T=T, H=35, I=19, pattern=pattern)
+    assert_equals_reference(gradients(fused_moe, case), case, dtype)
+
+
+def test_every_expert_for_every_token():
+    case = make_case(torch.float32, T=7, E=5, K=5, pattern="every_expert")
+    assert_equals_reference(gradients(fused_moe, case), case, torch.float32)
+
+
+def test_int32_indices_and_a_strided_input():
+    x, gate_up, down, ids, weights = (t.detach() for t in make_case(torch.float32, T=8))
+    wanted = fused_moe(x, gate_up, down, ids, weights)
+    got = fused_moe(x.t().contiguous().t(), gate_up, down, ids.int().t().contiguous().t(), weights)
+    assert torch.equal(got, wanted)
+
+
+def test_gradcheck():
+    x, gate_up, down, ids, weights = make_case(torch.float64, T=4, H=3, I=2, E=3, K=2)
+    for activation in ("silu", "gelu", "gelu_pytorch_tanh"):
+        function = lambda *t, a=activation: fused_moe(*t[:3], ids, t[3], activation=a)  # noqa: E731
+        assert torch.autograd.gradcheck(function, (x, gate_up, down, weights))
+
+
+def test_repeat_runs_are_bit_equal():
+    runs = [gradients(fused_moe, make_case(torch.bfloat16, T=64)) for _ in range(2)]
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_dirty_buffers_do_not_show(monkeypatch):
+    def poison(tensor):
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
+
+    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty"), (large_buffers, "empty")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, original=original, **k: poison(original(*a, **k)))
+    for pattern in PATTERNS:
+        case = make_case(torch.float32, T=7, pattern=pattern)
+        assert_equals_reference(gradients(fused_moe, case), case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kept_for_backward_is_input_preactivation_and_integers(dtype):
+    T, H, I, E, K = 64, 32, 24, 4, 3  # noqa: E741
+    case = make_case(dtype, T=T, H=H, I=I, E=E, K=K)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fused_moe(*case)
+    parameters = {case[1].data_ptr(), case[2].data_ptr()}
+    activations = [t for t in kept if t.is_floating_point() and t.data_ptr() not in parameters]
+    router_weights = [t for t in activations if t.data_ptr() == case[4].data_ptr()]
+    assert len(router_weights) == 1
+    num_bytes = sum(t.numel() * t.element_size() for t in activations) - router_weights[0].numel() * 4
+    # 2H + 4KI bytes a token in bf16.
+    assert num_bytes == T * (H + 2 * K * I) * dtype.itemsize
+    integers = sum(t.numel() * t.element_size() for t in kept if not t.is_floating_point())
+    assert integers <= 4 * (2 * T * K + 2 * (E + 1) + 4 * 16)
+
+
+def test_nothing_is_kept_without_gradients():
+    case = [t.detach() for t in make_case(torch.float32)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fused_moe(*case)
+    assert kept == []
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (4,), (0, 1, 2), (1, 2, 4)])
+def test_only_wanted_gradients_are_computed(frozen):
+    full = gradients(fused_moe, make_case(torch.float32, T=9))
+    case = make_case(torch.float32, T=9)
+    for i in frozen:
+        case[i].requires_grad_(False)
+    output = fused_moe(*case)
+    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(1)))
+    for i, wanted in zip((0, 1, 2, 4), full[1:], strict=True):
+        assert case[i].grad is None if i in frozen else torch.allclose(case[i].grad, wanted, atol=1e-6)
+
+
+def test_compiles_as_one_graph():
+    case = make_case(torch.float32, T=9)
+    compiled = torch.compile(fused_moe, fullgraph=True, backend="aot_eager")
+    got = gradients(lambda *t, activation: compiled(*t, activation=activation), case)
+    for one, other in zip(got, gradients(fused_moe, make_case(torch.float32, T=9)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_custom_operator_is_registered_soundly():
+    # Every slot used: opcheck compares all elements, and rows of unused slots are never written.
+    x, gate_up, down, ids, weights = make_case(torch.float32, T=5, pattern="any")
+    operator = torch.ops.deepseek_kernels.fused_moe.default
+    torch.library.opcheck(operator, (x, gate_up, down, ids, weights, "silu", True))
+
+
+def test_autocast():
+    case = make_case(torch.float32, T=16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = fused_moe(*case)
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert case[1].grad.dtype == torch.float32 and case[1].grad.abs().sum() > 0
+    halves = [t.detach().bfloat16() for t in case[:3]]
+    assert torch.equal(output, fused_moe(*halves, case[3], case[4]))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant):
+    def recomputed(*t, activation):
+        return checkpoint(fused_moe, *t, use_reentrant=use_reentrant)
+
+    got = gradients(recomputed, make_case(torch.float32, T=9))
+    for one, other in zip(got, gradients(fused_moe, make_case(torch.float32, T=9)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_backward_twice_through_a_retained_graph():
+    case = make_case(torch.float32, T=9)
+    output = fused_moe(*case).sum()
+    output.backward(retain_graph=True)
+    once = case[1].grad.clone()
+    output.backward()
+    assert torch.allclose(case[1].grad, 2 * once)
+
+
+def test_large_buffers_are_taken_up_again():
+    large_buffers.release_idle()
+    first = large_buffers.empty(1024, 1024, dtype=torch.float32)
+    address, alias = first.data_ptr(), first[3:]
+    del first
+    assert large_buffers.idle_bytes() == 0, "a view still holds the buffer"
+    del alias
+    assert large_buffers.idle_bytes() == 4 * 2**20
+    assert large_buffers.empty(2**20, dtype=torch.float32).data_ptr() == address
+
+
+def broken(position, change):
+    arguments = [t.detach() for t in make_case(torch.float32)]
+    arguments[position] = change(arguments[position])
+    return arguments
+
+
+ERRORS = {
+    "x_dims": (0, lambda t: t[0], "hidden_states: got 1 dimensions, wanted 2"),
+    "x_dtype": (0, lambda t: t.int(), "hidden_states: got dtype torch.int32"),
+    "gate_up_shape": (1, lambda t: t[:, :-1], r"gate_up_proj: got shape \(6, 9, 12\), wanted \(6, 10, 12\)"),
+    "down_shape": (2, lambda t: t[:-1], r"down_proj: got shape \(5, 12, 5\), wanted \(6, 12, 5\)"),
+    "down_dtype": (2, lambda t: t.bfloat16(), "down_proj: got dtype torch.bfloat16, wanted that of hidden_states"),
+    "device": (2, lambda t: t.to("meta"), "down_proj: got device meta"),
+    "strides": (1, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), "gate_up_proj: got strides"),
+    "ids_dtype": (3, lambda t: t.float(), "topk_indices: got dtype torch.float32"),
+    "ids_negative": (3, lambda t: t - 7, "topk_indices: got -7, wanted 0 or more"),
+    "ids_tokens": (3, lambda t: t[:-1], "topk_weights: got shape"),
+    "weights_dtype": (4, lambda t: t.int(), "topk_weights: got dtype torch.int32, wanted a float dtype"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_argument_got_and_wanted(name):
+    position, change, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        fused_moe(*broken(position, change))
+
+
+def test_errors_of_sizes():
+    x, gate_up, down, ids, weights = (t.detach() for t in make_case(torch.float32))
+    with pytest.raises(ValueError, match=r"gate_up_proj: .* at least one expert"):
+        fused_moe(x, gate_up[:0], down[:0], ids, weights)
+    with pytest.raises(ValueError, match="K from 1 to 64"):
+        fused_moe(x, gate_up, down, ids.repeat(1, 22), weights.repeat(1, 22))
+    with pytest.raises(ValueError, match="activation: got 'relu2', wanted one of silu"):
+        fused_moe(x, gate_up, down, ids, weights, activation="relu2")

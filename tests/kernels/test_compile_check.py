@@ -1,0 +1,41 @@
+"""Every kernel, with every shipped tile, compiles for GPUs that are not here, fits them and does not spill."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from deepseek_kernels import compile_check
+from deepseek_kernels.tiles import SHIPPED, TARGETS
+
+EVERYTHING = list(compile_check.every_compilation())
+# By default one target and the two kernels that have spilled before; the rest is `slow`.
+QUICK = [e for e in EVERYTHING if e[0] == "H200" and e[2].tile in ("128x128x64", "128x64x64")]
+
+
+def check(target, compilation):
+    usage = compile_check.compile_for(compilation, target)
+    arch = target[1]
+    assert usage.shared <= compile_check.SHARED_LIMIT[arch]
+    assert usage.spills == 0
+    assert usage.has_matrix_instruction or not compilation.is_matrix
+    print(target, compilation.kernel, compilation.tile, usage)
+
+
+def name_of(entry):
+    return f"{entry[1][1]}-{entry[2].kernel}-{entry[2].tile}-{entry[2].options.get('num_stages', '')}"
+
+
+def test_the_quick_part_is_not_empty_and_all_targets_are_covered():
+    assert {e[2].kernel for e in QUICK} == {"gate_up", "down_backward"}
+    assert {e[1] for e in EVERYTHING} == set(TARGETS.values()) and {gpu for gpu, *_ in SHIPPED} == set(TARGETS)
+
+
+@pytest.mark.parametrize("entry", QUICK, ids=name_of)
+def test_compiles_quick(entry):
+    check(*entry[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", EVERYTHING, ids=name_of)
+def test_compiles(entry):
+    check(*entry[1:])
