@@ -51,7 +51,10 @@ EMBEDDED = {
         "github.com/pubmedqa/pubmedqa, github.com/abachaa/MedQuAD",
     ),
     "dialogues": EmbeddedData(
-        "dialogues.jsonl.gz", "prompt", "see data/SOURCES.md", "see training/data/SOURCES.md in the package"
+        "dialogues.jsonl.gz",
+        "prompt",
+        "CC BY 4.0 (MedQuAD, Taskmaster-4), MIT (HH-RLHF)",
+        "github.com/abachaa/MedQuAD, github.com/anthropics/hh-rlhf, github.com/google-research-datasets/Taskmaster",
     ),
 }
 
