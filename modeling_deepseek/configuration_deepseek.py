@@ -59,7 +59,9 @@ class DeepseekConfig(DeepseekV3Config):
             `ExpertBalanceCallback`. 0 leaves the bias alone. Loading a checkpoint sets it to 0 unless it is passed.
         seq_aux_loss_coef: Weight of the sequence-wise balance loss (DeepSeek-V3: 1e-4).
         router_z_loss_coef: Weight of the router's z-loss (ST-MoE: 1e-3).
-        mtp_loss_coef: Weight of the multi-token prediction loss (DeepSeek-V3: 0.3).
+        mtp_loss_coef: Weight of the multi-token prediction loss (DeepSeek-V3: 0.3). Above 0, the model has
+            `num_nextn_predict_layers` more layers, trained on the labels, or without labels on the tokens themselves.
+            Loading a checkpoint sets it to 0 unless it is passed; the layers' weights are then left out.
         norm_type: ``"rmsnorm"`` or ``"layernorm"`` (article).
         hidden_dropout: Dropout on the output of each attention and feed-forward block, in [0, 1) (article: 0.1).
 
@@ -132,20 +134,26 @@ class DeepseekConfig(DeepseekV3Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DeepseekConfig":
-        """Make a configuration from saved settings, with the bias update off unless `kwargs` asks for it.
+        """Make a configuration from saved settings, with bias update and MTP loss off unless `kwargs` asks for them.
 
-        A finished model's bias is part of how it routes; fine-tuning moves it only on request.
+        A finished model's bias is part of how it routes; fine-tuning moves it only on request. The layers for
+        multi-token prediction are dead weight outside training: transformers' `generate(use_mtp=True)` reads its own.
 
         Args:
             config_dict: The settings.
             **kwargs: As for `transformers.PreTrainedConfig.from_dict`.
         """
-        return super().from_dict({**config_dict, "router_bias_update_speed": 0.0}, **kwargs)
+        return super().from_dict({**config_dict, "router_bias_update_speed": 0.0, "mtp_loss_coef": 0.0}, **kwargs)
 
     @property
     def has_dynamic_experts(self) -> bool:
         """True if tokens may use different numbers of experts."""
         return self.min_experts_per_tok is not None and self.min_experts_per_tok < self.num_experts_per_tok
+
+    @property
+    def num_mtp_modules(self) -> int:
+        """How many multi-token prediction layers the model holds."""
+        return self.num_nextn_predict_layers if self.mtp_loss_coef > 0 else 0
 
     @property
     def mean_experts_target(self) -> float | None:
@@ -240,7 +248,10 @@ class DeepseekConfig(DeepseekV3Config):
         for name in ("router_bias_update_speed", "seq_aux_loss_coef", "router_z_loss_coef", "mtp_loss_coef"):
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, value, "a number of at least 0")
-        _require(self.mtp_loss_coef == 0, "mtp_loss_coef", self.mtp_loss_coef, "only 0.0 so far: it is not built yet")
+        depths = self.num_nextn_predict_layers
+        _require(
+            self.mtp_loss_coef == 0 or depths > 0, "num_nextn_predict_layers", depths, "1 or more with mtp_loss_coef"
+        )
 
 
 def _require(holds: bool, name: str, value: Any, allowed: str) -> None:

@@ -13,6 +13,7 @@ import functools
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
@@ -30,6 +31,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 from transformers.utils.output_capturing import OutputRecorder
 
+from .auxiliary_loss import AttachLoss
 from .configuration_deepseek import DeepseekConfig
 from .conversion import fuse_expert_names, register_conversion
 from .routing import DeepseekRouter
@@ -113,6 +115,55 @@ class DeepseekDecoderLayer(DeepseekV3DecoderLayer):
         return hidden_states + self.dropout(self.mlp(normed, layout) if self.is_moe else self.mlp(normed))
 
 
+def ignored_mtp_keys(config) -> list[str]:
+    """Return patterns of checkpoint keys of multi-token prediction layers that the model has no place for.
+
+    All of them if the layers are not built; else their copies of embedding and head, which are the model's own.
+
+    Args:
+        config: The model's configuration.
+    """
+    first = config.num_hidden_layers
+    part = r"(embed_tokens|shared_head\.head)\." if config.num_mtp_modules else ""
+    return [rf"layers\.{first + depth}\.{part}" for depth in range(config.num_nextn_predict_layers)]
+
+
+class DeepseekSharedHead(nn.Module):
+    """The norm before the head that a multi-token prediction layer shares with the model; named as in checkpoints."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = make_norm(config, config.hidden_size, config.rms_norm_eps)
+
+
+class DeepseekMtpLayer(DeepseekDecoderLayer):
+    """Multi-token prediction: one more layer, fed with what came before and the embedding of one more token.
+
+    For depth k: `h' = block(eh_proj([enorm(embed(x_{i+k})), hnorm(h_i)]))`, and `head(norm(h'))` predicts x_{i+k+1}.
+
+    Reference:
+        DeepSeek-AI 2024, arXiv 2412.19437, section 2.2. The order of the two halves is the released weights'.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.enorm = make_norm(config, config.hidden_size, config.rms_norm_eps)
+        self.hnorm = make_norm(config, config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = DeepseekSharedHead(config)
+
+    def forward(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Return hidden states for the head and for the next depth, `[B, S, D]`.
+
+        Args:
+            hidden_states: `[B, S, D]`, of the model or of the depth before.
+            inputs_embeds: `[B, S, D]`, embeddings k tokens ahead.
+            **kwargs: As for `DeepseekDecoderLayer`.
+        """
+        joined = torch.cat([self.enorm(inputs_embeds), self.hnorm(hidden_states)], dim=-1)
+        return self.shared_head.norm(super().forward(self.eh_proj(joined), **kwargs))
+
+
 class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
     """Names our configuration and layers to transformers."""
 
@@ -156,10 +207,17 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList([DeepseekDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        # Multi-token prediction layers follow the last one, as in the released checkpoints.
+        depths = range(config.num_hidden_layers, config.num_hidden_layers + config.num_mtp_modules)
+        self.layers = nn.ModuleList(
+            [DeepseekDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+            + [DeepseekMtpLayer(config, i) for i in depths]
+        )
         self.norm = make_norm(config, config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self._owner = None
+        self._keys_to_ignore_on_load_unexpected = ignored_mtp_keys(config)
         self.post_init()
 
     @functools.wraps(DeepseekV3Model.forward)  # Trainer and generate read the arguments' names.
@@ -178,7 +236,46 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
                 # With a cache, transformers does not keep packed sequences apart.
                 kwargs["use_cache"] = False
             kwargs["layout"] = make_layout(tokens.shape[:2], tokens.device, attention_mask, position_ids)
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        labels = kwargs.pop("mtp_labels", None)
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if self.training and self.config.num_mtp_modules and input_ids is not None and torch.is_grad_enabled():
+            loss = self._mtp_loss(output.last_hidden_state, input_ids, labels, attention_mask, kwargs)
+            loss = loss * (self.config.mtp_loss_coef * self.layers[-1].mlp.gate.load.loss_scale)
+            output.last_hidden_state = AttachLoss.apply(output.last_hidden_state, loss)
+        return output
+
+    def _mtp_loss(self, hidden_states, input_ids, labels, attention_mask, kwargs) -> torch.Tensor:
+        """Mean over depths of the cross-entropy k + 1 tokens ahead, never across a sequence's end."""
+        position_ids, layout = kwargs.get("position_ids"), kwargs["layout"]
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        ids = layout.sequence_ids.view_as(input_ids)
+        labels = input_ids if labels is None else labels
+        common = {"position_ids": position_ids, "layout": layout}
+        common["attention_mask"] = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        common["position_embeddings"] = self.rotary_emb(hidden_states, position_ids)
+        losses = []
+        for depth, layer in enumerate(self.layers[self.config.num_hidden_layers :], start=1):
+            hidden_states = layer(hidden_states, self.embed_tokens(input_ids.roll(-depth, 1)), **common)
+            targets = labels.roll(-depth - 1, 1)
+            is_valid = (ids == ids.roll(-depth - 1, 1)) & (ids >= 0) & (targets != -100)
+            is_valid[:, -depth - 1 :] = False
+            logits = self.head(hidden_states[is_valid]).float()
+            losses.append(
+                nn.functional.cross_entropy(logits, targets[is_valid], reduction="sum") / is_valid.sum().clamp(min=1)
+            )
+        return torch.stack(losses).mean()
+
+    @property
+    def head(self) -> nn.Module:
+        """The language-modelling head of the model that this one is part of."""
+        return self._owner[0].get_output_embeddings()
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
@@ -189,6 +286,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
         self.model = DeepseekModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # In a tuple, or the decoder would list its owner among its own modules.
+        self.model._owner = (self,)
+        self._keys_to_ignore_on_load_unexpected = ignored_mtp_keys(config)
         self.post_init()
 
     @functools.wraps(DeepseekV3ForCausalLM.forward)
@@ -200,6 +300,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
             attention_mask: As in transformers.
             **kwargs: As for `DeepseekV3ForCausalLM`.
         """
+        if self.training and self.config.num_mtp_modules:
+            kwargs["mtp_labels"] = kwargs.get("labels")
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if isinstance(output, MoeCausalLMOutputWithPast) and output.router_logits is not None:
             output.aux_loss = self._mean_balance_loss(output.router_logits, attention_mask)
@@ -208,7 +310,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
     @torch.no_grad()
     def _mean_balance_loss(self, router_logits, attention_mask) -> torch.Tensor:
         """The layers' mean balance loss, for the logs of trainers that expect one; its gradient is in the layers."""
-        routers = [layer.mlp.gate for layer in self.model.layers if layer.is_moe]
+        routers = [layer.mlp.gate for layer in self.model.layers[: self.config.num_hidden_layers] if layer.is_moe]
         layout = None
         if isinstance(attention_mask, torch.Tensor) and len(router_logits[0]) == attention_mask.numel():
             layout = make_layout(attention_mask.shape, attention_mask.device, attention_mask, None)

@@ -1,0 +1,143 @@
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
+from modeling_deepseek.modeling_deepseek import DeepseekMtpLayer
+
+
+def build(tiny, **settings):
+    torch.manual_seed(0)
+    return DeepseekForCausalLM(
+        DeepseekConfig(**{**tiny, "num_nextn_predict_layers": 2, "mtp_loss_coef": 0.3, **settings})
+    )
+
+
+def pattern(rows=8, length=24):
+    """Counting up by one from a random start: every later token follows from any earlier one."""
+    starts = torch.randint(3, 90, (rows, 1), generator=torch.Generator().manual_seed(0))
+    return 3 + (starts + torch.arange(length)) % 90
+
+
+def plain_mtp_loss(model, rows):
+    """One sequence at a time, with sequences really cut short instead of masked; the independent witness."""
+    model = model.model
+    depth_losses = [[], []]
+    for row in rows:
+        hidden = super(type(model), model).forward(input_ids=row[None]).last_hidden_state
+        for depth, layer in enumerate(model.layers[3:], start=1):
+            length = len(row) - depth
+            embeds = model.embed_tokens(row[depth:])[None]
+            joined = torch.cat([layer.enorm(embeds), layer.hnorm(hidden[:, :length])], dim=-1)
+            positions = torch.arange(length)[None]
+            mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+            hidden = super(DeepseekMtpLayer, layer).forward(
+                layer.eh_proj(joined),
+                attention_mask=mask,
+                position_ids=positions,
+                position_embeddings=model.rotary_emb(joined, positions),
+            )
+            hidden = layer.shared_head.norm(hidden)
+            logits = model.head(hidden[0, : len(row) - depth - 1])
+            depth_losses[depth - 1].append(
+                torch.nn.functional.cross_entropy(logits, row[depth + 1 :], reduction="none")
+            )
+    return sum(torch.cat(losses).mean() for losses in depth_losses) / 2
+
+
+def mtp_gradients(model, **inputs):
+    model.train().zero_grad()
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.load.reset()  # As an optimizer step does; a second pass of one step would bear no loss.
+    (model(**inputs).logits.sum() * 0).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradient_is_the_papers_loss(tiny):
+    """Witness: the definition over rows of different lengths, through autograd, without our attaching."""
+    model = build(tiny)
+    rows, lengths = pattern(3, 11), [11, 7, 9]
+    mask = torch.tensor([[1] * n + [0] * (11 - n) for n in lengths])
+    found = mtp_gradients(model, input_ids=rows * mask, attention_mask=mask)
+    packed = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    found_packed = mtp_gradients(model, input_ids=packed, position_ids=positions)
+    model.zero_grad()
+    (0.3 * plain_mtp_loss(model, [row[:n] for row, n in zip(rows, lengths, strict=True)])).backward()
+    for name, parameter in model.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for gradients in (found, found_packed):
+            torch.testing.assert_close(
+                gradients[name], expected, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n} {m}"
+            )
+    assert found["model.layers.4.eh_proj.weight"].abs().max() > 1e-5
+
+
+def test_labels_mask_the_loss(tiny):
+    model, rows = build(tiny).train(), pattern(2, 9)
+    model(rows, labels=torch.full_like(rows, -100)).logits.sum().mul(0).backward()
+    assert not model.model.layers[3].eh_proj.weight.grad.any()
+
+
+def test_logits_and_reported_loss_are_those_without(tiny, input_ids):
+    with_mtp, without = build(tiny), build(tiny, mtp_loss_coef=0.0)
+    without.load_state_dict(with_mtp.state_dict(), strict=False)
+    for model in (with_mtp, without):
+        model.train()
+    assert torch.equal(with_mtp(input_ids, labels=input_ids).loss, without(input_ids, labels=input_ids).loss)
+    assert torch.equal(with_mtp.eval()(input_ids).logits, without.eval()(input_ids).logits)
+    clone = copy.deepcopy(with_mtp)
+    assert clone.model.head is clone.lm_head and clone.lm_head is not with_mtp.lm_head
+
+
+def test_official_names_and_speculative_decoding(tiny, tmp_path):
+    """Trained on a pattern, saved, loaded by transformers' own MTP decoder: same greedy text in fewer passes."""
+    model = build(tiny)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rows = pattern(16)
+    for _ in range(120):
+        model.train()(rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm", "self_attn.o_proj", "mlp.experts.7.up_proj"):
+        assert f"model.layers.3.{name}.weight" in names and f"model.layers.4.{name}.weight" in names
+
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and len(loaded.model.layers) == 3
+    passes = []
+    loaded.model.register_forward_hook(lambda *_: passes.append(1))
+    prompt = pattern(1, 6) + 1
+    greedy = loaded.generate(prompt, max_new_tokens=30, do_sample=False)
+    num_greedy = len(passes)
+    speculative = loaded.generate(prompt, max_new_tokens=30, do_sample=False, use_mtp=True)
+    assert torch.equal(greedy, speculative)
+    assert len(passes) - num_greedy < 0.7 * num_greedy, "drafts are accepted"
+
+
+def test_released_weights_load_and_save_unchanged(tiny, tmp_path):
+    """Released checkpoints repeat embedding and head in each MTP layer; those copies are the model's own."""
+    model = build(tiny, num_nextn_predict_layers=1)
+    model.save_pretrained(tmp_path / "ours")
+    tensors = load_file(tmp_path / "ours" / "model.safetensors")
+    tensors["model.layers.3.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = DeepseekForCausalLM.from_pretrained(tmp_path / "ours", mtp_loss_coef=0.1, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert set(tensors) - set(again) == {
+        "model.layers.3.embed_tokens.weight",
+        "model.layers.3.shared_head.head.weight",
+    }
+    assert all(torch.equal(value, tensors[name]) for name, value in again.items())
+
+
+def test_a_loss_without_layers_is_refused(tiny):
+    with pytest.raises(ValueError, match="num_nextn_predict_layers: 0 is not allowed"):
+        DeepseekConfig(**tiny, mtp_loss_coef=0.3)
