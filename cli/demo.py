@@ -141,6 +141,7 @@ def _evaluate(output: Path, size: Size) -> None:
 
 def _close(root: Path, size: Size) -> int:
     """Write card and report, print the table, and tell by the exit code whether every bar holds."""
+    from deepseek_model_cards.benchmarks import chance_level, compare_to_chance
     from deepseek_model_cards.card import write_card
     from deepseek_model_cards.report import summary_table, write_report
     from deepseek_model_cards.run_folder import RunFolder
@@ -151,6 +152,10 @@ def _close(root: Path, size: Size) -> int:
     report = write_report(root, root / "report.html")
     print()
     print(summary_table(root))
+    print("\nA model of this size is at chance; its benchmark scores show that the harness runs, not what it knows:")
+    for row in RunFolder(root / "evaluate").summary["results"]:
+        score = f"{row['value']:.3f} (standard error {row['stderr']:.3f}, n {row['n']})"
+        print(f"  {row['dataset']} {row['metric']}: {score}, {compare_to_chance(row, chance_level(row))}")
     print(f"\nmodel card  {card}\nreport      {report}\nmodel       {root / 'align' / 'model'}")
     missed = [check["name"] for summary in summaries for check in summary["checks"] if not check["passed"]]
     if missed and size.has_bars:
