@@ -77,7 +77,10 @@ def encode_items(loaded: LoadedModel, items: Sequence[ChoiceItem]) -> list[Encod
     encoded = []
     shortest = None
     for item in items:
-        token_ids = tokenizer.encode(item.prompt, verbose=False)
+        for prompt in (item.prompt, *item.shorter_prompts):
+            token_ids = tokenizer.encode(prompt, verbose=False)
+            if len(token_ids) <= max_length:
+                break
         shortest = len(token_ids) if shortest is None else min(shortest, len(token_ids))
         encoded.append(EncodedItem(item, token_ids[-max_length:], choice_ids, len(token_ids) > max_length))
     if shortest > max_length:

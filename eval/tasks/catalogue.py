@@ -5,7 +5,7 @@ import difflib
 from deepseek_eval.tasks import humaneval, mbpp, mmlu
 from deepseek_eval.tasks.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (mmlu.TASK, humaneval.TASK, mbpp.TASK)}
+TASKS: dict[str, Task] = {task.name: task for task in (mmlu.TASK, mmlu.HENDRYCKS_TASK, humaneval.TASK, mbpp.TASK)}
 
 
 def find_task(name: str) -> Task:

@@ -1,14 +1,16 @@
 """MMLU: 57 subjects of four-choice questions, formatted as lm-evaluation-harness 0.4.13 does by default.
 
 Surprising: 0-shot unless asked otherwise, as there; with shots, the first of each subject's five development
-questions; ``limit`` counts questions per subject. ``style="hendrycks"`` writes the original code's format instead,
-which differs by a second space before the subject (it formats " abstract algebra" after "about").
+questions; ``limit`` counts questions per subject. The task ``mmlu_hendrycks`` writes the original code's format: a
+second space before the subject, and shots dropped from the end until the prompt fits, where the harness cuts tokens.
 
 Reference: Hendrycks et al., 2021, "Measuring Massive Multitask Language Understanding", arXiv 2009.03300.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +87,15 @@ def build_items(
         seen[subject] += 1
         if limit is not None and index >= limit:
             continue
-        shots = format_shots(subject, shots_by_subject[subject][:num_fewshot], style)
+        question = format_question(row)
+        prompts = [
+            format_shots(subject, shots_by_subject[subject][:number], style) + question
+            for number in range(num_fewshot, -1 if style == "hendrycks" else num_fewshot - 1, -1)
+        ]
         yield ChoiceItem(
             id=f"{subject}/{index}",
-            prompt=shots + format_question(row),
+            prompt=prompts[0],
+            shorter_prompts=tuple(prompts[1:]),
             choices=tuple(f" {letter}" for letter in LETTERS),
             target=row["answer"],
             group=subject,
@@ -104,4 +111,8 @@ TASK = Task(
     licence="MIT",
     source="https://github.com/hendrycks/test",
     categories=SUBJECT_CATEGORIES,
+)
+
+HENDRYCKS_TASK = replace(
+    TASK, name="mmlu_hendrycks", build_items=partial(build_items, style="hendrycks"), num_fewshot=MAX_SHOTS
 )

@@ -19,6 +19,8 @@ class ChoiceItem:
         choices: The continuations to compare, leading space included.
         target: Index of the right one.
         group: What the score is also broken down by (MMLU: the subject).
+        shorter_prompts: What to ask instead when the prompt does not fit the context, longest first. Without any, the
+            prompt loses tokens from the left.
     """
 
     id: str
@@ -26,6 +28,7 @@ class ChoiceItem:
     choices: tuple[str, ...]
     target: int
     group: str
+    shorter_prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

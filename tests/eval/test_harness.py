@@ -16,6 +16,7 @@ from deepseek_eval.tasks import mmlu
 from deepseek_eval.tasks.catalogue import TASKS, find_task
 from deepseek_model_cards.run_folder import RunFolder
 
+pytestmark = pytest.mark.xdist_group("harness")
 REFERENCE = Path(__file__).resolve().parent / "reference"
 # One question a subject and three problems: enough for every branch.
 SMALL = {"limit": {"mmlu": 1, "humaneval": 3}, "max_new_tokens": 8, "batch_size": 8, "dtype": "float32"}
@@ -116,7 +117,8 @@ def test_users_own_data_is_read_from_a_folder(tmp_path):
 
 
 def test_adding_a_task_is_one_file():
-    assert {path.stem for path in (Path(mmlu.__file__).parent).glob("*.py")} >= set(TASKS)
+    files = {path.stem for path in Path(mmlu.__file__).parent.glob("*.py")}
+    assert files == {name.split("_")[0] for name in TASKS} | {"__init__", "catalogue", "rows", "task"}
     assert find_task("mmlu") is mmlu.TASK
 
 
@@ -186,3 +188,21 @@ def test_broken_data_names_file_and_line(tmp_path):
         evaluate_model(
             REFERENCE / "llama", tasks=["humaneval"], data_path=tmp_path, output=tmp_path / "run2", max_new_tokens=8
         )
+
+
+def test_the_original_format_drops_shots_and_not_tokens():
+    """Hendrycks' code takes shots away from the end until the prompt fits; the description always stays."""
+    loaded = load_model(REFERENCE / "llama")
+    items = list(mmlu.HENDRYCKS_TASK.build_items(5, 1, None))
+    assert items[0].prompt.startswith("The following are multiple choice questions (with answers) about  abstract")
+    numbers = set()
+    for row in encode_items(loaded, items):
+        prompts = (row.item.prompt, *row.item.shorter_prompts)
+        assert len(prompts) == 6
+        fitting = [prompt for prompt in prompts if len(loaded.tokenizer.encode(prompt)) <= loaded.max_length]
+        if fitting:
+            assert row.token_ids == loaded.tokenizer.encode(fitting[0])
+            numbers.add(fitting[0].count("\nAnswer:") - 1)
+        else:
+            assert row.is_truncated
+    assert 5 in numbers and len(numbers) > 1  # Some kept all shots, some fewer.
