@@ -11,20 +11,18 @@ from typing import Any
 from transformers import set_seed
 
 from deepseek_model_cards.loading import load_model, load_tokenizer
-from deepseek_model_cards.run_folder import RunFolder
+from deepseek_model_cards.run_folder import METRICS_FILE
 from deepseek_training.bits_per_byte import BitsPerByte
 from deepseek_training.packing import MixedDataset, PackedDataset, encode_documents
 from deepseek_training.pretrain import (
     check_context,
     data_name,
     result_row,
-    save_model,
     step_tokens,
     write_samples,
 )
-from deepseek_training.recipe import recipe_settings
 from deepseek_training.stage_recipes import AdaptRecipe
-from deepseek_training.stage_trainer import HeldOut, train_stage
+from deepseek_training.stage_trainer import HeldOut, open_run, train_stage
 from deepseek_training.text_data import describe_data, load_texts
 
 __all__ = ["AdaptRecipe", "adapt"]
@@ -48,7 +46,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -
     tokenizer = load_tokenizer(recipe.model)
     model = load_model(recipe.model)
     check_context(recipe, model.config)
-    run = RunFolder.create(output, recipe_settings(recipe), command="adapt", seed=recipe.seed, overwrite=overwrite)
+    run, args = open_run(recipe, output, command="adapt", overwrite=overwrite)
     model.set_experts_implementation(recipe.experts_implementation)
     packed = [
         PackedDataset(encode_documents(train, tokenizer), recipe.sequence_length, seed=recipe.seed)
@@ -59,27 +57,28 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -
         HeldOut.prepare(data_name(name), texts, tokenizer, recipe.eval_bytes) for name, (_, texts) in corpora.items()
     ]
     set_seed(recipe.seed)
-    before = [one.measure(model, recipe) for one in held_out]
-    if not run.is_resumed:
+    before = [one.measure(model.to(args.device), recipe) for one in held_out]
+    if args.process_index == 0 and not (run.path / METRICS_FILE).exists():
         run.log({"step": 0, **_figures(held_out, before)})
-    figures = train_stage(recipe, run, model, dataset, held_out, stage="adapt")
-    after = [one.measure(model, recipe) for one in held_out]
-    run.log({"step": recipe.max_steps, **_figures(held_out, after)})
-    save_model(run, model, tokenizer)
-    return run.finish(
-        {
-            "stage": "adapt",
-            "base_model": recipe.model,
-            "results": _results(held_out, before, "before") + _results(held_out, after, "after"),
-            "data": _describe(recipe, corpora, held_out),
-            "checks": _checks(recipe, held_out, before, after),
-            "samples": write_samples(recipe, model, tokenizer),
-            "seconds": round(time.monotonic() - started, 1),
-            "num_training_tokens": recipe.max_steps * step_tokens(recipe),
-            "replay_share": recipe.replay_share,
-            "tokens_per_expert": figures.tokens_per_expert,
-        }
-    )
+    trainer = train_stage(recipe, run, args, model, dataset, held_out)
+    after = [one.measure(trainer.model_wrapped, recipe) for one in held_out]
+    trainer.save_result(run, tokenizer)
+    summary = {
+        "stage": "adapt",
+        "base_model": recipe.model,
+        "results": _results(held_out, before, "before") + _results(held_out, after, "after"),
+        "data": _describe(recipe, corpora, held_out),
+        "checks": _checks(recipe, held_out, before, after),
+        "samples": write_samples(recipe, trainer, tokenizer),
+        "seconds": round(time.monotonic() - started, 1),
+        "num_training_tokens": recipe.max_steps * step_tokens(recipe, args),
+        "replay_share": recipe.replay_share,
+        "tokens_per_expert": trainer.figures.tokens_per_expert,
+    }
+    if trainer.is_first:
+        run.log({"step": recipe.max_steps, **_figures(held_out, after)})
+        run.finish(summary)
+    return summary
 
 
 def _load_corpora(recipe: AdaptRecipe) -> dict[str, tuple[list[str], list[str]]]:

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deepseek_model_cards.loading import load_tokenizer
-from deepseek_model_cards.run_folder import RunFolder
 from deepseek_training.bigram import BigramModel
 from deepseek_training.bits_per_byte import BitsPerByte, measure_bigram
 from deepseek_training.packing import PackedDataset, encode_documents
-from deepseek_training.recipe import recipe_settings
 from deepseek_training.stage_recipes import PretrainRecipe, TrainerSettings
-from deepseek_training.stage_trainer import HeldOut, train_stage
+from deepseek_training.stage_trainer import HeldOut, StageTrainer, open_run, train_stage
 from deepseek_training.text_data import describe_data, load_texts
 from deepseek_training.tokenizer import train_tokenizer
 from modeling_deepseek import DeepseekConfig
@@ -44,40 +42,40 @@ def pretrain(recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = Fa
     texts = load_texts(recipe.data, "train", column=recipe.data_column)
     held_out_texts = load_texts(recipe.data, "validation", column=recipe.data_column)
     model_config(recipe, {"vocab_size": recipe.vocab_size})  # a bad setting leaves no run folder behind
-    run = RunFolder.create(output, recipe_settings(recipe), command="pretrain", seed=recipe.seed, overwrite=overwrite)
+    run, args = open_run(recipe, output, command="pretrain", overwrite=overwrite)
     tokenizer = prepare_tokenizer(recipe, texts)
     model = build_model(recipe, tokenizer)
     documents = encode_documents(texts, tokenizer)
     dataset = PackedDataset(documents, recipe.sequence_length, seed=recipe.seed)
     held_out = HeldOut.prepare(data_name(recipe.data), held_out_texts, tokenizer, recipe.eval_bytes)
-    figures = train_stage(recipe, run, model, dataset, [held_out], stage="pretrain")
-    measured = held_out.measure(model, recipe)
+    trainer = train_stage(recipe, run, args, model, dataset, [held_out])
+    measured = held_out.measure(trainer.model_wrapped, recipe)
+    trainer.save_result(run, tokenizer)
     bigram = measure_bigram(
         BigramModel(documents, len(tokenizer)),
         held_out.documents,
         held_out.num_bytes,
         sequence_length=recipe.sequence_length,
     )
-    run.log({"step": recipe.max_steps, f"eval_{held_out.name}_bits_per_byte": measured.value})
-    save_model(run, model, tokenizer)
-    result = result_row(held_out.name, measured, baseline=bigram.value, baseline_name="interpolated bigram")
-    return run.finish(
-        {
-            "stage": "pretrain",
-            "results": [result],
-            "data": [
-                describe_data(recipe.data, "train", texts, "training"),
-                describe_data(recipe.data, "validation", held_out.texts, "evaluation"),
-            ],
-            "checks": [bigram_check(held_out.name, measured, bigram)] if recipe.check_bigram else [],
-            "samples": write_samples(recipe, model, tokenizer),
-            "seconds": round(time.monotonic() - started, 1),
-            "num_training_tokens": recipe.max_steps * step_tokens(recipe),
-            "num_parameters": model.num_parameters(),
-            "vocab_size": len(tokenizer),
-            "tokens_per_expert": figures.tokens_per_expert,
-        }
-    )
+    summary = {
+        "stage": "pretrain",
+        "results": [result_row(held_out.name, measured, baseline=bigram.value, baseline_name="interpolated bigram")],
+        "data": [
+            describe_data(recipe.data, "train", texts, "training"),
+            describe_data(recipe.data, "validation", held_out.texts, "evaluation"),
+        ],
+        "checks": [bigram_check(held_out.name, measured, bigram)] if recipe.check_bigram else [],
+        "samples": write_samples(recipe, trainer, tokenizer),
+        "seconds": round(time.monotonic() - started, 1),
+        "num_training_tokens": recipe.max_steps * step_tokens(recipe, args),
+        "num_parameters": model.num_parameters(),
+        "vocab_size": len(tokenizer),
+        "tokens_per_expert": trainer.figures.tokens_per_expert,
+    }
+    if trainer.is_first:
+        run.log({"step": recipe.max_steps, f"eval_{held_out.name}_bits_per_byte": measured.value})
+        run.finish(summary)
+    return summary
 
 
 def prepare_tokenizer(recipe: PretrainRecipe, texts: list[str]) -> PreTrainedTokenizerBase:
@@ -146,9 +144,9 @@ def data_name(name_or_path: str) -> str:
     return Path(name_or_path).name.split(".")[0]
 
 
-def step_tokens(recipe: TrainerSettings) -> int:
-    """Return the tokens of one optimizer step on one device."""
-    return recipe.sequence_length * recipe.batch_size * recipe.gradient_accumulation_steps
+def step_tokens(recipe: TrainerSettings, args: TrainingArguments) -> int:
+    """Return the tokens of one optimizer step over all processes."""
+    return recipe.sequence_length * recipe.batch_size * recipe.gradient_accumulation_steps * args.world_size
 
 
 def result_row(name: str, measured: BitsPerByte, **extra: Any) -> dict[str, Any]:
@@ -186,9 +184,15 @@ def bigram_check(name: str, measured: BitsPerByte, bigram: BitsPerByte) -> dict[
 
 
 def write_samples(
-    recipe: TrainerSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    recipe: TrainerSettings, trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, str]]:
-    """Return what the model makes of the recipe's prompts, sampled at temperature 0.8 from the recipe's seed."""
+    """Return what the model makes of the recipe's prompts, sampled at temperature 0.8 from the recipe's seed.
+
+    A model sharded over processes writes none: load it from the run folder for that.
+    """
+    if trainer.is_sharded:
+        return []
+    model = trainer.model
     set_seed(recipe.seed)
     model.eval()
     samples = []
@@ -205,9 +209,3 @@ def write_samples(
         completion = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         samples.append({"prompt": prompt, "completion": completion})
     return samples
-
-
-def save_model(run: RunFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write model and tokenizer into the run folder."""
-    model.save_pretrained(run.model_path)
-    tokenizer.save_pretrained(run.model_path)

@@ -40,8 +40,11 @@ class TrainerSettings:
     )
     logging_steps: int = setting(10, help="Steps between lines in metrics.jsonl.")
     save_steps: int = setting(0, help="Steps between checkpoints, a multiple of logging_steps; 0: none.")
-    report_to: list[str] = setting([], help="Trackers that also get the figures, for example trackio or wandb.")
-    sample_prompts: list[str] = setting([], help="Prompts the finished model continues, for the report.")
+    report_to: list[str] | None = setting(  # noqa: RUF009
+        None,
+        help="Trackers that also get the figures, such as [wandb]; null: trackio, a local one, if installed.",
+    )
+    sample_prompts: list[str] = setting([], help="Prompts the finished model continues, for the report.")  # noqa: RUF009
     sample_tokens: int = setting(60, help="Tokens of each sample.")
 
     def __post_init__(self):
@@ -79,10 +82,10 @@ class PretrainRecipe(TrainerSettings):
     data: str = setting("books", help="Text to train on: embedded name, file, folder, datasets directory or Hub id.")
     data_column: str | None = setting(None, help="Column that holds the text; null: text.")
     tokenizer: str | None = setting(None, help="Folder or Hub id of a tokenizer; null: train one on tokenizer_data.")
-    tokenizer_data: list[str] = setting([], help="What a new tokenizer is trained on; empty: the training text.")
+    tokenizer_data: list[str] = setting([], help="What a new tokenizer is trained on; empty: the training text.")  # noqa: RUF009
     vocab_size: int = setting(2048, help="Tokens of a new tokenizer, at least 259.")
     preset: str = setting("nano", help="Model size: 154b, 7.7b, nano or debug.")
-    model: dict[str, Any] = setting({}, help="Settings of DeepseekConfig that replace the preset's.")
+    model: dict[str, Any] = setting({}, help="Settings of DeepseekConfig that replace the preset's.")  # noqa: RUF009
     check_bigram: bool = setting(True, help="Check that the model beats an interpolated bigram on the held-out text.")
 
     def __post_init__(self):

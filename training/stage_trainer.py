@@ -6,8 +6,10 @@ window, the data order, the random state and the routers' controllers all restar
 """
 
 import dataclasses
+import importlib.util
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,9 @@ from deepseek_training.balance import ExpertBalanceCallback
 from deepseek_training.bits_per_byte import BitsPerByte, measure_model
 from deepseek_training.checkpoints import CheckpointMarker, last_complete_checkpoint, step_of
 from deepseek_training.figures import TrainingFigures
+from deepseek_training.load_plot import LoadPlot
 from deepseek_training.packing import cut_to_share, encode_documents
+from deepseek_training.recipe import recipe_settings
 from deepseek_training.run_callbacks import MetricsFile, ProgressBar, drop_metrics_after
 from deepseek_training.stage_recipes import TrainerSettings
 
@@ -73,6 +77,32 @@ class StageTrainer(Trainer):
         super().__init__(**kwargs)
         self.recipe = recipe
         self.held_out = held_out
+        self.figures: TrainingFigures | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """True in the process that writes the run folder."""
+        return self.args.process_index == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if no process holds the whole model."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def save_result(self, run: RunFolder, tokenizer: Any) -> None:
+        """Write model and tokenizer into the run folder, gathered from all processes.
+
+        Args:
+            run: The run folder.
+            tokenizer: Saved beside the model.
+        """
+        if self.is_sharded:
+            self.save_model(str(run.model_path), _internal_call=True)
+            (run.model_path / "training_args.bin").unlink(missing_ok=True)
+        elif self.is_first:
+            self.model.save_pretrained(run.model_path)
+        if self.is_first:
+            tokenizer.save_pretrained(run.model_path)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score every held-out set, log and return ``eval_<name>_bits_per_byte``."""
@@ -90,7 +120,7 @@ class StageTrainer(Trainer):
         `Trainer` (5.23) hands the file to `load_state_dict`, which knows nothing of the per-expert names that
         `save_pretrained` writes: the experts would silently keep their initial values.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         model = self.model if model is None else model
@@ -98,72 +128,100 @@ class StageTrainer(Trainer):
         model.load_state_dict(loaded.state_dict())
 
 
+def open_run(
+    recipe: TrainerSettings, output: str | Path, *, command: str, overwrite: bool = False
+) -> tuple[RunFolder, TrainingArguments]:
+    """Return the run folder and the trainer's arguments; of several processes the first makes the folder.
+
+    Args:
+        recipe: The settings.
+        output: The folder.
+        command: The subcommand.
+        overwrite: Delete whatever run the folder holds.
+
+    Raises:
+        FileExistsError: The folder holds another run.
+    """
+    args = training_arguments(recipe, Path(output))
+    with args.main_process_first(local=False):
+        is_first = args.process_index == 0
+        settings = recipe_settings(recipe)
+        run = RunFolder.create(output, settings, command=command, seed=recipe.seed, overwrite=overwrite and is_first)
+        checkpoint = last_complete_checkpoint(run.path / "checkpoints")
+        if run.is_resumed and is_first:
+            drop_metrics_after(run, step_of(checkpoint) if checkpoint else 0)
+    return run, args
+
+
 def train_stage(
     recipe: TrainerSettings,
     run: RunFolder,
+    args: TrainingArguments,
     model: PreTrainedModel,
     dataset: torch.utils.data.Dataset,
     held_out: Sequence[HeldOut],
-    *,
-    stage: str,
-) -> TrainingFigures:
+) -> StageTrainer:
     """Train the model in place, from the run's last complete checkpoint if it has one.
 
     Args:
         recipe: The settings.
         run: The run folder.
+        args: The trainer's arguments, from `open_run`.
         model: The model.
         dataset: Blocks to train on.
         held_out: Sets scored every `eval_steps`.
-        stage: Its name, for the progress bar.
 
     Returns:
-        The figures, which hold the load of the experts in the last logged window.
+        The trainer, with the model as it wrapped it and the figures of the experts.
     """
     trainer = StageTrainer(
         recipe,
         held_out,
         model=model,
-        args=training_arguments(recipe, run),
+        args=args,
         train_dataset=dataset,
         eval_dataset=dataset if recipe.eval_steps else None,  # Trainer wants one; `evaluate` reads `held_out`
     )
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()  # "Writing model shards" would break our bar's line at every checkpoint
-    figures = TrainingFigures.attach(trainer, balance=ExpertBalanceCallback(recipe.bias_update_speed))
-    trainer.add_callback(MetricsFile(run, figures))
-    trainer.add_callback(ProgressBar(stage))
-    trainer.add_callback(CheckpointMarker())
+    trainer.figures = TrainingFigures.attach(trainer, balance=ExpertBalanceCallback(recipe.bias_update_speed))
+    for callback in (MetricsFile(run, trainer.figures), LoadPlot(run), ProgressBar(run.path.name), CheckpointMarker()):
+        trainer.add_callback(callback)
     checkpoint = last_complete_checkpoint(run.path / "checkpoints")
-    if run.is_resumed:
-        drop_metrics_after(run, step_of(checkpoint) if checkpoint else 0)
     if checkpoint:
         logger.warning("going on from %s", checkpoint)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
-        logger.warning("%s", describe_interruption(recipe, run))
+        logger.warning("%s", describe_interruption(run))
         raise
-    return figures
+    return trainer
 
 
-def describe_interruption(recipe: TrainerSettings, run: RunFolder) -> str:
+def describe_interruption(run: RunFolder) -> str:
     """Return one line on how to go on after Ctrl-C."""
     checkpoint = last_complete_checkpoint(run.path / "checkpoints")
     start = f"step {step_of(checkpoint)}" if checkpoint else "the beginning (no checkpoint was due yet)"
     return f"stopped; run the same command again to go on from {start} in {run.path}"
 
 
-def training_arguments(recipe: TrainerSettings, run: RunFolder) -> TrainingArguments:
+def choose_trackers(recipe: TrainerSettings) -> list[str]:
+    """Return the recipe's trackers, else trackio where it is installed, which needs no account or network."""
+    if recipe.report_to is not None:
+        return recipe.report_to
+    return ["trackio"] if importlib.util.find_spec("trackio") else []
+
+
+def training_arguments(recipe: TrainerSettings, output: Path) -> TrainingArguments:
     """Return the trainer's arguments for a recipe.
 
     Args:
         recipe: The settings.
-        run: The run folder; checkpoints go into it.
+        output: The run folder; checkpoints go into it.
     """
     has_gpu = torch.cuda.is_available()
     return TrainingArguments(
-        output_dir=str(run.path / "checkpoints"),
+        output_dir=str(output / "checkpoints"),
         max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
@@ -189,5 +247,7 @@ def training_arguments(recipe: TrainerSettings, run: RunFolder) -> TrainingArgum
         dataloader_pin_memory=has_gpu,
         remove_unused_columns=False,
         disable_tqdm=True,  # `ProgressBar` replaces it
-        report_to=recipe.report_to or "none",
+        project="deepseek-moe",
+        run_name=f"{output.parent.name}-{output.name}",
+        report_to=choose_trackers(recipe) or "none",
     )

@@ -34,6 +34,7 @@ def tiny_settings(tiny_data):
         "eval_steps": 4,
         "eval_bytes": 2000,
         "check_bigram": False,
+        "report_to": [],
         "sample_prompts": ["The"],
         "sample_tokens": 5,
     }

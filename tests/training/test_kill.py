@@ -16,7 +16,7 @@ from deepseek_training.recipe import build_recipe
 
 NUM_KILLS = 12
 SAVE_STEPS = 5
-CLOCKED = {"tokens_per_second", "peak_memory_gib"}
+CLOCKED = {"tokens_per_second", "peak_memory_gib", "mfu"}
 
 
 def train(settings, path):

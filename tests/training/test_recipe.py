@@ -22,8 +22,8 @@ class ToyRecipe:
     kind: Literal["fast", "exact"] = setting("fast", help="Kind.")
     limit: int | None = setting(None, help="Limit, or null.")
     clip: bool = setting(True, help="Clip.")
-    tasks: list[str] = setting(["a"], help="Tasks.")
-    model: dict[str, Any] = setting({}, help="Model settings.")
+    tasks: list[str] = setting(["a"], help="Tasks.")  # noqa: RUF009
+    model: dict[str, Any] = setting({}, help="Model settings.")  # noqa: RUF009
 
 
 def write(tmp_path, text):
