@@ -85,9 +85,15 @@ def load_prompts(recipe: AlignRecipe, tokenizer: Any, split: str) -> Any:
     """
     import datasets
 
-    from deepseek_training.text_data import load_texts
+    from deepseek_training.text_data import load_texts, read_rows
 
     texts = load_texts(recipe.prompts, split, column=recipe.prompt_column)
+    if recipe.prompt_sources:
+        rows = read_rows(recipe.prompts, column=recipe.prompt_column)
+        wanted = {row["text"] for row in rows if row.get("source") in recipe.prompt_sources}
+        texts = [text for text in texts if text in wanted]
+    if not texts:
+        raise ValueError(f"prompt_sources={recipe.prompt_sources}: {recipe.prompts} has no {split} row from them")
     ids = [encode_prompt(text, tokenizer, recipe.prompt_template) for text in texts]
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) > recipe.max_prompt_tokens:
@@ -148,6 +154,7 @@ def build_trainer(recipe: AlignRecipe, run: RunFolder, tokenizer: Any, reward: A
         response_length=recipe.response_length,
         temperature=recipe.temperature,
         learning_rate=recipe.learning_rate,
+        lam=recipe.lam,
         kl_coef=recipe.kl_coef,
         cliprange=recipe.cliprange,
         cliprange_value=recipe.cliprange_value,
@@ -175,6 +182,7 @@ def build_trainer(recipe: AlignRecipe, run: RunFolder, tokenizer: Any, reward: A
         value_model=value_model,
         callbacks=[LogToRunFolder(run), RewardBar("align")],
     )
+    trainer.num_eval_samples = recipe.num_eval_samples
     trainer.remove_callback(PrinterCallback)  # it prints every metric of every update
     return trainer
 

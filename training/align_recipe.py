@@ -16,6 +16,7 @@ class AlignRecipe:
     model: str = setting(help="the policy to start from: local path or Hub id, with its tokenizer")
     prompts: str = setting("dialogues", help="embedded name, file, folder or Hub id of prompts")
     prompt_column: str | None = setting(None, help="column with the prompts; by default 'prompt' or 'text'")
+    prompt_sources: list[str] = setting([], help="keep the rows whose `source` is one of these; empty: all rows")  # noqa: RUF009
     prompt_template: str | None = setting(
         "{prompt}\n", help="how a prompt is put to the model; null uses the tokenizer's chat template"
     )
@@ -24,6 +25,7 @@ class AlignRecipe:
     )
     max_prompt_tokens: int = setting(96, help="longer prompts are refused; at least 1")
     num_eval_prompts: int = setting(192, help="held-out prompts scored before and after; at least 8")
+    num_eval_samples: int = setting(1, help="completions of each held-out prompt, whose mean counts; at least 1")
     weights: list[float] = setting([0.7, 0.2, 0.1], help="of relevance, safety, diversity; 0 or more")  # noqa: RUF009
     gate_threshold: float | None = setting(
         0.7, help="below this safety the whole reward shrinks in proportion, in (0, 1]; null: no gate"
@@ -39,6 +41,7 @@ class AlignRecipe:
     response_length: int = setting(40, help="longest completion, in tokens")
     temperature: float = setting(0.9, help="of sampling, above 0")
     learning_rate: float = setting(1e-4, help="of policy and value model; falls linearly to 0")
+    lam: float = setting(0.95, help="lambda of the advantage estimate, in [0, 1]; 1: the whole return")
     kl_coef: float = setting(0.05, help="weight of the divergence from the reference; 0 or more")
     cliprange: float = setting(0.2, help="the policy's probability ratio is clipped to 1 plus or minus this")
     cliprange_value: float = setting(0.2, help="the value's change is clipped to this")
@@ -57,6 +60,8 @@ class AlignRecipe:
             raise ValueError(f"num_mini_batches={self.num_mini_batches}: must divide batch_size={self.batch_size}")
         if self.num_eval_prompts < 8:
             raise ValueError(f"num_eval_prompts={self.num_eval_prompts}: allowed is 8 or more")
+        if self.num_eval_samples < 1:
+            raise ValueError(f"num_eval_samples={self.num_eval_samples}: allowed is 1 or more")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: allowed is above 0")
         if self.kl_coef < 0:

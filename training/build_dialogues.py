@@ -22,7 +22,7 @@ _COARSE = re.compile(
     r"retard|masturb|penis|vagina|dildo|semen|gay|\bass\b|asshole|orgasm|nude|naked|kill (your|my|him|her)self|suicid",
     re.IGNORECASE,
 )
-_LIMITS = {"medquad": (900, 150), "hh": (500, 100), "taskmaster": (200, 50)}
+_LIMITS = {"medquad": (1600, 223), "hh": (500, 100), "taskmaster": (200, 50)}
 
 
 def main(source: str, output: str) -> None:

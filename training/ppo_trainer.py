@@ -107,6 +107,7 @@ class CorrectedPPOTrainer(PPOTrainer):
             )
         self.prompt_column = prompt_column
         self.last_evaluation: dict[str, list] = {}
+        self.num_eval_samples = 1
         self._metrics: dict[str, list[float]] = {}
         self._extra_columns: dict[str, list] = {}
         self._seconds = dict.fromkeys(("generation", "reward", "logps", "update"), 0.0)
@@ -339,8 +340,9 @@ class CorrectedPPOTrainer(PPOTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Sample one completion a held-out prompt and return the mean reward, its parts and the KL, with errors.
+        """Complete each held-out prompt and return the mean reward, its parts and the KL, with errors over prompts.
 
+        Each prompt is completed `num_eval_samples` times and counts once, with its mean.
         Stock has no evaluation loop and its loader drops the last partial batch. The randomness is the same at every
         call, so that evaluations differ by the policy alone, and training does not notice.
 
@@ -358,11 +360,12 @@ class CorrectedPPOTrainer(PPOTrainer):
         seconds = copy.copy(self._seconds)
         with torch.random.fork_rng():
             torch.manual_seed(self.local_seed)
-            for start in range(0, len(mine), size):
-                batch = self.data_collator(list(dataset.select(mine[start : start + size])))
-                rows += self._evaluate_batch(batch, mine[start : start + size])
+            for _ in range(self.num_eval_samples):
+                for start in range(0, len(mine), size):
+                    batch = self.data_collator(list(dataset.select(mine[start : start + size])))
+                    rows += self._evaluate_batch(batch, mine[start : start + size])
         self._metrics, self._seconds = training_metrics, seconds
-        rows = sorted(gather_object(rows), key=lambda row: row["index"])
+        rows = average_by_prompt(gather_object(rows))
         self.last_evaluation = {key: [row[key] for row in rows] for key in rows[0]}
         metrics = {}
         for key, values in self.last_evaluation.items():
@@ -470,6 +473,24 @@ def disable_functional_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def average_by_prompt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row a prompt, in order: the mean of each number, and the first of anything else.
+
+    Args:
+        rows: Rows with an ``index`` that names the prompt, one a completion.
+    """
+    prompts: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        prompts.setdefault(row["index"], []).append(row)
+    return [
+        {
+            key: float(np.mean([row[key] for row in same])) if isinstance(value, float) else value
+            for key, value in same[0].items()
+        }
+        for _, same in sorted(prompts.items())
+    ]
 
 
 def standard_error(values: list[float]) -> float:

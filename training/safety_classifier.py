@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_training.rewards.words import ngrams, split_words
+from deepseek_training.words import ngrams, split_words
 
 NUM_BUCKETS = 1 << 16
 MAX_WORDS = 30  # a longer sentence is cut into stretches of this many words

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_training.rewards.words import content_words, split_words
+from deepseek_training.words import content_words, split_words
 
 NUM_BUCKETS, NUM_DIMENSIONS = 12_288, 48
 EMBEDDED_PATH = Path(__file__).parent / "data" / "text_embedder.npz"

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deepseek_training.rewards.words import split_words
 from deepseek_training.safety_classifier import NUM_BUCKETS, SafetyClassifier, hash_features, split_stretches
 from deepseek_training.text_data import read_rows
+from deepseek_training.words import split_words
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, SEED = 4, 256, 0.05, 1e-5, 0
 Row = tuple[str, str, int]  # set, text, 1 = unsafe

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from deepseek_training.build_dialogues import read_hh, read_medquad, read_taskmaster
-from deepseek_training.rewards.words import content_words, split_words
 from deepseek_training.text_data import read_rows
 from deepseek_training.text_embedder import NUM_BUCKETS, NUM_DIMENSIONS, TextEmbedder, hash_text, word_bucket
+from deepseek_training.words import content_words, split_words
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE, TEMPERATURE, SEED = 4, 256, 0.01, 0.07, 0
 Pair = tuple[str, str]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deepseek_training.rewards.words import FUNCTION_WORDS, split_words
+from deepseek_training.words import FUNCTION_WORDS, split_words
 
 SEED = 0
 FLATTERY = (

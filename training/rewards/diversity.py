@@ -14,7 +14,7 @@ answer shares ("see your doctor") is punished.
 from collections import Counter, deque
 from typing import Any
 
-from deepseek_training.rewards.words import ngrams, split_words, text_of
+from deepseek_training.words import ngrams, split_words, text_of
 
 
 class Diversity:
@@ -45,11 +45,13 @@ class Diversity:
             prompts: Not used; here for the shared signature.
             completions: Strings or chat messages.
             completion_ids: Not used.
-            kwargs: Not used, except ``is_evaluation=True``, which leaves the bank as it is.
+            kwargs: Not used, except ``is_evaluation=True``, which neither reads nor fills the bank.
         """
         texts = [split_words(text_of(completion)) for completion in completions]
-        self_bleu = leave_one_out_overlap(texts, list(self.bank))
-        if not kwargs.get("is_evaluation", False):
+        # A bank that training has filled would mark down the same policy: evaluations compare within the batch.
+        is_evaluation = kwargs.get("is_evaluation", False)
+        self_bleu = leave_one_out_overlap(texts, [] if is_evaluation else list(self.bank))
+        if not is_evaluation:
             self.bank.extend(texts)
         return [
             min(1.0, len(words) / self.min_words) * (distinctness(words) + 1 - overlap) / 2

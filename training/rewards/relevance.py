@@ -1,7 +1,7 @@
 """Relevance: does the completion speak about what the prompt asks, in words of its own?
 
     relevance  = similarity * novelty * prose
-    similarity = max((cosine - low) / (high - low), coverage / 0.6), cut to [0, 1]
+    similarity = max(1 / (1 + exp(-(cosine - middle) / width)), min(1, coverage / 0.6))
     cosine     = embed(prompt) . embed(completion)
     coverage   = share of the prompt's content words, weighted by rarity, that the completion names (also by initials)
     novelty    = min(1, share of the completion's distinct content words that the prompt lacks / 0.5)
@@ -16,16 +16,18 @@ one; an honest answer that shares no topic word with its prompt ("About one in t
 are English, so for text in other scripts `prose` only counts repetition.
 """
 
+import math
 import re
 from typing import Any, Protocol
 
 import numpy as np
 
-from deepseek_training.rewards.words import FUNCTION_WORDS, content_words, split_words, text_of
 from deepseek_training.text_embedder import TextEmbedder
+from deepseek_training.words import FUNCTION_WORDS, content_words, split_words, text_of
 
-# Between the cosines of unrelated and of good answers: quartiles on held-out dialogues, in data/text_embedder.json.
-LOW_COSINE, HIGH_COSINE = 0.1, 0.6
+# Between the cosines of unrelated and of good answers (quartiles on held-out dialogues, data/text_embedder.json). A
+# logistic and not a ramp: where a ramp is 0 a policy that is off the topic could not learn in which direction it lies.
+MIDDLE_COSINE, COSINE_WIDTH = 0.3, 0.08
 FULL_COVERAGE, FULL_NOVELTY, FULL_FUNCTION_SHARE, FULL_DISTINCT_SHARE = 0.6, 0.5, 0.25, 0.6
 _CAPITALS = re.compile(r"\b[A-Z]{2,6}\b")
 _CASED_WORD = re.compile(r"[^\W\d_][\w'-]*")
@@ -44,24 +46,24 @@ class Relevance:
     Args:
         embedder: Anything with ``embed(texts)`` or, for a cross-encoder, ``match(prompts, completions)``, whose
             probability stands in the cosine's place; None takes the one that ships.
-        low: The cosine that earns 0.
-        high: The cosine that earns 1, above `low`.
+        middle: The cosine that earns one half, in [-1, 1].
+        width: How far the cosine must rise to go from 0.5 to 0.73, above 0.
         has_guards: False leaves the bare cosine, to show what PPO makes of it.
     """
 
     def __init__(
         self,
         embedder: Embedder | None = None,
-        low: float = LOW_COSINE,
-        high: float = HIGH_COSINE,
+        middle: float = MIDDLE_COSINE,
+        width: float = COSINE_WIDTH,
         has_guards: bool = True,
     ):
-        if not -1 <= low < high <= 1:
-            raise ValueError(f"low={low}, high={high}: allowed is -1 <= low < high <= 1")
+        if not -1 <= middle <= 1 or not width > 0:
+            raise ValueError(f"middle={middle}, width={width}: allowed are -1 <= middle <= 1 and width > 0")
         self.__name__ = "relevance"  # GRPO and RLOO log a reward under its __name__
         self.lexicon = TextEmbedder.load()
         self.embedder = self.lexicon if embedder is None else embedder
-        self.low, self.high, self.has_guards = low, high, has_guards
+        self.middle, self.width, self.has_guards = middle, width, has_guards
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any
@@ -81,11 +83,11 @@ class Relevance:
         distinct = list(dict.fromkeys(asked))  # GRPO repeats a prompt for each of its completions
         rows = dict(zip(distinct, self.embedder.embed(distinct), strict=True))
         cosines = [float(rows[p] @ c) for p, c in zip(asked, self.embedder.embed(answered), strict=True)]
-        near = [(cosine - self.low) / (self.high - self.low) for cosine in cosines]
+        near = [1 / (1 + math.exp((self.middle - cosine) / self.width)) for cosine in cosines]
         return [self._score(*row) for row in zip(asked, answered, near, strict=True)]
 
     def _score(self, asked: str, answered: str, near: float) -> float:
-        similarity = min(1.0, max(0.0, near, coverage(asked, answered, self.lexicon) / FULL_COVERAGE))
+        similarity = min(1.0, max(near, coverage(asked, answered, self.lexicon) / FULL_COVERAGE))
         return similarity * (guard(split_words(asked), split_words(answered)) if self.has_guards else 1.0)
 
 

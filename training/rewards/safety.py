@@ -9,7 +9,7 @@ words, and flags harmless uses of harsh words (over-refusal on XSTest).
 
 from typing import Any
 
-from deepseek_training.rewards.words import text_of
+from deepseek_training.words import text_of
 
 
 class Safety:

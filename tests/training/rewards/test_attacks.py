@@ -1,0 +1,39 @@
+"""The attack table: its prompts are unused elsewhere, and what it claims holds."""
+
+import random
+
+from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
+from deepseek_training.rewards.attacks import load_cases, load_training_answers, make_attacks, run_attacks, summarize
+from deepseek_training.text_data import read_rows
+from deepseek_training.words import split_words
+
+WEIGHTS = [0.7, 0.2, 0.1]
+
+
+def test_no_case_stands_among_the_training_prompts():
+    trained = {tuple(split_words(row["prompt"])) for row in read_rows("dialogues") if row["split"] == "train"}
+    cases = load_cases()
+    assert not trained & {tuple(split_words(case.prompt)) for case in cases}
+    assert len(cases) > 400
+    assert {case.source for case in cases} == {"medquad", "pubmedqa", "instructions"}
+
+
+def test_attacks_are_what_their_names_say():
+    case = load_cases()[0]
+    attacks = make_attacks(case, load_training_answers(), random.Random(0))
+    assert attacks["echo"] == case.prompt and attacks["empty"] == ""
+    assert len(set(attacks["one token repeated"].split())) == 1
+    assert set(attacks["keyword stuffing"].split()) <= set(split_words(case.prompt))
+    assert attacks["copied training sentence"] in load_training_answers()
+    assert attacks["unsafe but relevant"].startswith(" ".join(case.answer.split()[:10]))
+
+
+def test_the_gated_sum_ranks_honest_answers_first_and_the_unguarded_does_not():
+    cases = load_cases()
+    pubmedqa = [case for case in cases if case.source == "pubmedqa"][::4]
+    guarded = WeightedReward([Relevance(), Safety(), Diversity(0)], WEIGHTS, gate="safety")
+    bare = WeightedReward([Relevance(has_guards=False), Safety(), Diversity(0)], WEIGHTS)
+    assert summarize(run_attacks(guarded, pubmedqa))["beats_all"] >= 0.95
+    assert summarize(run_attacks(bare, pubmedqa))["beats_all"] < 0.4
+    medquad = [case for case in cases if case.source == "medquad"][::3]
+    assert summarize(run_attacks(guarded, medquad))["beats_all"] >= 0.85

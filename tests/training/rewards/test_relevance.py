@@ -1,0 +1,120 @@
+"""Relevance: by its formula on a transparent embedder, and by what it must tell apart on real prompts."""
+
+import numpy as np
+import pytest
+
+from deepseek_training.rewards import Relevance
+from deepseek_training.rewards.relevance import coverage, guard
+from deepseek_training.text_embedder import TextEmbedder, hash_text
+from deepseek_training.words import content_words, split_words, stem
+
+PROMPT = "What are the symptoms of Giant Axonal Neuropathy?"
+HONEST = "Children with GAN walk with an unsteady gait, their hair is tightly curled, and the nerves waste away."
+
+
+class TableEmbedder:
+    """Gives each text the vector written down for it."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def embed(self, texts):
+        return np.array([self.table[text] for text in texts])
+
+
+def test_follows_its_formula():
+    # a cosine of 0.3 earns one half; all content words are new; no shared word
+    answer = "the liver was a healthy organ"
+    embedder = TableEmbedder({"zebra crossing": [1.0, 0.0], answer: [0.3, (1 - 0.3**2) ** 0.5]})
+    assert Relevance(embedder)(["zebra crossing"], [answer]) == pytest.approx([0.5])
+
+
+def test_a_cross_encoders_probability_stands_in_the_cosines_place():
+    class Matcher:
+        def match(self, prompts, completions):
+            return np.array([0.25 if "liver" in text else 0.75 for text in completions])
+
+    scores = Relevance(Matcher())(["zebra crossing"] * 2, ["the liver was a healthy organ", "it is a road to cross"])
+    assert scores == pytest.approx([0.25, 0.75])
+
+
+@pytest.mark.parametrize(
+    "attack",
+    ["", PROMPT, f"{PROMPT} {PROMPT}", "neuropathy " * 40, "giant symptoms neuropathy axonal " * 10, "?!", "\n"],
+    ids=["empty", "echo", "echo twice", "one word", "keywords", "punctuation", "newline"],
+)
+def test_attacks_earn_next_to_nothing(attack):
+    honest, attacked = Relevance()([PROMPT, PROMPT], [HONEST, attack])
+    assert honest > 0.2
+    assert attacked < 0.06
+
+
+def test_without_guards_the_echo_wins():
+    honest, echo = Relevance(has_guards=False)([PROMPT, PROMPT], [HONEST, PROMPT])
+    assert echo == 1.0 >= honest
+
+
+def test_initials_name_the_subject():
+    lexicon = TextEmbedder.load()
+    assert coverage(PROMPT, "GAN progresses slowly", lexicon) > 0.5
+    assert coverage(PROMPT, "gan progresses slowly", lexicon) == 0.0
+    assert coverage(PROMPT, "It progresses slowly", lexicon) == 0.0
+    assert coverage("of the and", "of the and", lexicon) == 0.0  # no content word
+
+
+def test_rare_words_weigh_more():
+    lexicon = TextEmbedder.load()
+    rare = coverage(PROMPT, "neuropathy", lexicon)
+    common = coverage(PROMPT, "symptoms", lexicon)
+    assert rare > 1.5 * common > 0
+
+
+def test_other_scripts_are_not_punished_for_lacking_english():
+    assert guard(split_words("什么是肝炎"), split_words("病毒引起肝脏发炎与损伤")) > 0.9
+
+
+def test_scores_are_bounded_and_in_order():
+    prompts = [PROMPT, "How do I cook rice?", PROMPT]
+    completions = [HONEST, "Boil water, add the rice and let it simmer.", ""]
+    scores = Relevance()(prompts, completions)
+    assert all(0 <= score <= 1 for score in scores)
+    for prompt, completion, score in zip(prompts, completions, scores, strict=True):
+        assert Relevance()([prompt], [completion]) == pytest.approx([score])
+
+
+def test_reads_chat_messages():
+    chat = Relevance()([[{"role": "user", "content": PROMPT}]], [[{"role": "assistant", "content": HONEST}]])
+    assert chat == Relevance()([PROMPT], [HONEST])
+
+
+@pytest.mark.parametrize(("middle", "width"), [(0.6, 0.0), (0.7, -0.2), (-2, 0.5), (0.1, float("nan"))])
+def test_refuses_a_slope_that_is_none(middle, width):
+    with pytest.raises(ValueError, match="allowed are -1 <= middle <= 1 and width > 0"):
+        Relevance(middle=middle, width=width)
+
+
+def test_the_embedder_survives_its_file(tmp_path):
+    embedder = TextEmbedder.load()
+    embedder.save(tmp_path / "copy.npz")
+    again = TextEmbedder.load(tmp_path / "copy.npz")
+    texts = [PROMPT, HONEST, ""]
+    np.testing.assert_allclose(again.embed(texts), embedder.embed(texts), atol=0.02)
+    np.testing.assert_allclose(np.linalg.norm(embedder.embed(texts), axis=1), [1, 1, 0], atol=1e-6)
+    with pytest.raises(FileNotFoundError, match=r"no file .*gone\.npz"):
+        TextEmbedder.load(tmp_path / "gone.npz")
+
+
+def test_words_and_stems():
+    assert split_words("Don't STOP, the patient\u2019s 2 kidneys!") == [
+        "don't",
+        "stop",
+        "the",
+        "patient's",
+        "2",
+        "kidneys",
+    ]
+    assert content_words(["the", "kidneys", "of", "patient's"]) == ["kidney", "patient"]
+    assert stem("as") == "as"
+    buckets, weights = hash_text("kidney kidney")
+    assert len(buckets) == len(weights) == 1 + len("<kidney>") - 3
+    assert weights[0] == pytest.approx(np.log(3))
