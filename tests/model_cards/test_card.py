@@ -84,7 +84,7 @@ def test_the_python_blocks_compile_and_name_three_ways(card):
         assert "someone/fox" in code
 
 
-@pytest.mark.slow  # test_push loads from a server in the same way, by default
+@pytest.mark.slow  # two imports of torch in a process of its own
 def test_the_card_loads_its_model_without_our_package(demo_run):
     """The card's own code, run on the local folder in place of the Hub id, each in a clean process."""
     import subprocess

@@ -32,6 +32,7 @@ def test_everything_arrives_whole_in_one_commit(hub, stage_run):
     assert b"someone/fox" in there["README.md"]
 
 
+@pytest.mark.slow  # two imports of torch in a process of its own
 def test_the_model_loads_from_the_server_with_equal_logits(hub, stage_run, tmp_path):
     """A clean process with the server as its Hub and the repository's own code; our package is hidden from it."""
     push(hub, stage_run, private=True)
