@@ -212,6 +212,7 @@ if trainer.accelerator.is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_one_batch_equals_two_processes(tmp_path):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
