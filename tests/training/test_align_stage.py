@@ -1,0 +1,91 @@
+"""The align stage: the run folder it leaves, taking up an interrupted run, and its one-line errors."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from deepseek_model_cards.run_folder import RunFolder
+from deepseek_training.align import align, encode_prompt
+from deepseek_training.align_recipe import AlignRecipe
+from deepseek_training.recipe import build_recipe, load_recipe
+from deepseek_training.text_data import load_texts
+from deepseek_training.tokenizer import train_tokenizer
+from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
+
+
+@pytest.fixture(scope="module")
+def policy_path(tmp_path_factory):
+    """A debug-size model of ours with random weights, and its tokenizer."""
+    path = tmp_path_factory.mktemp("policy")
+    tokenizer = train_tokenizer(load_texts("dialogues", "validation"), 400)
+    torch.manual_seed(0)
+    DeepseekForCausalLM(DeepseekConfig.from_preset("debug", vocab_size=len(tokenizer))).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_recipe(policy_path, **settings):
+    return load_recipe("align-debug", AlignRecipe, {"model": str(policy_path), **settings})
+
+
+def test_leaves_a_whole_run_folder(policy_path, tmp_path):
+    summary = align(make_recipe(policy_path), tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    assert run.summary == json.loads(json.dumps(summary))
+    rows = [row for row in run.metrics if "reward" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    parts = ("reward_relevance", "reward_safety", "reward_diversity", "kl", "entropy", "grad_norm", "learning_rate")
+    assert all(name in row for row in rows for name in parts)
+    by_key = {(row["metric"], row["when"]): row for row in summary["results"]}
+    assert by_key["kl", "before"]["value"] == pytest.approx(0.0, abs=1e-4)
+    gain = by_key["reward", "after"]["value"] - by_key["reward", "before"]["value"]
+    assert summary["gain"]["value"] == pytest.approx(gain)
+    assert {row["when"] for row in summary["samples"]} == {"before", "after"}
+    AutoTokenizer.from_pretrained(run.model_path)
+    reference = AutoModelForCausalLM.from_pretrained(run.path / "reference").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(policy_path).state_dict()
+    policy = AutoModelForCausalLM.from_pretrained(run.model_path).state_dict()
+    value = AutoModelForSequenceClassification.from_pretrained(run.path / "value_model")
+    assert all(torch.equal(reference[name], start[name]) for name in start)
+    assert any(not torch.equal(policy[name], start[name]) for name in start)
+    assert value.score.weight.shape[0] == 1 and value.score.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_updates": 0}, "num_updates=0"),
+        ({"weights": [0.7, -0.2, 0.1]}, "none may be negative"),
+        ({"weights": [0.0, 0.0, 0.0]}, "sum must be above 0"),
+        ({"num_mini_batches": 3}, "must divide batch_size=8"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"prompt_template": "Question:"}, "must hold {prompt}"),
+        ({"max_prompt_tokens": 3}, "longer than max_prompt_tokens=3"),
+        ({"response_length": 4000}, "longer than the model's context"),
+        ({"prompt_sources": ["nowhere"]}, "no train row from them"),
+        ({"batch_size": 4096, "num_mini_batches": 1}, "fewer than the batch of 4096"),
+    ],
+)
+def test_bad_settings_are_one_line(change, message, policy_path, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        align(make_recipe(policy_path, **change), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_shipped_recipes_load():
+    for name in ("align-demo", "align-debug"):
+        assert load_recipe(name, AlignRecipe).weights == [0.7, 0.2, 0.1]
+    with pytest.raises(ValueError, match="did you mean 'kl_coef'"):
+        build_recipe({"model": "x", "kl_coeff": 0.1}, AlignRecipe)
+
+
+def test_prompts_follow_the_template(policy_path):
+    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    assert tokenizer.decode(encode_prompt("Why?", tokenizer, "Q: {prompt}\nA:")) == "<|begin|>Q: Why?\nA:"
+    chat = tokenizer.decode(encode_prompt("Why?", tokenizer, None))
+    assert chat.endswith("User: Why?\n\nAssistant:") and chat.startswith("<|begin|>")
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_prompt("Why?", tokenizer, None)
