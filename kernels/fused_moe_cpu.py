@@ -15,15 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek_kernels import fused_moe_cpu_staged as staged
 from deepseek_kernels import large_buffers
 from deepseek_kernels.activations import activation_backward_into, activation_into
-
-# A private operator of torch, the one Inductor emits on x86; without it fp32 falls back to torch.mm's own choice.
-_HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_FEW_ROWS = 8
+from deepseek_kernels.cpu_products import accumulation_dtype, linear, outer_into
 
 
 @dataclass
@@ -82,8 +79,19 @@ def forward(
     """
     num_rows, num_slots = routing.row_slot.numel(), topk_weights.shape[1]
     width, hidden = down_proj.shape[2], down_proj.shape[1]
-    dtype, accumulate = hidden_states.dtype, _accumulation_dtype(hidden_states.dtype)
+    dtype, accumulate = hidden_states.dtype, accumulation_dtype(hidden_states.dtype)
     counts = routing.counts.tolist()
+    if staged.is_small(num_rows, hidden, width, dtype) and num_rows:
+        return staged.forward(
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            routing.row_slot,
+            counts,
+            topk_weights,
+            activation,
+            keep_preactivation,
+        )
     most = max(counts)
     row_token = routing.row_slot // num_slots
     row_weight = topk_weights.reshape(-1)[routing.row_slot].to(accumulate).unsqueeze(1)
@@ -95,11 +103,11 @@ def forward(
     for expert, rows, tokens, weight in _experts(counts, row_token, row_weight):
         count = tokens.shape[0]
         x_e = torch.index_select(hidden_states, 0, tokens, out=x[:count])
-        h_e = _linear(x_e, gate_up_proj[expert])
+        h_e = linear(x_e, gate_up_proj[expert])
         if keep_preactivation:
             kept[rows] = h_e
         a_e = _gated(h_e, weight, activation, a[:count])
-        output.index_add_(0, tokens, _linear(a_e, down_proj[expert]).to(accumulate))
+        output.index_add_(0, tokens, linear(a_e, down_proj[expert]).to(accumulate))
     return output.to(dtype), kept
 
 
@@ -129,15 +137,32 @@ def backward(
     """
     needs_x, needs_gate_up, needs_down, needs_weights = needs
     num_slots, width, hidden = topk_weights.shape[1], down_proj.shape[2], down_proj.shape[1]
-    dtype, accumulate = hidden_states.dtype, _accumulation_dtype(hidden_states.dtype)
+    dtype, accumulate = hidden_states.dtype, accumulation_dtype(hidden_states.dtype)
     counts = routing.counts.tolist()
+    num_rows = routing.row_slot.numel()
+    grad_gate_up = _empty_gradient(gate_up_proj, counts, needs_gate_up)
+    grad_down = _empty_gradient(down_proj, counts, needs_down)
+    if staged.is_small(num_rows, hidden, width, dtype) and num_rows:
+        grad_x, grad_row_weight = staged.backward(
+            grad_output,
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            routing.row_slot,
+            counts,
+            topk_weights,
+            preactivation,
+            activation,
+            (grad_gate_up, grad_down),
+            needs,
+        )
+        grad_x = hidden_states.new_empty(0) if grad_x is None else grad_x
+        return grad_x, grad_gate_up, grad_down, _by_slot(grad_row_weight, routing, topk_weights, needs_weights)
     most = max(counts)
     row_token = routing.row_slot // num_slots
     row_weight = topk_weights.reshape(-1)[routing.row_slot].to(accumulate).unsqueeze(1)
 
     grad_x = torch.zeros(hidden_states.shape if needs_x else (0,), dtype=accumulate)
-    grad_gate_up = _empty_gradient(gate_up_proj, counts, needs_gate_up)
-    grad_down = _empty_gradient(down_proj, counts, needs_down)
     grad_row_weight = torch.zeros(row_weight.shape[0] if needs_weights else 0, dtype=accumulate)
     gathered = torch.empty(most, hidden, dtype=dtype)
     a = torch.empty(most, width, dtype=accumulate)
@@ -155,7 +180,7 @@ def backward(
         if needs_weights:
             torch.linalg.vecdot(grad_a_e, a_e, out=grad_row_weight[rows])
         if needs_down:
-            _outer_into(grad_y_e, a_e.mul_(weight).to(dtype), grad_down[expert])
+            outer_into(grad_y_e, a_e.mul_(weight).to(dtype), grad_down[expert])
         if not (needs_x or needs_gate_up):
             continue
 
@@ -167,12 +192,8 @@ def backward(
             grad_x.index_add_(0, tokens, torch.mm(grad_h_e, gate_up_proj[expert]).to(accumulate))
         if needs_gate_up:
             x_e = torch.index_select(hidden_states, 0, tokens, out=gathered[:count])
-            _outer_into(grad_h_e, x_e, grad_gate_up[expert])
+            outer_into(grad_h_e, x_e, grad_gate_up[expert])
     return grad_x.to(dtype), grad_gate_up, grad_down, _by_slot(grad_row_weight, routing, topk_weights, needs_weights)
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _experts(counts: list[int], row_token: Tensor, row_weight: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
@@ -183,25 +204,6 @@ def _experts(counts: list[int], row_token: Tensor, row_weight: Tensor) -> Iterat
             rows = slice(start, start + count)
             yield expert, rows, row_token[rows], row_weight[rows]
             start += count
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T``.
-
-    fp32 goes to oneDNN: 0.39 ms for 2 x 1024 x 1024 where MKL's sgemm takes 0.52, and 5 % ahead at 192 rows (one core
-    of AMD EPYC 9004, 2026-11). Half precision goes there by itself.
-    """
-    if x.dtype == torch.float32 and _HAS_ONEDNN_LINEAR:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
-
-
-def _outer_into(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write ``left.T @ right`` into `out`; with few rows by oneDNN, even with a copy three times as fast as MKL."""
-    if left.shape[0] <= _FEW_ROWS and left.dtype == torch.float32 and _HAS_ONEDNN_LINEAR:
-        out.copy_(_linear(left.t().contiguous(), right.t().contiguous()))
-    else:
-        torch.mm(left.t(), right, out=out)
 
 
 def _gated(h: Tensor, weight: Tensor, activation: str, out: Tensor) -> Tensor:
@@ -229,6 +231,6 @@ def _by_slot(grad_row_weight: Tensor, routing: Routing, topk_weights: Tensor, is
     """The router weights' gradient in slot order; zero at unused slots."""
     if not is_needed:
         return topk_weights.new_empty(0)
-    gradient = torch.empty(topk_weights.numel(), dtype=topk_weights.dtype)
-    gradient[routing.row_slot] = grad_row_weight.to(topk_weights.dtype)
+    gradient = torch.zeros(topk_weights.numel(), dtype=topk_weights.dtype)
+    gradient[routing.row_slot[: grad_row_weight.numel()]] = grad_row_weight.to(topk_weights.dtype)
     return gradient.view(topk_weights.shape)

@@ -212,7 +212,7 @@ def _choose(device_name: str, hidden: int, width: int, bucket: int) -> Tiles:
 @functools.lru_cache(maxsize=64)
 def _log_unknown(device_name: str) -> None:
     logger.warning(
-        "fused_moe: %s is not in the tile table; using small safe tiles (deepseek-moe bench kernels --tune measures)",
+        "fused_moe: %s is not in the tile table; using small safe tiles (docs/kernels.md, Tiles)",
         device_name,
     )
 

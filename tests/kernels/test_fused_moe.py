@@ -5,16 +5,25 @@ import torch
 from moe_cases import assert_equals_reference, gradients, make_case
 from torch.utils.checkpoint import checkpoint
 
-from deepseek_kernels import large_buffers
+from deepseek_kernels import fused_moe_cpu_staged, large_buffers
 from deepseek_kernels.fused_moe import fused_moe
 
 PATTERNS = ["some_unused", "empty_experts", "one_expert", "all_unused"]
+
+
+@pytest.fixture(params=["small", "large"])
+def either_path(request, monkeypatch):
+    """Small batches take the staged path, large ones the loop over experts; run both at small shapes."""
+    if request.param == "large":
+        monkeypatch.setattr(fused_moe_cpu_staged, "MAX_BYTES", -1)
+
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_activations(dtype, activation):
+def test_activations(dtype, activation, either_path):
     case = make_case(dtype, T=33)
     assert_equals_reference(gradients(fused_moe, case, activation), case, dtype, activation)
 
@@ -22,7 +31,7 @@ def test_activations(dtype, activation):
 @pytest.mark.parametrize("T", [0, 1, 7, 64])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_routing_patterns(dtype, pattern, T):
+def test_routing_patterns(dtype, pattern, T, either_path):
     case = make_case(dtype, T=T, H=35, I=19, pattern=pattern)
     assert_equals_reference(gradients(fused_moe, case), case, dtype)
 
@@ -51,7 +60,7 @@ def test_repeat_runs_are_bit_equal():
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-def test_dirty_buffers_do_not_show(monkeypatch):
+def test_dirty_buffers_do_not_show(monkeypatch, either_path):
     def poison(tensor):
         return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
 
@@ -64,7 +73,7 @@ def test_dirty_buffers_do_not_show(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_kept_for_backward_is_input_preactivation_and_integers(dtype):
+def test_kept_for_backward_is_input_preactivation_and_integers(dtype, either_path):
     T, H, I, E, K = 64, 32, 24, 4, 3  # noqa: E741
     case = make_case(dtype, T=T, H=H, I=I, E=E, K=K)
     kept = []
@@ -90,7 +99,7 @@ def test_nothing_is_kept_without_gradients():
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (4,), (0, 1, 2), (1, 2, 4)])
-def test_only_wanted_gradients_are_computed(frozen):
+def test_only_wanted_gradients_are_computed(frozen, either_path):
     full = gradients(fused_moe, make_case(torch.float32, T=9))
     case = make_case(torch.float32, T=9)
     for i in frozen:
