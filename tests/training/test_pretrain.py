@@ -161,3 +161,12 @@ def test_another_run_is_not_overwritten(finished, tiny_settings):
     with pytest.raises(FileExistsError, match="holds a finished run"):
         pretrain(recipe, finished[0])
     assert dataclasses.asdict(recipe)["seed"] == 5
+
+
+def test_trackio_is_used_where_it_is_installed(tiny_settings, monkeypatch):
+    recipe = build_recipe({**tiny_settings, "report_to": None}, PretrainRecipe)
+    for found in (None, object()):
+        monkeypatch.setattr(stage_trainer.importlib.util, "find_spec", lambda name, found=found: found)
+        assert stage_trainer.choose_trackers(recipe) == (["trackio"] if found else [])
+    named = build_recipe({**tiny_settings, "report_to": ["wandb"]}, PretrainRecipe)
+    assert stage_trainer.choose_trackers(named) == ["wandb"]
