@@ -5,8 +5,8 @@ Importing it registers model type ``deepseek_moe`` with the Auto classes, and th
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from . import fused_experts  # noqa: F401  (registers itself)
 from .configuration_deepseek import DeepseekConfig
+from .fused_experts import fused_moe_experts_forward  # noqa: F401  (importing it registers it)
 from .modeling_deepseek import DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel
 
 __all__ = ["DeepseekConfig", "DeepseekForCausalLM", "DeepseekForSequenceClassification", "DeepseekModel"]
