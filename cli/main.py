@@ -24,6 +24,7 @@ SUBCOMMANDS = (
     "card",
     "push",
     "params",
+    "bench",
 )
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 

@@ -1,0 +1,50 @@
+"""`deepseek-moe bench kernels` on its smallest grid, really run, and the arithmetic of its speed-ups."""
+
+import argparse
+import csv
+import json
+
+import pytest
+
+from deepseek_cli import bench
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_quick_grid_measures_prints_and_saves(tmp_path, capsys):
+    assert bench.run(parse("kernels", "--grid", "quick", "--seconds", "0.05", "--output", str(tmp_path / "run"))) == 0
+    printed = capsys.readouterr().out
+    assert "geometric mean of fused_moe" in printed and "grouped_mm" in printed
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    measured = {row["implementation"] for row in saved["rows"] if "ms" in row}
+    assert {"fused_moe", "eager", "grouped_mm", "batched_mm"} <= measured
+    kept = {
+        row["implementation"]: row["kept_bytes_per_token"]
+        for row in saved["rows"]
+        if row["mode"] == "forward+backward" and row["T"] == 64 and row["routing"] == "balanced" and "ms" in row
+    }
+    assert kept["fused_moe"] < kept["grouped_mm"]
+    with open(tmp_path / "run" / "results.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(saved["rows"])
+    assert (tmp_path / "run" / "plots" / "speedup.png").stat().st_size > 1000
+    with pytest.raises(FileExistsError):
+        bench.run(parse("kernels", "--grid", "quick", "--seconds", "0.05", "--output", str(tmp_path / "run")))
+
+
+def test_speedup_is_over_the_best_other():
+    row = {"T": 1, "H": 2, "I": 3, "E": 4, "K": 1, "routing": "balanced", "dtype": "float32", "mode": "forward"}
+    times = {"fused_moe": 2.0, "eager": 8.0, "grouped_mm": 3.0}
+    rows = [{**row, "implementation": name, "ms": ms} for name, ms in times.items()]
+    rows.append({**row, "implementation": "sonicmoe", "skipped": "no GPU"})
+    (entry,) = bench.compute_speedups(rows)
+    assert entry["best_other"] == "grouped_mm" and entry["speedup"] == 1.5
+
+
+def test_a_gpu_grid_without_a_gpu_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="grid: got gpu, wanted cpu or quick"):
+        bench.run(parse("kernels", "--grid", "gpu", "--output", str(tmp_path)))
