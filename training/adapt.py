@@ -21,6 +21,7 @@ from deepseek_training.pretrain import (
     step_tokens,
     write_samples,
 )
+from deepseek_training.run_callbacks import log_closing_line
 from deepseek_training.stage_recipes import AdaptRecipe
 from deepseek_training.stage_trainer import HeldOut, open_run, train_stage
 from deepseek_training.text_data import describe_data, load_texts
@@ -76,7 +77,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -
         "tokens_per_expert": trainer.figures.tokens_per_expert,
     }
     if trainer.is_first:
-        run.log({"step": recipe.max_steps, **_figures(held_out, after)})
+        log_closing_line(run, {"step": recipe.max_steps, **_figures(held_out, after)})
         run.finish(summary)
     return summary
 

@@ -16,6 +16,7 @@ from deepseek_model_cards.loading import load_tokenizer
 from deepseek_training.bigram import BigramModel
 from deepseek_training.bits_per_byte import BitsPerByte, measure_bigram
 from deepseek_training.packing import PackedDataset, encode_documents
+from deepseek_training.run_callbacks import log_closing_line
 from deepseek_training.stage_recipes import PretrainRecipe, TrainerSettings
 from deepseek_training.stage_trainer import HeldOut, StageTrainer, open_run, train_stage
 from deepseek_training.text_data import describe_data, load_texts
@@ -73,7 +74,7 @@ def pretrain(recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = Fa
         "tokens_per_expert": trainer.figures.tokens_per_expert,
     }
     if trainer.is_first:
-        run.log({"step": recipe.max_steps, f"eval_{held_out.name}_bits_per_byte": measured.value})
+        log_closing_line(run, {"step": recipe.max_steps, f"eval_{held_out.name}_bits_per_byte": measured.value})
         run.finish(summary)
     return summary
 

@@ -78,6 +78,17 @@ def drop_metrics_after(run: RunFolder, step: int) -> None:
     write_text(run.path / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def log_closing_line(run: RunFolder, row: dict[str, Any]) -> None:
+    """Append a run's last line, unless a run stopped right after it has left it there.
+
+    Args:
+        run: The run.
+        row: The line.
+    """
+    if run.metrics[-1:] != [row]:
+        run.log(row)
+
+
 def _finite(value: Any) -> Any:
     """None in place of a number that JSON has no word for."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

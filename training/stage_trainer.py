@@ -190,6 +190,12 @@ def train_stage(
     checkpoint = last_complete_checkpoint(run.path / "checkpoints")
     if checkpoint:
         logger.warning("going on from %s", checkpoint)
+    if checkpoint and step_of(checkpoint) >= recipe.max_steps and not trainer.is_sharded:
+        # `Trainer` looks for the last step only after a step, so it would train one too many.
+        trainer._load_from_checkpoint(str(checkpoint))
+        loads = [row["tokens_per_expert"] for row in run.metrics if "tokens_per_expert" in row]
+        trainer.figures.tokens_per_expert = loads[-1] if loads else []
+        return trainer
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:

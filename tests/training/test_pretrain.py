@@ -111,6 +111,17 @@ def test_an_interrupted_run_ends_like_a_whole_one(finished, tiny_settings, tmp_p
     assert_same_run(finished[0], tmp_path / "run")
 
 
+def test_a_run_stopped_after_its_last_step_trains_no_further(finished, tiny_settings, tmp_path):
+    import shutil
+
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    summary = pretrain(build_recipe(tiny_settings, PretrainRecipe), tmp_path / "run")
+    assert_same_run(finished[0], tmp_path / "run")
+    assert summary["tokens_per_expert"] == finished[1]["tokens_per_expert"]
+    assert summary["results"] == finished[1]["results"] and summary["samples"] == finished[1]["samples"]
+
+
 def test_a_checkpoint_cut_short_is_passed_over(finished, tiny_settings, tmp_path, caplog):
     """The newest checkpoint lacks its marker, as after a kill while it was written; the one before is taken."""
     import shutil
