@@ -14,6 +14,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Two workers with one thread each: two threads in each of two processes would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: setup demo test test-all check lint style bench clean
 
@@ -36,10 +38,10 @@ demo: setup
 	@$(OFFLINE) $(BIN)/deepseek-moe demo
 
 test: setup
-	@$(OFFLINE) $(BIN)/python -m pytest
+	@$(OFFLINE) $(PYTEST)
 
 test-all: setup
-	@$(OFFLINE) $(BIN)/python -m pytest -m "not gpu and not network"
+	@$(OFFLINE) $(PYTEST) -m "not gpu and not network"
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

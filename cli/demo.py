@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(root: Path, size_name: str, *, overwrite: bool) -> None:
     """Make the folder, or check that it holds a demo of this size."""
+    from deepseek_model_cards.run_folder import write_text
+
     marker = root / "demo-size.txt"
     if root.exists() and not root.is_dir():
         raise FileExistsError(f"--output: {root} is a file, wanted a folder")
@@ -80,13 +82,15 @@ def _prepare(root: Path, size_name: str, *, overwrite: bool) -> None:
         if held is None:
             raise FileExistsError(f"--output: {root} is not empty and holds no demo; pass another --output")
         if overwrite:
-            shutil.rmtree(root)
+            for path in root.iterdir():  # The marker stays: a demo interrupted here is still known as one.
+                if path.is_dir():
+                    shutil.rmtree(path)
         elif held != size_name:
             raise FileExistsError(
                 f"--output: {root} holds a demo of size {held}, not {size_name}; pass another --output, or --overwrite"
             )
     root.mkdir(parents=True, exist_ok=True)
-    marker.write_text(size_name + "\n", encoding="utf-8")
+    write_text(marker, size_name + "\n")
 
 
 def _run_stage(output: Path, title: str, stage: Callable[[Path], Any]) -> None:
@@ -157,8 +161,25 @@ def _close(root: Path, size: Size) -> int:
         score = f"{row['value']:.3f} (standard error {row['stderr']:.3f}, n {row['n']})"
         print(f"  {row['dataset']} {row['metric']}: {score}, {compare_to_chance(row, chance_level(row))}")
     print(f"\nmodel card  {card}\nreport      {report}\nmodel       {root / 'align' / 'model'}")
+    seconds, memory_gib = _cost(summaries)
+    print(
+        f"\nstages took {seconds:.0f} s (bar {MAX_SECONDS} s on two CPU cores); "
+        f"this process took at most {memory_gib:.1f} GiB (bar {MAX_MEMORY_GIB:g} GiB)"
+    )
     missed = [check["name"] for summary in summaries for check in summary["checks"] if not check["passed"]]
+    if seconds > MAX_SECONDS:
+        missed.append(f"within {MAX_SECONDS} s")
+    if memory_gib > MAX_MEMORY_GIB:
+        missed.append(f"under {MAX_MEMORY_GIB:g} GiB")
     if missed and size.has_bars:
         print(f"\nmissed: {', '.join(missed)}")
         return 1
     return 0
+
+
+def _cost(summaries: list[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds of all stages, also those of an earlier run, and this process's most memory in GiB."""
+    import resource
+
+    seconds = sum(summary["seconds"] for summary in summaries)
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB.

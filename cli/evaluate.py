@@ -100,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     """
     limit = parse_limit(args.limit)
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not tasks:
+        raise ValueError("--tasks: got no name, wanted at least one, for example mmlu,humaneval")
     if (args.model is None) == (args.samples is None):
         raise ValueError("evaluate: give either MODEL or --samples FILE")
     from deepseek_eval.tasks.catalogue import find_task

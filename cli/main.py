@@ -63,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
-        command.set_defaults(run=module.run, subparser=command)
+        # Not `run`: card and push have an argument of that name.
+        command.set_defaults(run_command=module.run, subparser=command)
     return parser
 
 
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(build_parser(), argv)
     _quieten_libraries()
     try:
-        return args.run(args)
+        return args.run_command(args)
     except KeyboardInterrupt:
         print(f"\ndeepseek-moe {args.command}: interrupted; nothing half-written counts as finished", file=sys.stderr)
         return 130

@@ -36,7 +36,14 @@ def load_model(
         ValueError: The checkpoint is damaged, or a Hub id cannot be fetched.
     """
     source = resolve_checkpoint(name_or_path)
-    return _load(auto_class, "model", source, trust_remote_code=trust_remote_code, **options)
+    model, found = _load(
+        auto_class, "model", source, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+    )
+    # A score head is what a policy's checkpoint lacks by design; any other gap would be filled with random numbers.
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("score."))
+    if missing:
+        raise ValueError(f"model: {source} lacks {len(missing)} of the model's tensors, among them {missing[0]}")
+    return model
 
 
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -9,7 +9,9 @@ import difflib
 import math
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import DeepseekV3Config
+from transformers.activations import ACT2FN
 
 from .presets import PRESETS
 
@@ -20,6 +22,16 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_deepseek.DeepseekForSequenceClassification",
 }
 
+# What every configuration of transformers takes, beside its own fields.
+_SETTINGS_OF_TRANSFORMERS = {
+    "dtype",
+    "attn_implementation",
+    "experts_implementation",
+    "num_labels",
+    "id2label",
+    "label2id",
+    "problem_type",
+}
 _COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -105,11 +117,17 @@ class DeepseekConfig(DeepseekV3Config):
         """
         if name not in PRESETS:
             raise ValueError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
-        known = set(cls().to_dict()) | set(cls.attribute_map) | {"dtype", "attn_implementation"}
-        for key in overrides.keys() - known - {"experts_implementation"}:
+        known = set(cls().to_dict()) | set(cls.attribute_map) | _SETTINGS_OF_TRANSFORMERS
+        for key in overrides.keys() - known:
             near = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
-        return cls(**{**PRESETS[name], **overrides})
+        settings = dict(PRESETS[name])
+        if overrides.keys() & {"min_experts_per_tok", "num_experts_per_tok"}:
+            settings.pop("target_experts_per_tok", None)  # It belongs to the preset's own bounds.
+        try:
+            return cls(**{**settings, **overrides})
+        except StrictDataclassFieldValidationError as error:
+            raise ValueError(" ".join(str(error.__cause__ or error).split())) from None
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -187,6 +205,7 @@ class DeepseekConfig(DeepseekV3Config):
         self._check_experts()
         self._check_dynamic_experts()
         self._check_training_terms()
+        _require(self.hidden_act in ACT2FN, "hidden_act", self.hidden_act, "an activation that transformers knows")
         _require(self.norm_type in ("rmsnorm", "layernorm"), "norm_type", self.norm_type, "rmsnorm or layernorm")
         _require(
             _is_number(self.hidden_dropout) and 0 <= self.hidden_dropout < 1,
@@ -224,7 +243,7 @@ class DeepseekConfig(DeepseekV3Config):
             groups,
             f"a divisor of n_routed_experts={experts}",
         )
-        _require(experts // groups >= 2 or groups == 1, "n_group", groups, "groups of at least 2 experts")
+        _require(experts // groups >= 2, "n_group", groups, f"groups of at least 2 of n_routed_experts={experts}")
         _require(_is_integer(chosen) and 1 <= chosen <= groups, "topk_group", chosen, f"in 1..n_group={groups}")
         reachable = experts // groups * chosen
         _require(k <= reachable, "num_experts_per_tok", k, f"at most the {reachable} experts of topk_group={chosen}")
@@ -235,6 +254,8 @@ class DeepseekConfig(DeepseekV3Config):
         _require(low is None or low <= high, "min_experts_per_tok", low, f"at most num_experts_per_tok={high}")
         p, target = self.expert_top_p, self.target_experts_per_tok
         _require(p is None or (_is_number(p) and 0 < p <= 1), "expert_top_p", p, "None or in (0, 1]")
+        varies = low is not None and low < high
+        _require(p is None or varies, "expert_top_p", p, "None unless min_experts_per_tok < num_experts_per_tok")
         if target is not None:
             low = high if low is None else low
             _require(

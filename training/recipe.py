@@ -131,7 +131,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, recipe_class: type) ->
         parser: The subcommand's parser.
         recipe_class: The dataclass; read the given ones back with `collect_overrides`.
     """
-    parser.add_argument("recipe", metavar="RECIPE", help="embedded name or YAML file; embedded names are listed below")
+    parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or one of {', '.join(list_recipes())}")
     group = parser.add_argument_group("settings", "each replaces the recipe's value; YAML syntax for the value")
     for field in dataclasses.fields(recipe_class):
         text = f"{field.metadata['help']} (default: {_default_text(field)})".replace("%", "%%")

@@ -237,10 +237,14 @@ def _read_parquet(path: Path) -> Iterator[dict]:
 
 
 def _cut_passages(text: str) -> Iterator[str]:
-    """Yield passages of at least `_PASSAGE_CHARACTERS`, cut at blank lines; joined they are the text again."""
+    """Yield passages of at least `_PASSAGE_CHARACTERS`; joined they are the text again.
+
+    They are cut at blank lines, and at the end of a line where no blank one has come for long.
+    """
     start = 0
-    for blank in re.finditer(r"\n\s*\n", text):
-        if blank.end() - start >= _PASSAGE_CHARACTERS:
+    for blank in re.finditer(r"\n\s*\n|\n", text):
+        is_blank_line = blank.group().count("\n") > 1
+        if blank.end() - start >= _PASSAGE_CHARACTERS * (1 if is_blank_line else 4):
             yield text[start : blank.end()]
             start = blank.end()
     if text[start:]:

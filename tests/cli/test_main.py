@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from _pytest.pathlib import import_path
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deepseek_cli.main import SUBCOMMANDS, main
@@ -83,6 +84,8 @@ def pretrain_arguments(tmp_path, *more: str) -> list[str]:
         (["--model", "{num_expert_per_tok: 2}"], "did you mean num_experts_per_tok"),
         (["--sequence-length", "4096"], "max_position_embeddings"),
         (["--preset", "huge"], "154b"),
+        (["--model", "{routed_scaling_factor: a}"], "routed_scaling_factor"),
+        (["--model", "{hidden_act: foo}"], "hidden_act"),
     ],
 )
 def test_wrong_settings(capsys, tmp_path, arguments, expected):
@@ -184,3 +187,18 @@ def test_a_defect_of_ours_keeps_its_traceback(tmp_path):
         check=False,
     )
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["card", "/nowhere"], ["push", "/nowhere", "someone/model", "--dry-run"]])
+def test_a_missing_run(capsys, arguments):
+    assert "/nowhere" in error_line(capsys, *arguments)
+
+
+def test_a_checkpoint_that_lacks_a_tensor(capsys, checkpoint, tmp_path):
+    folder = tmp_path / "gap"
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("o_proj.weight"))
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert name in error_line(capsys, "generate", str(folder), "--prompt", "hello")

@@ -128,3 +128,17 @@ def test_a_kernels_package_installed_beside_ours_is_found_from_the_root(tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("folder", ["training/data", "eval/data"])
+def test_every_data_file_has_its_source_beside_it(folder):
+    sources = (ROOT / folder / "SOURCES.md").read_text(encoding="utf-8")
+    unnamed = [
+        path.name for path in (ROOT / folder).iterdir() if path.name != "SOURCES.md" and path.name not in sources
+    ]
+    assert not unnamed
+
+
+def test_embedded_data_stays_under_eight_megabytes():
+    files = [path for folder in ("training/data", "eval/data") for path in (ROOT / folder).iterdir()]
+    assert sum(path.stat().st_size for path in files) < 8_000_000

@@ -97,3 +97,23 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="model_type: 'llama' is not allowed"):
         DeepseekConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_experts_per_tok": 12, "min_experts_per_tok": 12},
+        {"num_experts_per_tok": 8},
+        {"min_experts_per_tok": None},
+        {"num_labels": 1},
+    ],
+)
+def test_a_preset_takes_other_bounds_and_settings_of_transformers(overrides):
+    config = DeepseekConfig.from_preset("154b", **overrides)
+    assert all(getattr(config, name) == value for name, value in overrides.items())
+
+
+@pytest.mark.parametrize("overrides", [{"expert_top_p": 0.3, "min_experts_per_tok": None}, {"n_routed_experts": 1}])
+def test_settings_without_effect_or_use_are_refused(overrides):
+    with pytest.raises(ValueError, match="is not allowed"):
+        DeepseekConfig.from_preset("debug", **{"num_experts_per_tok": 1, **overrides})

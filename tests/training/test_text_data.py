@@ -135,3 +135,10 @@ def test_hub_id_without_network_says_what_to_pass_instead():
     )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: data: owner/data is no local path") and "pass an embedded name" in last
+
+
+def test_a_text_without_blank_lines_is_cut_at_line_ends(tmp_path):
+    text = "".join(f"Line {number} says something of its own.\n" for number in range(9000))
+    (tmp_path / "lines.txt").write_text(text)
+    assert len(load_texts(tmp_path / "lines.txt", "validation")) > 1
+    assert "".join(load_texts(tmp_path / "lines.txt", "all")) == text
