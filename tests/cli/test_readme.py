@@ -43,10 +43,12 @@ def shell_lines() -> list[str]:
     return [line for line in lines if not line.startswith(SKIPPED)]
 
 
-@pytest.mark.parametrize("line", shell_lines())
-def test_shell_line_runs(demo_folder, line):
-    words = shlex.split(line, comments=True)
-    done = subprocess.run(
-        words, cwd=demo_folder, env=environment(), capture_output=True, text=True, check=False, timeout=280
-    )
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+def test_shell_lines_run_in_order(demo_folder):
+    # One test, for each line builds on those before it.
+    assert shell_lines()
+    for line in shell_lines():
+        words = shlex.split(line, comments=True)
+        done = subprocess.run(
+            words, cwd=demo_folder, env=environment(), capture_output=True, text=True, check=False, timeout=280
+        )
+        assert done.returncode == 0, line + done.stdout[-1500:] + done.stderr[-1500:]
