@@ -81,6 +81,8 @@ def test_an_interrupted_demo_ends_with_the_same_figures(demo_folder, tmp_path, s
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A suite that runs in the background may ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (root / stage / "recipe.yaml").exists():
