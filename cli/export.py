@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("model", help="a checkpoint of ours: a folder or a Hub id (gguf: a folder)")
     parser.add_argument("output", help="the folder to write, empty or absent (gguf: a folder or FILE.gguf)")
-    parser.add_argument("--to", choices=("deepseek_v3", "gguf"), default="deepseek_v3", help="the format")
+    parser.add_argument(
+        "--to", choices=("deepseek_v3", "deepseek_v2", "gguf"), default="deepseek_v3", help="the format"
+    )
     parser.add_argument(
         "--fixed-experts",
         type=int,
@@ -31,9 +33,10 @@ def run(args: argparse.Namespace) -> int:
     if args.fixed_experts is not None:
         raise ValueError("--fixed-experts: goes with --to gguf only")
     from deepseek_model_cards.loading import load_model, load_tokenizer
-    from modeling_deepseek.export import export_deepseek_v3
+    from modeling_deepseek.export import export_deepseek_v2, export_deepseek_v3
 
-    export_deepseek_v3(load_model(args.model, dtype="auto"), args.output)
+    export = export_deepseek_v2 if args.to == "deepseek_v2" else export_deepseek_v3
+    export(load_model(args.model, dtype="auto"), args.output)
     try:
         load_tokenizer(args.model).save_pretrained(args.output)
     except (ValueError, FileNotFoundError) as error:

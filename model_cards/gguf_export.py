@@ -76,6 +76,7 @@ def obstacles_to_gguf(config: dict[str, Any]) -> list[str]:
         "attention_bias": (False,),
         "rope_interleave": (True,),
         "num_nextn_predict_layers": (0,),
+        "topk_method": ("noaux_tc", "greedy"),
         "model_type": ("deepseek_moe", "deepseek_v3"),
     }
     found = [f"{key}={config[key]!r}" for key, allowed in wanted.items() if config.get(key, allowed[0]) not in allowed]

@@ -13,6 +13,8 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import DeepseekV3Config
 from transformers.activations import ACT2FN
 
+from .deepseek_v2 import settings_from_v2
+from .fp8_checkpoint import adopt_fp8
 from .presets import PRESETS
 
 AUTO_MAP = {
@@ -32,6 +34,7 @@ _SETTINGS_OF_TRANSFORMERS = {
     "label2id",
     "problem_type",
 }
+_TOPK_METHODS = ("noaux_tc", "greedy", "group_limited_greedy")
 _COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -59,6 +62,9 @@ class DeepseekConfig(DeepseekV3Config):
     Args:
         scoring_func: ``"sigmoid"`` (DeepSeek-V3) or ``"softmax"`` (linear gate, top-k, softmax over the top-k; with
             ``norm_topk_prob=False`` the softmax runs over all experts, as in DeepSeek-V2).
+        topk_method: How groups of experts are chosen among `n_group`: ``"noaux_tc"`` by their two best experts, bias
+            included (DeepSeek-V3); ``"group_limited_greedy"`` by the best one (DeepSeek-V2); ``"greedy"``: there is
+            one group (V2-Lite).
         num_experts_per_tok: At most this many routed experts a token (article: 12).
         min_experts_per_tok: At least this many (article: 8). None means as many as `num_experts_per_tok`.
         expert_top_p: Experts of a token are kept, best first, until their share of its `num_experts_per_tok` best
@@ -73,7 +79,8 @@ class DeepseekConfig(DeepseekV3Config):
         router_z_loss_coef: Weight of the router's z-loss (ST-MoE: 1e-3).
         mtp_loss_coef: Weight of the multi-token prediction loss (DeepSeek-V3: 0.3). Above 0, the model has
             `num_nextn_predict_layers` more layers, trained on the labels, or without labels on the tokens themselves.
-            Loading a checkpoint sets it to 0 unless it is passed; the layers' weights are then left out.
+            Loading a checkpoint sets it to 0 unless it is passed; the layers' weights are then no part of the model,
+            but written again with it.
         norm_type: ``"rmsnorm"`` or ``"layernorm"`` (article).
         hidden_dropout: Dropout on the output of each attention and feed-forward block, in [0, 1) (article: 0.1).
 
@@ -85,6 +92,7 @@ class DeepseekConfig(DeepseekV3Config):
     attribute_map = {**DeepseekV3Config.attribute_map, "num_experts": "n_routed_experts"}  # noqa: RUF012
 
     scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
     min_experts_per_tok: int | None = None
     expert_top_p: float | None = None
     target_experts_per_tok: float | None = None
@@ -131,14 +139,14 @@ class DeepseekConfig(DeepseekV3Config):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a checkpoint's settings, taking DeepSeek-V3's own for ours.
+        """Read a checkpoint's settings, taking DeepSeek-V3's and V2's own for ours.
 
         Args:
             pretrained_model_name_or_path: As for `transformers.PreTrainedConfig.get_config_dict`.
             **kwargs: Likewise.
 
         Raises:
-            ValueError: The checkpoint is of another model type.
+            ValueError: The checkpoint is of another model type, or a V2 with settings that are not computed here.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
@@ -146,16 +154,21 @@ class DeepseekConfig(DeepseekV3Config):
             # Its auto_map, if any, names DeepSeek's remote code.
             config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
             config_dict["model_type"] = cls.model_type
+        elif model_type == "deepseek_v2":
+            config_dict = {**settings_from_v2(config_dict), "model_type": cls.model_type}
         elif model_type != cls.model_type:
-            raise ValueError(f"model_type: {model_type!r} is not allowed, want {cls.model_type} or deepseek_v3")
-        return config_dict, kwargs
+            raise ValueError(
+                f"model_type: {model_type!r} is not allowed, want {cls.model_type}, deepseek_v3 or deepseek_v2"
+            )
+        return adopt_fp8(config_dict), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DeepseekConfig":
         """Make a configuration from saved settings, with bias update and MTP loss off unless `kwargs` asks for them.
 
         A finished model's bias is part of how it routes; fine-tuning moves it only on request. The layers for
-        multi-token prediction are dead weight outside training: transformers' `generate(use_mtp=True)` reads its own.
+        multi-token prediction are dead weight outside training: transformers' `generate(use_mtp=True)` reads its own,
+        and the model carries the checkpoint's to the next one (`carried_mtp.py`).
 
         Args:
             config_dict: The settings.
@@ -243,7 +256,15 @@ class DeepseekConfig(DeepseekV3Config):
             groups,
             f"a divisor of n_routed_experts={experts}",
         )
-        _require(experts // groups >= 2, "n_group", groups, f"groups of at least 2 of n_routed_experts={experts}")
+        method = self.topk_method
+        _require(method in _TOPK_METHODS, "topk_method", method, f"one of {', '.join(_TOPK_METHODS)}")
+        _require(method != "greedy" or groups == 1, "n_group", groups, "1 with topk_method='greedy'")
+        _require(
+            method != "noaux_tc" or experts // groups >= 2,
+            "n_group",
+            groups,
+            f"groups of at least 2 of n_routed_experts={experts}",
+        )
         _require(_is_integer(chosen) and 1 <= chosen <= groups, "topk_group", chosen, f"in 1..n_group={groups}")
         reachable = experts // groups * chosen
         _require(k <= reachable, "num_experts_per_tok", k, f"at most the {reachable} experts of topk_group={chosen}")

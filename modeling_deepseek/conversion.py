@@ -54,3 +54,22 @@ def fuse_expert_names(experts: torch.nn.Module, state_dict: dict[str, Any], pref
 
     state_dict[f"{prefix}gate_up_proj"] = torch.cat([take("gate_proj"), take("up_proj")], dim=1)
     state_dict[f"{prefix}down_proj"] = take("down_proj")
+
+
+def split_expert_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state dict with per-expert tensors, the official names, in place of fused ones.
+
+    Args:
+        state_dict: Names and tensors; those of other modules stay as they are.
+    """
+    split = {}
+    for name, tensor in state_dict.items():
+        prefix, _, last = name.rpartition(".")
+        if not prefix.endswith("mlp.experts"):
+            split[name] = tensor
+            continue
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[last]
+        for row, expert in enumerate(tensor):
+            for part, piece in zip(parts, expert.chunk(len(parts)), strict=True):
+                split[f"{prefix}.{row}.{part}.weight"] = piece.clone()
+    return split

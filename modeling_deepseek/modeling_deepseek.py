@@ -9,6 +9,7 @@ The experts are transformers' own; transformers lets `experts_implementation` be
 """
 
 import functools
+import re
 
 import torch
 from torch import nn
@@ -32,8 +33,11 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from transformers.utils.output_capturing import OutputRecorder
 
 from .auxiliary_loss import AttachLoss
+from .carried_mtp import mtp_part, read_carried, with_carried
+from .checkpoint_check import check_scales, check_tensors, read_headers, refuse_fp8, refuse_missing
 from .configuration_deepseek import DeepseekConfig
 from .conversion import fuse_expert_names, register_conversion
+from .fp8_checkpoint import METHOD
 from .routing import DeepseekRouter
 from .token_layout import TokenLayout, make_layout
 
@@ -177,14 +181,61 @@ class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
     }
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "share.state"]  # noqa: RUF012
 
+    # What a checkpoint holds of multi-token prediction and this kind of model has no layers for.
+    _carries_mtp = True
+    _carried_mtp: dict[str, torch.Tensor] = {}  # noqa: RUF012
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """Check the files before, and what came of them after, transformers' own loading."""
+        if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
+            model._read_checkpoint(checkpoint_files, load_config)
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        source = load_config.pretrained_model_name_or_path or "the state dict"
+        refuse_missing(model._unexplained(set(loaded[0].missing_keys)), source)
+        return loaded
+
+    def _read_checkpoint(self, checkpoint_files, load_config) -> None:
+        tensors = read_headers(checkpoint_files)
+        weight_map = (load_config.sharded_metadata or {}).get("weight_map", {})
+        check_tensors(tensors, weight_map, self.config.n_routed_experts)
+        quantization = load_config.hf_quantizer and load_config.hf_quantizer.quantization_config
+        block_size = None
+        if quantization is None:
+            refuse_fp8(tensors)
+        elif quantization.quant_method == METHOD:
+            check_scales(tensors)
+            block_size = tuple(quantization.weight_block_size)
+        if self._carries_mtp and not self.config.num_mtp_modules:
+            self._carried_mtp = read_carried(tensors, self.config, load_config.dtype, block_size)
+
+    def _unexplained(self, missing: set[str]) -> set[str]:
+        """Those of the tensors missing in a checkpoint that nobody asked to begin anew."""
+        missing = missing - self.all_tied_weights_keys.keys()
+        begun = {name for name in self.state_dict() if mtp_part(name, self.config) is not None}
+        if begun <= missing:  # mtp_loss_coef was passed for a checkpoint without such layers.
+            missing = missing - begun
+        return {
+            name for name in missing if not any(re.search(part, name) for part in self._keys_to_ignore_on_load_missing)
+        }
+
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Write a checkpoint with the official per-expert names, also where the model was loaded from fused ones.
+
+        Multi-token prediction weights of the checkpoint it was loaded from are written again.
 
         Args:
             save_directory: The folder.
             **kwargs: As for `transformers.PreTrainedModel.save_pretrained`.
         """
         self._weight_conversions = None  # Else transformers writes back the layout that it read.
+        if self._carried_mtp and not getattr(self, "_hf_peft_config_loaded", False):
+            state_dict = kwargs.get("state_dict")
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
+            kwargs["state_dict"] = with_carried(state_dict, self._carried_mtp, prefix, self.dtype)
         super().save_pretrained(save_directory, **kwargs)
 
     @torch.no_grad()
@@ -218,6 +269,8 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
         self.gradient_checkpointing = False
         self._owner = None
         self._keys_to_ignore_on_load_unexpected = ignored_mtp_keys(config)
+        if config.topk_method != "noaux_tc":
+            self._keys_to_ignore_on_load_missing = [r"\.gate\.e_score_correction_bias$"]  # DeepSeek-V2 has none.
         self.post_init()
 
     @functools.wraps(DeepseekV3Model.forward)  # Trainer and generate read the arguments' names.
@@ -320,6 +373,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
 
 class DeepseekForSequenceClassification(DeepseekPreTrainedModel, DeepseekV3ForSequenceClassification):
     """The decoder with a score head on the last token that is not padding: a reward or value model."""
+
+    _carries_mtp = False
 
     def __init__(self, config):
         PreTrainedModel.__init__(self, config)

@@ -35,13 +35,15 @@ class DeepseekRouter(DeepseekV3TopkRouter):
 
     Reference:
         DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2 (sigmoid, bias, groups). Huang et al. 2024,
-        arXiv 2403.07652 (experts by cumulative share; there over all experts, here over the K best).
+        arXiv 2403.07652 (experts by cumulative share; there over all experts, here over the K best). DeepSeek-AI 2024,
+        arXiv 2405.04434, section 2.2 (softmax, groups by their best expert).
     """
 
     def __init__(self, config):
         super().__init__(config)
         self.config = config
         self.scoring_func = config.scoring_func
+        self.topk_method = config.topk_method
         self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
         self.key_dim = config.router_key_dim
         if self.key_dim is not None:
@@ -92,7 +94,8 @@ class DeepseekRouter(DeepseekV3TopkRouter):
     @property
     def is_extended(self) -> bool:
         """True if any setting departs from DeepSeek-V3's router."""
-        return self.share is not None or self.scoring_func != "sigmoid" or self.key_dim is not None
+        is_like_v3 = self.scoring_func == "sigmoid" and self.topk_method != "group_limited_greedy"
+        return self.share is not None or not is_like_v3 or self.key_dim is not None
 
     @property
     def anchor(self) -> nn.Parameter:
@@ -114,7 +117,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
     def choose_experts(self, scores: torch.Tensor) -> torch.Tensor:
         """Return `topk_indices` `[T, K]`, best first, by `scores + e_score_correction_bias` within the best groups.
 
-        A group's worth is the sum of its two best experts, as in DeepSeek-V3.
+        A group's worth is the sum of its two best experts, as in DeepSeek-V3, or its best one, as in V2.
 
         Args:
             scores: `[T, E]`.
@@ -122,7 +125,8 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         choice = scores + self.e_score_correction_bias
         if self.num_group > 1:
             groups = choice.view(-1, self.num_group, self.num_experts // self.num_group)
-            best = groups.topk(2, dim=-1)[0].sum(-1).topk(self.topk_group, dim=-1, sorted=False)[1]
+            num_judged = 1 if self.topk_method == "group_limited_greedy" else 2
+            best = groups.topk(num_judged, dim=-1)[0].sum(-1).topk(self.topk_group, dim=-1, sorted=False)[1]
             is_open = torch.zeros(groups.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, True)
             choice = groups.masked_fill(~is_open.unsqueeze(-1), float("-inf")).flatten(1)
         return choice.topk(self.top_k, dim=-1)[1]

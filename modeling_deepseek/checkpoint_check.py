@@ -1,0 +1,148 @@
+"""What a checkpoint's files hold, read from their headers, and one-line errors where that is not what they should.
+
+`DeepseekPreTrainedModel` calls it before and after transformers loads. Surprising: transformers only warns of tensors
+that are nowhere and fills them with random numbers, and its own messages name neither the shard nor the tensor.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+_EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
+_SCALE = "_scale_inv"
+# What loading with another head, or with a router setting that the checkpoint was not made with, has to add. Such
+# tensors are initialised, and transformers names them in a warning.
+_ADDED = re.compile(r"(^|\.)score\.|\.gate\.(query_weight|expert_keys|share\.state)$")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One entry of a safetensors header.
+
+    Attributes:
+        dtype: As safetensors writes it, for example ``F8_E4M3``.
+        shape: Its sizes.
+        path: The file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+
+
+def read_headers(paths: Iterable[str | Path]) -> dict[str, StoredTensor]:
+    """Return the tensors of safetensors files by name.
+
+    Args:
+        paths: The files.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: A file is cut short or no safetensors file.
+    """
+    return {name: tensor for path in paths for name, tensor in _read_header(Path(path)).items()}
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"shard: {path} does not exist")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        # safetensors itself allows 100 MB of header.
+        text = file.read(length) if 2 <= length <= 100_000_000 else b""
+    if text and len(text) < length:
+        raise ValueError(f"shard: {path} is cut short, {size} bytes end within its header")
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        tensors = {name: StoredTensor(row["dtype"], tuple(row["shape"]), path) for name, row in entries.items()}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise ValueError(f"shard: {path} is no safetensors file") from None
+    if size < end:
+        raise ValueError(f"shard: {path} is cut short, {size} of {end} bytes")
+    return tensors
+
+
+def check_tensors(tensors: dict[str, StoredTensor], weight_map: dict[str, str], num_experts: int) -> None:
+    """Raise ValueError, in one line, if the files contradict the index or hold half of what belongs together.
+
+    Args:
+        tensors: What the files hold.
+        weight_map: Each tensor's file name, as in ``model.safetensors.index.json``; empty: there is no index.
+        num_experts: How many experts a layer has.
+    """
+    absent = [name for name, shard in weight_map.items() if name not in tensors or tensors[name].path.name != shard]
+    # First what is nowhere: a shard under another's name is told by what it lacks.
+    absent.sort(key=lambda name: name in tensors)
+    if absent:
+        shard, where = weight_map[absent[0]], "no shard holds it"
+        if absent[0] in tensors:
+            where = f"{tensors[absent[0]].path.name} holds it"
+        raise ValueError(
+            f"shard: {shard} lacks {absent[0]!r}, which the index places there; {where} ({_more(absent)} like it)"
+        )
+    _check_experts(tensors, num_experts)
+
+
+def _check_experts(tensors: dict[str, StoredTensor], num_experts: int) -> None:
+    found: dict[str, set[tuple[int, str]]] = {}
+    for match in filter(None, map(_EXPERT.match, tensors)):
+        found.setdefault(match[1], set()).add((int(match[2]), match[3]))
+    wanted = {(expert, part) for expert in range(num_experts) for part in ("gate", "up", "down")}
+    for prefix, present in found.items():
+        if present != wanted:
+            expert, part = min(wanted ^ present)
+            has = "lacks" if (expert, part) in wanted else f"has n_routed_experts={num_experts}, but holds"
+            raise ValueError(f"checkpoint: it {has} '{prefix}.{expert}.{part}_proj.weight'")
+
+
+def check_scales(tensors: dict[str, StoredTensor]) -> None:
+    """Raise ValueError, in one line, if an FP8 weight has no scales or scales have no weight.
+
+    Args:
+        tensors: What the files hold.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype.startswith("F8_E") and not name.endswith((".weight", _SCALE)):
+            raise ValueError(f"shard: {tensor.path.name} holds {name!r} in FP8, want only names that end in .weight")
+        if name.endswith(_SCALE) and name.removesuffix(_SCALE) not in tensors:
+            raise ValueError(f"shard: {tensor.path.name} holds {name!r}, but no shard the weight it scales")
+        if tensor.dtype.startswith("F8_E") and len(tensor.shape) > 1 and name + _SCALE not in tensors:
+            raise ValueError(f"shard: {tensor.path.name} holds {name!r} in FP8, but no shard holds its '{_SCALE[1:]}'")
+
+
+def refuse_fp8(tensors: dict[str, StoredTensor]) -> None:
+    """Raise ValueError, in one line, if there is an FP8 weight.
+
+    Without its scales it would be loaded as it is, and wrong.
+
+    Args:
+        tensors: What the files hold.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype.startswith("F8_E"):
+            raise ValueError(
+                f"shard: {tensor.path.name} holds {name!r} in FP8, but config.json has no quantization_config for it"
+            )
+
+
+def refuse_missing(names: Iterable[str], source: str) -> None:
+    """Raise ValueError naming what is missing, unless the caller's own settings brought it in.
+
+    Args:
+        names: Tensors of the model that the checkpoint does not hold.
+        source: The checkpoint, for the message.
+    """
+    lacking = sorted(name for name in names if not _ADDED.search(name))
+    if lacking:
+        raise ValueError(
+            f"checkpoint: {source} lacks {lacking[0]!r}, a tensor of the model ({_more(lacking)} like it)"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f"{len(names) - 1} more" if len(names) > 1 else "none"

@@ -1,0 +1,154 @@
+"""A checkpoint that is not whole is refused in one line that names the shard or the tensor."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(stock, tmp_path):
+    stock.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 4
+    return tmp_path / "sharded"
+
+
+def refused(folder, error=ValueError):
+    with pytest.raises(error) as caught:
+        DeepseekForCausalLM.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def shards(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+def rewrite(path, change):
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def test_a_whole_one_loads(stock, input_ids, folder):
+    assert torch.equal(DeepseekForCausalLM.from_pretrained(folder)(input_ids).logits, stock(input_ids).logits)
+
+
+def test_a_missing_shard(folder):
+    shards(folder)[2].unlink()
+    assert f"shard: {shards(folder)[1].parent}" in refused(folder, FileNotFoundError)
+    assert "model-00003-of-" in refused(folder, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(0, "is no safetensors file"), (7, "is no safetensors file"), (100, "end within its header"), (-16, " bytes")],
+)
+def test_a_shard_cut_short(folder, size, message):
+    shard = shards(folder)[1]
+    shard.write_bytes(shard.read_bytes()[:size])
+    assert shard.name in refused(folder) and message in refused(folder)
+
+
+def test_another_file_under_a_shards_name(folder):
+    shards(folder)[1].write_bytes(b"<html>not found</html>" * 9)
+    assert refused(folder).endswith("model-00002" + shards(folder)[1].name[11:] + " is no safetensors file")
+
+
+def test_a_shard_under_anothers_name(folder):
+    shutil.copy(shards(folder)[0], shards(folder)[1])
+    assert f"{shards(folder)[1].name} lacks '" in refused(folder)
+
+
+def test_an_index_that_names_what_no_shard_holds(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.layers.9.mlp.made_up"] = shards(folder)[3].name
+    (folder / INDEX).write_text(json.dumps(index))
+    assert f"{shards(folder)[3].name} lacks 'model.layers.9.mlp.made_up'" in refused(folder)
+    assert "no shard holds it (none like it)" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "model.layers.2.self_attn.o_proj.weight",
+        "model.layers.1.mlp.experts.3.up_proj.weight",
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+        "lm_head.weight",
+    ],
+)
+def test_a_tensor_that_is_nowhere(stock, tmp_path, gone):
+    """transformers would begin it at random and go on, or, for an expert, complain of shapes."""
+    stock.save_pretrained(tmp_path)
+    rewrite(tmp_path / "model.safetensors", lambda tensors: {k: v for k, v in tensors.items() if k != gone})
+    assert f"'{gone}'" in refused(tmp_path)
+
+
+def test_an_expert_too_many(stock, tmp_path):
+    stock.save_pretrained(tmp_path)
+    extra = {f"model.layers.1.mlp.experts.8.{part}_proj.weight": torch.ones(2, 2) for part in ("gate", "up", "down")}
+    rewrite(tmp_path / "model.safetensors", lambda tensors: {**tensors, **extra})
+    assert "n_routed_experts=8, but holds 'model.layers.1.mlp.experts.8.down_proj.weight'" in refused(tmp_path)
+
+
+def test_what_the_caller_asks_to_begin_anew_is_begun(stock, tiny, tmp_path):
+    """Another head, dynamic experts, attention over expert keys, multi-token prediction: named by transformers."""
+    stock.save_pretrained(tmp_path / "stock")
+    ours = DeepseekForCausalLM.from_pretrained(tmp_path / "stock")
+    ours.save_pretrained(tmp_path / "ours")
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours", num_labels=1)
+    assert torch.equal(scorer.model.embed_tokens.weight, stock.model.embed_tokens.weight)
+    settings = {"min_experts_per_tok": 1, "router_key_dim": 6, "mtp_loss_coef": 0.1, "num_nextn_predict_layers": 1}
+    _, info = DeepseekForCausalLM.from_pretrained(tmp_path / "stock", output_loading_info=True, **settings)
+    assert {"model.layers.1.mlp.gate.share.state", "model.layers.1.mlp.gate.expert_keys"} <= info["missing_keys"]
+    assert "model.layers.3.eh_proj.weight" in info["missing_keys"]
+
+
+@pytest.mark.parametrize("auto", [DeepseekForCausalLM, DeepseekModel])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mtp_weights_survive_a_model_that_does_not_train_them(tiny, tmp_path, auto, dtype):
+    torch.manual_seed(0)
+    config = DeepseekConfig(**{**tiny, "num_nextn_predict_layers": 2}, mtp_loss_coef=0.3)
+    DeepseekForCausalLM(config).save_pretrained(tmp_path / "first", max_shard_size="20KB")
+    first = {name: value for path in shards(tmp_path / "first") for name, value in load_file(path).items()}
+    loaded = auto.from_pretrained(tmp_path / "first", dtype=dtype)
+    assert len(loaded.model.layers if auto is DeepseekForCausalLM else loaded.layers) == 3
+    assert not [name for name in loaded.state_dict() if "layers.3." in name], "no part of the model"
+    loaded.save_pretrained(tmp_path / "first", max_shard_size="10GB")  # Over the very files they came from.
+    again = load_file(tmp_path / "first" / "model.safetensors")
+    prefix = "" if auto is DeepseekForCausalLM else "model."
+    mtp = {name for name in first if name.startswith(("model.layers.3.", "model.layers.4."))}
+    assert len(mtp) > 60 and {name.removeprefix(prefix) for name in mtp} <= again.keys()
+    for name in mtp:
+        exact = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+        assert torch.equal(again[name.removeprefix(prefix)], first[name].to(exact)), name
+    if auto is DeepseekForCausalLM:
+        trained, info = auto.from_pretrained(tmp_path / "first", mtp_loss_coef=0.1, output_loading_info=True)
+        assert not any(info.values()) and len(trained.model.layers) == 5
+
+
+@pytest.mark.parametrize("mtp_loss_coef", [0.0, 0.1], ids=["carried", "trained"])
+def test_export_takes_mtp_weights_along(tiny, input_ids, tmp_path, mtp_loss_coef):
+    from modeling_deepseek.export import export_deepseek_v3
+
+    torch.manual_seed(0)
+    config = DeepseekConfig(**{**tiny, "num_nextn_predict_layers": 1}, mtp_loss_coef=0.3)
+    DeepseekForCausalLM(config).save_pretrained(tmp_path / "first")
+    loaded = DeepseekForCausalLM.from_pretrained(tmp_path / "first", mtp_loss_coef=mtp_loss_coef)
+    export_deepseek_v3(loaded, tmp_path / "stock")
+    first, out = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "stock"))
+    assert first.keys() == out.keys() and all(torch.equal(first[name], out[name]) for name in first)
+
+
+def test_half_an_mtp_layer_is_refused(tiny, tmp_path):
+    config = DeepseekConfig(**{**tiny, "num_nextn_predict_layers": 1}, mtp_loss_coef=0.3)
+    DeepseekForCausalLM(config).save_pretrained(tmp_path)
+    gone = "model.layers.3.eh_proj.weight"
+    rewrite(tmp_path / "model.safetensors", lambda tensors: {k: v for k, v in tensors.items() if k != gone})
+    with pytest.raises(ValueError, match=r"lacks 'model\.layers\.3\.eh_proj\.weight', a tensor"):
+        DeepseekForCausalLM.from_pretrained(tmp_path, mtp_loss_coef=0.1)
