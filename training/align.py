@@ -201,7 +201,7 @@ def summarize(
     recipe: AlignRecipe, prompts: dict, held_out: Any, before: dict, after: dict, seconds: float
 ) -> dict[str, Any]:
     """Return the summary: results before and after, the gain with its error, data, checks and samples."""
-    from deepseek_training.ppo_trainer import standard_error
+    from deepseek_training.ppo_evaluation import standard_error
     from deepseek_training.text_data import describe_data
 
     results = [

@@ -7,7 +7,6 @@ Surprising: with settings under which the stock class is right, both trace the s
 """
 
 import contextlib
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import trl.experimental.ppo.ppo_trainer as trl_ppo
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -27,6 +23,8 @@ from trl.experimental.utils import get_reward
 from trl.models.utils import unwrap_model_for_generation
 
 from deepseek_training.ppo_checkpoint import load_checkpoint, save_training_state
+from deepseek_training.ppo_evaluation import evaluate_prompts, mean_metrics
+from deepseek_training.ppo_metrics import Stopwatch, count_eos, step_means
 from deepseek_training.ppo_rollout import (
     NO_TOKEN,
     PromptCollator,
@@ -37,6 +35,7 @@ from deepseek_training.ppo_rollout import (
     response_values,
     sample,
 )
+from deepseek_training.ppo_setup import check_settings, disable_functional_dropout, stock_accelerator_replaced
 from deepseek_training.ppo_update import STATS, Targets, compute_targets, micro_batch_loss
 
 _SEED_STEP = 1_000_003  # a prime, so that seeds of different updates and processes do not meet
@@ -82,10 +81,10 @@ class CorrectedPPOTrainer(PPOTrainer):
         optimizers: tuple = (None, None),
         prompt_column: str = "prompt",
     ):
-        _check(args, processing_class, train_dataset, eval_dataset)
+        check_settings(args, processing_class, train_dataset, eval_dataset)
         if not isinstance(reward, nn.Module):
             reward = RewardAdapter(reward, processing_class)
-        with _stock_accelerator_replaced(args):
+        with stock_accelerator_replaced(args):
             super().__init__(
                 args=args,
                 processing_class=processing_class,
@@ -109,8 +108,8 @@ class CorrectedPPOTrainer(PPOTrainer):
         self.last_evaluation: dict[str, list] = {}
         self.num_eval_samples = 1
         self._metrics: dict[str, list[float]] = {}
-        self._extra_columns: dict[str, list] = {}
-        self._seconds = dict.fromkeys(("generation", "reward", "logps", "update"), 0.0)
+        self.extra_columns: dict[str, list] = {}
+        self._watch = Stopwatch()
         for module in (self.policy_model, self.ref_model, self.value_model):
             if module is not None:
                 disable_functional_dropout(module)
@@ -162,7 +161,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         args = self.args
         self._seed(update)
         try:
-            rollout = self._play(self._batch(update))
+            rollout = self.play(self._batch(update))
         except RewardError:
             self._save_checkpoint(self.model, trial=None)
             raise
@@ -197,7 +196,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         return self.data_collator(list(rows))
 
     @torch.no_grad()
-    def _play(self, batch: dict[str, Any], temperature: float | None = None, is_evaluation: bool = False) -> Rollout:
+    def play(self, batch: dict[str, Any], temperature: float | None = None, is_evaluation: bool = False) -> Rollout:
         """Sample completions and note logps, values and scores, with every module in evaluation mode.
 
         Stock samples in training mode (functional dropout, load counters) and outside autocast.
@@ -208,17 +207,17 @@ class CorrectedPPOTrainer(PPOTrainer):
         context_length = queries.shape[1]
         self.model.eval()
         with self.accelerator.autocast():
-            with self._timed("generation"), self._unwrapped_for_generation(temperature) as (unwrapped, config):
+            with self._watch.time("generation"), self._unwrapped_for_generation(temperature) as (unwrapped, config):
                 query_responses, logprobs = sample(
                     unwrapped.policy, queries, config, args.local_rollout_forward_batch_size, self.stop_token_id
                 )
-            with self._timed("logps"):
+            with self._watch.time("logps"):
                 ref_logprobs, values = self._reference_and_values(query_responses, context_length, temperature)
         self.model.train()
         masked = mask_beyond_end(query_responses[:, context_length:], logprobs.float(), ref_logprobs, values)
         responses = query_responses[:, context_length:]
         has_eos = (responses == self._end_token_id).any(1)
-        with self._timed("reward"):
+        with self._watch.time("reward"):
             scores, completions = self._score(batch, query_responses, context_length, is_evaluation)
         if args.missing_eos_penalty is not None:
             scores = torch.where(has_eos, scores, scores - args.missing_eos_penalty)
@@ -289,7 +288,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         extras = {
             "trainer_state": self.state,
             "log_metric": self._log_metric,
-            "log_extra": self._extra_columns.__setitem__,
+            "log_extra": self.extra_columns.__setitem__,
             "is_evaluation": is_evaluation,
         }
         try:
@@ -306,7 +305,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         """
         args, accelerator, device = self.args, self.accelerator, self.accelerator.device
         logged: dict[str, list[torch.Tensor]] = {name: [] for name in (*STATS, "grad_norm")}
-        with self._timed("update"):
+        with self._watch.time("update"):
             for _ in range(args.num_ppo_epochs):
                 order = torch.from_numpy(np.random.permutation(args.local_batch_size)).to(device)
                 for mini_batch in order.split(args.local_mini_batch_size):
@@ -351,45 +350,15 @@ class CorrectedPPOTrainer(PPOTrainer):
             ignore_keys: Not used; for `Trainer`'s signature.
             metric_key_prefix: Put before each name.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = list(range(rank, len(dataset), world))
-        size = self.args.per_device_eval_batch_size
-        rows: list[dict[str, Any]] = []
         training_metrics, self._metrics = self._metrics, {}
-        seconds = copy.copy(self._seconds)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.local_seed)
-            for _ in range(self.num_eval_samples):
-                for start in range(0, len(mine), size):
-                    batch = self.data_collator(list(dataset.select(mine[start : start + size])))
-                    rows += self._evaluate_batch(batch, mine[start : start + size])
-        self._metrics, self._seconds = training_metrics, seconds
-        rows = average_by_prompt(gather_object(rows))
-        self.last_evaluation = {key: [row[key] for row in rows] for key in rows[0]}
-        metrics = {}
-        for key, values in self.last_evaluation.items():
-            if isinstance(values[0], float):
-                metrics[f"{metric_key_prefix}_{key}"] = float(np.mean(values))
-                metrics[f"{metric_key_prefix}_{key}_stderr"] = standard_error(values)
+        training_watch, self._watch = self._watch, Stopwatch()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        self.last_evaluation = evaluate_prompts(self, dataset)
+        self._metrics, self._watch = training_metrics, training_watch
+        metrics = mean_metrics(self.last_evaluation, metric_key_prefix)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _evaluate_batch(self, batch: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
-        """One row a prompt: reward, its parts, KL, length, completion."""
-        self._extra_columns.clear()
-        rollout = self._play(batch, is_evaluation=True)
-        kl = (rollout.logprobs - rollout.ref_logprobs).masked_fill(rollout.padding_mask, 0).sum(1)
-        columns = {
-            "index": indices,
-            "reward": rollout.scores.tolist(),
-            **self._extra_columns,
-            "kl": kl.tolist(),
-            "length_tokens": rollout.lengths.float().tolist(),
-            "completion": rollout.completions,
-        }
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     # ---- logging and saving ---------------------------------------------------------------------------------------
 
@@ -397,34 +366,10 @@ class CorrectedPPOTrainer(PPOTrainer):
         """What rewards receive as ``log_metric``; values are averaged over the processes at the next log."""
         self._metrics.setdefault(name, []).append(value)
 
-    @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[name] += time.perf_counter() - start
-
     def _log_step(self, rollout: Rollout, targets: Targets, stats: dict[str, torch.Tensor]) -> None:
         """Log under TRL's names, and the gradient's norm, the reward's parts and the share of time beside them."""
-        entropy = (-rollout.logprobs).masked_fill(rollout.padding_mask, 0).sum(1).mean()
-        non_score = targets.non_score_reward.sum(1).mean()
-        seconds, total = self._seconds, sum(self._seconds.values())
-        own = {
-            "objective/kl": targets.kl.sum(1).mean(),
-            "objective/entropy": entropy,
-            "objective/non_score_reward": non_score,
-            "objective/rlhf_reward": non_score + rollout.scores.mean(),
-            "objective/scores": rollout.scores.mean(),
-            "policy/approxkl_avg": stats["approxkl"].mean(),
-            "policy/clipfrac_avg": stats["pg_clipfrac"].mean(),
-            "loss/policy_avg": stats["pg_loss"].mean(),
-            "loss/value_avg": stats["vf_loss"].mean(),
-            "val/clipfrac_avg": stats["vf_clipfrac"].mean(),
-            "policy/entropy_avg": stats["entropy"].mean(),
-            "val/ratio": stats["ratio"].mean(),
-            "length_tokens": rollout.lengths.float().mean(),
-            "has_eos": rollout.has_eos.float().mean(),
-            **{name: float(np.mean(values)) for name, values in self._metrics.items()},
-        }
+        own = step_means(rollout, targets, stats)
+        own.update({name: float(np.mean(values)) for name, values in self._metrics.items()})
         device = self.accelerator.device
         metrics = {
             name: self.accelerator.gather(torch.as_tensor(value, device=device).float()).mean().item()
@@ -432,19 +377,14 @@ class CorrectedPPOTrainer(PPOTrainer):
         }
         ratios = self.accelerator.gather(stats["ratio"])
         metrics["val/ratio_var"] = ratios.var().item() if len(ratios) > 1 else 0.0
-        metrics["val/num_eos_tokens"] = int((rollout.responses == self.processing_class.eos_token_id).sum())
+        metrics["val/num_eos_tokens"] = count_eos(rollout, self.processing_class)
         if "grad_norm" in stats:
             metrics["grad_norm"] = stats["grad_norm"].mean().item()
-        metrics["eps"] = self.args.batch_size / max(total, 1e-9)
-        metrics["rollout_tokens_per_second"] = int(rollout.lengths.sum()) / max(seconds["generation"], 1e-9)
-        metrics["update_tokens_per_second"] = (
-            int((rollout.query_responses != NO_TOKEN).sum()) * self.args.num_ppo_epochs / max(seconds["update"], 1e-9)
-        )
-        metrics.update({f"time/{name}_share": value / max(total, 1e-9) for name, value in seconds.items()})
+        metrics.update(self._watch.metrics(rollout, self.args))
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode
         self._metrics.clear()
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._watch = Stopwatch()
         self.log(metrics)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -459,83 +399,3 @@ class CorrectedPPOTrainer(PPOTrainer):
         """Save what `Trainer` saves, then the value model and the reward's state (stock loses both)."""
         super(PPOTrainer, self)._save_checkpoint(model, trial)
         save_training_state(self)
-
-
-def disable_functional_dropout(model: nn.Module) -> None:
-    """Set every dropout rate a module keeps as a number to 0; TRL reaches only ``nn.Dropout``.
-
-    PPO compares probabilities of the same tokens before and after a step, so they must not be random.
-
-    Args:
-        model: Changed in place; its configuration, which is saved, is left as it is.
-    """
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def average_by_prompt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row a prompt, in order: the mean of each number, and the first of anything else.
-
-    Args:
-        rows: Rows with an ``index`` that names the prompt, one a completion.
-    """
-    prompts: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
-        prompts.setdefault(row["index"], []).append(row)
-    return [
-        {
-            key: float(np.mean([row[key] for row in same])) if isinstance(value, float) else value
-            for key, value in same[0].items()
-        }
-        for _, same in sorted(prompts.items())
-    ]
-
-
-def standard_error(values: list[float]) -> float:
-    """Return the standard error of the mean; 0 for a single value."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def _check(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, train: Dataset, held_out: Dataset | None) -> None:
-    if tokenizer.pad_token_id is None:
-        raise ValueError("tokenizer: it has no pad token; set tokenizer.pad_token (it may be the eos token)")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: it has no eos token, so no completion could end; set tokenizer.eos_token")
-    for name, dataset in (("train_dataset", train), ("eval_dataset", held_out)):
-        if dataset is None and name == "eval_dataset":
-            continue
-        if not len(dataset):
-            raise ValueError(f"{name}: it is empty; wanted at least one prompt")
-        if any(not len(ids) for ids in dataset["input_ids"]):
-            raise ValueError(f"{name}: a prompt has no tokens")
-    per_mini_batch = args.gradient_accumulation_steps / args.num_mini_batches
-    if per_mini_batch > 1 and not per_mini_batch.is_integer():
-        raise ValueError(
-            f"num_mini_batches={args.num_mini_batches}: gradient_accumulation_steps="
-            f"{args.gradient_accumulation_steps} must be a multiple of it, or at most as large"
-        )
-
-
-@contextlib.contextmanager
-def _stock_accelerator_replaced(args: PPOConfig) -> Iterator[None]:
-    """While stock's constructor runs, give it an `Accelerator` that obeys the settings.
-
-    Stock builds one without mixed precision, that counts `gradient_accumulation_steps` micro-batches to a step, steps
-    early at the data loader's end, and lets DDP wait for experts that saw no token.
-    """
-
-    def build(gradient_accumulation_steps: int) -> Accelerator:
-        steps = max(1, gradient_accumulation_steps // args.num_mini_batches)
-        return Accelerator(
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps, sync_with_dataloader=False),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
-
-    stock, trl_ppo.Accelerator = trl_ppo.Accelerator, build
-    try:
-        yield
-    finally:
-        trl_ppo.Accelerator = stock
