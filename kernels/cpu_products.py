@@ -43,7 +43,7 @@ def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
         weight: [N, K].
         out: [R, N].
     """
-    if x.shape[0] <= _FEW_ROWS:
+    if x.shape[0] <= _FEW_ROWS and x.dtype == torch.float32:
         out.copy_(linear(x, weight))
     else:
         torch.mm(x, weight.t(), out=out)

@@ -11,7 +11,7 @@ T tokens, K slots a token, S = T*K rows, H hidden, I expert width, E experts.
 import torch
 from torch import Tensor
 
-from deepseek_kernels import fused_moe_cpu
+from deepseek_kernels import fused_moe_cpu, fused_moe_cpu_decode
 from deepseek_kernels.activations import apply_activation, canonical_activation
 
 try:
@@ -196,6 +196,9 @@ def _forward_op(
     if _runs_triton(hidden_states):
         output, preactivation, m = fused_moe_gpu.forward(*inputs, topk_indices, topk_weights, activation, keep)
         lists = (m.row_slot, m.slot_row, m.expert_start, m.tile_start) if keep else ()
+    elif not keep and num_rows <= fused_moe_cpu_decode.MAX_SLOTS:
+        output = fused_moe_cpu_decode.forward(*inputs, topk_indices, topk_weights, activation)
+        preactivation, lists = hidden_states.new_empty(0, 2 * down_proj.shape[2]), ()
     else:
         routing = fused_moe_cpu.route(topk_indices, num_experts)
         output, preactivation = fused_moe_cpu.forward(*inputs, routing, topk_weights, activation, keep)

@@ -60,13 +60,18 @@ def assert_equals_reference(got, case, dtype, activation="silu"):
     """Relative RMS and largest error of output and gradients against the reference in float64."""
     wanted = gradients(fused_moe_reference, in_float64(case), activation)
     for name, one, other in zip(NAMES, got, wanted, strict=True):
-        one = one.cpu().double()
-        assert one.shape == other.shape, name
-        if one.numel() == 0:
-            continue
-        # A handful of numbers may be small differences of large ones.
-        bound = RMS[dtype] * (4 if other.numel() < 16 else 1)
-        error, size = (one - other).square().mean().sqrt().item(), other.square().mean().sqrt().item()
-        assert error <= bound * size, f"{name}: relative RMS {error / max(size, 1e-300):.2e}"
-        largest, top = (one - other).abs().max().item(), other.abs().max().item()
-        assert largest <= 4 * bound * top, f"{name}: largest error {largest / max(top, 1e-300):.2e} of largest"
+        assert_close(name, one, other, dtype)
+
+
+def assert_close(name, got, wanted, dtype):
+    """Relative RMS and largest error of one tensor against the same in float64."""
+    got, wanted = got.detach().cpu().double(), wanted.detach()
+    assert got.shape == wanted.shape, name
+    if got.numel() == 0:
+        return
+    # A handful of numbers may be small differences of large ones.
+    bound = RMS[dtype] * (4 if wanted.numel() < 16 else 1)
+    error, size = (got - wanted).square().mean().sqrt().item(), wanted.square().mean().sqrt().item()
+    assert error <= bound * size, f"{name}: relative RMS {error / max(size, 1e-300):.2e}"
+    largest, top = (got - wanted).abs().max().item(), wanted.abs().max().item()
+    assert largest <= 4 * bound * top, f"{name}: largest error {largest / max(top, 1e-300):.2e} of largest"

@@ -132,7 +132,7 @@ def test_autocast():
     assert output.dtype == torch.bfloat16
     output.float().sum().backward()
     assert case[1].grad.dtype == torch.float32 and case[1].grad.abs().sum() > 0
-    halves = [t.detach().bfloat16() for t in case[:3]]
+    halves = [t.detach().bfloat16().requires_grad_() for t in case[:3]]
     assert torch.equal(output, fused_moe(*halves, case[3], case[4]))
 
 
