@@ -51,6 +51,9 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-samples", type=int, default=1, metavar="N", help="completions per problem")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus share for sampling")
+    group.add_argument(
+        "--prompt-style", default="base", choices=("base", "chat"), help="raw text, or the tokenizer's chat template"
+    )
     group.add_argument("--seed", type=int, default=0, help="seed for sampling")
     group.add_argument(
         "--allow-weak-sandbox", action="store_true", help="run programs though the machine cannot confine them fully"
@@ -128,8 +131,8 @@ def _evaluate_model(args: argparse.Namespace, tasks: list[str], limit: int | dic
     from deepseek_eval.harness import evaluate_model
 
     names = (
-        "num_fewshot batch_size output overwrite max_new_tokens num_samples temperature top_p seed allow_weak_sandbox "
-        "dtype device adapter experts_implementation trust_remote_code"
+        "num_fewshot batch_size output overwrite max_new_tokens num_samples temperature top_p prompt_style seed "
+        "allow_weak_sandbox dtype device adapter experts_implementation trust_remote_code"
     )
     options = {name: vars(args)[name] for name in names.split()}
     return evaluate_model(args.model, tasks=tasks, limit=limit, data_path=args.data, **options)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from deepseek_eval.model_loading import LoadedModel
 from deepseek_eval.tasks.task import ProgramItem
@@ -75,11 +75,17 @@ def plan_prompts(
         )
     prompts = []
     for item in items:
-        token_ids = loaded.tokenizer.encode(item.prompt, verbose=False)
+        token_ids = _encode_prompt(loaded.tokenizer, item.prompt)
         for sample in range(settings.num_samples):
             prompts.append(EncodedPrompt(item, sample, token_ids[-room:], len(token_ids) > room))
     prompts.sort(key=lambda prompt: -len(prompt.token_ids))
     return [tuple(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+
+
+def _encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    # A chat template may have written the first token itself; the tokenizer must not add a second one.
+    starts_itself = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+    return tokenizer.encode(prompt, verbose=False, **({"add_special_tokens": False} if starts_itself else {}))
 
 
 class _StopAtStrings(StoppingCriteria):

@@ -6,28 +6,29 @@ planned over all items before the finished ones are left out, so that the number
 stopped.
 """
 
-import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import evaluate
 from tqdm.auto import tqdm
 
+from deepseek_eval.answer_file import AnswerFile
 from deepseek_eval.generation import SamplingSettings, complete_batches, plan_prompts
 from deepseek_eval.loglikelihood import encode_items, plan_batches, score_batches, supports_shared_prefix
+from deepseek_eval.metric_loading import load_metric, score_answers
 from deepseek_eval.model_loading import LoadedModel, load_model
+from deepseek_eval.prompt_style import apply_style, check_style, take_code, write_prompts
 from deepseek_eval.sandbox import describe_protection
 from deepseek_eval.tasks.catalogue import find_task
 from deepseek_eval.tasks.task import Task
-from deepseek_model_cards.run_folder import RunFolder, write_json, write_text
+from deepseek_eval.text_tasks import run_completion_task, run_continuation_task
+from deepseek_model_cards.run_folder import RunFolder, write_json
 
 logger = logging.getLogger(__name__)
 # What makes the figures comparable: whose prompts, stop strings and aggregation they follow.
 HARNESS = "deepseek-moe, prompts and aggregation of lm-evaluation-harness 0.4.13"
-METRICS_FOLDER = Path(__file__).resolve().parent / "metrics"
 
 
 def evaluate_model(
@@ -42,6 +43,7 @@ def evaluate_model(
     num_samples: int = 1,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    prompt_style: str = "base",
     seed: int = 0,
     dtype: str = "auto",
     device: str | None = None,
@@ -66,6 +68,7 @@ def evaluate_model(
         num_samples: Completions a problem.
         temperature: 0 is greedy.
         top_p: Nucleus share for sampling.
+        prompt_style: ``base`` or, for programs, ``chat``: through the tokenizer's chat template.
         seed: Seed for sampling.
         dtype: As `load_model` takes it, as are the next four.
         device: Torch device.
@@ -88,6 +91,7 @@ def evaluate_model(
     settings |= {"tasks": [task.name for task in chosen], "model_name_or_path": str(model_name_or_path)}
     settings["data_path"] = None if data_path is None else str(data_path)
     _check_settings(settings)
+    check_style(prompt_style, chosen)
     started = time.monotonic()
     run = RunFolder.create(output, settings, command="evaluate", seed=seed, overwrite=overwrite)
     options = {
@@ -96,8 +100,7 @@ def evaluate_model(
     loaded = load_model(model_name_or_path, **options)
     results: dict[str, Any] = {"model": str(model_name_or_path), "tasks": {}}
     for task in chosen:
-        run_task = _run_choice_task if task.kind == "choice" else _run_program_task
-        results["tasks"][task.name] = run_task(run, loaded, task, settings)
+        results["tasks"][task.name] = _run_task(run, loaded, task, settings)
         write_json(run.path / "results.json", results)
     run.finish(_summarise(chosen, results, settings, time.monotonic() - started))
     return results
@@ -134,45 +137,18 @@ def _num_fewshot(task: Task, settings: dict[str, Any]) -> int:
     return task.num_fewshot if settings["num_fewshot"] is None else settings["num_fewshot"]
 
 
-class _Samples:
-    """The answers of one task on disk, appended as they come and read back by a resumed run."""
-
-    def __init__(self, run: RunFolder, task: Task):
-        self.final_path = run.path / f"samples_{task.name}.jsonl"
-        self.partial_path = run.path / f"samples_{task.name}.partial.jsonl"
-        self.rows = {}
-        for path in (self.final_path, self.partial_path):
-            if path.is_file():
-                self.rows |= {self.key(row): row for row in _read_whole_lines(path)}
-
-    @staticmethod
-    def key(row: dict[str, Any]) -> tuple[str, int]:
-        return row["id"], row.get("sample", 0)
-
-    def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        with open(self.partial_path, "a", encoding="utf-8") as file:
-            for row in rows:
-                if self.key(row) not in self.rows:
-                    self.rows[self.key(row)] = row
-                    file.write(json.dumps(row) + "\n")
-
-    def finish(self, rows: list[dict[str, Any]]) -> None:
-        write_text(self.final_path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.partial_path.unlink(missing_ok=True)
-
-
-def _read_whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file whose last line may have been cut short; such a line is dropped from the file too."""
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_text(path, whole)
-    return [json.loads(line) for line in whole.splitlines()]
+def _run_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
+    if task.kind == "choice":
+        return _run_choice_task(run, loaded, task, settings)
+    if task.kind == "program":
+        return _run_program_task(run, loaded, task, settings)
+    run_task = run_continuation_task if task.kind == "continuation" else run_completion_task
+    return run_task(run, loaded, task, _build_items(task, settings), settings)
 
 
 def _run_choice_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
     items = _build_items(task, settings)
-    samples = _Samples(run, task)
+    samples = AnswerFile(run, task)
     encoded = encode_items(loaded, items)
     can_share = _num_fewshot(task, settings) > 0 and supports_shared_prefix(loaded)
     batches = plan_batches(encoded, settings["batch_size"], can_share)
@@ -183,13 +159,9 @@ def _run_choice_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: 
             samples.append([_choice_row(row, scores)])
             bar.update()
     rows = [samples.rows[item.id, 0] for item in items]
-    scores = load_metric("choice_accuracy").compute(
-        predictions=[row["prediction"] for row in rows],
-        references=[row["target"] for row in rows],
-        groups=[item.group for item in items],
-        categories=task.categories,
-    )
+    scores = score_answers(task, items, rows)
     samples.finish(rows)
+    write_prompts(run, task, items)
     num_truncated = sum(row["is_truncated"] for row in rows)
     if num_truncated:
         logger.warning(
@@ -209,7 +181,8 @@ def _run_choice_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: 
 
 def _choice_row(row, scores: list[float]) -> dict[str, Any]:
     # The first of equal scores wins, as numpy's argmax does in lm-eval.
-    prediction = max(range(len(scores)), key=scores.__getitem__)
+    choice = max(range(len(scores)), key=scores.__getitem__)
+    prediction = row.item.answer(choice)
     return {
         "id": row.item.id,
         "prediction": prediction,
@@ -218,12 +191,14 @@ def _choice_row(row, scores: list[float]) -> dict[str, Any]:
         "loglikelihoods": scores,
         "group": row.item.group,
         "is_truncated": row.is_truncated,
+        **({} if row.item.answers is None else {"choice": choice}),
     }
 
 
 def _run_program_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
-    items = _build_items(task, settings)
-    samples = _Samples(run, task)
+    style = settings["prompt_style"]
+    items = apply_style(style, _build_items(task, settings), loaded.tokenizer, settings["model_name_or_path"])
+    samples = AnswerFile(run, task)
     sampling = SamplingSettings(
         max_new_tokens=settings["max_new_tokens"] or task.max_new_tokens,
         **{key: settings[key] for key in ("num_samples", "temperature", "top_p", "seed")},
@@ -233,22 +208,26 @@ def _run_program_task(run: RunFolder, loaded: LoadedModel, task: Task, settings:
     steps = len(missing) * sampling.max_new_tokens
     with tqdm(total=steps, desc=f"evaluate {task.name}: write", unit="step") as bar:
         for number, batch in enumerate(missing, start=1):
-            rows = [_program_row(p, text) for p, text in complete_batches(loaded, [batch], sampling, bar.update)]
+            written = complete_batches(loaded, [batch], sampling, bar.update)
+            rows = [_program_row(prompt, text, style) for prompt, text in written]
             samples.append(rows)
             bar.update(number * sampling.max_new_tokens - bar.n)  # Batches may end before the length limit.
+    write_prompts(run, task, items)
     return _run_tests(samples, items, task, sampling, settings)
 
 
-def _program_row(prompt, text: str) -> dict[str, Any]:
+def _program_row(prompt, text: str, style: str) -> dict[str, Any]:
+    code = take_code(style, prompt.item, text)
     return {
         "id": prompt.item.id,
         "sample": prompt.sample,
-        "prediction": text,
+        "prediction": code,
         # The same two under OpenAI's names, so that its evaluate_functional_correctness reads this file.
         "task_id": prompt.item.id,
-        "completion": text,
+        "completion": code,
         "target": prompt.item.target,
         "is_truncated": prompt.is_truncated,
+        **({"answer": text} if text != code else {}),
     }
 
 
@@ -273,6 +252,7 @@ def _run_tests(samples, items, task: Task, sampling: SamplingSettings, settings:
     return {
         **scores,
         "num_fewshot": _num_fewshot(task, settings),
+        "prompt_style": settings["prompt_style"],
         "num_samples": n,
         "temperature": sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens,
@@ -281,34 +261,23 @@ def _run_tests(samples, items, task: Task, sampling: SamplingSettings, settings:
     }
 
 
-def load_metric(name: str) -> evaluate.Metric:
-    """Return a metric shipped with the package, loaded without network.
-
-    Args:
-        name: A folder under ``metrics/``.
-    """
-    return evaluate.load(str(METRICS_FOLDER / name))
-
-
 def _summarise(tasks: list[Task], results: dict[str, Any], settings: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The run folder's summary: headline figures for cards and reports."""
-    lines = []
-    for task in tasks:
-        scores = results["tasks"][task.name]
-        name = "acc" if task.kind == "choice" else "pass@1"
-        lines.append(
-            {
-                "metric": name,
-                "dataset": task.dataset,
-                "split": task.split,
-                "value": scores[name],
-                "stderr": scores[f"{name}_stderr"],
-                "n": scores["n"],
-                "task": task.name,
-                "num_fewshot": scores["num_fewshot"],
-                "harness": HARNESS,
-            }
-        )
+    lines = [
+        {
+            "metric": name,
+            "dataset": task.dataset,
+            "split": task.split,
+            "value": scores[name],
+            "stderr": scores[f"{name}_stderr"],
+            "n": scores["n"],
+            "task": task.name,
+            "num_fewshot": scores["num_fewshot"],
+            "harness": HARNESS,
+        }
+        for task, scores in ((task, results["tasks"][task.name]) for task in tasks)
+        for name in task.headline
+    ]
     data = [
         {
             "name": t.dataset,

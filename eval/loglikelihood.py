@@ -196,7 +196,7 @@ def supports_shared_prefix(loaded: LoadedModel) -> bool:
 @torch.inference_mode()
 def _run_prefix(loaded: LoadedModel, token_ids: list[int]) -> DynamicCache | None:
     input_ids = torch.tensor([token_ids], device=loaded.model.device)
-    output = loaded.model(input_ids=input_ids, use_cache=True, **_keep_logits(loaded, torch.tensor([0])))
+    output = loaded.model(input_ids=input_ids, use_cache=True, **keep_logits(loaded, torch.tensor([0])))
     return output.past_key_values
 
 
@@ -227,7 +227,7 @@ def _last_logprobs(loaded: LoadedModel, batch: ChoiceBatch, prefix: DynamicCache
     input_ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
     ends = sorted({length - 1 for length in lengths})
     cache = None if prefix is None else _expand(prefix, len(rows))
-    keep = _keep_logits(loaded, torch.tensor(ends, device=device))
+    keep = keep_logits(loaded, torch.tensor(ends, device=device))
     logits = loaded.model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, **keep).logits
     # With `logits_to_keep` the second axis lists `ends`; without it, all positions.
     columns = [ends.index(length - 1) for length in lengths] if keep else [length - 1 for length in lengths]
@@ -236,8 +236,13 @@ def _last_logprobs(loaded: LoadedModel, batch: ChoiceBatch, prefix: DynamicCache
     return torch.log_softmax(last_BV, dim=-1).float().cpu()
 
 
-def _keep_logits(loaded: LoadedModel, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The argument that spares the other positions' logits, where the model's forward has it."""
+def keep_logits(loaded: LoadedModel, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the argument that spares the other positions' logits, empty where the model's forward has none.
+
+    Args:
+        loaded: Model and tokenizer.
+        positions: The positions wanted, or their number counted from the end.
+    """
     if "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
         return {"logits_to_keep": positions}
     return {}

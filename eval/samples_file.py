@@ -12,6 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from deepseek_eval.harness import load_metric
+from deepseek_eval.prompt_style import write_prompts
 from deepseek_eval.sandbox import describe_protection
 from deepseek_eval.tasks.catalogue import find_task
 from deepseek_eval.tasks.task import ProgramItem
@@ -120,6 +121,7 @@ def score_samples(
         for index, (text, outcome) in enumerate(zip(row, row_outcomes, strict=True))
     ]
     write_text(run.path / f"samples_{task.name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_prompts(run, task, items)
     results = {"model": None, "tasks": {task.name: {**scores, "sandbox": describe_protection()}}}
     write_json(run.path / "results.json", results)
     figure = {"metric": "pass@1", "value": scores["pass@1"], "stderr": scores["pass@1_stderr"], "n": scores["n"]}

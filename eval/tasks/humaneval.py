@@ -3,6 +3,9 @@ r"""HumanEval: 164 Python functions to complete from signature and docstring, sc
 Prompt, stop strings and program are lm-evaluation-harness 0.4.13's: the raw prompt without stripping, and a cut at the
 first of ``\nclass``, ``\ndef``, ``\n#``, ``\nif``, ``\nprint`` (OpenAI's paper names the same five).
 
+The chat style is that harness' ``humaneval_instruct``: the model is asked in words, its answer is opened with a code
+fence that repeats signature and docstring, and what it adds before the closing fence is the completion.
+
 Reference: Chen et al., 2021, "Evaluating Large Language Models Trained on Code", arXiv 2107.03374.
 """
 
@@ -10,9 +13,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deepseek_eval.tasks.rows import read_rows
-from deepseek_eval.tasks.task import ProgramItem, Task
+from deepseek_eval.tasks.task import ChatPrompt, ProgramItem, Task
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+
+FENCE = "```"
+
+
+def take_before_fence(answer: str) -> str:
+    """Return what stands before the closing code fence, all of it where there is none.
+
+    Args:
+        answer: What a chat model added to its opened code block.
+    """
+    return answer.split(FENCE)[0]
+
+
+def format_chat(prompt: str) -> ChatPrompt:
+    """Return the problem as a chat.
+
+    Args:
+        prompt: Signature and docstring.
+    """
+    request = "Write a solution to the following problem and make sure that it passes the tests:\n"
+    request += f"```python\n{prompt}\n```\n"
+    opening = f"Here is the completed function:\n```python\n{prompt}\n"
+    messages = ({"role": "user", "content": request}, {"role": "assistant", "content": opening})
+    return ChatPrompt(messages, STOP, take_before_fence)
 
 
 def build_items(num_fewshot: int, limit: int | None, data_path: Path | None) -> Iterator[ProgramItem]:
@@ -33,6 +60,7 @@ def build_items(num_fewshot: int, limit: int | None, data_path: Path | None) -> 
             prefix=row["prompt"],
             tests=f"{row['test']}\ncheck({row['entry_point']})",
             target=row["canonical_solution"],
+            chat=format_chat(row["prompt"]),
         )
 
 
@@ -45,4 +73,6 @@ TASK = Task(
     licence="MIT",
     source="https://github.com/openai/human-eval",
     max_new_tokens=1024,
+    metric="pass_at_k",
+    headline=("pass@1",),
 )

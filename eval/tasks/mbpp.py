@@ -4,19 +4,26 @@ Prompt, the three shots, the stop string ``[DONE]`` and the test split (task ids
 lm-evaluation-harness 0.4.13. Surprising: 3-shot unless asked otherwise, as there, and the completion is the whole
 program, so nothing stands before it. Two problems come with set-up code, which that harness leaves out and we run.
 
+The chat style is that harness' ``mbpp_instruct``: shots as turns, the answer opened with a code fence, the first code
+block taken. One difference: there, code right behind the opened fence loses its first word, taken for a language name
+(``def f()`` becomes ``f()``; https://github.com/EleutherAI/lm-evaluation-harness/pull/3769); here it keeps it.
+
 Reference: Austin et al., 2021, "Program Synthesis with Large Language Models", arXiv 2108.07732.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from deepseek_eval.tasks.rows import read_rows
-from deepseek_eval.tasks.task import ProgramItem, Task
+from deepseek_eval.tasks.task import ChatPrompt, ProgramItem, Task
 
 STOP = ("[DONE]",)
 SHOT_IDS = (2, 3, 4)
 TEST_IDS = range(11, 511)
+CHAT_OPENING = "\n```python\n"
+_BLOCK = re.compile(r"```(?:\w+)?\n?(.*?)\n?```", re.DOTALL)
 
 
 def format_problem(row: dict[str, Any]) -> str:
@@ -28,6 +35,37 @@ def format_problem(row: dict[str, Any]) -> str:
     tests = "\n".join(row["test_list"][:3])
     opening = "You are an expert Python programmer, and here is your task:"
     return f"{opening} {row['text']} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+
+
+def take_first_block(answer: str) -> str:
+    """Return the first code block of an answer whose opening fence is already written; nothing if none is closed.
+
+    Args:
+        answer: What a chat model wrote, with or without a fence of its own.
+    """
+    found = _BLOCK.search(answer if answer.lstrip().startswith("```") else f"```\n{answer}")
+    return found[1] if found else ""
+
+
+def format_chat(row: dict[str, Any], shots: list[dict[str, Any]]) -> ChatPrompt:
+    """Return the problem as a chat, its shots as turns.
+
+    Args:
+        row: ``text`` and ``test_list``.
+        shots: Rows with ``code`` too.
+    """
+    messages = []
+    for shot in shots:
+        answer = f"{CHAT_OPENING}{shot['code']}\n```"
+        messages += [{"role": "user", "content": _chat_request(shot)}, {"role": "assistant", "content": answer}]
+    messages += [{"role": "user", "content": _chat_request(row)}, {"role": "assistant", "content": CHAT_OPENING}]
+    return ChatPrompt(tuple(messages), (), take_first_block)
+
+
+def _chat_request(row: dict[str, Any]) -> str:
+    tests = "\n".join(row["test_list"][:3])
+    opening = "You are an expert Python programmer, and here is your task:"
+    return f"{opening}\n{row['text']}\nYour code should pass these tests:\n{tests}"
 
 
 def build_items(num_fewshot: int, limit: int | None, data_path: Path | None) -> Iterator[ProgramItem]:
@@ -44,7 +82,8 @@ def build_items(num_fewshot: int, limit: int | None, data_path: Path | None) -> 
     if not 0 <= num_fewshot <= len(SHOT_IDS):
         raise ValueError(f"num_fewshot = {num_fewshot} for mbpp, allowed is 0 to {len(SHOT_IDS)}")
     rows = {row["task_id"]: row for row in read_rows("mbpp", data_path)}
-    shots = "".join(f"{format_problem(rows[i])}{rows[i]['code']}\n[DONE]\n\n" for i in SHOT_IDS[:num_fewshot])
+    shown = [rows[task_id] for task_id in SHOT_IDS[:num_fewshot]]
+    shots = "".join(f"{format_problem(row)}{row['code']}\n[DONE]\n\n" for row in shown)
     chosen = [rows[task_id] for task_id in TEST_IDS if task_id in rows]
     for row in chosen[:limit]:
         setup = f"{row['test_setup_code']}\n" if row["test_setup_code"] else ""
@@ -55,6 +94,7 @@ def build_items(num_fewshot: int, limit: int | None, data_path: Path | None) -> 
             prefix="",
             tests=setup + "\n".join(row["test_list"]),
             target=row["code"],
+            chat=format_chat(row, shown),
         )
 
 
@@ -68,4 +108,6 @@ TASK = Task(
     source="https://github.com/google-research/google-research/tree/master/mbpp",
     num_fewshot=3,
     max_new_tokens=256,
+    metric="pass_at_k",
+    headline=("pass@1",),
 )

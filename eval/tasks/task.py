@@ -1,12 +1,14 @@
 """What a benchmark is: items to answer, and how an answer becomes a score.
 
-Every task file builds one `Task`; ``harness.py`` runs it. There are two kinds of item: a question with choices, scored
-by the log-likelihood of each choice, and a prompt to continue, scored by running the finished program.
+Every task file builds one `Task`; ``harness.py`` runs it. Its kind says how the model answers: ``choice`` by the one
+token that each choice adds to the prompt, ``continuation`` by the log-likelihood of choices of any length, ``program``
+by code that is run, ``completion`` by text that a metric reads.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,18 +19,67 @@ class ChoiceItem:
         id: Unique within the task, stable across versions.
         prompt: Everything before the answer, shots included.
         choices: The continuations to compare, leading space included.
-        target: Index of the right one.
-        group: What the score is also broken down by (MMLU: the subject).
+        target: The right answer; None where none is right (CrowS-Pairs).
+        group: What the score is also broken down by (MMLU: the subject). Questions of one group are run together.
         shorter_prompts: What to ask instead when the prompt does not fit the context, longest first. Without any, the
             prompt loses tokens from the left.
+        answers: What each choice stands for, where that is not its position: the option behind a letter when options
+            are reordered, the one answer behind several wordings of it.
+        facts: What the task's metric needs to know beside prediction and target.
     """
 
     id: str
     prompt: str
     choices: tuple[str, ...]
-    target: int
+    target: int | None
     group: str
     shorter_prompts: tuple[str, ...] = ()
+    answers: tuple[int, ...] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def answer(self, choice: int) -> int:
+        """Return the answer that a choice stands for.
+
+        Args:
+            choice: Index into `choices`.
+        """
+        return choice if self.answers is None else self.answers[choice]
+
+
+@dataclass(frozen=True)
+class CompletionItem:
+    """One request to be answered in words.
+
+    Args:
+        id: Unique within the task.
+        prompt: The request. A model with a chat template gets it as the user's turn.
+        target: What a good answer is, for example ``refuse``.
+        group: What the score is also broken down by.
+        stop: Strings that end a completion.
+        facts: What the task's metric needs to know.
+    """
+
+    id: str
+    prompt: str
+    target: str
+    group: str
+    stop: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """How a programming problem is put to a chat model.
+
+    Args:
+        messages: ``role`` and ``content`` each; the last is the opening of the model's own answer.
+        stop: Strings that end the answer.
+        extract: Takes the code out of the answer.
+    """
+
+    messages: tuple[dict[str, str], ...]
+    stop: tuple[str, ...]
+    extract: Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -42,6 +93,7 @@ class ProgramItem:
         prefix: Code that stands before the completion in the program to run.
         tests: Code that follows it and raises when the completion is wrong.
         target: The reference solution's body, shown beside the prediction.
+        chat: The same problem for ``--prompt-style chat``; None where the task has no such form.
     """
 
     id: str
@@ -50,6 +102,7 @@ class ProgramItem:
     prefix: str
     tests: str
     target: str
+    chat: ChatPrompt | None = None
 
     def program(self, completion: str) -> str:
         """Return the candidate's code without its tests, as `deepseek_eval` metrics take it.
@@ -66,20 +119,27 @@ class Task:
 
     Args:
         name: What ``--tasks`` calls it.
-        kind: ``choice`` or ``program``.
-        build_items: Called with the number of shots, the limit and the data folder; yields items in order.
+        kind: ``choice``, ``continuation``, ``program`` or ``completion``.
+        build_items: Called with the number of shots, the limit and the data folder (or Hub id); yields items in order.
         dataset: The data set's Hub id, for cards.
         split: The split scored.
         licence: The data's licence.
         source: Where the data came from.
         categories: Group to category, for a second breakdown.
         num_fewshot: Shots the reference uses when none are asked for.
-        max_new_tokens: How much a completion may hold (programs only).
+        max_new_tokens: How much a completion may hold.
+        metric: The folder under ``metrics/`` whose module scores the answers.
+        metric_inputs: Turns items and rows (``prediction``, ``target``, scores) into the metric's arguments; None
+            gives `choice_accuracy` what it takes.
+        headline: The metric's figures that stand in the table, the summary and the card, each with a ``_stderr``.
+        is_length_normalised: Compare choices by their mean log-likelihood a token, that is by perplexity.
+        shares_answers_with: A task that asks some of the same questions under the same ids.
+        does_not_show: One line on what the figures leave open, written beside them.
     """
 
     name: str
     kind: str
-    build_items: Callable[[int, int | None, Path | None], Iterator[ChoiceItem | ProgramItem]]
+    build_items: Callable[[int, int | None, Path | None], Iterator[ChoiceItem | ProgramItem | CompletionItem]]
     dataset: str
     split: str
     licence: str
@@ -87,3 +147,9 @@ class Task:
     categories: dict[str, str] = field(default_factory=dict)
     num_fewshot: int = 0
     max_new_tokens: int = 0
+    metric: str = "choice_accuracy"
+    metric_inputs: Callable[[Sequence[Any], Sequence[dict[str, Any]]], dict[str, Any]] | None = None
+    headline: tuple[str, ...] = ("acc",)
+    is_length_normalised: bool = False
+    shares_answers_with: str | None = None
+    does_not_show: str = ""
