@@ -25,6 +25,8 @@ MODEL_FILES = (
 )
 # Vocabularies hold paths and token-like strings by nature; in them and in weights only exact local values are sought.
 OPAQUE_FILES = ("*.safetensors", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "*.png")
+# Left over from an earlier upload these would be loaded in place of, or on top of, the new weights.
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 # transformers writes where a model was loaded from into these; it is of no use to others and is a local path here.
 ORIGIN_KEYS = ("_name_or_path", "name_or_path")
 
@@ -195,7 +197,7 @@ def _commit(
     token: str | None,
     endpoint: str | None,
 ) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(endpoint=endpoint, token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
@@ -205,7 +207,23 @@ def _commit(
         CommitOperationAdd(file.path_in_repo, str(file.content) if isinstance(file.content, Path) else file.content)
         for file in files
     ]
+    there = api.list_repo_files(repo_id, revision=revision)
+    operations += [CommitOperationDelete(name) for name in stale_weights(there, files)]
     return api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url
+
+
+def stale_weights(there: list[str], files: list[UploadFile]) -> list[str]:
+    """Return the weight files of an earlier upload that the new one does not replace.
+
+    transformers takes ``model.safetensors`` before any shards, so a sharded model pushed over a whole one would load
+    the old weights.
+
+    Args:
+        there: The repository's files.
+        files: What is sent.
+    """
+    sent = {file.path_in_repo for file in files}
+    return [name for name in there if name not in sent and any(fnmatch.fnmatch(name, kind) for kind in WEIGHT_FILES)]
 
 
 def list_files(files: list[UploadFile]) -> str:

@@ -81,9 +81,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             for method, pattern, action in ROUTES:
-                match = re.fullmatch(pattern, unquote(self.path_only))
+                # Before unquoting: a slash inside a branch's name comes as %2F and ends no part of the path.
+                match = re.fullmatch(pattern, self.path_only)
                 if method == self.command and match:
-                    action(self, body, **match.groupdict())
+                    action(self, body, **{key: value and unquote(value) for key, value in match.groupdict().items()})
                     return
             raise Refusal(404, f"no such endpoint: {line}")
         except Refusal as refusal:
@@ -262,6 +263,8 @@ def commit(handler: Handler, body: bytes, repo: str, revision: str):
             if value["oid"] not in handler.hub.large_files:
                 raise Refusal(400, f"large file {value['path']} was never uploaded")
             tree[value["path"]] = ("lfs", value["oid"])
+        elif line["key"] == "deletedFile":
+            del tree[value["path"]]
         else:
             raise Refusal(400, f"unknown operation {line['key']}")
     oid = hashlib.sha1(body + str(len(branches[revision])).encode()).hexdigest()

@@ -129,6 +129,24 @@ def test_a_dry_run_contacts_nobody_and_lists_the_same_files(hub, stage_run):
     assert [(f.path_in_repo, f.num_bytes) for f in files] == [(f.path_in_repo, f.num_bytes) for f in sent]
 
 
+def test_weights_of_an_earlier_upload_do_not_outlive_it(hub, stage_run):
+    """A whole model, then the same in shards: transformers would read the old model.safetensors first."""
+    model = stage_run / "model"
+    shards = {path.name: path.read_bytes() for path in model.glob("*.safetensors*")}
+    assert len(shards) > 1
+    for name in shards:
+        (model / name).unlink()
+    (model / "model.safetensors").write_bytes(shards[SHARD])
+    push(hub, stage_run)
+    assert "model.safetensors" in hub.files(REPO)
+    (model / "model.safetensors").unlink()
+    for name, content in shards.items():
+        (model / name).write_bytes(content)
+    push(hub, stage_run, message="In shards")
+    assert {name for name in hub.files(REPO) if "safetensors" in name} == set(shards)
+    assert hub.commits(REPO)[1:] == ["Upload model, card and results", "In shards"]
+
+
 def test_a_run_is_not_changed_by_a_push(hub, stage_run):
     before = {path: path.read_bytes() for path in stage_run.rglob("*") if path.is_file()}
     push(hub, stage_run)
