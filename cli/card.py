@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from deepseek_model_cards.report import summary_table, write_report
 
     card = write_card(args.run, name=args.name, licence=args.licence, repo_id=args.repo_id, template=args.template)
-    report = write_report(args.run, Path(args.run) / "report.html")
+    report = write_report(args.run, Path(args.run) / "report.html", with_items=True)
     print(summary_table(args.run))
     print(f"\nmodel card  {card}\nreport      {report}")
     return 0

@@ -153,7 +153,7 @@ def _close(root: Path, size: Size) -> int:
     stages = ("pretrain", "adapt", "align", "evaluate")
     summaries = [RunFolder(root / name).summary for name in stages]
     card = write_card(root)
-    report = write_report(root, root / "report.html")
+    report = write_report(root, root / "report.html", with_items=True)
     print()
     print(summary_table(root))
     print("\nA model of this size is at chance; its benchmark scores show that the harness runs, not what it knows:")

@@ -1,6 +1,7 @@
 """Compares two runs on the items both answered: paired, so that the items' difficulty cancels.
 
     compare_runs("runs/before", "runs/after")["mmlu"]
+    deepseek-moe evaluate --compare runs/before runs/after
 
 Two runs whose error bars overlap may still differ for certain, because both saw the same questions; the paired test
 looks only at the items where they disagree. What it does not show: whether the difference matters to anyone.
@@ -14,6 +15,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from deepseek_model_cards.run_folder import RunFolder
+
 _PREFIX, _SUFFIX = "samples_", ".jsonl"
 
 
@@ -26,7 +29,7 @@ def compare_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, A
 
     Raises:
         FileNotFoundError: A folder holds no samples.
-        ValueError: The two share no task, or no item of one.
+        ValueError: The two share no task whose items are right or wrong, or no item of one.
     """
     ours, theirs = _read_run(Path(first)), _read_run(Path(second))
     shared = [task for task in ours if task in theirs]
@@ -43,8 +46,9 @@ def compare_hits(task: str, first: dict[str, float], second: dict[str, float]) -
         first: Score by item, 0 or 1, or a share over several samples.
         second: The same of the other run.
 
-        Returns: ``difference`` (mean over shared items), ``stderr``, ``n``, ``num_better``, ``num_worse``, and
-        ``p_value`` of the exact two-sided sign test over the items that differ.
+    Returns:
+        ``first`` and ``second`` (the means), ``difference`` over the shared items with its ``stderr``, ``n``,
+        ``num_better``, ``num_worse``, and ``p_value`` of the exact two-sided sign test over the items that differ.
     """
     names = [name for name in first if name in second]
     if not names:
@@ -55,6 +59,8 @@ def compare_hits(task: str, first: dict[str, float], second: dict[str, float]) -
     variance = sum((value - mean) ** 2 for value in differences) / (n - 1) if n > 1 else None
     better, worse = sum(value > 0 for value in differences), sum(value < 0 for value in differences)
     return {
+        "first": sum(first[name] for name in names) / n,
+        "second": sum(second[name] for name in names) / n,
         "difference": mean,
         "stderr": None if variance is None else math.sqrt(variance / n),
         "n": n,
@@ -62,6 +68,43 @@ def compare_hits(task: str, first: dict[str, float], second: dict[str, float]) -
         "num_worse": worse,
         "p_value": _sign_test(better, worse),
     }
+
+
+def differing_settings(first: str | Path, second: str | Path) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that two runs do not share, by name; all but the model are reasons for doubt.
+
+    Args:
+        first: A run folder.
+        second: Another one.
+    """
+    ours, theirs = (RunFolder(folder).settings for folder in (first, second))
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    return {name: (ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)}
+
+
+def format_comparison(first: str | Path, second: str | Path) -> str:
+    """Return the paired comparison of two runs as a small table, with what else differs between them.
+
+    Args:
+        first: A run folder of ``evaluate``.
+        second: Another one.
+    """
+    widths = "{:<18}{:>9}{:>9}{:>12}{:>9}{:>7}{:>8}{:>7}{:>10}"
+    names = ("task", "first", "second", "difference", "stderr", "n", "better", "worse", "p")
+    lines = [f"first   {first}", f"second  {second}", "", widths.format(*names)]
+    for task, row in compare_runs(first, second).items():
+        stderr = "-" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        scores = (f"{row['first']:.4f}", f"{row['second']:.4f}", f"{row['difference']:+.4f}", stderr)
+        counts = (row["n"], row["num_better"], row["num_worse"])
+        lines.append(widths.format(task, *scores, *counts, f"{row['p_value']:.2g}"))
+    changed = [
+        f"{name} ({a} | {b})"
+        for name, (a, b) in differing_settings(first, second).items()
+        if name not in ("model_name_or_path", "samples")
+    ]
+    if changed:
+        lines += ["", f"The runs also differ in {', '.join(changed)}."]
+    return "\n".join(lines)
 
 
 def _sign_test(better: int, worse: int) -> float:
@@ -81,8 +124,11 @@ def _read_run(folder: Path) -> dict[str, dict[str, float]]:
         scores: dict[str, list[float]] = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            scores.setdefault(row["id"], []).append(float(row["acc"] if "acc" in row else row["passed"]))
-        tasks[path.name[len(_PREFIX) : -len(_SUFFIX)]] = {name: sum(v) / len(v) for name, v in scores.items()}
+            score = row.get("acc", row.get("passed"))
+            if score is not None:  # Some benchmarks have no right and wrong.
+                scores.setdefault(row["id"], []).append(float(score))
+        if scores:
+            tasks[path.name[len(_PREFIX) : -len(_SUFFIX)]] = {name: sum(v) / len(v) for name, v in scores.items()}
     if not tasks:
         raise FileNotFoundError(f"run: {folder} holds no samples_<task>.jsonl; wanted a run folder of evaluate")
     return tasks

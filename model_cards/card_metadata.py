@@ -126,7 +126,7 @@ def results_of_final_model(stages: dict[str, Stage]) -> list[dict[str, Any]]:
     for name in names[first:]:
         for row in stages[name].results:
             if row.get("when") != "before" and is_number(row.get("value")):
-                held[row["metric"], row.get("dataset"), row.get("split")] = {"stage": name, **row}
+                held[row["metric"], row.get("dataset"), row.get("split"), row.get("task")] = {"stage": name, **row}
     return list(held.values())
 
 
@@ -191,6 +191,8 @@ def _to_entry(row: dict[str, Any], hub_id: str, stage: Stage) -> EvalResultEntry
     notes = [f"{key} {row[key]}" for key in ("metric", "stderr", "n") if row.get(key) is not None]
     if row.get("num_fewshot") is not None:
         notes.append(f"{row['num_fewshot']}-shot")
+    if row.get("task") not in (None, benchmark_of(row)["key"]):
+        notes.append(f"task {row['task']}")
     if chance_level(row) is not None:
         notes.append(f"chance {chance_level(row)}")
     date = stage.environment.get("started")

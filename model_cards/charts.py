@@ -176,7 +176,8 @@ def benchmark_chart(rows: Sequence[dict[str, Any]]) -> str:
     """Draw benchmark scores with 95 % intervals and the chance level of each.
 
     Args:
-        rows: ``label``, ``value`` and where known ``interval`` as (low, high) and ``chance``.
+        rows: ``label``, ``value`` and where known ``interval`` as (low, high), ``chance`` and ``published``, scores by
+            name.
 
     Returns:
         The source for an ``<img>``.
@@ -196,11 +197,52 @@ def benchmark_chart(rows: Sequence[dict[str, Any]]) -> str:
                 axes.plot([row["chance"]] * 2, [y - 0.36, y + 0.36], color=SERIES[4], linestyle="--", linewidth=1.6)
         axes.plot([], [], "o-", color=SERIES[0], label="score, 95 % interval")
         axes.plot([], [], "--", color=SERIES[4], label="chance")
+        _mark_published(axes, rows)
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        highest = max([row["interval"][1] if row.get("interval") else row["value"] for row in rows] + [0.3])
+        published = [value for row in rows for value in row.get("published", {}).values()]
+        highest = max(
+            [row["interval"][1] if row.get("interval") else row["value"] for row in rows] + published + [0.3]
+        )
         axes.set_xlim(-0.02, min(1.02, highest * 1.25))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(axis="y", visible=False)
         axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return _to_source(figure)
+
+
+def _mark_published(axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Put a mark of its own shape where each published score lies."""
+    names = list(dict.fromkeys(name for row in rows for name in row.get("published", {})))
+    for name, marker, color in zip(names, "Ds^v", SERIES[1:], strict=False):
+        points = [(row["published"][name], y) for y, row in enumerate(rows) if name in row.get("published", {})]
+        axes.plot(*zip(*points, strict=True), marker, color=color, markersize=6, fillstyle="none", label=name)
+
+
+def group_chart(rows: Sequence[dict[str, Any]], chance: float | None = None) -> str:
+    """Draw accuracy by group, one line a group, with 95 % intervals.
+
+    Args:
+        rows: ``label``, ``value`` and ``interval`` as (low, high), in the order to draw, topmost first.
+        chance: The chance level, drawn as a dashed line.
+
+    Returns:
+        The source for an ``<img>``.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        figure, grid = _figure(8.4, 0.9 + 0.2 * len(rows))
+        axes = grid[0][0]
+        for y, row in enumerate(rows):
+            axes.plot(row["interval"], [y, y], color=SERIES[0], linewidth=1.6, alpha=0.6, solid_capstyle="butt")
+            axes.plot([row["value"]], [y], "o", color=SERIES[0], markersize=4.5)
+        if chance is not None:
+            axes.axvline(chance, color=SERIES[4], linestyle="--", linewidth=1.4, label="chance")
+            axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8.5)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.grid(axis="y", visible=False)
         return _to_source(figure)

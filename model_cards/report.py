@@ -1,7 +1,8 @@
 """One self-contained ``report.html`` on a run: curves, expert load, rewards, benchmarks, samples, settings.
 
 Reads run folders only and draws nothing that no stage logged: a part without data says which stage would have brought
-it. No scripts and no requests, so the file can be mailed or committed as it is. `summary_table` is importable from
+it. No requests, so the file can be mailed or committed as it is, and no script but the browser of benchmark items, for
+those who ask for it. `summary_table` is importable from
 here too, for whoever ends a run with both.
 """
 
@@ -12,14 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_model_cards import charts
-from deepseek_model_cards.benchmarks import (
-    SHARE_METRICS,
-    benchmark_of,
-    chance_level,
-    compare_to_chance,
-    wilson_interval,
-)
+from deepseek_model_cards.benchmark_section import benchmark_section
+from deepseek_model_cards.benchmarks import SHARE_METRICS, benchmark_of, chance_level, compare_to_chance
 from deepseek_model_cards.card_metadata import results_of_final_model
+from deepseek_model_cards.item_browser import pack_items
 from deepseek_model_cards.parameter_table import count_checkpoint
 from deepseek_model_cards.run_folder import write_text
 from deepseek_model_cards.stage_rows import STAGE_TITLES, data_row, describe_machine, stage_row, total_seconds
@@ -33,12 +30,14 @@ TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 Section = dict[str, Any]
 
 
-def write_report(run_path: str | Path, output: str | Path) -> Path:
+def write_report(run_path: str | Path, output: str | Path, *, with_items: bool = False) -> Path:
     """Write the report of a run and return its path.
 
     Args:
         run_path: A stage's folder, or the parent of several.
         output: The HTML file.
+        with_items: Carry every benchmark item with its prompt and answer, to search in. Off where the file is made
+            public: tests whose answers lie about are soon trained on.
 
     Raises:
         FileNotFoundError: There is no finished run.
@@ -47,15 +46,17 @@ def write_report(run_path: str | Path, output: str | Path) -> Path:
 
     stages = read_stages(run_path)
     first = next(stage for stage in stages.values() if stage.is_finished)
-    makers: list[Callable[[dict[str, Stage]], Section]] = [
+    training: list[Callable[[dict[str, Stage]], Section]] = [
         _loss_section,
         _domain_section,
         _reward_section,
         _load_section,
-        _benchmark_section,
     ]
+    # A model that was only evaluated here has no training to miss.
+    makers = [benchmark_section] if set(stages) == {"evaluate"} else [*training, benchmark_section]
     # autoescape: generations and names are text from outside and must not become markup.
-    template = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    environment = jinja2.Environment(autoescape=True, loader=jinja2.FileSystemLoader(TEMPLATE.parent))
+    template = environment.get_template(TEMPLATE.name)
     page = template.render(
         title=f"Run report: {Path(run_path).resolve().name}",
         subtitle=f"{first.environment.get('started', 'start not recorded')[:16].replace('T', ' ')}, "
@@ -64,6 +65,7 @@ def write_report(run_path: str | Path, output: str | Path) -> Path:
         rows=summary_rows(run_path),
         sections=[make(stages) for make in makers],
         samples=_samples(stages),
+        items=_pack_items(stages) if with_items else "",
         data=[data_row(stage, row) for stage in stages.values() for row in stage.data],
         stages=[stage_row(stage) for stage in stages.values()],
         versions=", ".join(f"{key} {value}" for key, value in merged_versions(stages).items()),
@@ -73,8 +75,14 @@ def write_report(run_path: str | Path, output: str | Path) -> Path:
     return Path(output)
 
 
+def _pack_items(stages: dict[str, Stage]) -> str:
+    """The items of the last stage that answered any."""
+    packed = [pack_items(stage.run.path) for stage in stages.values() if stage.is_finished]
+    return next((items for items in reversed(packed) if items), "")
+
+
 def _section(title: str, note: str, drawn: list[dict[str, str]], missing: str) -> Section:
-    return {"title": title, "note": note, "charts": drawn, "missing": missing}
+    return {"title": title, "note": note, "charts": drawn, "missing": missing, "table": None}
 
 
 def _absent(stages: dict[str, Stage], name: str, what: str, drawn: list[dict[str, str]]) -> str:
@@ -224,17 +232,3 @@ def _load_section(stages: dict[str, Stage]) -> Section:
         found.append({"source": charts.line_charts([panel]), "alt": "Load imbalance over steps"})
     note = "How the router spreads tokens: 1 is an even share, 0 an expert that is never chosen."
     return _section("Expert load", note, found, _absent(stages, "pretrain", "the experts' load", found))
-
-
-def _benchmark_section(stages: dict[str, Stage]) -> Section:
-    rows = []
-    for row in results_of_final_model(stages):
-        if row["metric"] in SHARE_METRICS and benchmark_of(row):
-            interval = wilson_interval(row["value"], row["n"]) if row.get("n") else None
-            label = f"{label_dataset(row).partition(',')[0]}\n{label_metric(row['metric'])}, n = {row.get('n', '?')}"
-            rows.append({"label": label, "value": row["value"], "interval": interval, "chance": chance_level(row)})
-    found = []
-    if rows:
-        found = [{"source": charts.benchmark_chart(rows), "alt": "Benchmark scores with intervals and chance"}]
-    note = "Where the interval covers the dashed line, the score is no evidence that the model knows anything."
-    return _section("Benchmarks", note, found, _absent(stages, "evaluate", "a benchmark", found))
