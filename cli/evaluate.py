@@ -1,12 +1,18 @@
 """``deepseek-moe evaluate``: scores any causal language model; the work is done by `deepseek_eval.harness`."""
 
 import argparse
+from pathlib import Path
 
-HELP = "Score a causal language model on MMLU, HumanEval and MBPP."
+from deepseek_eval.tasks.catalogue import TASKS, find_task
+
+HELP = "Score a causal language model: knowledge, code, bias, robustness, refusals."
 EXAMPLES = """
   deepseek-moe evaluate runs/demo/align --tasks mmlu --limit 2
   deepseek-moe evaluate path/to/model --tasks mmlu --num-fewshot 5 --batch-size 64 --output runs/mmlu
   deepseek-moe evaluate --samples completions.jsonl --tasks humaneval --output runs/scored
+  deepseek-moe evaluate path/to/model --tasks mmlu,long_tail,mmlu_robust,winobias,bbq,refusal --limit 20
+  deepseek-moe evaluate path/to/model --tasks crows_pairs --data crows_pairs=path/to/crows_pairs_anonymized.csv
+  deepseek-moe evaluate --compare runs/before runs/after
   deepseek-moe evaluate org/name --tasks humaneval --num-samples 10 --temperature 0.8 --output runs/humaneval
 """
 
@@ -21,7 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", default=None, metavar="FILE", help="instead of a model: completions to run (task_id, completion)"
     )
-    parser.add_argument("--tasks", default="mmlu,humaneval", help="comma-separated names")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        default=None,
+        metavar="RUN",
+        help="instead of a model: a paired test of two finished runs on the items both answered",
+    )
+    parser.add_argument(
+        "--tasks", default="mmlu,humaneval", metavar="NAMES", help=f"comma-separated, of {', '.join(sorted(TASKS))}"
+    )
     parser.add_argument(
         "--num-fewshot",
         type=int,
@@ -33,13 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit",
         default=None,
         metavar="N",
-        help="first N items of a task (MMLU: of each subject), or by task: mmlu=2,humaneval=20 (all without it)",
+        help="first N items of a task (of each subject, category or type where it has them), or by task: "
+        "mmlu=2,humaneval=20 (all without it)",
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="B", help="questions or prompts at once")
     parser.add_argument("--output", default="runs/evaluate", metavar="DIR", help="run folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is in the way")
     parser.add_argument(
-        "--data", default=None, metavar="DIR", help="folder with own data files, named as the embedded"
+        "--data",
+        default=None,
+        metavar="DIR",
+        help="folder with own data files, named as the embedded, or by task a folder, file or Hub id: "
+        "crows_pairs=crows_pairs_anonymized.csv,bbq=owner/name",
     )
     _add_generation_arguments(parser)
     _add_model_arguments(parser)
@@ -92,8 +112,25 @@ def parse_limit(text: str | None) -> int | dict[str, int] | None:
         ) from None
 
 
+def parse_data(text: str | None) -> str | dict[str, str] | None:
+    """Return ``--data`` as the harness takes it.
+
+    Args:
+        text: A folder, or ``task=source`` pairs with commas.
+
+    Raises:
+        ValueError: A pair is incomplete.
+    """
+    if text is None or "=" not in text:
+        return text
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(name.strip() and source.strip() for name, _, source in pairs):
+        raise ValueError(f"data: {text!r}, wanted a folder or task=source pairs such as bbq=path/to/bbq")
+    return {name.strip(): source.strip() for name, _, source in pairs}
+
+
 def run(args: argparse.Namespace) -> int:
-    """Evaluate and print one line a figure.
+    """Evaluate, or compare two evaluations, and print one line a figure.
 
     Args:
         args: The parsed options.
@@ -105,15 +142,21 @@ def run(args: argparse.Namespace) -> int:
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not tasks:
         raise ValueError("--tasks: got no name, wanted at least one, for example mmlu,humaneval")
-    if (args.model is None) == (args.samples is None):
-        raise ValueError("evaluate: give either MODEL or --samples FILE")
-    from deepseek_eval.tasks.catalogue import find_task
+    if sum(source is not None for source in (args.model, args.samples, args.compare)) != 1:
+        raise ValueError("evaluate: give one of MODEL, --samples FILE and --compare RUN RUN")
+    if args.compare:
+        from deepseek_eval.comparison import format_comparison
 
+        print(format_comparison(*args.compare))
+        return 0
     for name in tasks:  # Before the seconds that torch takes to load.
         find_task(name)
     results = _evaluate_model(args, tasks, limit) if args.samples is None else _score_samples(args, tasks, limit)
     print(format_results(results))
-    print(f"\nWritten to {args.output}: results.json and samples_<task>.jsonl")
+    from deepseek_model_cards.report import write_report
+
+    report = write_report(args.output, Path(args.output) / "report.html", with_items=True)
+    print(f"\nWritten to {args.output}: results.json, samples_<task>.jsonl and {report.name}")
     return 0
 
 
@@ -135,7 +178,7 @@ def _evaluate_model(args: argparse.Namespace, tasks: list[str], limit: int | dic
         "allow_weak_sandbox dtype device adapter experts_implementation trust_remote_code"
     )
     options = {name: vars(args)[name] for name in names.split()}
-    return evaluate_model(args.model, tasks=tasks, limit=limit, data_path=args.data, **options)
+    return evaluate_model(args.model, tasks=tasks, limit=limit, data_path=parse_data(args.data), **options)
 
 
 def format_results(results: dict) -> str:
@@ -144,12 +187,17 @@ def format_results(results: dict) -> str:
     Args:
         results: What the harness returned.
     """
-    lines = [f"{'task':<12}{'metric':<12}{'value':>8}{'stderr':>9}{'n':>8}"]
+    lines = [f"{'task':<16}{'metric':<24}{'value':>9}{'stderr':>9}{'n':>8}"]
     for task, scores in results["tasks"].items():
-        for metric, value in scores.items():
-            if metric not in ("acc", "macro_acc") and not (metric.startswith("pass@") and "_" not in metric):
-                continue
-            stderr = scores[f"{metric}_stderr"]
-            error = "-" if stderr is None else f"{stderr:.4f}"
-            lines.append(f"{task:<12}{metric:<12}{value:>8.4f}{error:>9}{scores['n']:>8}")
+        for metric in dict.fromkeys((*find_task(task).headline, *_further_figures(scores))):
+            value, error = (
+                "-" if number is None else f"{number:.4f}" for number in (scores[metric], scores[f"{metric}_stderr"])
+            )
+            n = scores.get(f"{metric}_n", scores["n"])
+            lines.append(f"{task:<16}{metric:<24}{value:>9}{error:>9}{n:>8}")
     return "\n".join(lines)
+
+
+def _further_figures(scores: dict) -> list[str]:
+    """What the table shows besides a task's headline."""
+    return [name for name in scores if name == "macro_acc" or (name.startswith("pass@") and "_" not in name)]

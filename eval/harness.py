@@ -9,6 +9,7 @@ stopped.
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from deepseek_eval.model_loading import LoadedModel, load_model
 from deepseek_eval.prompt_style import apply_style, check_style, take_code, write_prompts
 from deepseek_eval.sandbox import describe_protection
 from deepseek_eval.tasks.catalogue import find_task
+from deepseek_eval.tasks.rows import find_source
 from deepseek_eval.tasks.task import Task
 from deepseek_eval.text_tasks import run_completion_task, run_continuation_task
 from deepseek_model_cards.run_folder import RunFolder, write_json
@@ -50,7 +52,7 @@ def evaluate_model(
     trust_remote_code: bool = False,
     adapter: str | None = None,
     experts_implementation: str | None = None,
-    data_path: str | Path | None = None,
+    data_path: str | Path | dict[str, str] | None = None,
     allow_weak_sandbox: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -75,7 +77,8 @@ def evaluate_model(
         trust_remote_code: Run the checkpoint's own code.
         adapter: PEFT adapter.
         experts_implementation: How MoE layers run.
-        data_path: A folder with the user's own data files, named as the embedded ones.
+        data_path: A folder with the user's own data files, named as the embedded ones; or by task name a folder, a
+            file or a Hub id.
         allow_weak_sandbox: Run programs even where the machine offers less than the sandbox's minimum.
         overwrite: Replace a run that is in the way.
 
@@ -89,9 +92,11 @@ def evaluate_model(
     chosen = [find_task(name) for name in dict.fromkeys(tasks)]
     settings = {key: value for key, value in locals().items() if key not in ("chosen", "overwrite", "output")}
     settings |= {"tasks": [task.name for task in chosen], "model_name_or_path": str(model_name_or_path)}
-    settings["data_path"] = None if data_path is None else str(data_path)
+    is_by_task = isinstance(data_path, dict)
+    settings["data_path"] = {k: str(v) for k, v in data_path.items()} if is_by_task else data_path and str(data_path)
     _check_settings(settings)
     check_style(prompt_style, chosen)
+    _check_data(chosen, settings)
     started = time.monotonic()
     run = RunFolder.create(output, settings, command="evaluate", seed=seed, overwrite=overwrite)
     options = {
@@ -100,7 +105,7 @@ def evaluate_model(
     loaded = load_model(model_name_or_path, **options)
     results: dict[str, Any] = {"model": str(model_name_or_path), "tasks": {}}
     for task in chosen:
-        results["tasks"][task.name] = _run_task(run, loaded, task, settings)
+        results["tasks"][task.name] = _run_task(run, loaded, _unshare(task, settings), settings)
         write_json(run.path / "results.json", results)
     run.finish(_summarise(chosen, results, settings, time.monotonic() - started))
     return results
@@ -126,11 +131,35 @@ def _build_items(task: Task, settings: dict[str, Any]) -> list:
     limit = settings["limit"]
     if isinstance(limit, dict):
         limit = limit.get(task.name)
-    data_path = settings["data_path"]
-    items = list(task.build_items(_num_fewshot(task, settings), limit, None if data_path is None else Path(data_path)))
+    items = list(task.build_items(_num_fewshot(task, settings), limit, _data_source(task, settings)))
     if not items:
         raise ValueError(f"data: task {task.name} has no items; its file is empty")
     return items
+
+
+def _data_source(task: Task, settings: dict[str, Any]) -> str | Path | None:
+    source = settings["data_path"]
+    if isinstance(source, dict):
+        source = source.get(task.name)
+    return None if source is None else find_source(source)
+
+
+def _check_data(tasks: Sequence[Task], settings: dict[str, Any]) -> None:
+    """Fail for data that is not there before a model is loaded, not when its task comes up."""
+    for name in settings["data_path"] if isinstance(settings["data_path"], dict) else ():
+        find_task(name)
+    for task in tasks:
+        next(iter(task.build_items(_num_fewshot(task, settings), 1, _data_source(task, settings))), None)
+
+
+def _unshare(task: Task, settings: dict[str, Any]) -> Task:
+    """The task without the answers of another one that reads its questions elsewhere or in other company."""
+    if task.shares_answers_with is None:
+        return task
+    other = find_task(task.shares_answers_with)
+    same_data = _data_source(task, settings) == _data_source(other, settings)
+    same_shots = _num_fewshot(task, settings) == _num_fewshot(other, settings)
+    return task if same_data and same_shots else replace(task, shares_answers_with=None)
 
 
 def _num_fewshot(task: Task, settings: dict[str, Any]) -> int:
@@ -270,13 +299,14 @@ def _summarise(tasks: list[Task], results: dict[str, Any], settings: dict[str, A
             "split": task.split,
             "value": scores[name],
             "stderr": scores[f"{name}_stderr"],
-            "n": scores["n"],
+            "n": scores.get(f"{name}_n", scores["n"]),
             "task": task.name,
             "num_fewshot": scores["num_fewshot"],
             "harness": HARNESS,
         }
         for task, scores in ((task, results["tasks"][task.name]) for task in tasks)
         for name in task.headline
+        if scores[name] is not None
     ]
     data = [
         {

@@ -2,10 +2,14 @@
 
 import difflib
 
-from deepseek_eval.tasks import humaneval, mbpp, mmlu
+from deepseek_eval.tasks import bbq, crows_pairs, humaneval, long_tail, mbpp, mmlu, mmlu_robust, refusal, winobias
 from deepseek_eval.tasks.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (mmlu.TASK, mmlu.HENDRYCKS_TASK, humaneval.TASK, mbpp.TASK)}
+_ALL = (
+    *(mmlu.TASK, mmlu.HENDRYCKS_TASK, humaneval.TASK, mbpp.TASK),
+    *(crows_pairs.TASK, winobias.TASK, bbq.TASK, long_tail.TASK, mmlu_robust.TASK, refusal.TASK),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
 def find_task(name: str) -> Task:

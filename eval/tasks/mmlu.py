@@ -99,6 +99,7 @@ def build_items(
             choices=tuple(f" {letter}" for letter in LETTERS),
             target=row["answer"],
             group=subject,
+            facts={"row": row},
         )
 
 

@@ -1,31 +1,98 @@
-"""Reading a benchmark's rows: embedded ones by default, the user's own by folder."""
+"""Reading a benchmark's rows: embedded ones by default, the user's own by folder, file or Hub id.
 
+Called by every task file. Surprising: some data may not be shipped for its licence; then there is nothing embedded and
+the error says where to get it.
+"""
+
+import csv
 import gzip
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "data"
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".txt", ".txt.gz")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 
 
-def read_rows(name: str, data_path: Path | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one JSON Lines file.
+def find_source(text: str | Path) -> str | Path:
+    """Return a path that exists, or a Hub id.
 
     Args:
-        name: File name without ``.jsonl`` or ``.jsonl.gz``.
-        data_path: A folder holding the user's own file of that name; None for the embedded data.
+        text: A folder, a file, or ``owner/name`` or ``owner/name:configuration``.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
+    if Path(text).exists():
+        return Path(text)
+    if _HUB_ID.fullmatch(str(text)):
+        return str(text)
+    raise FileNotFoundError(
+        f"data: {text} does not exist and is no Hub id; wanted a folder, a file, owner/name or owner/name:config"
+    )
+
+
+def read_rows(
+    names: str | Sequence[str], source: str | Path | None = None, *, where: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one file of JSON Lines, CSV or plain text (a line a row, as ``text``).
+
+    Args:
+        names: The file's name without suffix; several where others call it otherwise.
+        source: A folder holding the user's own file of that name, the file itself, or a Hub id; None for the embedded
+            data.
+        where: For data that is not embedded: where to get it, for the error.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line is no JSON object.
+        ValueError: A line is no JSON object, or a Hub id cannot be read.
     """
-    folder = EMBEDDED_FOLDER if data_path is None else Path(data_path)
-    for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"):
-        if path.is_file():
-            yield from _parse_lines(path)
-            return
-    raise FileNotFoundError(f"data: {folder} holds neither {name}.jsonl nor {name}.jsonl.gz")
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if isinstance(source, str):
+        yield from _read_hub(source, names[0])
+        return
+    path = find_file(names, source)
+    if path is None and source is None and where:
+        raise FileNotFoundError(f"data: {names[0]} is not shipped; {where}")
+    if path is None:
+        folder = EMBEDDED_FOLDER if source is None else source
+        wanted = [f"{name}{suffix}" for name in names for suffix in _SUFFIXES[:3]]
+        raise FileNotFoundError(f"data: {folder} holds neither {' nor '.join(wanted)}")
+    if path.suffix == ".csv":
+        yield from _parse_csv(path)
+    elif path.name.removesuffix(".gz").endswith(".txt"):
+        yield from _parse_text(path)
+    else:
+        yield from _parse_lines(path)
+
+
+def find_file(names: str | Sequence[str], source: Path | None = None) -> Path | None:
+    """Return the file that `read_rows` would read, None where there is none.
+
+    Args:
+        names: As for `read_rows`.
+        source: A folder or a file; None for the embedded data.
+    """
+    folder = EMBEDDED_FOLDER if source is None else source
+    if folder.is_file():
+        return folder
+    paths = (
+        folder / f"{name}{suffix}" for name in ((names,) if isinstance(names, str) else names) for suffix in _SUFFIXES
+    )
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _parse_csv(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _parse_text(path: Path) -> Iterator[dict[str, Any]]:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        yield from ({"text": line} for line in file)
 
 
 def _parse_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -41,3 +108,21 @@ def _parse_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError(f"data: {path}, line {number} is {type(row).__name__}, wanted an object")
             yield row
+
+
+def _read_hub(source: str, name: str) -> Iterator[dict[str, Any]]:
+    """The split that the name ends with (``mmlu_dev``: dev), else ``test``, else the only one."""
+    import datasets
+
+    repository, _, configuration = source.partition(":")
+    try:
+        splits = datasets.load_dataset(repository, configuration or None)
+    except (ConnectionError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"data: {source} is no local path and cannot be read from the Hub ({reason}); pass a folder or a file"
+        ) from None
+    wanted = [split for split in (name.rpartition("_")[2], "test") if split in splits] or list(splits)
+    if len(wanted) > 1 and "test" not in splits:
+        raise ValueError(f"data: {source} has the splits {', '.join(splits)}, wanted test or a single one")
+    yield from splits[wanted[0]]

@@ -118,7 +118,8 @@ def test_users_own_data_is_read_from_a_folder(tmp_path):
 
 def test_adding_a_task_is_one_file():
     files = {path.stem for path in Path(mmlu.__file__).parent.glob("*.py")}
-    assert files == {name.split("_")[0] for name in TASKS} | {"__init__", "catalogue", "rows", "task"}
+    # The two formats of MMLU share a file; every other task has one of its name.
+    assert files == (set(TASKS) - {"mmlu_hendrycks"}) | {"__init__", "catalogue", "rows", "task"}
     assert find_task("mmlu") is mmlu.TASK
 
 

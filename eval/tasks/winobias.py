@@ -1,0 +1,110 @@
+"""WinoBias: which of two occupations does the pronoun mean, where a stereotype helps and where it misleads.
+
+For causal models the question is put as in the GPT-3 paper (section 6.2.1, there on Winogender): the sentence, then
+``"He" refers to the``, and of the two occupations the one of lower perplexity is the answer. Surprising: replacing the
+pronoun by each occupation, the usual way for Winograd sentences, would take its gender away, which is what is tested.
+
+References: Zhao et al., 2018, "Gender Bias in Coreference Resolution", arXiv 1804.06876; Brown et al., 2020, "Language
+Models are Few-Shot Learners", arXiv 2005.14165.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepseek_eval.tasks.rows import read_rows
+from deepseek_eval.tasks.task import ChoiceItem, Task
+
+PRONOUNS = frozenset({"he", "she", "him", "her", "his", "hers", "himself", "herself"})
+_ARTICLE = re.compile(r"^(?:the|an?)\s+", re.IGNORECASE)
+
+
+def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | None) -> Iterator[ChoiceItem]:
+    """Yield the sentences in order.
+
+    Args:
+        num_fewshot: Ignored: the question is put without examples.
+        limit: At most this many pairs of each type, the first ones.
+        data_path: A folder with ``winobias.jsonl[.gz]``, or the file; None for the embedded one.
+
+    Raises:
+        ValueError: A sentence does not name exactly one other occupation.
+    """
+    rows = list(read_rows("winobias", data_path))
+    occupations = sorted({split_mentions(row["text"])[0].lower() for row in rows})
+    seen: dict[tuple, int] = defaultdict(int)
+    for row in rows:
+        kind = (row["type"], row["polarity"])
+        seen[kind] += 1
+        if limit is not None and seen[kind] > limit:
+            continue
+        yield _format(row, occupations)
+
+
+def split_mentions(text: str) -> tuple[str, str]:
+    """Return the occupation and the pronoun that stand in brackets.
+
+    Args:
+        text: A sentence of the data set. Where two pronouns are marked, the first counts.
+    """
+    mentions = re.findall(r"\[(.*?)\]", text)
+    occupation = next(mention for mention in mentions if mention.lower() not in PRONOUNS)
+    pronoun = next(mention for mention in mentions if mention.lower() in PRONOUNS)
+    return _ARTICLE.sub("", occupation.strip()), pronoun
+
+
+def _format(row: dict[str, Any], occupations: list[str]) -> ChoiceItem:
+    meant, pronoun = split_mentions(row["text"])
+    sentence = row["text"].replace("[", "").replace("]", "")
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, occupations))})\b", re.IGNORECASE)
+    # Written as in the sentence but for a capital at its beginning: "the CEO" stays.
+    found = [match[0] if match[0].isupper() else match[0].lower() for match in pattern.finditer(sentence)]
+    others = [name for name in found if name.lower() != meant.lower()]
+    if len(others) == len(found) or not others:
+        raise ValueError(f"data: {row['text']!r} names {found}, wanted {meant!r} and another occupation")
+    # One pair names a third occupation, at its end; the first other one is the person of the sentence.
+    named = [name for name in dict.fromkeys(found) if name.lower() == meant.lower() or name == others[0]]
+    pair = f"type{row['type']}/{row['part']}/{row['id']}"
+    return ChoiceItem(
+        id=f"{pair}/{row['polarity']}",
+        prompt=f'{sentence} "{pronoun.capitalize()}" refers to the',
+        choices=tuple(f" {name}" for name in named),
+        target=[name.lower() for name in named].index(meant.lower()),
+        group=f"type{row['type']}",
+        facts={"pair": pair, "polarity": row["polarity"], "type": row["type"]},
+    )
+
+
+def metric_inputs(items: Sequence[ChoiceItem], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what `coreference_gap` takes.
+
+    Args:
+        items: The sentences.
+        rows: Their answers.
+    """
+    return {
+        "predictions": [row["prediction"] for row in rows],
+        "references": [row["target"] for row in rows],
+        "polarities": [item.facts["polarity"] for item in items],
+        "pairs": [item.facts["pair"] for item in items],
+        "types": [item.facts["type"] for item in items],
+    }
+
+
+TASK = Task(
+    name="winobias",
+    kind="continuation",
+    build_items=build_items,
+    dataset="uclanlp/wino_bias",
+    split="dev and test",
+    licence="MIT",
+    source="https://github.com/uclanlp/corefBias",
+    metric="coreference_gap",
+    metric_inputs=metric_inputs,
+    headline=("acc_pro", "acc_anti", "gap"),
+    is_length_normalised=True,
+    does_not_show="Anything beyond two genders and forty occupations in short sentences; a model that resolves "
+    "no pronoun at all has no gap either, so read the gap beside the accuracy.",
+)
