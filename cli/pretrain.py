@@ -29,20 +29,23 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, PretrainRecipe, collect_overrides(args))
 
+    from accelerate import PartialState
+
     from deepseek_training.pretrain import pretrain
 
     summary = pretrain(recipe, args.output, overwrite=args.overwrite)
-    return _report(summary, args.output)
+    missed = [check["name"] for check in summary["checks"] if not check["passed"]]
+    if PartialState().is_main_process:
+        _report(summary, missed, args.output)
+    return 1 if missed else 0
 
 
-def _report(summary: dict, output: str) -> int:
+def _report(summary: dict, missed: list[str], output: str) -> None:
     for row in summary["results"]:
         print(
             f"{row['dataset']}: {row['value']:.4f} +- {row['stderr']:.4f} bits per byte "
             f"({row['baseline_name']}: {row['baseline']:.4f})"
         )
     print(f"model in {output}/model after {summary['seconds']:.0f} s")
-    missed = [check["name"] for check in summary["checks"] if not check["passed"]]
     if missed:
         print(f"missed: {', '.join(missed)}")
-    return 1 if missed else 0

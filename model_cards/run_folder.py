@@ -92,6 +92,21 @@ class RunFolder:
         write_text(run.path / RECIPE_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         return run
 
+    @classmethod
+    def join(cls, path: str | Path, settings: dict[str, Any]) -> "RunFolder":
+        """Take up, in another process of the same training, what `create` has made or taken up in the first.
+
+        Args:
+            path: The folder, which all processes see.
+            settings: The resolved settings.
+
+        Raises:
+            FileExistsError: As for `create`, which has then failed in the first process too.
+        """
+        run = cls(path)
+        run._check_resumable(settings)
+        return run
+
     def _has_only_begun(self) -> bool:
         """True for a run that stopped, say at a wrong setting, before it wrote anything worth keeping."""
         return self.path.is_dir() and {path.name for path in self.path.iterdir()} == {RECIPE_FILE, ENVIRONMENT_FILE}

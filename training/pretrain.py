@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from deepseek_model_cards.loading import load_tokenizer
 from deepseek_training.bigram import BigramModel
 from deepseek_training.bits_per_byte import BitsPerByte, measure_bigram
+from deepseek_training.engine import building_as_configured
 from deepseek_training.packing import PackedDataset, encode_documents
 from deepseek_training.run_callbacks import log_closing_line
 from deepseek_training.stage_recipes import PretrainRecipe, TrainerSettings
@@ -45,7 +46,8 @@ def pretrain(recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = Fa
     model_config(recipe, {"vocab_size": recipe.vocab_size})  # a bad setting leaves no run folder behind
     run, args = open_run(recipe, output, command="pretrain", overwrite=overwrite)
     tokenizer = prepare_tokenizer(recipe, texts)
-    model = build_model(recipe, tokenizer)
+    with building_as_configured(args):
+        model = build_model(recipe, tokenizer)
     documents = encode_documents(texts, tokenizer)
     dataset = PackedDataset(documents, recipe.sequence_length, seed=recipe.seed)
     held_out = HeldOut.prepare(data_name(recipe.data), held_out_texts, tokenizer, recipe.eval_bytes)

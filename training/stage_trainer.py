@@ -21,6 +21,7 @@ from deepseek_model_cards.run_folder import RunFolder
 from deepseek_training.balance import ExpertBalanceCallback
 from deepseek_training.bits_per_byte import BitsPerByte, measure_model
 from deepseek_training.checkpoints import CheckpointMarker, last_complete_checkpoint, step_of
+from deepseek_training.engine import check_engine, prepare_engine
 from deepseek_training.figures import TrainingFigures
 from deepseek_training.load_plot import LoadPlot
 from deepseek_training.packing import cut_to_share, encode_documents
@@ -114,6 +115,17 @@ class StageTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Run an epoch unless the training is done already.
+
+        `Trainer` (5.23) looks for the last step only after a step: resumed from its checkpoint it would train one
+        too many.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Load a checkpoint's weights through `from_pretrained`.
 
@@ -143,12 +155,13 @@ def open_run(
         FileExistsError: The folder holds another run.
     """
     args = training_arguments(recipe, Path(output))
+    settings = recipe_settings(recipe)
     with args.main_process_first(local=False):
-        is_first = args.process_index == 0
-        settings = recipe_settings(recipe)
-        run = RunFolder.create(output, settings, command=command, seed=recipe.seed, overwrite=overwrite and is_first)
+        if args.process_index > 0:
+            return RunFolder.join(output, settings), args
+        run = RunFolder.create(output, settings, command=command, seed=recipe.seed, overwrite=overwrite)
         checkpoint = last_complete_checkpoint(run.path / "checkpoints")
-        if run.is_resumed and is_first:
+        if run.is_resumed:
             drop_metrics_after(run, step_of(checkpoint) if checkpoint else 0)
     return run, args
 
@@ -182,6 +195,7 @@ def train_stage(
         train_dataset=dataset,
         eval_dataset=dataset if recipe.eval_steps else None,  # Trainer wants one; `evaluate` reads `held_out`
     )
+    check_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()  # "Writing model shards" would break our bar's line at every checkpoint
     trainer.figures = TrainingFigures.attach(trainer, balance=ExpertBalanceCallback(recipe.bias_update_speed))
@@ -190,12 +204,8 @@ def train_stage(
     checkpoint = last_complete_checkpoint(run.path / "checkpoints")
     if checkpoint:
         logger.warning("going on from %s", checkpoint)
-    if checkpoint and step_of(checkpoint) >= recipe.max_steps and not trainer.is_sharded:
-        # `Trainer` looks for the last step only after a step, so it would train one too many.
-        trainer._load_from_checkpoint(str(checkpoint))
         loads = [row["tokens_per_expert"] for row in run.metrics if "tokens_per_expert" in row]
-        trainer.figures.tokens_per_expert = loads[-1] if loads else []
-        return trainer
+        trainer.figures.tokens_per_expert = loads[-1] if loads else []  # what a finished training has logged last
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
@@ -227,6 +237,7 @@ def training_arguments(recipe: TrainerSettings, output: Path) -> TrainingArgumen
     """
     has_gpu = torch.cuda.is_available()
     return TrainingArguments(
+        accelerator_config=prepare_engine(),
         output_dir=str(output / "checkpoints"),
         max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.batch_size,
