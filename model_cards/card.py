@@ -39,7 +39,10 @@ MEASUREMENTS = (
     ("language modelling on held-out text (bits per byte, perplexity)", r"bits_per_byte|perplexity|loss"),
     ("reward on held-out prompts", r"reward"),
     ("social bias (CrowS-Pairs, WinoBias, BBQ and the like)", r"crows|winobias|bbq|stereoset|\bbias"),
-    ("safety: refusals and harmful completions judged by an independent classifier", r"refusal|harm|toxicity"),
+    ("refusals of harmful and of harmless requests (AdvBench, XSTest)", r"refusal"),
+    ("harmful completions judged by an independent classifier", r"harmful_completions|toxicity"),
+    ("robustness to typing errors, option order, distraction and wording", r"perturbed"),
+    ("accuracy from common to rare terms (long tail)", r"term frequency"),
     ("robustness to adversarial prompts", r"adversarial|jailbreak|attack"),
     ("calibration of its probabilities", r"calibration|\bece\b"),
     ("reasoning and mathematics (GSM8K and the like)", r"gsm8k|math"),
@@ -47,7 +50,9 @@ MEASUREMENTS = (
     ("languages other than the training data's", r"multilingual|flores"),
     ("overlap of the training data with the benchmarks", r"contamination|overlap"),
 )
-_SAFETY = re.compile(r"safety|bias|crows|bbq|toxicity|refusal|harm|jailbreak|adversarial", re.IGNORECASE)
+_SAFETY = re.compile(
+    r"safety|bias|crows|bbq|toxicity|refusal|harm|jailbreak|adversarial|perturbed|term frequency", re.IGNORECASE
+)
 SMALL_MODEL = 1_000_000_000
 
 
@@ -74,20 +79,20 @@ def write_card(
 
     Raises:
         FileNotFoundError: There is no finished run, or no such template.
-        ValueError: Metadata that the Hub would refuse.
+        ValueError: Metadata that the Hub would refuse, or a template that is none.
     """
     from huggingface_hub import ModelCard
 
     path = Path(run_path)
     target = Path(output) if output else path
-    if template is not None and not Path(template).is_file():
-        raise FileNotFoundError(f"--template: {template} is no file")
     stages = read_stages(path)
     model_path = model_path or final_model_path(stages)
     config = read_config(model_path)
     name = name or _name_from(path, repo_id)
     metadata = build_metadata(stages, name=name, licence=licence, config=config)
     values = describe_run(stages, name=name, repo_id=repo_id, config=config, model_path=model_path)
+    if template is not None:
+        check_template(Path(template), known=set(values) | set(metadata.to_dict()))
     if values["architecture"]:
         draw_block(config, target / PICTURE)
     # from_template fills {{ card_data }} itself and gives the template every metadata field; ours come on top.
@@ -95,6 +100,34 @@ def write_card(
     card.save(target / "README.md")
     write_eval_results(stages, target)
     return target / "README.md"
+
+
+def check_template(path: Path, known: set[str]) -> None:
+    """Refuse a template with a fault in it, an unknown variable, or no place for the metadata.
+
+    Args:
+        path: The template.
+        known: The variables that it may use, beside ``card_data``.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is faulty; jinja would leave an unknown variable blank without a word.
+    """
+    from jinja2 import Environment, TemplateSyntaxError, meta
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--template: {path} is no file")
+    try:
+        used = meta.find_undeclared_variables(Environment().parse(path.read_text(encoding="utf-8")))
+    except (TemplateSyntaxError, UnicodeDecodeError) as error:
+        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise ValueError(f"--template: {path}{line}: {error}") from None
+    if unknown := sorted(used - known - {"card_data"}):
+        raise ValueError(f"--template: {path} uses {unknown[0]!r}, which is none of {', '.join(sorted(known))}")
+    if "card_data" not in used:
+        raise ValueError(
+            f"--template: {path} has no '{{{{ card_data }}}}' between two lines of ---"
+        )
 
 
 def _name_from(path: Path, repo_id: str | None) -> str:
@@ -132,14 +165,26 @@ def describe_run(
         "safety": [
             row
             for stage in stages.values()
-            for row in pair_results([r for r in stage.results if _SAFETY.search(f"{r['metric']} {r.get('dataset')}")])
+            for row in pair_results(_safety_results(stage))
         ],
+        "safety_notes": sorted(
+            {
+                f"{label_dataset(row)}: {row['does_not_show']}"
+                for stage in stages.values()
+                for row in _safety_results(stage)
+                if row.get("does_not_show")
+            }
+        ),
         "limits": _limits(table, finals),
         "not_measured": _not_measured(stages),
         "loading": _loading(repo_id or f"<user>/{name}", config),
         "versions": ", ".join(f"{key} {value}" for key, value in merged_versions(stages).items()),
         "citation": _citation(name),
     }
+
+
+def _safety_results(stage: Stage) -> list[dict[str, Any]]:
+    return [row for row in stage.results if _SAFETY.search(f"{row['metric']} {row.get('dataset')}")]
 
 
 def _introduction(stages: dict[str, Stage], table: ParameterTable | None) -> str:

@@ -56,6 +56,7 @@ def push_run(
     private: bool = False,
     revision: str | None = None,
     licence: str = "apache-2.0",
+    template: str | Path | None = None,
     message: str = "Upload model, card and results",
     token: str | None = None,
     endpoint: str | None = None,
@@ -69,6 +70,7 @@ def push_run(
         private: Make a new repository private; an existing one keeps its visibility.
         revision: The branch to commit to, made if it does not exist; the main branch by default.
         licence: The licence of the weights, as the Hub spells it.
+        template: A Jinja template for the card in place of ours.
         message: The commit's message.
         token: The access token; by default the one `hf auth login` stored, or ``HF_TOKEN``.
         endpoint: The server; huggingface.co by default, or ``HF_ENDPOINT``.
@@ -83,7 +85,7 @@ def push_run(
     """
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as folder:
-        files = collect_files(run_path, repo_id, licence=licence, folder=Path(folder))
+        files = collect_files(run_path, repo_id, licence=licence, template=template, folder=Path(folder))
         check_leaks(files, folders=[Path(run_path).resolve(), Path(folder), Path.home()])
         if dry_run:
             # What was written for the upload vanishes with the folder, so hand back its bytes.
@@ -114,7 +116,9 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"REPO: {repo_id!r} names no owner; pass user/name")
 
 
-def collect_files(run_path: str | Path, repo_id: str, *, licence: str, folder: Path) -> list[UploadFile]:
+def collect_files(
+    run_path: str | Path, repo_id: str, *, licence: str, folder: Path, template: str | Path | None = None
+) -> list[UploadFile]:
     """Return everything that belongs into the repository, card and report freshly written.
 
     Args:
@@ -122,6 +126,7 @@ def collect_files(run_path: str | Path, repo_id: str, *, licence: str, folder: P
         repo_id: The repository, named in the card's loading examples.
         licence: The licence of the weights.
         folder: An empty folder that card and report are written into.
+        template: A Jinja template for the card in place of ours.
 
     Raises:
         FileNotFoundError: There is no finished run, or it made no model.
@@ -129,7 +134,7 @@ def collect_files(run_path: str | Path, repo_id: str, *, licence: str, folder: P
     model_path = final_model_path(read_stages(run_path))
     if model_path is None:
         raise FileNotFoundError(f"run: {run_path} made no model, so there is nothing to upload")
-    write_card(run_path, output=folder, licence=licence, repo_id=repo_id)
+    write_card(run_path, output=folder, licence=licence, repo_id=repo_id, template=template)
     write_report(run_path, folder / "report.html")
     names = ["README.md", PICTURE, "report.html"]
     written = [path for path in sorted(folder.rglob("*")) if path.name in names or path.parent.name == ".eval_results"]

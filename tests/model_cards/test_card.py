@@ -100,6 +100,22 @@ def test_the_card_loads_its_model_without_our_package(demo_run):
     assert done.stdout.startswith("Once upon a time")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("---\n{{ card_data }}\n---\n{% for x in %}", "line 4"),
+        ("---\n{{ card_data }}\n---\n{{ paramters.total }}", "uses 'paramters', which is none of .*parameters"),
+        ("# {{ name }}", "has no '{{ card_data }}'"),
+    ],
+)
+def test_a_faulty_template_is_one_line_and_writes_nothing(demo_run, tmp_path, text, message):
+    template = tmp_path / "mine.md"
+    template.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        write_card(demo_run, template=template, output=tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out" / "README.md").exists()
+
+
 def test_a_users_template_replaces_ours(demo_run, tmp_path):
     template = tmp_path / "mine.md"
     template.write_text("---\n{{ card_data }}\n---\n# {{ name }}: {{ parameters.total }} parameters\n")
