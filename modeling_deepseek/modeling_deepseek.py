@@ -73,7 +73,9 @@ class DeepseekMoE(DeepseekV3MoE):
             hidden_states: `[B, S, D]`.
             layout: Sequences and padding; None: neither is known.
         """
-        _, topk_weights, topk_indices = self.gate(hidden_states, layout)
+        # Under expert parallelism transformers looks up the process that has an expert, also where its weight is 0.
+        is_split = vars(self.experts).get("_is_expert_parallel", False)  # a flag that 5.17 has not
+        _, topk_weights, topk_indices = self.gate(hidden_states, layout, marks_unused=not is_split)
         routed = self.experts(hidden_states.view(-1, hidden_states.shape[-1]), topk_indices, topk_weights)
         return routed.view_as(hidden_states) + self.shared_experts(hidden_states)
 
@@ -234,6 +236,8 @@ class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
         if self._carried_mtp and not getattr(self, "_hf_peft_config_loaded", False):
             state_dict = kwargs.get("state_dict")
             state_dict = self.state_dict() if state_dict is None else state_dict
+        # transformers copies the file that holds the class. FSDP2 makes a class of its own, in a file of torch's.
+        self.__module__ = next(cls.__module__ for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
             prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
             kwargs["state_dict"] = with_carried(state_dict, self._carried_mtp, prefix, self.dtype)
         super().save_pretrained(save_directory, **kwargs)

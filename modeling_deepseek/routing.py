@@ -54,7 +54,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         self.load = ExpertLoad(self.num_experts)
 
     def forward(
-        self, hidden_states: torch.Tensor, layout: TokenLayout | None = None
+        self, hidden_states: torch.Tensor, layout: TokenLayout | None = None, *, marks_unused: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route each token.
 
@@ -62,6 +62,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
             hidden_states: `[..., D]`.
             layout: Sequences and padding, which is routed but neither counted nor in any loss; None: one
                 sequence.
+            marks_unused: Whether the experts may be given an index that is none of theirs.
 
         Returns:
             `router_logits` `[T, E]` fp32, `topk_weights` `[T, K]` fp32 and `topk_indices` `[T, K]`; an unused slot
@@ -82,7 +83,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
             self.load.count(topk_indices, is_used, layout, self.anchor)
         if self.training and self.has_losses and torch.is_grad_enabled():
             topk_weights = AttachLoss.apply(topk_weights, self._loss(router_logits, topk_indices, is_used, layout))
-        if is_used is not None and self.config._experts_implementation == "fused_moe":
+        if is_used is not None and marks_unused and self.config._experts_implementation == "fused_moe":
             topk_indices = topk_indices.masked_fill(~is_used, self.num_experts)
         return router_logits, topk_weights, topk_indices
 
