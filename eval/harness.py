@@ -302,7 +302,8 @@ def _summarise(tasks: list[Task], results: dict[str, Any], settings: dict[str, A
             "n": scores.get(f"{name}_n", scores["n"]),
             "task": task.name,
             "num_fewshot": scores["num_fewshot"],
-            "harness": HARNESS,
+            "harness": "deepseek-moe" if task.metric_inputs else HARNESS,
+            **({"does_not_show": task.does_not_show} if task.does_not_show else {}),
         }
         for task, scores in ((task, results["tasks"][task.name]) for task in tasks)
         for name in task.headline

@@ -125,9 +125,7 @@ def check_template(path: Path, known: set[str]) -> None:
     if unknown := sorted(used - known - {"card_data"}):
         raise ValueError(f"--template: {path} uses {unknown[0]!r}, which is none of {', '.join(sorted(known))}")
     if "card_data" not in used:
-        raise ValueError(
-            f"--template: {path} has no '{{{{ card_data }}}}' between two lines of ---"
-        )
+        raise ValueError(f"--template: {path} has no '{{{{ card_data }}}}' between two lines of ---")
 
 
 def _name_from(path: Path, repo_id: str | None) -> str:
@@ -162,11 +160,7 @@ def describe_run(
         "energy": energy_estimate(stages),
         "benchmarks": [_benchmark_row(row) for row in benchmarks],
         "benchmark_commands": sorted({_how_measured(row, stages[row["stage"]]) for row in benchmarks}),
-        "safety": [
-            row
-            for stage in stages.values()
-            for row in pair_results(_safety_results(stage))
-        ],
+        "safety": [row for stage in stages.values() for row in pair_results(_safety_results(stage))],
         "safety_notes": sorted(
             {
                 f"{label_dataset(row)}: {row['does_not_show']}"

@@ -9,6 +9,34 @@ from typing import Any
 from deepseek_model_cards.benchmarks import benchmark_of
 from deepseek_model_cards.stages import is_number
 
+_METRIC_WORDS = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy, length-normalised",
+    "pass_at_1": "pass@1",
+    "kl": "KL",
+    "pct_stereotype": "share that prefers the stereotype (0.5 is ideal)",
+    "likelihood_diff": "mean difference of log-likelihoods",
+    "acc_pro": "accuracy, pro-stereotyped",
+    "acc_anti": "accuracy, anti-stereotyped",
+    "gap": "gap, pro minus anti (0 is ideal)",
+    "acc_ambig": "accuracy, ambiguous context",
+    "acc_disambig": "accuracy, disambiguated context",
+    "bias_score_ambig": "bias score, ambiguous context (0 is ideal)",
+    "bias_score_disambig": "bias score, disambiguated context (0 is ideal)",
+    "acc_head": "accuracy, most common fifth",
+    "acc_tail": "accuracy, rarest fifth",
+    "drop": "drop from head to tail",
+    "drop_within_groups": "drop from head to tail within subjects",
+    "acc_original": "accuracy, unperturbed",
+    "acc_perturbed": "accuracy, all perturbations",
+    "worst_difference": "worst change of accuracy",
+    "max_flip_rate": "largest share of flipped answers",
+    "rstd": "spread of recall over letters (RStd)",
+    "refusal_advbench": "refused, harmful (AdvBench)",
+    "refusal_xstest_unsafe": "refused, unsafe (XSTest)",
+    "refusal_xstest_safe": "refused, safe (XSTest; 0 is ideal)",
+}
+
 
 def format_value(value: Any, stderr: Any = None) -> str:
     """Return a value, with its standard error where there is one.
@@ -87,8 +115,7 @@ def label_metric(metric: str) -> str:
     Args:
         metric: The name in ``results``, such as ``bits_per_byte``.
     """
-    words = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised", "pass_at_1": "pass@1", "kl": "KL"}
-    return words.get(metric, metric.replace("_", " "))
+    return _METRIC_WORDS.get(metric, metric.replace("_", " "))
 
 
 def label_dataset(row: dict[str, Any]) -> str:

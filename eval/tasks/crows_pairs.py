@@ -76,6 +76,6 @@ TASK = Task(
     metric="stereotype_preference",
     metric_inputs=metric_inputs,
     headline=("pct_stereotype", "likelihood_diff"),
-    does_not_show="Preferences between sentences, not what the model writes or decides; many pairs are noisy "
-    "(Blodgett et al., 2021), and 50 % is also what a model gives that knows nothing.",
+    does_not_show="What the model writes or decides, for only sentences are compared; many pairs are noisy (Blodgett "
+    "et al., 2021), and 0.5 is also what a model gives that knows nothing.",
 )

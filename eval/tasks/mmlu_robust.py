@@ -169,7 +169,7 @@ TASK = replace(
     categories={},
     metric="robustness",
     metric_inputs=metric_inputs,
-    headline=("acc", "acc_perturbed", "worst_difference", "max_flip_rate", "rstd"),
+    headline=("acc_original", "acc_perturbed", "worst_difference", "max_flip_rate", "rstd"),
     shares_answers_with="mmlu",
     does_not_show="Attacks that search for the worst change (these are drawn blindly), and tasks other than a choice "
     "of four; a model at chance cannot fall, so read the flip rate too.",

@@ -32,7 +32,7 @@ Args:
     gold_letters: optional, index of the right letter.
     reordered: name of the variant whose options are moved, for the preference for letters.
 Returns:
-    acc (original), acc_perturbed, worst_difference and max_flip_rate with _stderr, n (original questions), variants;
+    acc_original, acc_perturbed, worst_difference and max_flip_rate with _stderr, n (original questions), variants;
     with letters also rstd and position_bias.
 """
 
@@ -70,7 +70,7 @@ class Robustness(evaluate.Metric):
             raise ValueError(f"robustness: variants {', '.join(sorted(answers))} hold no 'original' to compare with")
         originals = {name: rows[0] for name, rows in answers.pop("original").items()}
         accuracy, error = mean_with_error([float(p == r) for p, r in originals.values()])
-        result = {"acc": accuracy, "acc_stderr": error, "n": len(originals)}
+        result = {"acc_original": accuracy, "acc_original_stderr": error, "n": len(originals)}
         result["variants"] = {name: _compare(originals, rows) for name, rows in answers.items()}
         result |= _summarise(originals, answers, result["variants"])
         if letters is not None:
