@@ -1,19 +1,24 @@
 """Checkpoints of PPO: the parts that TRL leaves out, and the way back.
 
 A folder ``checkpoint-N`` holds the policy (or its adapter), optimizer, schedule and trainer state as `Trainer` writes
-them, and beside them ``value_model/`` and ``ppo_state.json`` with the reward's state. Surprising: the latter is
-written last and by a rename, so a folder without it was cut short and is passed over.
+them, and beside them ``value_model/`` (or its adapter and head) and ``ppo_state.json`` with the reward's state in each
+process. Surprising: the list of files that makes it complete (`deepseek_training.checkpoints`) is written last, so a
+folder whose writing was cut short is passed over, and older checkpoints are deleted only after that.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
+
+from deepseek_model_cards.run_folder import write_json
+from deepseek_training.checkpoints import is_complete, mark_complete, step_of
 
 if TYPE_CHECKING:
     from deepseek_training.ppo_trainer import CorrectedPPOTrainer
@@ -24,44 +29,79 @@ STATE_FILE = "ppo_state.json"
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """Return the newest whole checkpoint in a folder, or None."""
-    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{STATE_FILE}") if is_complete(path.parent)]
+    return max(found, key=step_of, default=None)
 
 
-def save_training_state(trainer: "CorrectedPPOTrainer") -> None:
-    """Add value model and reward state to the checkpoint `Trainer` has just written."""
-    folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+def finish_checkpoint(trainer: "CorrectedPPOTrainer") -> None:
+    """Add value model and reward state to the checkpoint `Trainer` has just written, and mark it as whole.
+
+    Args:
+        trainer: Whose checkpoint it is.
+    """
+    args = trainer.args
+    folder = Path(args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    states = gather_object([reward_state(trainer)])
+    trainer.accelerator.wait_for_everyone()  # every process writes its random state into the checkpoint
     if trainer.accelerator.is_main_process:
         trainer.value_model.save_pretrained(folder / VALUE_FOLDER)
-        reward = _stateful(trainer)
-        state = {"reward": reward.state_dict() if reward is not None else None}
-        temporary = folder / (STATE_FILE + ".partial")
-        temporary.write_text(json.dumps(state), encoding="utf-8")
-        os.replace(temporary, folder / STATE_FILE)
+        write_json(folder / STATE_FILE, {"reward": states})
+        mark_complete(folder)
+        rotate_checkpoints(args.output_dir, args.save_total_limit, trainer.state.best_model_checkpoint)
     trainer.accelerator.wait_for_everyone()
 
 
 def load_checkpoint(trainer: "CorrectedPPOTrainer", folder: str | Path) -> None:
     """Bring a fresh trainer to the state of a checkpoint.
 
+    Args:
+        trainer: Built with the same settings.
+        folder: The checkpoint.
+
     Raises:
         FileNotFoundError: The folder is no whole checkpoint of PPO.
+        ValueError: Another number of processes wrote it.
     """
-    folder = Path(folder)
-    if not (folder / STATE_FILE).is_file():
-        raise FileNotFoundError(f"resume_from_checkpoint: {folder} is no whole PPO checkpoint (no {STATE_FILE})")
-    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    folder, accelerator = Path(folder), trainer.accelerator
+    if not (folder / STATE_FILE).is_file() or not is_complete(folder):
+        raise FileNotFoundError(f"resume_from_checkpoint: {folder} is no whole PPO checkpoint")
+    reward_states = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["reward"]
+    if len(reward_states) != accelerator.num_processes:
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} was written by {len(reward_states)} processes, "
+            f"this training has {accelerator.num_processes}"
+        )
+    unwrapped = accelerator.unwrap_model(trainer.model)
     _load_weights(unwrapped.policy, folder)
     _load_weights(unwrapped.value_model, folder / VALUE_FOLDER)
-    device = trainer.accelerator.device
-    trainer.optimizer.load_state_dict(torch.load(folder / OPTIMIZER_NAME, map_location=device, weights_only=True))
+    optimizer = torch.load(folder / OPTIMIZER_NAME, map_location=accelerator.device, weights_only=True)
+    trainer.optimizer.load_state_dict(optimizer)
     trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
     state = OnlineTrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
     for name in ("global_step", "episode", "epoch", "log_history"):
         setattr(trainer.state, name, getattr(state, name))
-    reward_state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["reward"]
-    if reward_state is not None:
-        _stateful(trainer).load_state_dict(reward_state)
+    load_reward_state(trainer, reward_states[accelerator.process_index])
+
+
+def reward_state(trainer: "CorrectedPPOTrainer") -> Any:
+    """Return the state of this process's reward, or None if it keeps none.
+
+    Args:
+        trainer: Whose reward.
+    """
+    reward = _stateful(trainer)
+    return None if reward is None else reward.state_dict()
+
+
+def load_reward_state(trainer: "CorrectedPPOTrainer", state: Any) -> None:
+    """Restore what `reward_state` returned.
+
+    Args:
+        trainer: Whose reward.
+        state: The state; None changes nothing.
+    """
+    if state is not None:
+        _stateful(trainer).load_state_dict(state)
 
 
 def _stateful(trainer: "CorrectedPPOTrainer") -> Any:

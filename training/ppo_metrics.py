@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from trl.experimental.ppo import PPOConfig
 
-from deepseek_training.ppo_rollout import NO_TOKEN, Rollout
+from deepseek_training.ppo_forward import NO_TOKEN
+from deepseek_training.ppo_rollout import Rollout
 from deepseek_training.ppo_update import Targets
 
 
@@ -79,7 +80,19 @@ def step_means(rollout: Rollout, targets: Targets, stats: dict[str, torch.Tensor
         "val/ratio": stats["ratio"].mean(),
         "length_tokens": rollout.lengths.float().mean(),
         "has_eos": rollout.has_eos.float().mean(),
+        **{name: stats[name].mean() for name in ("grad_norm", "aux_loss") if name in stats},
     }
+
+
+def mean_by_name(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each number over the processes that have it.
+
+    Args:
+        rows: One a process; a reward may log something in one process only.
+    """
+    names = {name: None for row in rows for name in row}
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 def count_eos(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> int:

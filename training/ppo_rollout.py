@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from trl.experimental.ppo.ppo_trainer import INVALID_LOGPROB, batch_generation, forward, truncate_response
-from trl.experimental.utils import first_true_indices, get_reward
+from trl.experimental.ppo.ppo_trainer import INVALID_LOGPROB, batch_generation, truncate_response
+from trl.experimental.utils import first_true_indices
 from trl.trainer.utils import selective_log_softmax
 
-NO_TOKEN = -1
+from deepseek_training.ppo_forward import NO_TOKEN
 
 
 @dataclasses.dataclass
@@ -56,15 +56,6 @@ class Rollout:
     def lengths(self) -> torch.Tensor:
         """[B] tokens of each completion, its eos included."""
         return (~self.padding_mask).sum(1)
-
-    def keep(self, count: int) -> "Rollout":
-        """Return the first rows only."""
-        cut = {
-            field.name: getattr(self, field.name)[:count]
-            for field in dataclasses.fields(self)
-            if field.name != "context_length"
-        }
-        return Rollout(context_length=self.context_length, **cut)
 
 
 class PromptCollator:
@@ -139,20 +130,6 @@ def sample(
     if stop_token_id is not None:
         responses = truncate_response(stop_token_id, NO_TOKEN, responses)
     return torch.cat([queries, responses], 1), logprobs
-
-
-def response_logprobs(
-    model: nn.Module, query_responses: torch.Tensor, context_length: int, temperature: float
-) -> torch.Tensor:
-    """Return the model's logprobs of the completion tokens, [B, T]; padding has to be masked by the caller."""
-    logits = forward(model, query_responses, NO_TOKEN).logits[:, context_length - 1 : -1].float()
-    return selective_log_softmax(logits / (temperature + 1e-7), query_responses[:, context_length:].clamp(min=0))
-
-
-def response_values(value_model: nn.Module, query_responses: torch.Tensor, context_length: int) -> torch.Tensor:
-    """Return the value model's estimate before each completion token, [B, T]."""
-    full_value, _, _ = get_reward(value_model, query_responses, NO_TOKEN, context_length)
-    return full_value[:, context_length - 1 : -1].squeeze(-1).float()
 
 
 def mask_beyond_end(

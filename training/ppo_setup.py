@@ -1,51 +1,127 @@
-"""What PPO needs before its first step: settings that can work, modules without dropout, an obedient accelerator.
+"""What PPO needs before its first step: settings and prompts that can work, no dropout, an obedient accelerator.
 
-Called by `deepseek_training.ppo_trainer`. Surprising: TRL's constructor builds its own `Accelerator` from a name in
-its module, so ours is put in that name's place while the constructor runs.
+Called by `deepseek_training.ppo_trainer`. Surprising: TRL's constructor builds its own `Accelerator` and wrapper from
+names in its module, so ours are put in those names' places while the constructor runs.
 """
 
 import contextlib
 from collections.abc import Iterator
 
 import trl.experimental.ppo.ppo_trainer as trl_ppo
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.experimental.ppo import PPOConfig
 
+from deepseek_training.ppo_forward import PolicyAndValue
 
-def check_settings(
-    args: PPOConfig, tokenizer: PreTrainedTokenizerBase, train: Dataset, held_out: Dataset | None
-) -> None:
-    """Refuse what could not train.
+_AT_LEAST = {
+    "response_length": 1,
+    "num_mini_batches": 1,
+    "num_ppo_epochs": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "local_rollout_forward_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "total_episodes": 1,
+    "kl_coef": 0,
+    "cliprange": 0,
+    "cliprange_value": 0,
+    "vf_coef": 0,
+    "max_grad_norm": 0,
+    "learning_rate": 0,
+    "missing_eos_penalty": 0,
+}
+
+
+def check_settings(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Refuse settings and tokenizers that could not train.
 
     Args:
         args: TRL's settings.
         tokenizer: Of the policy.
-        train: The prompts.
-        held_out: The prompts of the evaluation.
+        config: Of the policy.
 
     Raises:
-        ValueError: A setting, tokenizer or data set with which training could not begin or never end.
+        ValueError: Names the setting, its value and what is allowed.
     """
     if tokenizer.pad_token_id is None:
         raise ValueError("tokenizer: it has no pad token; set tokenizer.pad_token (it may be the eos token)")
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: it has no eos token, so no completion could end; set tokenizer.eos_token")
-    for name, dataset in (("train_dataset", train), ("eval_dataset", held_out)):
-        if dataset is None and name == "eval_dataset":
-            continue
-        if not len(dataset):
-            raise ValueError(f"{name}: it is empty; wanted at least one prompt")
-        if any(not len(ids) for ids in dataset["input_ids"]):
-            raise ValueError(f"{name}: a prompt has no tokens")
+    if len(tokenizer) > config.get_text_config().vocab_size:
+        raise ValueError(
+            f"tokenizer: its {len(tokenizer)} tokens are more than the model's {config.get_text_config().vocab_size}"
+        )
+    for name, least in _AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name}={value}: allowed is {least} or more")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"{name}={getattr(args, name)}: allowed is 0 to 1")
+    if not args.temperature > 0:
+        raise ValueError(f"temperature={args.temperature}: allowed is above 0")
+    if args.kl_estimator not in ("k1", "k3"):
+        raise ValueError(f"kl_estimator={args.kl_estimator!r}: allowed are 'k1' and 'k3'")
+    _check_batches(args)
+
+
+def _check_batches(args: PPOConfig) -> None:
+    local_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if local_batch % args.num_mini_batches:
+        raise ValueError(
+            f"num_mini_batches={args.num_mini_batches}: it must divide the batch of {local_batch} prompts a process"
+        )
     per_mini_batch = args.gradient_accumulation_steps / args.num_mini_batches
     if per_mini_batch > 1 and not per_mini_batch.is_integer():
         raise ValueError(
             f"num_mini_batches={args.num_mini_batches}: gradient_accumulation_steps="
             f"{args.gradient_accumulation_steps} must be a multiple of it, or at most as large"
+        )
+    mini_batch = local_batch // args.num_mini_batches
+    if args.whiten_rewards and mini_batch < 8:
+        raise ValueError(f"whiten_rewards=True: a mini-batch of {mini_batch} is too small, wanted 8 or more")
+
+
+def check_prompts(args: PPOConfig, config: PretrainedConfig, train: Dataset, held_out: Dataset | None) -> None:
+    """Refuse prompts that could not be completed.
+
+    Args:
+        args: TRL's settings.
+        config: Of the policy.
+        train: The prompts.
+        held_out: Those of the evaluation; None: there is none.
+
+    Raises:
+        ValueError: No prompts, an empty one, fewer than a batch, or one that leaves no room for a completion.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    vocab_size = config.get_text_config().vocab_size
+    for name, dataset in (("train_dataset", train), ("eval_dataset", held_out)):
+        if dataset is None and name == "eval_dataset":
+            continue
+        if not len(dataset):
+            raise ValueError(f"{name}: it is empty; wanted at least one prompt")
+        if "input_ids" not in dataset.column_names:
+            raise ValueError(f"{name}: it has no column 'input_ids', only {', '.join(dataset.column_names)}")
+        for row, ids in enumerate(dataset["input_ids"]):
+            if not len(ids):
+                raise ValueError(f"{name}: prompt {row} has no tokens")
+            if min(ids) < 0 or max(ids) >= vocab_size:
+                raise ValueError(f"{name}: prompt {row} has token {max(ids)}, the model knows 0 to {vocab_size - 1}")
+            if context is not None and len(ids) + args.response_length > context:
+                raise ValueError(
+                    f"{name}: prompt {row} has {len(ids)} tokens, with response_length={args.response_length} more "
+                    f"than the model's context of {context}"
+                )
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+    if len(train) < batch:
+        raise ValueError(
+            f"train_dataset: {len(train)} rows are fewer than the batch of {batch}; "
+            "lower per_device_train_batch_size or gradient_accumulation_steps"
         )
 
 
@@ -64,11 +140,11 @@ def disable_functional_dropout(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def stock_accelerator_replaced(args: PPOConfig) -> Iterator[None]:
-    """While stock's constructor runs, give it an `Accelerator` that obeys the settings.
+def stock_parts_replaced(args: PPOConfig) -> Iterator[None]:
+    """While stock's constructor runs, give it an `Accelerator` that obeys the settings, and our `PolicyAndValue`.
 
-    Stock builds one without mixed precision, that counts `gradient_accumulation_steps` micro-batches to a step, steps
-    early at the data loader's end, and lets DDP wait for experts that saw no token.
+    Stock builds an accelerator without mixed precision, that counts `gradient_accumulation_steps` micro-batches to a
+    step, steps early at the data loader's end, and lets DDP wait for experts that saw no token.
 
     Args:
         args: TRL's settings.
@@ -82,8 +158,9 @@ def stock_accelerator_replaced(args: PPOConfig) -> Iterator[None]:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
 
-    stock, trl_ppo.Accelerator = trl_ppo.Accelerator, build
+    stock = trl_ppo.Accelerator, trl_ppo.PolicyAndValueWrapper
+    trl_ppo.Accelerator, trl_ppo.PolicyAndValueWrapper = build, PolicyAndValue
     try:
         yield
     finally:
-        trl_ppo.Accelerator = stock
+        trl_ppo.Accelerator, trl_ppo.PolicyAndValueWrapper = stock

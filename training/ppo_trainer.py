@@ -7,6 +7,7 @@ Surprising: with settings under which the stock class is right, both trace the s
 """
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
@@ -22,21 +25,21 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 from trl.experimental.utils import get_reward
 from trl.models.utils import unwrap_model_for_generation
 
-from deepseek_training.ppo_checkpoint import load_checkpoint, save_training_state
+from deepseek_training.balance import find_routers
+from deepseek_training.ppo_checkpoint import finish_checkpoint, load_checkpoint, load_reward_state, reward_state
 from deepseek_training.ppo_evaluation import evaluate_prompts, mean_metrics
-from deepseek_training.ppo_metrics import Stopwatch, count_eos, step_means
+from deepseek_training.ppo_forward import NO_TOKEN, response_logprobs, response_values, router_logits_off
+from deepseek_training.ppo_metrics import Stopwatch, count_eos, mean_by_name, step_means
 from deepseek_training.ppo_rollout import (
-    NO_TOKEN,
     PromptCollator,
     RewardAdapter,
     Rollout,
     mask_beyond_end,
-    response_logprobs,
-    response_values,
     sample,
 )
-from deepseek_training.ppo_setup import check_settings, disable_functional_dropout, stock_accelerator_replaced
-from deepseek_training.ppo_update import STATS, Targets, compute_targets, micro_batch_loss
+from deepseek_training.ppo_setup import check_prompts, check_settings, disable_functional_dropout, stock_parts_replaced
+from deepseek_training.ppo_update import Targets, compute_targets, micro_batch_loss
+from deepseek_training.ppo_value import value_model_for
 
 _SEED_STEP = 1_000_003  # a prime, so that seeds of different updates and processes do not meet
 
@@ -54,7 +57,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         model: The policy.
         reward: A callable (see `deepseek_training.rewards`), or a reward model as TRL takes it.
         train_dataset: Rows with ``input_ids``; all other columns go to the reward.
-        value_model: A sequence classifier with one label.
+        value_model: A sequence classifier with one label; None gives a LoRA policy one that shares its frozen weights.
         ref_model: The reference; None copies the policy, or with LoRA turns the adapter off.
         eval_dataset: Held-out rows, for `evaluate`.
         callbacks: More callbacks.
@@ -73,7 +76,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         model: PreTrainedModel,
         reward: Callable[..., list[float | None]] | nn.Module,
         train_dataset: Dataset,
-        value_model: nn.Module,
+        value_model: nn.Module | None = None,
         ref_model: PreTrainedModel | None = None,
         eval_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -81,10 +84,13 @@ class CorrectedPPOTrainer(PPOTrainer):
         optimizers: tuple = (None, None),
         prompt_column: str = "prompt",
     ):
-        check_settings(args, processing_class, train_dataset, eval_dataset)
+        check_settings(args, processing_class, model.config)
+        check_prompts(args, model.config, train_dataset, eval_dataset)
+        if value_model is None:
+            value_model = value_model_for(model, peft_config)
         if not isinstance(reward, nn.Module):
             reward = RewardAdapter(reward, processing_class)
-        with stock_accelerator_replaced(args):
+        with stock_parts_replaced(args):
             super().__init__(
                 args=args,
                 processing_class=processing_class,
@@ -99,11 +105,6 @@ class CorrectedPPOTrainer(PPOTrainer):
                 callbacks=callbacks,
                 peft_config=peft_config,
             )
-        if len(train_dataset) < args.batch_size:
-            raise ValueError(
-                f"train_dataset: {len(train_dataset)} rows are fewer than the batch of {args.batch_size}; "
-                "lower per_device_train_batch_size or gradient_accumulation_steps"
-            )
         self.prompt_column = prompt_column
         self.last_evaluation: dict[str, list] = {}
         self.num_eval_samples = 1
@@ -116,6 +117,8 @@ class CorrectedPPOTrainer(PPOTrainer):
         if args.gradient_checkpointing:  # stock: the setting is read and never applied
             for module in (self.policy_model, self.value_model):
                 module.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+                if isinstance(module, PeftModel):  # or a reentrant checkpoint finds nothing that needs a gradient
+                    module.enable_input_require_grads()
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -131,8 +134,10 @@ class CorrectedPPOTrainer(PPOTrainer):
         self._begin(resume_from_checkpoint)
         started = time.perf_counter()
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        self._tell_routers(max(1, args.gradient_accumulation_steps // args.num_mini_batches))
         while self.state.global_step < args.num_total_batches and not self.control.should_training_stop:
             self._train_step(self.state.global_step + 1)
+        self._tell_routers(None)
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
         seconds = time.perf_counter() - started
         losses = [row["loss/policy_avg"] for row in self.state.log_history if "loss/policy_avg" in row]
@@ -157,16 +162,17 @@ class CorrectedPPOTrainer(PPOTrainer):
             load_checkpoint(self, checkpoint)
         self.model.train()
 
+    def _tell_routers(self, num_passes: int | None) -> None:
+        """Tell our models' routers how many passes make an optimizer step, for the size of their auxiliary losses."""
+        for router in find_routers(self.model):
+            router.load.num_accumulation_steps = num_passes
+
     def _train_step(self, update: int) -> None:
         args = self.args
         self._seed(update)
-        try:
-            rollout = self.play(self._batch(update))
-        except RewardError:
-            self._save_checkpoint(self.model, trial=None)
-            raise
+        rollout = self._play_or_save(self._batch(update))
         with torch.no_grad():
-            targets = compute_targets(rollout, args)
+            targets = compute_targets(rollout, args, self._add_up)
         stats = self._learn(rollout, targets)
         self.state.episode += args.batch_size
         self.state.epoch = self.state.episode / self.train_dataset_len
@@ -179,6 +185,21 @@ class CorrectedPPOTrainer(PPOTrainer):
         if self.control.should_save:
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(args, self.state, self.control)
+
+    def _play_or_save(self, batch: dict[str, Any]) -> Rollout:
+        """Play; if a reward fails in any process, every process saves the last whole update and stops."""
+        state = copy.deepcopy(reward_state(self))
+        rollout, failure = None, None
+        try:
+            rollout = self.play(batch)
+        except RewardError as error:
+            failure = error
+        failures = [text for text in gather_object([None if failure is None else str(failure)]) if text is not None]
+        if not failures:
+            return rollout
+        load_reward_state(self, state)  # parts called before the one that failed have moved on
+        self._save_checkpoint(self.model, trial=None)
+        raise RewardError(failures[0]) from failure
 
     def _seed(self, update: int) -> None:
         """Make an update's randomness depend on nothing but seed, process and number, so that resuming is exact."""
@@ -196,23 +217,29 @@ class CorrectedPPOTrainer(PPOTrainer):
         return self.data_collator(list(rows))
 
     @torch.no_grad()
-    def play(self, batch: dict[str, Any], temperature: float | None = None, is_evaluation: bool = False) -> Rollout:
+    def play(self, batch: dict[str, Any], *, is_evaluation: bool = False) -> Rollout:
         """Sample completions and note logps, values and scores, with every module in evaluation mode.
 
         Stock samples in training mode (functional dropout, load counters) and outside autocast.
+
+        Args:
+            batch: From the data collator.
+            is_evaluation: Told to the reward, which then leaves its own state alone.
+
+        Raises:
+            RewardError: The reward failed in this process.
         """
         args, device = self.args, self.accelerator.device
-        temperature = args.temperature if temperature is None else temperature
         queries = batch["input_ids"].to(device)
         context_length = queries.shape[1]
         self.model.eval()
         with self.accelerator.autocast():
-            with self._watch.time("generation"), self._unwrapped_for_generation(temperature) as (unwrapped, config):
+            with self._watch.time("generation"), self._unwrapped_for_generation() as (unwrapped, config):
                 query_responses, logprobs = sample(
                     unwrapped.policy, queries, config, args.local_rollout_forward_batch_size, self.stop_token_id
                 )
             with self._watch.time("logps"):
-                ref_logprobs, values = self._reference_and_values(query_responses, context_length, temperature)
+                ref_logprobs, values = self._reference_and_values(query_responses, context_length)
         self.model.train()
         masked = mask_beyond_end(query_responses[:, context_length:], logprobs.float(), ref_logprobs, values)
         responses = query_responses[:, context_length:]
@@ -230,28 +257,31 @@ class CorrectedPPOTrainer(PPOTrainer):
         return self.processing_class.eos_token_id if self.stop_token_id is None else self.stop_token_id
 
     @contextlib.contextmanager
-    def _unwrapped_for_generation(self, temperature: float) -> Iterator[tuple[nn.Module, GenerationConfig]]:
+    def _unwrapped_for_generation(self) -> Iterator[tuple[nn.Module, GenerationConfig]]:
         settings = {
             "max_new_tokens": self.args.response_length,
-            "temperature": temperature + 1e-7,
+            "temperature": self.args.temperature + 1e-7,
             "top_k": 0,
             "top_p": 1.0,
             "do_sample": True,
         }
         config = GenerationConfig(**settings, pad_token_id=self.processing_class.pad_token_id)
-        with unwrap_model_for_generation(
-            self.model,
-            self.accelerator,
-            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-            generation_kwargs=settings,
-        ) as unwrapped:
+        with (
+            unwrap_model_for_generation(
+                self.model,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=settings,
+            ) as unwrapped,
+            router_logits_off(unwrapped.policy),
+        ):
             yield unwrapped, config
 
     def _reference_and_values(
-        self, query_responses: torch.Tensor, context_length: int, temperature: float
+        self, query_responses: torch.Tensor, context_length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T] each, in slices of the rollout batch size."""
-        unwrapped = self.accelerator.unwrap_model(self.model)
+        unwrapped, temperature = self.accelerator.unwrap_model(self.model), self.args.temperature
         ref_logprobs, values = [], []
         for part in query_responses.split(self.args.local_rollout_forward_batch_size):
             if self.ref_model is None:
@@ -280,6 +310,8 @@ class CorrectedPPOTrainer(PPOTrainer):
         ids = [row[row != NO_TOKEN].tolist() for row in query_responses[:, context_length:]]
         if not isinstance(self.reward_model, RewardAdapter):
             _, scores, _ = get_reward(self.reward_model, query_responses, NO_TOKEN, context_length)
+            if not torch.isfinite(scores).all():
+                raise RewardError(f"step {self.state.global_step + 1}: the reward model's scores are not finite")
             return scores.float(), self.processing_class.batch_decode(ids, skip_special_tokens=True)
         columns = {key: value for key, value in batch.items() if key not in ("input_ids", self.prompt_column)}
         prompts = batch.get(self.prompt_column) or self.processing_class.batch_decode(
@@ -303,33 +335,48 @@ class CorrectedPPOTrainer(PPOTrainer):
         Stock steps once per `gradient_accumulation_steps` micro-batches, however many make a mini-batch; steps after
         each of them when the data loader is at its end; never clips.
         """
-        args, accelerator, device = self.args, self.accelerator, self.accelerator.device
-        logged: dict[str, list[torch.Tensor]] = {name: [] for name in (*STATS, "grad_norm")}
+        args = self.args
+        logged: dict[str, list[torch.Tensor]] = {}
         with self._watch.time("update"):
             for _ in range(args.num_ppo_epochs):
-                order = torch.from_numpy(np.random.permutation(args.local_batch_size)).to(device)
+                order = torch.from_numpy(np.random.permutation(args.local_batch_size)).to(self.accelerator.device)
                 for mini_batch in order.split(args.local_mini_batch_size):
-                    tokens = (~rollout.padding_mask[mini_batch]).sum()
-                    positions = (~rollout.padding_mask_p1[mini_batch]).sum()
-                    micro_batches = mini_batch.split(args.per_device_train_batch_size)
-                    sums: dict[str, torch.Tensor] = {}
-                    for rows in micro_batches:
-                        with accelerator.accumulate(self.model):
-                            loss, stats = micro_batch_loss(
-                                self.model, rollout, targets, rows, (tokens, positions, len(mini_batch)), args
-                            )
-                            # accelerate divides by the number of micro-batches; the shares already add up to the mean
-                            accelerator.backward(loss * len(micro_batches))
-                            if accelerator.sync_gradients and args.max_grad_norm:
-                                norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-                                logged["grad_norm"].append(norm.detach())
-                            self.optimizer.step()
-                            self.optimizer.zero_grad()
-                        for name, value in stats.items():
-                            sums[name] = sums.get(name, 0.0) + value
-                    for name, value in sums.items():
-                        logged[name].append(value)
-        return {name: torch.stack(values) for name, values in logged.items() if values}
+                    for name, value in self._learn_mini_batch(rollout, targets, mini_batch).items():
+                        logged.setdefault(name, []).append(value)
+        return {name: torch.stack(values) for name, values in logged.items()}
+
+    def _learn_mini_batch(
+        self, rollout: Rollout, targets: Targets, mini_batch: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Take one optimizer step; means are over the mini-batch's tokens in all processes."""
+        args, accelerator = self.args, self.accelerator
+        masks = (rollout.padding_mask[mini_batch], rollout.padding_mask_p1[mini_batch])
+        counts = torch.stack(
+            [*((~mask).sum() for mask in masks), torch.tensor(len(mini_batch), device=masks[0].device)]
+        )
+        # DDP takes the mean of the gradients, so each process divides by the mean of the counts
+        totals = accelerator.reduce(counts.float(), reduction="mean")
+        micro_batches = mini_batch.split(args.per_device_train_batch_size)
+        sums: dict[str, torch.Tensor] = {}
+        for rows in micro_batches:
+            with accelerator.accumulate(self.model):
+                loss, stats = micro_batch_loss(self.model, rollout, targets, rows, totals, args)
+                # accelerate divides by the number of micro-batches; the shares already add up to the mean
+                accelerator.backward(loss * len(micro_batches))
+                if accelerator.sync_gradients and args.max_grad_norm:
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                    stats["grad_norm"] = norm.detach()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0.0) + value
+        # Stock tells no callback of its steps; ExpertBalanceCallback moves its biases here
+        self.control = self.callback_handler.on_optimizer_step(args, self.state, self.control)
+        return sums
+
+    def _add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes."""
+        return self.accelerator.reduce(values, reduction="sum")
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
@@ -368,18 +415,12 @@ class CorrectedPPOTrainer(PPOTrainer):
 
     def _log_step(self, rollout: Rollout, targets: Targets, stats: dict[str, torch.Tensor]) -> None:
         """Log under TRL's names, and the gradient's norm, the reward's parts and the share of time beside them."""
-        own = step_means(rollout, targets, stats)
+        own = {name: float(value) for name, value in step_means(rollout, targets, stats).items()}
         own.update({name: float(np.mean(values)) for name, values in self._metrics.items()})
-        device = self.accelerator.device
-        metrics = {
-            name: self.accelerator.gather(torch.as_tensor(value, device=device).float()).mean().item()
-            for name, value in own.items()
-        }
+        metrics = mean_by_name(gather_object([own]))
         ratios = self.accelerator.gather(stats["ratio"])
         metrics["val/ratio_var"] = ratios.var().item() if len(ratios) > 1 else 0.0
-        metrics["val/num_eos_tokens"] = count_eos(rollout, self.processing_class)
-        if "grad_norm" in stats:
-            metrics["grad_norm"] = stats["grad_norm"].mean().item()
+        metrics["val/num_eos_tokens"] = sum(gather_object([count_eos(rollout, self.processing_class)]))
         metrics.update(self._watch.metrics(rollout, self.args))
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode
@@ -396,6 +437,13 @@ class CorrectedPPOTrainer(PPOTrainer):
             self.model = wrapped
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save what `Trainer` saves, then the value model and the reward's state (stock loses both)."""
-        super(PPOTrainer, self)._save_checkpoint(model, trial)
-        save_training_state(self)
+        """Save what `Trainer` saves, then the value model and the reward's state (stock loses both).
+
+        The older checkpoints are deleted when the new one is whole; `Trainer` deletes them before.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super(PPOTrainer, self)._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        finish_checkpoint(self)

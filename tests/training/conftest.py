@@ -1,10 +1,17 @@
-"""A pretraining small enough for a test: 260-token vocabulary, 12 steps, on a few paragraphs."""
+"""A pretraining small enough for a test: 260-token vocabulary, 12 steps, on a few paragraphs.
+
+Makes ``ppo_parts`` importable too: pytest's importlib mode leaves the test folders off the path.
+"""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from deepseek_training.text_data import load_texts
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

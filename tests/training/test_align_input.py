@@ -1,0 +1,120 @@
+"""What PPO refuses before it starts, and rewards that fail while it runs."""
+
+import pytest
+import torch
+from datasets import Dataset
+from ppo_parts import StockReward, make_ours, make_prompts, make_tokenizer, share_of_liked
+
+from deepseek_training.ppo_checkpoint import last_checkpoint
+from deepseek_training.ppo_trainer import RewardError
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: {"tokenizer": make_tokenizer(pad=None)}, "no pad token"),
+        (lambda: {"train": make_prompts().select([])}, "train_dataset: it is empty"),
+        (lambda: {"held_out": make_prompts().select([])}, "eval_dataset: it is empty"),
+        (lambda: {"train": make_prompts().rename_column("input_ids", "ids")}, "no column 'input_ids'"),
+        (lambda: {"train": rows([5], [], [6], [7])}, "train_dataset: prompt 1 has no tokens"),
+        (lambda: {"train": rows([5], [6], [7], [8, 99])}, "prompt 3 has token 99, the model knows 0 to 28"),
+        (lambda: {"train": rows([5], [6], [5] * 60, [7])}, "60 tokens, with response_length=6 more .* context of 64"),
+        (lambda: {"held_out": rows([5] * 60)}, "eval_dataset: prompt 0 has 60 tokens"),
+        (lambda: {"num_mini_batches": 2, "gradient_accumulation_steps": 3}, "num_mini_batches=2"),
+        (lambda: {"num_mini_batches": 3}, "num_mini_batches=3: it must divide the batch of 4"),
+        (lambda: {"num_mini_batches": 0}, "num_mini_batches=0: allowed is 1 or more"),
+        (lambda: {"response_length": 0}, "response_length=0: allowed is 1 or more"),
+        (lambda: {"num_ppo_epochs": 0}, "num_ppo_epochs=0: allowed is 1 or more"),
+        (lambda: {"kl_coef": -0.1}, "kl_coef=-0.1: allowed is 0 or more"),
+        (lambda: {"cliprange": float("nan")}, "cliprange=nan: allowed is 0 or more"),
+        (lambda: {"temperature": 0.0}, "temperature=0.0: allowed is above 0"),
+        (lambda: {"lam": 1.5}, "lam=1.5: allowed is 0 to 1"),
+        (lambda: {"kl_estimator": "k2"}, "kl_estimator='k2': allowed are 'k1' and 'k3'"),
+        (lambda: {"whiten_rewards": True}, "whiten_rewards=True: a mini-batch of 4 is too small"),
+    ],
+)
+def test_bad_input_is_one_line_before_training(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        make_ours(tmp_path / "run", **change())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()  # a run folder must not look begun
+
+
+def rows(*ids):
+    return Dataset.from_dict({"prompt": ["x"] * len(ids), "input_ids": list(ids)})
+
+
+def test_the_reward_sees_prompts_columns_and_completions_alone(tmp_path):
+    rows = make_prompts()
+    rows = rows.add_column("topic", [f"topic {i}" for i in range(len(rows))])
+    calls = []
+
+    def reward(prompts, completions, completion_ids, topic, **kwargs):
+        calls.append((prompts, completions, completion_ids, topic))
+        kwargs["log_metric"]("seen", 3.0)
+        return [0.5] * len(prompts)
+
+    trainer = make_ours(tmp_path, reward=reward, train=rows, logging_steps=1)
+    trainer.train()
+    lookup = dict(zip(rows["prompt"], rows["topic"], strict=True))
+    for prompts, completions, ids, topics in calls:
+        assert len(prompts) == 4  # once a batch
+        assert [lookup[prompt] for prompt in prompts] == topics
+        decoded = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+        assert completions == decoded
+        assert all(len(row) <= 6 for row in ids)
+    assert trainer.state.log_history[0]["seen"] == 3.0
+
+
+class Failing:
+    """A reward with a state that moves before it fails, at its third call."""
+
+    __name__ = "failing"
+
+    def __init__(self, scores=None):
+        self.scores, self.calls = scores, 0
+
+    def __call__(self, prompts, completions, completion_ids, **kwargs):
+        self.calls += 1
+        if self.calls == 3 and self.scores is not None:
+            return self.scores(len(prompts))
+        return [score / self.calls for score in share_of_liked(prompts, completions, completion_ids)]
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda n: [0.5] * (n - 1), "3 scores for 4 completions"),
+        (lambda n: [float("nan")] * n, "wanted a finite number"),
+        (lambda n: [None] * n, "no part could score"),
+        (lambda n: None, "TypeError"),
+        (lambda n: 1 / 0, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_failing_reward_leaves_a_checkpoint_and_its_name(scores, message, tmp_path):
+    trainer = make_ours(tmp_path, reward=Failing(scores), logging_steps=1)
+    with pytest.raises(RewardError, match=f"step 3: .*{message}") as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    whole = make_ours(tmp_path / "whole", reward=Failing())
+    whole.train()
+    resumed = make_ours(tmp_path, reward=Failing(), logging_steps=1)
+    resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_reward_model_with_nan_scores_stops_the_run(tmp_path):
+    class Broken(StockReward):
+        def score(self, hidden_states):
+            return hidden_states * float("nan")
+
+    with pytest.raises(RewardError, match="step 1: the reward model's scores are not finite"):
+        make_ours(tmp_path, reward=Broken()).train()
