@@ -1,6 +1,37 @@
-"""Makes ``moe_cases`` importable: pytest's importlib mode leaves the test folders off the path."""
+"""What the tests of the kernels share; puts ``moe_cases`` on the path, which importlib mode does not."""
 
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+_GUARD = 64
+
+
+@pytest.fixture
+def guarded_buffers(monkeypatch):
+    """Fill every uninitialised buffer with NaN or a huge index, fence it with the same, and look at the fences after.
+
+    What a kernel leaves unwritten shows in its results, what it writes beyond the end shows in the fences: neither
+    Triton's interpreter nor a GPU complains of itself.
+    """
+    made = []
+
+    def fence(tensor):
+        poison = float("nan") if tensor.is_floating_point() else 2**30
+        whole = torch.full((tensor.numel() + 2 * _GUARD,), poison, dtype=tensor.dtype, device=tensor.device)
+        made.append(whole)
+        return whole[_GUARD : _GUARD + tensor.numel()].view(tensor.shape)
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, original=original, **k: fence(original(*a, **k)))
+    yield made
+    monkeypatch.undo()
+    for whole in made:
+        for fence_part in (whole[:_GUARD], whole[-_GUARD:]):
+            is_whole = fence_part.isnan() if whole.is_floating_point() else fence_part == 2**30
+            assert is_whole.all(), f"a kernel wrote outside a buffer of {whole.numel() - 2 * _GUARD} {whole.dtype}"

@@ -1,4 +1,4 @@
-"""Runs ``test_triton_kernels.py`` under Triton's interpreter, which has to be chosen before Triton is imported."""
+"""Runs the Triton kernels' tests in the interpreter, which has to be chosen before Triton is imported."""
 
 import os
 import subprocess
@@ -8,25 +8,33 @@ from pathlib import Path
 import pytest
 import torch
 
-FILE = Path(__file__).with_name("test_triton_kernels.py")
+FOLDER = Path(__file__).parent
+FILES = ["test_triton_kernels.py", "test_triton_layer.py"]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 
 
 def run(*arguments):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", str(FILE), "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FILE.parents[2])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
-def test_kernels_in_the_interpreter():
-    done = run()
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FOLDER)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-400:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_in_the_interpreter(name):
+    run(name)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_kernels_in_the_interpreter_slow():
-    done = run("-m", "slow")
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "201 passed" in done.stdout, done.stdout[-400:]
+@pytest.mark.timeout(6000)
+@pytest.mark.parametrize("name", FILES[1:])
+def test_slow_kernels_in_the_interpreter(name):
+    run(name, "-m", "slow", "--timeout", "600")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(9000)
+def test_fuzz_in_the_interpreter():
+    assert "400 passed" in run("test_fuzz.py", "-m", "slow", "--timeout", "600")

@@ -1,4 +1,4 @@
-"""The Triton kernels, run: under Triton's interpreter on a CPU, or on the GPU where there is one.
+"""Each Triton kernel, run: under Triton's interpreter on a CPU, or on the GPU where there is one.
 
 Without a GPU these need a process started with TRITON_INTERPRET=1; ``test_in_interpreter.py`` starts it. Shapes are
 small because the interpreter takes milliseconds a step, and odd because tiles are 16: H and I straddle one.
@@ -13,13 +13,13 @@ triton = pytest.importorskip("triton")
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from moe_cases import RMS, assert_equals_reference, gradients, in_float64, make_case, make_ids  # noqa: E402
+from moe_cases import RMS, in_float64, make_case, make_ids  # noqa: E402
 
 from deepseek_kernels import combine as combine_file  # noqa: E402
 from deepseek_kernels import down_backward as down_backward_file  # noqa: E402
-from deepseek_kernels import fused_moe_gpu, router  # noqa: E402
 from deepseek_kernels import gate_up as gate_up_file  # noqa: E402
 from deepseek_kernels import grouped_gemm as grouped_gemm_file  # noqa: E402
+from deepseek_kernels import router  # noqa: E402
 from deepseek_kernels import weight_gradient as weight_gradient_file  # noqa: E402
 from deepseek_kernels.fused_moe import fused_moe, fused_moe_reference  # noqa: E402
 from deepseek_kernels.routing_metadata import routing_metadata, routing_metadata_reference  # noqa: E402
@@ -30,18 +30,7 @@ TILES = SAFE if DEVICE == "cuda" else INTERPRETED
 PATTERNS = ["some_unused", "empty_experts", "one_expert", "all_unused"]
 # H and I off the tile of 16 on either side; I = 5 below one tile.
 ODD = {"H": 35, "I": 19}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch):
-    """Fill every uninitialised buffer with NaN or a huge index, so that whatever is left unwritten shows."""
-
-    def poison(tensor):
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, original=original, **k: poison(original(*a, **k)))
+pytestmark = pytest.mark.usefixtures("guarded_buffers")
 
 
 @pytest.mark.parametrize("T,K,E,block_m", [(0, 2, 3, 16), (1, 1, 1, 16), (7, 3, 5, 4), (200, 3, 6, 16)])
@@ -139,32 +128,6 @@ def test_weight_gradient(gather):
     close(got, weight_gradient_file.weight_gradient_reference(left, right, experts, 6))
 
 
-LAYERS = [(torch.float64, pattern) for pattern in PATTERNS]
-LAYERS += [(torch.float32, "some_unused"), (torch.bfloat16, "some_unused"), (torch.bfloat16, "one_expert")]
-
-
-@pytest.mark.parametrize("dtype,pattern", LAYERS)
-def test_layer_and_gradients(dtype, pattern):
-    case = make_case(dtype, T=7, H=19, I=17, E=4, pattern=pattern, device=DEVICE)
-    assert_equals_reference(gradients(fused_moe, case), case, dtype)
-
-
-@pytest.mark.parametrize("T", [0, 1, 64])
-def test_number_of_tokens(T):
-    case = make_case(torch.float32, T=T, H=17, I=9, device=DEVICE)
-    assert_equals_reference(gradients(fused_moe, case), case, torch.float32)
-
-
-def test_every_expert_for_every_token():
-    case = make_case(torch.float32, T=7, H=16, I=16, E=5, K=5, pattern="every_expert", device=DEVICE)
-    assert_equals_reference(gradients(fused_moe, case), case, torch.float32)
-
-
-def test_float16():
-    case = make_case(torch.float16, T=7, **ODD, device=DEVICE)
-    assert_equals_reference(gradients(fused_moe, case), case, torch.float16)
-
-
 @pytest.mark.parametrize("T,H,dtype", [(0, 20, torch.float32), (1, 260, torch.float32), (4, 20, torch.bfloat16)])
 def test_decode(T, H, dtype):
     # H = 260 takes two steps of 256; I = 19 is above one block of 16.
@@ -173,31 +136,6 @@ def test_decode(T, H, dtype):
         output = fused_moe(*case)
     wanted = fused_moe_reference(*in_float64(case))
     assert (output.cpu() - wanted).abs().max().item() <= 4 * RMS[dtype] * wanted.abs().max().item() if T else True
-
-
-def test_repeat_runs_are_bit_equal():
-    runs = [gradients(fused_moe, make_case(torch.float32, T=20, H=17, I=9, device=DEVICE)) for _ in range(2)]
-    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
-
-
-def test_a_preactivation_is_not_written_where_no_backward_follows():
-    case = [t.detach() for t in make_case(torch.float32, T=7, H=17, I=9, device=DEVICE)]
-    output, preactivation, _ = fused_moe_gpu.forward(*case, "silu", False)
-    assert preactivation.numel() == 0 and output.isfinite().all()
-
-
-def gradcheck(**shape):
-    x, gate_up, down, ids, weights = make_case(torch.float64, device=DEVICE, **shape)
-    return torch.autograd.gradcheck(lambda *t: fused_moe(*t[:3], ids, t[3]), (x, gate_up, down, weights))
-
-
-def test_gradcheck():
-    assert gradcheck(T=2, H=2, I=1, E=2, K=2)
-
-
-@pytest.mark.slow
-def test_gradcheck_larger():
-    assert gradcheck(T=4, H=3, I=2, E=3, K=2)
 
 
 ROUTERS = {
@@ -249,28 +187,3 @@ def test_router_gradcheck():
     for scoring, normalize in (("sigmoid", True), ("softmax", True), ("softmax", False)):
         function = lambda x, s=scoring, n=normalize: router.fused_router(x, top_k=2, scoring=s, normalize=n)[1]  # noqa: E731
         assert torch.autograd.gradcheck(function, (logits.requires_grad_(),))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(200))
-def test_fuzz(seed):
-    generator = torch.Generator().manual_seed(1000 + seed)
-
-    def draw(low, high):
-        return int(torch.randint(low, high + 1, (1,), generator=generator))
-
-    dtype = (torch.float64, torch.float32, torch.bfloat16, torch.float16)[seed % 4]
-    E = draw(1, 9)
-    case = make_case(
-        dtype,
-        T=draw(0, 40),
-        H=draw(1, 50),
-        I=draw(1, 50),
-        E=E,
-        K=draw(1, min(E, 5)),
-        pattern=PATTERNS[draw(0, 3)],
-        seed=seed,
-        device=DEVICE,
-    )
-    activation = ("silu", "gelu", "gelu_pytorch_tanh")[draw(0, 2)]
-    assert_equals_reference(gradients(fused_moe, case, activation), case, dtype, activation)
