@@ -4,11 +4,14 @@ Uses transformers' own `generate` and `TextStreamer`; any causal LM works.
 """
 
 import argparse
+import sys
+from typing import Any
 
 HELP = "Continue a prompt with any causal language model, streaming."
 EXAMPLES = """
   deepseek-moe generate runs/demo/align/model --prompt "Once upon a time"
   deepseek-moe generate runs/demo/pretrain/model --prompt "The King" --temperature 0 --max-new-tokens 40
+  deepseek-moe generate runs/mtp/model --prompt "The King" --temperature 0 --use-mtp
 """
 
 
@@ -20,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.95, help="share of probability to sample from")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument(
+        "--use-mtp",
+        action="store_true",
+        help="draft with the checkpoint's multi-token prediction layers, and say how many drafts were accepted",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that lies in the checkpoint")
 
 
@@ -30,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from transformers import TextStreamer, set_seed
 
     from deepseek_model_cards.loading import load_model, load_tokenizer
+    from modeling_deepseek.draft_acceptance import count_drafts
 
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     model = load_model(args.model, trust_remote_code=args.trust_remote_code)
@@ -44,15 +53,35 @@ def run(args: argparse.Namespace) -> int:
         )
     set_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
-    with torch.inference_mode():
-        model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=min(args.max_new_tokens, context - num_prompt_tokens),
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-            **(sampling if args.temperature > 0 else {"do_sample": False}),
-        )
+    options = {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "max_new_tokens": min(args.max_new_tokens, context - num_prompt_tokens),
+        "streamer": TextStreamer(tokenizer, skip_special_tokens=True),
+        **(sampling if args.temperature > 0 else {"do_sample": False}),
+    }
+    with torch.inference_mode(), count_drafts(model) as drafts:
+        _draft(model, **options) if args.use_mtp else model.generate(**options)
+    if args.use_mtp:
+        print(f"multi-token prediction: {drafts}", file=sys.stderr)
     return 0
+
+
+def _draft(model: Any, **options: Any) -> None:
+    """Generate with drafts; a checkpoint without the layers gives one line, where transformers fails in its depths."""
+    config = model.config.get_text_config()
+    lacking = None
+    if not hasattr(config, "num_mtp_layers") or not config.num_mtp_layers:
+        lacking = "the model's num_nextn_predict_layers is 0"
+    else:
+        try:
+            model.generate(use_mtp=True, **options)
+        except RuntimeError as error:
+            if "MtpModel weights are missing" not in str(error):
+                raise
+            lacking = "the checkpoint holds no multi-token prediction layers"
+    if lacking:
+        raise ValueError(f"--use-mtp: {lacking}; wanted a model trained with mtp_loss_coef above 0")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The command as users meet it: help with defaults and examples, and one line with exit code 2 for what they mend."""
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -63,7 +64,7 @@ def error_line(capsys, *arguments: str) -> str:
     except SystemExit as stopped:
         code = stopped.code
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if "%|" not in line and line.strip()]
+    lines = [line for line in captured.err.splitlines() if "%|" not in line and "it/s" not in line and line.strip()]
     assert code == 2, captured.err
     assert len(lines) == 1, captured.err
     return lines[0]
@@ -175,6 +176,28 @@ def test_generate_streams_the_same_text_for_the_same_seed(capsys, checkpoint):
         assert main(["generate", str(checkpoint), "--prompt", "a small", "--max-new-tokens", "8"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].startswith("a small")
+
+
+def test_generate_says_how_many_drafts_were_accepted(capsys, checkpoint, tmp_path):
+    command = ["--prompt", "a small", "--max-new-tokens", "8", "--temperature", "0"]
+    assert "num_nextn_predict_layers is 0" in error_line(capsys, "generate", str(checkpoint), *command, "--use-mtp")
+    config = json.loads((checkpoint / "config.json").read_text())
+    settings = {**config, "num_nextn_predict_layers": 1, "mtp_loss_coef": 0.3}
+    AutoModelForCausalLM.from_config(DeepseekConfig(**settings)).save_pretrained(tmp_path)
+    for file in checkpoint.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    texts = []
+    for flags in ([], ["--use-mtp"]):
+        assert main(["generate", str(tmp_path), *command, *flags]) == 0
+        captured = capsys.readouterr()
+        texts.append(captured.out)
+    assert texts[0] == texts[1] and "drafted tokens accepted (" in captured.err
+    # The layers are promised but not there.
+    config["num_nextn_predict_layers"] = 1
+    shutil.copytree(checkpoint, tmp_path / "without")
+    (tmp_path / "without" / "config.json").write_text(json.dumps(config))
+    line = error_line(capsys, "generate", str(tmp_path / "without"), *command, "--use-mtp")
+    assert "holds no multi-token prediction layers" in line
 
 
 def test_a_defect_of_ours_keeps_its_traceback(tmp_path):

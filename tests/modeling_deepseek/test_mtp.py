@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
+from modeling_deepseek.draft_acceptance import count_drafts
 from modeling_deepseek.modeling_deepseek import DeepseekMtpLayer
 
 
@@ -114,9 +115,30 @@ def test_official_names_and_speculative_decoding(tiny, tmp_path):
     prompt = pattern(1, 6) + 1
     greedy = loaded.generate(prompt, max_new_tokens=30, do_sample=False)
     num_greedy = len(passes)
-    speculative = loaded.generate(prompt, max_new_tokens=30, do_sample=False, use_mtp=True)
+    with count_drafts(loaded) as drafts:
+        speculative = loaded.generate(prompt, max_new_tokens=30, do_sample=False, use_mtp=True)
     assert torch.equal(greedy, speculative)
-    assert len(passes) - num_greedy < 0.7 * num_greedy, "drafts are accepted"
+    num_passes = len(passes) - num_greedy
+    assert num_passes < 0.7 * num_greedy, "drafts are accepted"
+    # Witness: each pass writes one token and the accepted drafts; the first, over the prompt, has no drafts.
+    assert drafts.num_passes == num_passes and drafts.num_accepted == 30 - num_passes
+    assert drafts.num_drafted == 2 * (num_passes - 1) and 0.3 < drafts.acceptance_rate <= 1
+    assert drafts.tokens_per_pass == pytest.approx(30 / num_passes)
+    assert "_get_candidate_generator" not in vars(loaded), "nothing is left behind"
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+def test_useless_drafts_change_no_text(tiny, tmp_path, depths):
+    """A random model's drafts are mostly wrong; what it writes is the same."""
+    build(tiny, num_nextn_predict_layers=depths).save_pretrained(tmp_path)
+    loaded = DeepseekForCausalLM.from_pretrained(tmp_path)
+    prompt = pattern(1, 6)
+    with count_drafts(loaded) as drafts:
+        greedy = loaded.generate(prompt, max_new_tokens=20, do_sample=False)
+        assert drafts.num_drafted == 0 and drafts.acceptance_rate == 0
+        assert torch.equal(greedy, loaded.generate(prompt, max_new_tokens=20, do_sample=False, use_mtp=True))
+    assert drafts.num_drafted == depths * (drafts.num_passes - 1) and drafts.acceptance_rate < 0.5
+    assert f"of {drafts.num_drafted} drafted tokens accepted" in str(drafts)
 
 
 def test_released_weights_load_and_save_unchanged(tiny, tmp_path):
