@@ -2,7 +2,8 @@
 
 `deepseek-moe params` prints it. The model is built on the meta device, so a 154 B one takes seconds and no memory.
 Surprising: parameters active per token count the embedding table and the head, as DeepSeek's papers do, while FLOPs
-leave the table out, for looking up a row is not a product.
+leave the table out, for looking up a row is not a product. Multi-token prediction layers count where the model has
+them, which is while it trains with `mtp_loss_coef`; each of them uses the head once more.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ _PART_OF_FRAGMENT = (
     ("mlp.experts", "routed experts"),
     ("mlp.shared_experts", "shared experts"),
     ("mlp.gate.", "router"),
+    ("eh_proj", "prediction"),
     ("mlp", "dense feed-forward"),
 )
 PARTS = tuple(dict.fromkeys(part for _, part in _PART_OF_FRAGMENT))
@@ -35,6 +37,7 @@ class ParameterCount:
         active_parts: The same, of which one token uses.
         attention_flops_per_position: Multiply-adds twice over, per token and per earlier position attended to.
         has_tied_head: The head is the embedding table.
+        num_head_uses: 1, and 1 more for each multi-token prediction layer.
         mean_experts_per_tok: Routed experts a token that the active counts assume.
     """
 
@@ -42,6 +45,7 @@ class ParameterCount:
     active_parts: dict[str, float]
     attention_flops_per_position: int
     has_tied_head: bool
+    num_head_uses: int
     mean_experts_per_tok: float
 
     @property
@@ -65,9 +69,8 @@ class ParameterCount:
             is_dense: Count the dense equivalent, which runs every expert for every token.
         """
         parts = self.parts if is_dense else self.active_parts
-        products = sum(count for part, count in parts.items() if part not in ("embedding", "norms"))
-        if self.has_tied_head:
-            products += parts["embedding"]
+        products = sum(count for part, count in parts.items() if part not in ("embedding", "norms", "head"))
+        products += self.num_head_uses * parts["embedding" if self.has_tied_head else "head"]
         return 2 * products + self.attention_flops_per_position * context_length / 2
 
 
@@ -91,13 +94,17 @@ def count_parameters(config: DeepseekConfig, mean_experts_per_tok: float | None 
     parts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         parts[next(part for fragment, part in _PART_OF_FRAGMENT if fragment in name)] += parameter.numel()
+    if not config.num_mtp_modules:
+        del parts["prediction"]
     active = {part: float(count) for part, count in parts.items()}
     active["routed experts"] *= mean / config.n_routed_experts
+    num_layers = config.num_hidden_layers + config.num_mtp_modules
     widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     return ParameterCount(
         parts=parts,
         active_parts=active,
-        attention_flops_per_position=2 * config.num_hidden_layers * config.num_attention_heads * widths,
+        attention_flops_per_position=2 * num_layers * config.num_attention_heads * widths,
         has_tied_head=config.tie_word_embeddings,
+        num_head_uses=1 + config.num_mtp_modules,
         mean_experts_per_tok=mean,
     )

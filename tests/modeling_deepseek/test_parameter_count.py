@@ -60,3 +60,23 @@ def test_flops_agree_with_torchs_counter(tiny, tied):
     # Eager attention multiplies the masked half too: a context twice as long in the formula's causal average.
     assert count.flops_per_token(2 * length) * length == pytest.approx(counter.get_total_flops(), rel=1e-6)
     assert count.flops_per_token(length, is_dense=True) > count.flops_per_token(length)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_prediction_layers_count_while_they_train(tiny, tied):
+    """Witness: torch's counter over a training pass; the last tokens predict nothing, so the head skips them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    settings = {**tiny, "tie_word_embeddings": tied, "num_nextn_predict_layers": 2}
+    config = DeepseekConfig(**settings, mtp_loss_coef=0.3)
+    model = DeepseekForCausalLM(config).train()
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("batched_mm")
+    length = 31
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, length, dtype=torch.long) + 5)
+    count, without = count_parameters(config), count_parameters(DeepseekConfig(**settings))
+    skipped = 2 * 97 * 32 * (2 + 3)
+    assert count.flops_per_token(2 * length) * length - skipped == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert count.total == sum(p.numel() for p in model.parameters()) and count.parts["prediction"] == 2 * 64 * 32
+    assert without.total < count.total and "prediction" not in without.parts
