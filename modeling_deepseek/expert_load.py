@@ -1,4 +1,4 @@
-"""What a router counts while training: tokens an expert, and tokens in all.
+"""What a router counts while training: tokens an expert, experts a token, its entropy, and tokens in all.
 
 `DeepseekRouter` owns one; the balancing bias, the expert-share controller and the logs read it. Surprising: the counts
 are plain attributes, not buffers, because DistributedDataParallel overwrites buffers with rank 0's; and a layer that
@@ -9,27 +9,36 @@ import torch
 
 from .token_layout import TokenLayout
 
+# Entropies are added up as whole numbers of this part of a nat: integers sum to the same in any order, on any ranks.
+ENTROPY_UNIT = 2.0**-20
+
 
 class ExpertLoad:
     """Counts since the last optimizer step.
 
     Counted are passes in training mode with gradients: no evaluation, no rollout, no padding.
 
+    Args:
+        num_experts: E.
+        num_slots: K, the most experts a token uses.
+
     Attributes:
         tokens_per_expert: `[E]` int64, used slots only; None until something is counted.
+        tokens_per_count: `[K + 1]` int64, how many tokens used 0, 1, ... K experts.
+        entropy: Scalar int64 tensor in `ENTROPY_UNIT`, the tokens' sum; of the softmax over all experts' logits.
         num_tokens: Scalar int64 tensor, padding left out.
         num_passes: How many passes that makes.
         num_accumulation_steps: Passes that make one optimizer step; None where no callback has told.
     """
 
-    def __init__(self, num_experts: int):
-        self.num_experts = num_experts
+    def __init__(self, num_experts: int, num_slots: int):
+        self.num_experts, self.num_slots = num_experts, num_slots
         self.num_accumulation_steps = None
         self.reset()
 
     def reset(self) -> None:
         """Forget the counts."""
-        self.tokens_per_expert, self.num_tokens = None, None
+        self.tokens_per_expert, self.tokens_per_count, self.entropy, self.num_tokens = None, None, None, None
         self.num_passes = 0
         self.anchor_version = None
         self._is_counted_outside_backward = False
@@ -48,6 +57,7 @@ class ExpertLoad:
     @torch.no_grad()
     def count(
         self,
+        router_logits: torch.Tensor,
         topk_indices: torch.Tensor,
         is_used: torch.Tensor | None,
         layout: TokenLayout | None,
@@ -56,24 +66,45 @@ class ExpertLoad:
         """Add one pass.
 
         Args:
+            router_logits: `[T, E]`.
             topk_indices: `[T, K]`, all valid.
             is_used: `[T, K]` bool; None: every slot.
             layout: Which tokens are padding; None: none is.
             anchor: A parameter that optimizer steps change in place.
         """
         if self.tokens_per_expert is None:
-            self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=topk_indices.device)
-            self.num_tokens = torch.zeros((), dtype=torch.int64, device=topk_indices.device)
+            self._begin(topk_indices.device)
         counted = torch.ones_like(topk_indices) if is_used is None else is_used.long()
+        entropies = (torch.special.entr(router_logits.float().softmax(-1)).sum(-1) / ENTROPY_UNIT).round().long()
         if layout is None:
-            self.num_tokens += len(topk_indices)
+            is_token = torch.ones_like(topk_indices[:, 0])
         else:
-            counted = counted * layout.is_token.unsqueeze(1)
-            self.num_tokens += layout.is_token.sum()
+            is_token = layout.is_token.long()
+            counted = counted * is_token.unsqueeze(1)
+            entropies = entropies * is_token
         # scatter_add_ rather than bincount: bincount waits for the GPU.
         self.tokens_per_expert.scatter_add_(0, topk_indices.flatten(), counted.flatten())
+        self.tokens_per_count.scatter_add_(0, counted.sum(1), is_token)
+        self.entropy += entropies.sum()
+        self.num_tokens += is_token.sum()
         self.anchor_version = anchor._version
         self.num_passes += 1
+
+    def _begin(self, device: torch.device) -> None:
+        whole = {"dtype": torch.int64, "device": device}
+        self.tokens_per_expert = torch.zeros(self.num_experts, **whole)
+        self.tokens_per_count = torch.zeros(self.num_slots + 1, **whole)
+        self.entropy, self.num_tokens = torch.zeros((), **whole), torch.zeros((), **whole)
+
+    def as_row(self, device: torch.device) -> torch.Tensor:
+        """Return all counts in one row, `[E + K + 3]` int64: an expert, a number of experts, entropy, tokens.
+
+        Args:
+            device: Of the row, if nothing is counted.
+        """
+        if self.tokens_per_expert is None:
+            return torch.zeros(self.num_experts + self.num_slots + 3, dtype=torch.int64, device=device)
+        return torch.cat([self.tokens_per_expert, self.tokens_per_count, torch.stack([self.entropy, self.num_tokens])])
 
     def is_stale(self, anchor: torch.nn.Parameter) -> bool:
         """Return whether the optimizer has stepped since the last count, seen outside a backward pass.

@@ -51,7 +51,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
             self.query_weight = nn.Parameter(torch.zeros(self.key_dim, self.hidden_dim))
             self.expert_keys = nn.Parameter(torch.zeros(self.num_experts, self.key_dim))
         self.share = ExpertShareController(config) if config.has_dynamic_experts else None
-        self.load = ExpertLoad(self.num_experts)
+        self.load = ExpertLoad(self.num_experts, self.top_k)
 
     def forward(
         self, hidden_states: torch.Tensor, layout: TokenLayout | None = None, *, marks_unused: bool = True
@@ -80,7 +80,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         else:
             router_logits, topk_weights, topk_indices = super().forward(hidden_states)
         if self.load.admits(self.training):
-            self.load.count(topk_indices, is_used, layout, self.anchor)
+            self.load.count(router_logits, topk_indices, is_used, layout, self.anchor)
         if self.training and self.has_losses and torch.is_grad_enabled():
             topk_weights = AttachLoss.apply(topk_weights, self._loss(router_logits, topk_indices, is_used, layout))
         if is_used is not None and marks_unused and self.config._experts_implementation == "fused_moe":

@@ -3,7 +3,8 @@
 Pass `ExpertBalanceCallback()` to `Trainer`, to TRL's trainers, or call its hooks from a loop of your own. After each
 optimizer step it adds up the routers' counts over all ranks, moves the balancing biases and expert shares, and keeps
 figures for the log. Surprising: the auxiliary losses need no callback for their existence, only to know over how many
-passes a step is accumulated; without one a model trains correctly, with less balancing, and says so once.
+passes a step is accumulated; without one a model trains correctly, with less balancing, and says so once. And it moves
+itself to the front of the trainer's callbacks, or trackers would read the log before it has written its figures.
 """
 
 from typing import Any
@@ -13,7 +14,13 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from deepseek_training.callback_order import move_before_trackers
+from deepseek_training.router_figures import RouterWindow, router_figures
+
 logger = logging.get_logger(__name__)
+
+# What a line of the log on training has, of one on evaluation or on the whole run has not; the second is TRL's PPO's.
+TRAINING_KEYS = frozenset({"loss", "loss/policy_avg"})
 
 
 class ExpertBalanceCallback(TrainerCallback):
@@ -25,17 +32,18 @@ class ExpertBalanceCallback(TrainerCallback):
 
     Attributes:
         tokens_per_expert: `[L, E]` int64 on the CPU: the load of each MoE layer since the last log, over all ranks.
-        history: One dict a log: the figures also added to the Trainer's log.
+        history: One dict a log: step, the figures also added to the Trainer's log, and `tokens_per_expert` as lists.
     """
+
+    reads_before_trackers = True
 
     def __init__(self, bias_update_speed: float | None = None):
         if bias_update_speed is not None and bias_update_speed < 0:
             raise ValueError(f"bias_update_speed: {bias_update_speed} is not allowed, want at least 0")
         self.bias_update_speed = bias_update_speed
         self.tokens_per_expert: torch.Tensor | None = None
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
         self._window: torch.Tensor | None = None
-        self._window_tokens = 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
         """Tell the routers how many passes make a step.
@@ -47,6 +55,7 @@ class ExpertBalanceCallback(TrainerCallback):
             model: The model.
             **kwargs: Unused.
         """
+        move_before_trackers(self)
         routers = find_routers(model)
         if not routers:
             logger.warning("ExpertBalanceCallback: %s has no router of ours; nothing to balance", type(model).__name__)
@@ -55,7 +64,8 @@ class ExpertBalanceCallback(TrainerCallback):
             router.load.num_accumulation_steps = args.gradient_accumulation_steps
             if self.bias_update_speed is not None:
                 router.config.router_bias_update_speed = self.bias_update_speed
-        self._window, self._window_tokens = None, 0
+        self._window = None
+        _warn_of_lost_state(model)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs: Any) -> None:
         """Update biases and shares.
@@ -93,14 +103,18 @@ class ExpertBalanceCallback(TrainerCallback):
             model: The model.
             **kwargs: Unused.
         """
-        if self._window is None or logs is None or "loss" not in logs:
+        if self._window is None or logs is None or TRAINING_KEYS.isdisjoint(logs):
             return
-        figures = self._figures(find_routers(model))
+        routers = find_routers(model)
+        windows = [RouterWindow.from_row(row, router) for row, router in zip(self._window, routers, strict=True)]
+        self.tokens_per_expert = torch.stack([window.tokens_per_expert for window in windows])
+        figures = router_figures(windows)
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(figures)
-        self.history.append({"step": state.global_step, **figures})
-        self._window, self._window_tokens = None, 0
+        load = self.tokens_per_expert.tolist()
+        self.history.append({"step": state.global_step, **figures, "tokens_per_expert": load})
+        self._window = None
 
     def on_train_end(self, args, state, control, model=None, **kwargs: Any) -> None:
         """Take back what `on_train_begin` told.
@@ -125,52 +139,46 @@ class ExpertBalanceCallback(TrainerCallback):
         routers = find_routers(model)
         if not routers:
             return
-        counts = torch.stack([_counts(router) for router in routers])
+        counts = torch.stack([router.load.as_row(router.e_score_correction_bias.device) for router in routers])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
+        counts = counts.cpu()  # the step's only wait for the GPU
         for router, row in zip(routers, counts, strict=True):
-            router.finish_step(row[:-1], float(row[-1]))
-        counts = counts.cpu()
-        if self._window is None or self._window.shape != counts[:, :-1].shape:
-            self._window, self._window_tokens = torch.zeros_like(counts[:, :-1]), 0
-        self._window += counts[:, :-1]
-        self._window_tokens += int(counts[0, -1])
-
-    def _figures(self, routers: list[nn.Module]) -> dict[str, float]:
-        """Load and routing figures of the window, one number each, mean or extreme over the layers."""
-        load = self._window.double()
-        self.tokens_per_expert = self._window.clone()
-        imbalance = load.max(1).values / load.mean(1).clamp(min=1e-12)
-        biases = torch.stack([router.e_score_correction_bias.float().cpu() for router in routers])
-        figures = {
-            "load_imbalance": imbalance.mean().item(),
-            "load_imbalance_max": imbalance.max().item(),
-            "num_idle_experts": float((load == 0).sum()),
-            "mean_experts_per_tok": load.sum(1).mean().item() / max(self._window_tokens, 1),
-            "router_bias_range": (biases.max() - biases.min()).item(),
-        }
-        shares = [router.share.top_p for router in routers if router.share is not None]
-        if shares:
-            figures["expert_top_p"] = sum(shares) / len(shares)
-        return figures
+            router.finish_step(row[: router.num_experts], int(row[-1]))
+        if self._window is None or self._window.shape != counts.shape:
+            self._window = torch.zeros_like(counts)
+        self._window += counts
 
 
 def find_routers(model: nn.Module | None) -> list[nn.Module]:
     """Return a model's routers in order of layers.
 
-    Found by what they can do, not by class: a checkpoint's own copy of the model's files makes another class.
+    Found by what they can do, not by class: a checkpoint's own copy of the model's files makes another class. Asked of
+    their class and their own attributes, for PEFT's wrapper answers for what it wraps; and where it has made a copy of
+    a router to train, the original no longer routes.
 
     Args:
         model: Any module.
     """
     if model is None:
         return []
-    return [module for module in model.modules() if hasattr(module, "finish_step") and hasattr(module, "load")]
+    return [
+        module
+        for name, module in model.named_modules()
+        if hasattr(type(module), "finish_step") and "load" in vars(module) and not name.endswith(".original_module")
+    ]
 
 
-def _counts(router: nn.Module) -> torch.Tensor:
-    """`[E + 1]` int64: tokens per expert and tokens."""
-    load, device = router.load, router.e_score_correction_bias.device
-    if load.tokens_per_expert is None:
-        return torch.zeros(router.num_experts + 1, dtype=torch.int64, device=device)
-    return torch.cat([load.tokens_per_expert, load.num_tokens.view(1)]).to(device)
+def _warn_of_lost_state(model: nn.Module) -> None:
+    """Say so if what moves in the routers is no part of the adapter that PEFT saves."""
+    if not hasattr(model, "peft_config"):
+        return
+    names = {module: name for name, module in model.named_modules()}
+    for router in find_routers(model):
+        is_moving = router.config.router_bias_update_speed > 0 or (router.share and router.share.target is not None)
+        if is_moving and ".modules_to_save." not in names[router]:
+            logger.warning(
+                "ExpertBalanceCallback: balancing bias and expert share of the routers move, but are no part of the "
+                "adapter; pass PEFT modules_to_save=['gate'], or keep them still (bias_update_speed=0, fixed experts)"
+            )
+            return

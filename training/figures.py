@@ -1,21 +1,23 @@
-"""What one sees of a MoE while it trains: load of the experts, router entropy, experts a token, speed, memory, MFU.
+"""What one sees of a model while it trains: speed, memory, share of the matmul peak, and its routers' figures.
 
 `TrainingFigures` works with any `transformers.Trainer` and any model whose routers transformers can record (ours,
 DeepSeek-V3, Mixtral, Qwen and others). It adds its figures to the trainer's own log, so whatever `report_to` names
-gets them. Surprising: it must be the trainer's first callback, which `TrainingFigures.attach` sees to, because
-trackers read the log in the order of the callbacks.
+gets them. Surprising: beside an `ExpertBalanceCallback` it leaves the routers to that one, whose counts are exact:
+over all ranks, without padding, and a layer that is recomputed counted once.
 """
 
 import math
 import resource
 import time
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from deepseek_training.balance import ExpertBalanceCallback
+from deepseek_training.balance import TRAINING_KEYS, ExpertBalanceCallback
+from deepseek_training.balance import find_routers as find_balanced
+from deepseek_training.callback_order import move_before_trackers
+from deepseek_training.router_figures import RouterWindow, router_figures
 from modeling_deepseek import DeepseekConfig
 from modeling_deepseek.parameter_count import count_parameters
 
@@ -27,9 +29,12 @@ class TrainingFigures(TrainerCallback):
         tokens_per_expert: Routed tokens of each expert in the last logged window, one list a MoE layer.
     """
 
+    reads_before_trackers = True
+
     def __init__(self):
         self.tokens_per_expert: list[list[int]] = []
-        self._routers: list[_RouterWindow] = []
+        self._balance: ExpertBalanceCallback | None = None
+        self._routers: list[_HookedRouter] = []
         self._handles = []
         self._num_tokens, self._seconds, self._began = 0, 0.0, 0.0
         self._config, self._context_length, self._peak_flops = None, 0, 0.0
@@ -43,12 +48,15 @@ class TrainingFigures(TrainerCallback):
             balance: A balancing callback, which adds its own figures to the log and so belongs before them too.
         """
         figures = cls()
-        trainer.callback_handler.callbacks[:0] = [figures] if balance is None else [figures, balance]
+        trainer.callback_handler.callbacks[:0] = [figures] if balance is None else [balance, figures]
         return figures
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Hook the routers and the model's input."""
-        self._routers = [_RouterWindow(module) for module in find_routers(model)]
+        """Hook the model's input, and its routers unless a balancing callback counts them."""
+        others = move_before_trackers(self)
+        self._balance = next((other for other in others if isinstance(other, ExpertBalanceCallback)), None)
+        is_counted = self._balance is not None and bool(find_balanced(model))
+        self._routers = [] if is_counted else [_HookedRouter(module) for module in find_routers(model)]
         self._handles = [router.hook() for router in self._routers]
         self._handles.append(model.register_forward_pre_hook(self._count_tokens, with_kwargs=True))
         self._config = model.config
@@ -77,41 +85,51 @@ class TrainingFigures(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Add the window's figures to a training line and begin a new window."""
-        if logs is None or "loss" not in logs or not self._seconds:
+        if logs is None or TRAINING_KEYS.isdisjoint(logs) or not self._seconds:
             return
         speed = self._num_tokens / self._seconds
-        logs["tokens_per_second"] = round(speed, 1)
-        logs["peak_memory_gib"] = round(peak_memory_gib(), 3)
+        figures = {"tokens_per_second": round(speed, 1), "peak_memory_gib": round(peak_memory_gib(), 3)}
         self._num_tokens, self._seconds = 0, 0.0
-        windows = [router for router in self._routers if router.num_tokens]
+        windows = [router.take() for router in self._routers if router.num_tokens]
         if windows:
-            self.tokens_per_expert = [router.tokens_per_expert.tolist() for router in windows]
-            logs.update(_summarise(windows))
+            self.tokens_per_expert = [window.tokens_per_expert.tolist() for window in windows]
+            figures.update(router_figures(windows))
+        elif self._balance is not None and self._balance.tokens_per_expert is not None:
+            self.tokens_per_expert = self._balance.tokens_per_expert.tolist()
         if self._peak_flops:
-            counted = count_parameters(self._config, logs.get("mean_experts_per_tok"))
-            logs["mfu"] = 3 * counted.flops_per_token(self._context_length) * speed / self._peak_flops
-        for router in windows:
-            router.reset()
+            counted = count_parameters(self._config, {**logs, **figures}.get("mean_experts_per_tok"))
+            figures["mfu"] = 3 * counted.flops_per_token(self._context_length) * speed / self._peak_flops
+        logs.update(figures)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(figures)
 
 
-class _RouterWindow:
-    """Counts of one router since the last log line."""
+class _HookedRouter:
+    """Counts of one router since the last log line, by a hook."""
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.reset()
+        self._reset()
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         self.tokens_per_expert, self.entropy, self.num_tokens = None, 0.0, 0
+
+    def take(self) -> RouterWindow:
+        """Return the window and begin another."""
+        bias = dict(self.module.named_buffers()).get("e_score_correction_bias")
+        window = RouterWindow(self.tokens_per_expert.cpu(), float(self.entropy), self.num_tokens, bias)
+        self._reset()
+        return window
 
     def hook(self):
         return self.module.register_forward_hook(self._record)
 
-    @torch.no_grad()
     def _record(self, module, args, output):
-        if not module.training:
-            return
-        router_logits, topk_weights, topk_indices = output
+        if module.training and torch.is_grad_enabled():
+            self._count(*output)
+
+    @torch.no_grad()
+    def _count(self, router_logits, topk_weights, topk_indices):
         num_experts = router_logits.shape[-1]
         if self.tokens_per_expert is None:
             self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=router_logits.device)
@@ -165,35 +183,3 @@ def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
-
-
-def load_imbalance(tokens_per_expert: torch.Tensor) -> float:
-    """Return max / mean of the load; 1 is even, the number of experts is collapse.
-
-    Args:
-        tokens_per_expert: `[E]`.
-    """
-    load = tokens_per_expert.double()
-    return float(load.max() / load.mean())
-
-
-def _summarise(windows: list[_RouterWindow]) -> dict[str, Any]:
-    """Scalars for the log: means over layers, and each layer's imbalance."""
-    imbalances = [load_imbalance(router.tokens_per_expert) for router in windows]
-    figures = {
-        "load_imbalance": sum(imbalances) / len(imbalances),
-        "router_entropy": sum(float(router.entropy) / router.num_tokens for router in windows) / len(windows),
-        "mean_experts_per_tok": sum(int(router.tokens_per_expert.sum()) / router.num_tokens for router in windows)
-        / len(windows),
-        "num_idle_experts": sum(int((router.tokens_per_expert == 0).sum()) for router in windows),
-    }
-    for layer, value in enumerate(imbalances):
-        figures[f"load_imbalance_layer_{layer}"] = value
-    biases = [bias for router in windows if (bias := _bias(router.module)) is not None]
-    if biases:
-        figures["router_bias_range"] = max(float(bias.max() - bias.min()) for bias in biases)
-    return figures
-
-
-def _bias(router: nn.Module) -> torch.Tensor | None:
-    return dict(router.named_buffers()).get("e_score_correction_bias")

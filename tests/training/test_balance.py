@@ -208,7 +208,7 @@ model, trainer = run_trainer({folder!r}, per_device_train_batch_size=4, ddp_back
 assert trainer.accelerator.num_processes == 2, trainer.accelerator.state
 if trainer.accelerator.is_main_process:
     torch.save(model.state_dict(), {folder!r} + "/state.pt")
-    torch.save(trainer.callback_handler.callbacks[-2].tokens_per_expert, {folder!r} + "/load.pt")
+    torch.save(trainer.callback_handler.callbacks[0].tokens_per_expert, {folder!r} + "/load.pt")
 """
 
 
