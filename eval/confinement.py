@@ -67,6 +67,9 @@ _DENIED = {
 _SIGNALLING = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
                "rt_tgsigqueueinfo": (297, 240)}  # fmt: skip
 _LEAVING = {"setsid": (112, 157), "setpgid": (109, 154)}
+# Memory that is, or was, writable must not become executable; libraries are mapped from files, and read-only.
+_MMAP, _MPROTECT = (9, 222), {"mprotect": (10, 226), "pkey_mprotect": (329, 288)}
+_PROT_WRITE, _PROT_EXEC, _MAP_ANONYMOUS = 2, 4, 0x20
 _CLONE, _CLONE3, _PRLIMIT = (56, 220), (435, 435), (302, 261)
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
@@ -253,7 +256,19 @@ def _assemble(own_pid: int | None) -> list[tuple[int, int, int, int]]:
     program += [(equal, 0, 1, _number(_CLONE3)), (give, 0, 0, absent)]
     program += [(equal, 0, 4, _number(_CLONE)), (load, 0, 0, argument_at), (any_bit, 0, 1, _NAMESPACE_FLAGS)]
     program += [(give, 0, 0, deny), (give, 0, 0, allow)]
+    program += _forbid_new_code(load, equal, any_bit, (give, 0, 0, deny), (give, 0, 0, allow))
     # Limits of others, even of the same user, are none of its business.
     program += [(equal, 0, 4, _number(_PRLIMIT)), (load, 0, 0, argument_at), (equal, 1, 0, 0)]
     program += [(give, 0, 0, deny), (give, 0, 0, allow)]
     return [*program, (give, 0, 0, allow)]
+
+
+def _forbid_new_code(load: int, equal: int, any_bit: int, deny: tuple, allow: tuple) -> list[tuple]:
+    """The part of the filter that keeps a program from running machine code it wrote."""
+    protection_at, flags_at = 32, 40
+    program = [(equal, 0, 8, _number(_MMAP)), (load, 0, 0, protection_at), (any_bit, 1, 0, _PROT_EXEC), allow]
+    program += [(any_bit, 2, 0, _PROT_WRITE), (load, 0, 0, flags_at), (any_bit, 0, 1, _MAP_ANONYMOUS), deny, allow]
+    for pair in _MPROTECT.values():
+        program += [(equal, 0, 4, _number(pair)), (load, 0, 0, protection_at), (any_bit, 0, 1, _PROT_EXEC)]
+        program += [deny, allow]
+    return program

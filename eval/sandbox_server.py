@@ -14,6 +14,10 @@ the program the process blocks in a read, called from one place; the judge notes
 for it in ``/proc/PID/syscall``. After the last line it blocks in the same read from the same place, and only there
 has the stack that depth: code inside the program stands deeper, and code that left it by an exception, an exit or a
 signal never comes back to that place.
+
+That holds for the C stack only: since Python 3.11 one Python function calls another without any C frame between them.
+So the frame at that place calls nothing that a program could have put its own function in place of: `_STOPS` has no
+names, only constants, and whatever looks at the program's exception does so one C frame deeper, in `_attempt`.
 """
 
 import os
@@ -24,7 +28,9 @@ import confinement as kernel
 
 del sys.path[0]
 
+import _thread  # noqa: E402
 import contextlib  # noqa: E402
+import functools  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
 import resource  # noqa: E402
@@ -37,6 +43,7 @@ import sysconfig  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 import types  # noqa: E402
+import warnings  # noqa: E402
 
 MEMORY_BYTES = 1 << 30
 FILE_BYTES = 16 << 20
@@ -223,7 +230,7 @@ class Server:
 
     def _mount_scratch(self, target: str) -> None:
         options = f"size={DISK_BYTES},nr_inodes=4096,mode=700,uid={self.run_uid}"
-        kernel.mount("tmpfs", target, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+        kernel.mount("tmpfs", target, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
 
 
 def _judge_and_exit(server: Server, request: dict, writer: int) -> None:
@@ -410,7 +417,8 @@ def _become_program(server: Server, request: dict, channel: int) -> None:
     except BaseException as error:
         os.write(_CHANNEL, f"Esandbox set-up: {type(error).__name__}: {error}".encode()[:200])
         os._exit(1)
-    _run(request["source"], namespace, os.read, os.write, os._exit, type.__dict__["__name__"].__get__)
+    attempt = functools.partial(_attempt, request["source"], namespace)
+    _compile_stops(attempt, os.read, os.write, os._exit)()
 
 
 def _become_multithreaded() -> None:
@@ -420,26 +428,48 @@ def _become_multithreaded() -> None:
     """
     done = threading.Lock()
     done.acquire()
-    threading._start_new_thread(done.release, ())
+    _thread.start_new_thread(done.release, ())
     done.acquire()
 
 
-def _run(source, namespace, read, write, leave, name_of):
-    """Run the program between two stops at the same depth of the same frame.
-
-    What is used after the program is bound here before it, so that patching modules and builtins changes nothing.
-    `leave` comes while error and namespace are still alive, so that none of their finalizers runs in this frame.
-    """
-    write(_CHANNEL, b"r")
-    read(_CHANNEL, 1)
+# The program between two stops at the same depth of the same frame. Each placeholder becomes a constant of the code
+# object: a name could be bound anew by the program (a builtin, a global, from Python 3.13 on even a local of a frame).
+# In the handler nothing comes before the call that never returns: behind any other a signal's handler might run.
+_STOPS = """
+def run():
+    '<write>'(3, b'r')
+    '<read>'(3, 1)
     try:
-        exec(source, namespace)
+        '<attempt>'()
+    except '<everything>':
+        '<leave>'(1)
+    '<write>'(3, b'r')
+    '<read>'(3, 1)
+    '<leave>'(1)
+"""
+
+
+def _compile_stops(attempt, read, write, leave):
+    values = {"attempt": attempt, "read": read, "write": write, "leave": leave, "everything": BaseException}
+    values = {f"<{name}>": value for name, value in values.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # That a text is called, which it will not be.
+        module = compile(_STOPS, "<stops>", "exec")
+    code = next(constant for constant in module.co_consts if isinstance(constant, types.CodeType))
+    constants = tuple(values.get(c, c) if isinstance(c, str) else c for c in code.co_consts)
+    return types.FunctionType(code.replace(co_consts=constants), {})
+
+
+def _attempt(source, namespace, execute=exec, write=os.write, name_of=type.__dict__["__name__"].__get__, kind=type):
+    """Run the program and tell the name of its exception; called through C, so deeper than the stops.
+
+    Surprising: nothing here is trusted. The exception goes on to the caller whatever a program has replaced.
+    """
+    try:
+        execute(source, namespace)
     except BaseException as error:
-        write(_CHANNEL, b"E" + name_of(type(error)).encode("utf-8", "replace")[:200] + b"\n")
-        leave(1)
-    write(_CHANNEL, b"r")
-    read(_CHANNEL, 1)
-    leave(1)
+        write(_CHANNEL, b"E" + name_of(kind(error)).encode("utf-8", "replace")[:200] + b"\n")
+        raise
 
 
 def _confine(server: Server) -> None:
@@ -494,13 +524,18 @@ def _make_hook(readable: list[str]):
     names = "sys.settrace sys.setprofile sys.addaudithook sys._current_frames sys._current_exceptions"
     names += " gc.get_objects gc.get_referrers gc.get_referents sys.monitoring.register_callback"
     forbidden = frozenset(names.split())
+    folders = tuple(readable)
     modules = frozenset(("ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_xxsubinterpreters", "_interpreters"))
 
     def hook(event, arguments, forbidden=forbidden, modules=modules, error=RuntimeError):
         if event in forbidden or event.startswith("ctypes."):
             raise error(f"{event} is not available to a program under test")
-        if event == "import" and arguments[0] in modules:
-            raise error(f"{arguments[0]} is not available to a program under test")
+        if event != "import":
+            return
+        name, path = arguments[:2]
+        # A library's entry point is named after the last part alone, so `x._ctypes` loads the same.
+        if name.rpartition(".")[2] in modules or (path is not None and not path.startswith(folders)):
+            raise error(f"{name} is not available to a program under test")
 
     return hook
 

@@ -245,6 +245,142 @@ assert False
     "lone_surrogate": "x = '\ud800'\nassert False",
     "text_direction": "# \u202e\nassert False # \u2066",
     "coding_line": "# -*- coding: rot13 -*-\nassert False",
+    # Called from the frame that reports the end, a function of the program would stand where the end stands.
+    "type_of_its_own": """
+import builtins, os
+write, read = os.write, os.read
+def fake(*arguments):
+    write(3, b'r')
+    read(3, 1)
+builtins.type = fake
+raise ValueError
+""",
+    "globals_of_the_caller": """
+import os, sys
+write, read = os.write, os.read
+def fake(*arguments):
+    write(3, b'r')
+    read(3, 1)
+frame = sys._getframe()
+while frame.f_back:
+    frame = frame.f_back
+    for name in ('type', 'str', 'repr', 'print', 'exec', 'isinstance'):
+        frame.f_globals[name] = fake
+raise ValueError
+""",
+    "error_the_caller_does_not_catch": """
+import os, sys
+write, read = os.write, os.read
+def fake(*arguments, **named):
+    write(3, b'r')
+    read(3, 1)
+class Fake:
+    def __getattr__(self, name):
+        return fake
+frame = sys._getframe()
+while frame.f_back:
+    frame = frame.f_back
+    for name in ('os', 'json', 'contextlib', 'time', 'select', 'kernel', 'type'):
+        frame.f_globals[name] = Fake()
+    frame.f_globals['BaseException'] = KeyError
+raise ValueError
+""",
+    "signals_through_the_handler": """
+import builtins, os, signal, sys
+write, read = os.write, os.read
+def fake(*arguments, **named):
+    write(3, b'r')
+    read(3, 1)
+class Fake:
+    def __getattr__(self, name):
+        return fake
+class Out(BaseException):
+    pass
+def leave(number, frame):
+    raise Out
+frame = sys._getframe()
+while frame.f_back:
+    frame = frame.f_back
+    frame.f_globals['os'] = frame.f_globals['json'] = Fake()
+builtins.type = fake
+signal.signal(signal.SIGALRM, leave)
+signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
+while True:
+    pass
+""",
+    "locals_of_the_caller": """
+import os, sys
+write = os.write
+quiet = lambda handle, data=b'': write(handle, data) if data == b'r' else None
+frame = sys._getframe()
+while frame.f_back:
+    frame = frame.f_back
+    for name in list(frame.f_locals):
+        try:
+            frame.f_locals[name] = quiet
+        except Exception:
+            pass
+assert False
+""",
+    "class_name_of_another_kind": """
+import os
+class Name(str):
+    def encode(self, *arguments):
+        os.write(3, b'r')
+        os.read(3, 1)
+raise type(Name('Quiet'), (BaseException,), {})
+""",
+    "handle_of_another_kind": """
+import os, sys
+class Handle:
+    def __index__(self):
+        os.write(3, b'r')
+        os.read(3, 1)
+        return 3
+frame = sys._getframe()
+while frame.f_back:
+    frame = frame.f_back
+    frame.f_globals['_CHANNEL'] = Handle()
+raise ValueError
+""",
+    "empty_the_builtins": "import builtins\nbuiltins.__dict__.clear()\nassert False",
+    "parent_leaves_and_child_stays": """
+import os, time
+if os.fork():
+    os._exit(0)
+time.sleep(0.2)
+""",
+    "exit_by_faulthandler": """
+import faulthandler, os, time
+faulthandler.dump_traceback_later(0.05, exit=True, file=os.open('/dev/null', os.O_WRONLY))
+time.sleep(0.5)
+assert False
+""",
+    "lower_its_own_limits": """
+import resource
+resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+resource.setrlimit(resource.RLIMIT_AS, (1 << 20, 1 << 20))
+try:
+    block = bytearray(1 << 24)
+except MemoryError:
+    pass
+assert False
+""",
+    "recursion_in_c": """
+import sys
+sys.setrecursionlimit(10 ** 9)
+nested = []
+for _ in range(10 ** 6):
+    nested = [nested]
+repr(nested)
+assert False
+""",
+    "surrogates_to_the_output": """
+import sys
+sys.stdout.reconfigure(errors='surrogatepass')
+print('\\ud800' * 9)
+assert False
+""",
     "main_guard_only": "assert __name__ == '__main__', 'the references skip such a block'",
 }
 
@@ -433,6 +569,48 @@ shared_memory.SharedMemory('deepseek_moe', create=True, size=4096)
     "install_a_package": """
 import subprocess, sys
 subprocess.check_call([sys.executable or 'python3', '-m', 'pip', 'install', 'x'])
+""",
+    "sleep_in_a_finalizer": """
+import time
+class Slow:
+    def __del__(self):
+        time.sleep(3600)
+Slow()
+""",
+    "finalizer_that_is_never_done": """
+class Phoenix:
+    def __del__(self):
+        Phoenix()
+        Phoenix()
+while True:
+    Phoenix()
+""",
+    "nul_flood": "import sys\nwhile True:\n    sys.stdout.write('\\0' * 10 ** 9)",
+    "program_from_memory": """
+import os
+handle = os.memfd_create('x')
+os.write(handle, b'#!/bin/true\\n')
+os.execve(handle, ['x'], {})
+""",
+    "root_of_another_process": "import os\nassert os.listdir('/proc/1/root') or os.listdir('/proc/self/root/etc')",
+    "handles_of_another_process": """
+import os
+assert [os.readlink('/proc/1/fd/' + name) for name in os.listdir('/proc/1/fd')]
+""",
+    "ctypes_by_another_name": """
+import _imp, glob, importlib.machinery, os
+path = next(iter(glob.glob(os.path.join(os.path.dirname(os.__file__), 'lib-dynload', '_ctypes.*'))))
+_imp.create_dynamic(importlib.machinery.ModuleSpec('x._ctypes', None, origin=path))
+""",
+    "library_of_its_own": """
+import _imp, glob, importlib.machinery, os, shutil
+path = next(iter(glob.glob(os.path.join(os.path.dirname(os.__file__), 'lib-dynload', '_contextvars.*'))))
+shutil.copy(path, 'x.so')
+_imp.create_dynamic(importlib.machinery.ModuleSpec('_contextvars', None, origin=os.path.abspath('x.so')))
+""",
+    "code_in_writable_memory": """
+import mmap
+mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
 """,
 }
 
