@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from deepseek_eval.model_loading import LoadedModel
 from deepseek_eval.tasks.task import ProgramItem
@@ -110,6 +117,20 @@ class _StopAtStrings(StoppingCriteria):
         return self.is_done.to(input_ids.device)
 
 
+class _RefuseNaN(LogitsProcessor):
+    """Stops at logits that mean nothing; greedy decoding would go on with token 0, sampling die of a tensor error."""
+
+    def __init__(self, batch: Sequence[EncodedPrompt]):
+        self.batch = batch
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        is_bad = (scores.isnan() | scores.isposinf()).any(dim=-1)
+        if is_bad.any():
+            name = self.batch[int(is_bad.nonzero()[0])].item.id
+            raise ValueError(f"model: the logits of problem {name} are NaN or infinite; its completions mean nothing")
+        return scores
+
+
 def complete_batches(
     loaded: LoadedModel,
     batches: Iterable[tuple[EncodedPrompt, ...]],
@@ -123,6 +144,9 @@ def complete_batches(
         batches: From `plan_prompts`.
         settings: How completions are drawn.
         on_step: Called after each generated position.
+
+    Raises:
+        ValueError: The model returns NaN or infinity.
     """
     for batch in batches:
         for prompt, text in zip(batch, _complete(loaded, batch, settings, on_step), strict=True):
@@ -157,6 +181,7 @@ def _complete(
         input_ids=input_ids,
         attention_mask=mask,
         generation_config=_generation_config(loaded, settings, pad_id),
+        logits_processor=LogitsProcessorList([_RefuseNaN(batch)]),
         stopping_criteria=StoppingCriteriaList([criterion]),
     )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

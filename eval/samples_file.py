@@ -39,7 +39,12 @@ def read_samples(path: str | Path, items: list[ProgramItem]) -> list[list[str]]:
     known = {item.id for item in items}
     completions: dict[str, list[str]] = defaultdict(list)
     seen = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"samples: {path} is no UTF-8 text (byte {error.start})") from None
+    # Not splitlines: a completion may hold characters it takes for line ends, as JSON leaves them in place.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         row = _parse_row(path, number, line)

@@ -147,14 +147,27 @@ def test_bad_settings_are_told_in_one_line(tmp_path, settings, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_that_returns_nan_is_refused_and_partial_results_kept(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": ["mmlu"]}, r"the logits of question .* are NaN or infinite"),
+        # Greedy decoding would write the first token over and over and call that a score.
+        ({"tasks": ["humaneval"], "max_new_tokens": 4}, r"the logits of problem HumanEval/0 are NaN or infinite"),
+        (
+            {"tasks": ["humaneval"], "max_new_tokens": 4, "temperature": 1.0},
+            r"the logits of problem HumanEval/0 are NaN",
+        ),
+    ],
+)
+def test_a_model_that_returns_nan_is_refused_and_partial_results_kept(tmp_path, settings, message):
     shutil.copytree(REFERENCE / "llama", tmp_path / "nan")
     loaded = load_model(REFERENCE / "llama", dtype="float32")
     with torch.no_grad():
         loaded.model.model.norm.weight.fill_(float("nan"))
     loaded.model.save_pretrained(tmp_path / "nan")
-    with pytest.raises(ValueError, match=r"the logits of question .* are NaN or infinite"):
-        evaluate_model(tmp_path / "nan", tasks=["mmlu"], limit=1, output=tmp_path / "run")
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate_model(tmp_path / "nan", limit=1, output=tmp_path / "run", **settings)
+    assert "\n" not in str(caught.value)
     assert (tmp_path / "run/recipe.yaml").exists()
     assert not RunFolder(tmp_path / "run").is_finished
 

@@ -101,3 +101,14 @@ def test_a_missing_file_and_a_task_without_programs(tmp_path):
         read_samples(tmp_path / "absent.jsonl", ITEMS)
     with pytest.raises(ValueError, match="task mmlu is not answered by programs"):
         score_samples(tmp_path / "absent.jsonl", "mmlu", output=tmp_path / "run")
+
+
+def test_only_a_newline_ends_a_sample(tmp_path):
+    """Other tools write text as it is, with characters in it that Python also takes for line ends."""
+    text = "    s = '\u2028 \x0b \x85'\n"
+    row = json.dumps({"task_id": ITEMS[0].id, "completion": text}, ensure_ascii=False)
+    (tmp_path / "samples.jsonl").write_text(row + "\n", encoding="utf-8")
+    assert read_samples(tmp_path / "samples.jsonl", ITEMS[:1]) == [[text]]
+    (tmp_path / "samples.jsonl").write_bytes(b'{"task_id": "HumanEval/0", "completion": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"samples.jsonl is no UTF-8 text \(byte 42\)"):
+        read_samples(tmp_path / "samples.jsonl", ITEMS[:1])
