@@ -17,6 +17,7 @@ SUBCOMMANDS = (
     "demo",
     "pretrain",
     "adapt",
+    "sft",
     "align",
     "evaluate",
     "generate",

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from deepseek_training.align_recipe import AlignRecipe
 from deepseek_training.recipe import describe_recipe, list_recipes
+from deepseek_training.sft_recipe import SftRecipe
 from deepseek_training.stage_recipes import AdaptRecipe, PretrainRecipe
 
-STAGES = {"pretrain": PretrainRecipe, "adapt": AdaptRecipe, "align": AlignRecipe}
+STAGES = {"pretrain": PretrainRecipe, "adapt": AdaptRecipe, "sft": SftRecipe, "align": AlignRecipe}
 _INTRODUCTION = """# Recipes
 
 A stage is run from a recipe: one YAML file, an embedded name or a path.

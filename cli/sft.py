@@ -1,0 +1,36 @@
+"""``deepseek-moe sft``: teach a model to answer, between adapt and align."""
+
+import argparse
+
+HELP = "Teach a model to answer questions, by TRL's SFTTrainer (optional, before align)."
+EXAMPLES = """
+  deepseek-moe sft sft-debug --model runs/first/model --output runs/taught
+  deepseek-moe sft sft-demo --model runs/mine/model --data my_conversations.jsonl --output runs/taught
+  deepseek-moe align align-demo --model runs/taught/model --prompt-template null --output runs/aligned
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the recipe, its settings and where to write."""
+    from deepseek_training.recipe import add_recipe_arguments
+    from deepseek_training.sft_recipe import SftRecipe
+
+    add_recipe_arguments(parser, SftRecipe)
+    parser.add_argument("--output", default="runs/sft", help="run folder")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and print what changed."""
+    from deepseek_training.recipe import collect_overrides, load_recipe
+    from deepseek_training.sft_recipe import SftRecipe
+
+    recipe = load_recipe(args.recipe, SftRecipe, collect_overrides(args))
+
+    from deepseek_training.sft import sft
+
+    summary = sft(recipe, args.output, overwrite=args.overwrite)
+    for check in summary["checks"]:
+        print(f"held-out answers: bits per byte {check['value']:+.1%} ({'ok' if check['passed'] else 'missed'})")
+    print(f"model and chat template in {args.output}/model after {summary['seconds']:.0f} s")
+    return 0 if all(check["passed"] for check in summary["checks"]) else 1
