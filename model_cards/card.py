@@ -191,6 +191,7 @@ def _introduction(stages: dict[str, Stage], table: ParameterTable | None) -> str
     done = {
         "pretrain": "pretrained from scratch",
         "adapt": "adapted to a domain by continued pretraining",
+        "sft": "taught to answer by supervised fine-tuning",
         "align": "aligned by PPO under a weighted reward",
     }
     steps = [text for key, text in done.items() if key in stages and stages[key].is_finished]

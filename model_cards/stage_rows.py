@@ -12,6 +12,7 @@ STAGE_TITLES = {
     "tokenizer": "Tokenizer",
     "pretrain": "Stage 1: pretraining",
     "adapt": "Stage 2: continued pretraining on a domain",
+    "sft": "Supervised fine-tuning on conversations",
     "align": "Stage 3: alignment by PPO",
     "evaluate": "Evaluation",
 }

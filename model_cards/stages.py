@@ -18,7 +18,7 @@ from deepseek_model_cards.run_folder import (
     RunFolder,
 )
 
-STAGE_ORDER = ("tokenizer", "pretrain", "adapt", "align", "evaluate")
+STAGE_ORDER = ("tokenizer", "pretrain", "adapt", "sft", "align", "evaluate")
 
 
 @dataclass(frozen=True)
