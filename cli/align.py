@@ -6,6 +6,8 @@ HELP = "Align a model with PPO under 0.7 relevance + 0.2 safety + 0.1 diversity.
 EXAMPLES = """
   deepseek-moe align align-demo --model runs/demo/adapt/model --output runs/align
   deepseek-moe align align-demo --model my-model --prompts prompts.jsonl --num-updates 50 --output runs/mine
+  deepseek-moe align align-demo --model my-model --lora-rank 8 --output runs/lora
+  accelerate launch --num_processes 2 -m deepseek_cli.main align align-demo --model my-model --output runs/two
 """
 
 
@@ -21,11 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Align and print the gain."""
+    from accelerate import PartialState
+
     from deepseek_training.align import AlignRecipe, align
     from deepseek_training.recipe import collect_overrides, load_recipe
 
     recipe = load_recipe(args.recipe, AlignRecipe, collect_overrides(args))
     summary = align(recipe, args.output, overwrite=args.overwrite)
     gain = summary["gain"]
-    print(f"held-out reward {gain['value']:+.4f} (paired standard error {gain['stderr_paired']:.4f}, n {gain['n']})")
+    if PartialState().is_main_process:
+        error = f"paired standard error {gain['stderr_paired']:.4f}"
+        print(f"held-out reward {gain['value']:+.4f} ({error}, n {gain['n']})")
     return 0

@@ -6,6 +6,7 @@ judged pairwise, prompt by prompt with the same random numbers, because the prom
 than a prompt's rewards before and after; the unpaired error is reported beside it.
 """
 
+import json
 import math
 import os
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_model_cards.loading import load_model, load_tokenizer
-from deepseek_model_cards.run_folder import RunFolder
+from deepseek_model_cards.run_folder import RunFolder, write_json
 from deepseek_training.align_recipe import AlignRecipe
 from deepseek_training.recipe import recipe_settings
 
@@ -37,7 +38,6 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -
         RewardError: The reward failed in mid-run; the run can be taken up again.
     """
     from deepseek_training.ppo_checkpoint import last_checkpoint
-    from deepseek_training.run_callbacks import drop_metrics_after
 
     started = time.time()
     reward = build_reward(recipe)
@@ -47,17 +47,71 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -
         "validation": load_prompts(recipe, tokenizer, "validation").select_columns(["prompt", "input_ids"]),
     }
     held_out = prompts["validation"].select(range(min(recipe.num_eval_prompts, len(prompts["validation"]))))
-    run = RunFolder.create(output, recipe_settings(recipe), command="align", seed=recipe.seed, overwrite=overwrite)
-    trainer = build_trainer(recipe, run, tokenizer, reward, prompts["train"], held_out)
-    checkpoint = last_checkpoint(trainer.args.output_dir)
-    drop_metrics_after(run, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
-    trainer.evaluate(metric_key_prefix="before")
-    before = trainer.last_evaluation
-    trainer.train(resume_from_checkpoint=checkpoint)
+    policy, value_model = load_models(recipe)  # a bad path leaves no run folder behind
+    args = ppo_config(recipe, Path(output))
+    run = open_run(recipe, args, output, overwrite=overwrite)
+    trainer = build_trainer(
+        recipe,
+        args,
+        run,
+        processing_class=tokenizer,
+        model=policy,
+        value_model=value_model,
+        reward=reward,
+        train_dataset=prompts["train"],
+        eval_dataset=held_out,
+    )
+    before = evaluate_once(trainer, run.path / "before.json")
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.evaluate(metric_key_prefix="after")
-    after = trainer.last_evaluation
-    save_models(trainer, run, tokenizer)
-    return run.finish(summarize(recipe, prompts, held_out, before, after, time.time() - started))
+    summary = summarize(recipe, prompts, held_out, before, trainer.last_evaluation, time.time() - started)
+    if trainer.accelerator.is_main_process:
+        save_models(trainer, run, tokenizer)
+        run.finish(summary)
+    trainer.accelerator.wait_for_everyone()
+    return summary
+
+
+def open_run(recipe: AlignRecipe, args: Any, output: str | Path, *, overwrite: bool = False) -> RunFolder:
+    """Return the run folder; of several processes the first makes it.
+
+    Args:
+        recipe: The settings.
+        args: TRL's settings, which know the processes.
+        output: The folder.
+        overwrite: Delete whatever run the folder holds.
+
+    Raises:
+        FileExistsError: The folder holds another run.
+    """
+    from deepseek_training.checkpoints import last_complete_checkpoint, step_of
+    from deepseek_training.run_callbacks import drop_metrics_after
+
+    settings = recipe_settings(recipe)
+    with args.main_process_first(local=False):
+        if args.process_index > 0:
+            return RunFolder.join(output, settings)
+        run = RunFolder.create(output, settings, command="align", seed=recipe.seed, overwrite=overwrite)
+        checkpoint = last_complete_checkpoint(Path(args.output_dir))
+        begun = 0 if (run.path / "before.json").exists() else -1
+        drop_metrics_after(run, step_of(checkpoint) if checkpoint else begun)
+    return run
+
+
+def evaluate_once(trainer: Any, path: Path) -> dict[str, list]:
+    """Return the start model's evaluation; a resumed run reads it instead of logging it again.
+
+    Args:
+        trainer: Before its training.
+        path: The file that keeps it.
+    """
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    trainer.evaluate(metric_key_prefix="before")
+    if trainer.accelerator.is_main_process:
+        write_json(path, trainer.last_evaluation)
+    trainer.accelerator.wait_for_everyone()
+    return trainer.last_evaluation
 
 
 def build_reward(recipe: AlignRecipe) -> Any:
@@ -121,35 +175,50 @@ def encode_prompt(prompt: str, tokenizer: Any, template: str | None) -> list[int
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def build_trainer(recipe: AlignRecipe, run: RunFolder, tokenizer: Any, reward: Any, train: Any, held_out: Any) -> Any:
-    """Return the PPO trainer: value model from the policy's weights, reference a frozen copy."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, PrinterCallback
-    from trl.experimental.ppo import PPOConfig
+def load_models(recipe: AlignRecipe) -> tuple[Any, Any]:
+    """Return the policy and the value model, None where LoRA lets it share the policy's weights.
 
-    from deepseek_training.align_callbacks import LogToRunFolder, RewardBar
-    from deepseek_training.ppo_trainer import CorrectedPPOTrainer
+    Raises:
+        FileNotFoundError: There is no such model.
+        ValueError: Its context is too short for prompt and completion.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(recipe.seed)
     options = {"experts_implementation": recipe.experts_implementation} if recipe.experts_implementation else {}
     policy = load_model(recipe.model, **options)
-    value_model = load_model(recipe.model, auto_class=AutoModelForSequenceClassification, num_labels=1, **options)
-    torch.nn.init.zeros_(value_model.score.weight)  # a random head would start with a random baseline
     context = policy.config.max_position_embeddings
     if recipe.max_prompt_tokens + recipe.response_length > context:
         raise ValueError(
             f"max_prompt_tokens={recipe.max_prompt_tokens} and response_length={recipe.response_length}: together "
             f"longer than the model's context of {context} tokens"
         )
-    args = PPOConfig(
-        output_dir=str(run.path / "checkpoints"),
+    if recipe.lora_rank:
+        return policy, None
+    if hasattr(policy.config, "mtp_loss_coef"):
+        options["mtp_loss_coef"] = 0.0  # a value model predicts no tokens
+    source = recipe.model if recipe.value_model is None else recipe.value_model
+    value_model = load_model(source, auto_class=AutoModelForSequenceClassification, num_labels=1, **options)
+    if recipe.value_model is None:
+        torch.nn.init.zeros_(value_model.score.weight)  # a random head would start with a random baseline
+    return policy, value_model
+
+
+def ppo_config(recipe: AlignRecipe, output: Path) -> Any:
+    """Return TRL's settings."""
+    from accelerate import PartialState
+    from trl.experimental.ppo import PPOConfig
+
+    return PPOConfig(
+        output_dir=str(output / "checkpoints"),
         seed=recipe.seed,
         per_device_train_batch_size=recipe.batch_size // recipe.num_mini_batches,
         gradient_accumulation_steps=recipe.num_mini_batches,
         num_mini_batches=recipe.num_mini_batches,
         per_device_eval_batch_size=recipe.batch_size,
         local_rollout_forward_batch_size=recipe.batch_size,
-        total_episodes=recipe.num_updates * recipe.batch_size,
+        total_episodes=recipe.num_updates * recipe.batch_size * PartialState().num_processes,
         num_ppo_epochs=recipe.num_ppo_epochs,
         response_length=recipe.response_length,
         temperature=recipe.temperature,
@@ -169,18 +238,33 @@ def build_trainer(recipe: AlignRecipe, run: RunFolder, tokenizer: Any, reward: A
         save_steps=10,
         save_total_limit=1,
         num_sample_generations=0,
+        world_size=PartialState().num_processes,  # TRL hides TrainingArguments' own; `open_run` needs it
         disable_tqdm=True,  # our own bar shows the reward
         report_to=[],
     )
+
+
+def build_trainer(recipe: AlignRecipe, args: Any, run: RunFolder, **parts: Any) -> Any:
+    """Return the PPO trainer; the reference is a frozen copy of the policy, with LoRA the policy without adapter.
+
+    Args:
+        recipe: The settings.
+        args: TRL's settings.
+        run: The run folder, for the log.
+        parts: Models, data and reward, under `CorrectedPPOTrainer`'s names.
+    """
+    from peft import LoraConfig
+    from transformers import PrinterCallback
+
+    from deepseek_training.align_callbacks import LogToRunFolder, RewardBar
+    from deepseek_training.ppo_trainer import CorrectedPPOTrainer
+
+    lora = {"r": recipe.lora_rank, "lora_alpha": 2 * recipe.lora_rank, "target_modules": "all-linear"}
     trainer = CorrectedPPOTrainer(
         args=args,
-        processing_class=tokenizer,
-        model=policy,
-        reward=reward,
-        train_dataset=train,
-        eval_dataset=held_out,
-        value_model=value_model,
         callbacks=[LogToRunFolder(run), RewardBar("align")],
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **lora) if recipe.lora_rank else None,
+        **parts,
     )
     trainer.num_eval_samples = recipe.num_eval_samples
     trainer.remove_callback(PrinterCallback)  # it prints every metric of every update
@@ -188,13 +272,24 @@ def build_trainer(recipe: AlignRecipe, run: RunFolder, tokenizer: Any, reward: A
 
 
 def save_models(trainer: Any, run: RunFolder, tokenizer: Any) -> None:
-    """Write the policy to ``model/``, beside it ``value_model/`` and ``reference/``, each loadable by itself."""
+    """Write the policy to ``model/``, beside it ``value_model/`` and ``reference/``, each loadable by itself.
+
+    With LoRA the adapters are merged into the weights there; the policy's also lies in ``adapter/``.
+    """
+    from deepseek_training.ppo_value import merged, without_adapter
+
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-    folders = {"value_model": unwrapped.value_model, "reference": trainer.ref_model, "model": unwrapped.policy}
-    for name, model in folders.items():
-        if model is not None:
-            model.save_pretrained(run.path / name)
-            tokenizer.save_pretrained(run.path / name)
+    policy, value_model = unwrapped.policy, unwrapped.value_model
+    if trainer.ref_model is None:
+        policy.save_pretrained(run.path / "adapter")
+    builders = {
+        "reference": lambda: without_adapter(policy) if trainer.ref_model is None else trainer.ref_model,
+        "value_model": lambda: merged(value_model),
+        "model": lambda: merged(policy),
+    }
+    for name, build in builders.items():  # one at a time, for each may be a copy
+        build().save_pretrained(run.path / name)
+        tokenizer.save_pretrained(run.path / name)
 
 
 def summarize(

@@ -5,8 +5,33 @@ reading them imports neither torch nor transformers.
 """
 
 import dataclasses
+import math
 
 from deepseek_training.recipe import setting
+
+_AT_LEAST = {
+    0: (
+        "lora_rank",
+        "repetition_penalty",
+        "learning_rate",
+        "kl_coef",
+        "cliprange",
+        "cliprange_value",
+        "vf_coef",
+        "max_grad_norm",
+        "missing_eos_penalty",
+    ),
+    1: (
+        "max_prompt_tokens",
+        "num_eval_samples",
+        "num_updates",
+        "batch_size",
+        "num_mini_batches",
+        "num_ppo_epochs",
+        "response_length",
+    ),
+    8: ("num_eval_prompts",),
+}
 
 
 @dataclasses.dataclass
@@ -23,6 +48,13 @@ class AlignRecipe:
     experts_implementation: str | None = setting(
         "fused_moe", help="how experts are computed: fused_moe, grouped_mm, eager; null leaves it to transformers"
     )
+    value_model: str | None = setting(
+        None, help="sequence classifier with one label to start the value model from; null: the policy and a head of 0"
+    )
+    lora_rank: int = setting(
+        0,
+        help="0 trains every weight; above, LoRA of this rank, and the value model shares the policy's frozen weights",
+    )
     max_prompt_tokens: int = setting(96, help="longer prompts are refused; at least 1")
     num_eval_prompts: int = setting(192, help="held-out prompts scored before and after; at least 8")
     num_eval_samples: int = setting(1, help="completions of each held-out prompt, whose mean counts; at least 1")
@@ -35,7 +67,7 @@ class AlignRecipe:
     )
     is_standardized: bool = setting(False, help="put each reward on one scale, so that the weights alone weigh")
     num_updates: int = setting(20, help="PPO updates; at least 1")
-    batch_size: int = setting(64, help="prompts played an update")
+    batch_size: int = setting(64, help="prompts played an update, in each process")
     num_mini_batches: int = setting(2, help="optimizer steps a pass over the batch; divides batch_size")
     num_ppo_epochs: int = setting(2, help="passes over each batch")
     response_length: int = setting(40, help="longest completion, in tokens")
@@ -53,18 +85,21 @@ class AlignRecipe:
 
     def __post_init__(self):
         """Check the ranges."""
-        for name in ("num_updates", "batch_size", "num_mini_batches", "num_ppo_epochs", "response_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: allowed is 1 or more")
+        for least, names in _AT_LEAST.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not least <= value < math.inf:
+                    raise ValueError(f"{name}={value}: allowed is {least} or more")
         if self.batch_size % self.num_mini_batches:
             raise ValueError(f"num_mini_batches={self.num_mini_batches}: must divide batch_size={self.batch_size}")
-        if self.num_eval_prompts < 8:
-            raise ValueError(f"num_eval_prompts={self.num_eval_prompts}: allowed is 8 or more")
-        if self.num_eval_samples < 1:
-            raise ValueError(f"num_eval_samples={self.num_eval_samples}: allowed is 1 or more")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}: allowed is above 0")
-        if self.kl_coef < 0:
-            raise ValueError(f"kl_coef={self.kl_coef}: allowed is 0 or more")
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"lam={self.lam}: allowed is 0 to 1")
+        if self.lora_rank and self.value_model is not None:
+            raise ValueError(
+                f"value_model={self.value_model}: with lora_rank={self.lora_rank} it shares the policy's weights; "
+                "leave it null"
+            )
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template={self.prompt_template!r}: it must hold {{prompt}}")

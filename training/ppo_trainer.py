@@ -88,6 +88,8 @@ class CorrectedPPOTrainer(PPOTrainer):
         check_prompts(args, model.config, train_dataset, eval_dataset)
         if value_model is None:
             value_model = value_model_for(model, peft_config)
+        if hasattr(value_model, "config") and hasattr(value_model.config, "mtp_loss_coef"):
+            value_model.config.mtp_loss_coef = 0.0  # it has no head that could predict tokens
         if not isinstance(reward, nn.Module):
             reward = RewardAdapter(reward, processing_class)
         with stock_parts_replaced(args):

@@ -90,6 +90,14 @@ def make_ours_moe(**settings):
     return policy, AutoModelForSequenceClassification.from_config(config)
 
 
+def test_a_policy_with_mtp_layers_trains(tmp_path):
+    models = make_ours_moe(num_nextn_predict_layers=1, mtp_loss_coef=0.1)
+    trainer = make_ours(tmp_path, models=models, total_episodes=4, logging_steps=1)
+    trainer.train()
+    assert losses(trainer)[0]["grad_norm"] > 0
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in trainer.value_model.model.layers[-1].parameters())
+
+
 def test_our_balance_losses_do_not_grow_with_accumulation(tmp_path):
     rows = []
     for accumulation in (1, 4):

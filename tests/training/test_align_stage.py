@@ -1,14 +1,18 @@
 """The align stage: the run folder it leaves, taking up an interrupted run, and its one-line errors."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from deepseek_model_cards.run_folder import RunFolder
 from deepseek_training.align import align, encode_prompt
 from deepseek_training.align_recipe import AlignRecipe
+from deepseek_training.ppo_trainer import CorrectedPPOTrainer
 from deepseek_training.recipe import build_recipe, load_recipe
 from deepseek_training.text_data import load_texts
 from deepseek_training.tokenizer import train_tokenizer
@@ -53,10 +57,64 @@ def test_leaves_a_whole_run_folder(policy_path, tmp_path):
     assert value.score.weight.shape[0] == 1 and value.score.weight.abs().sum() > 0
 
 
+def test_lora_leaves_models_that_load_by_themselves(policy_path, tmp_path):
+    align(make_recipe(policy_path, lora_rank=2, learning_rate=0.05), tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    start = AutoModelForCausalLM.from_pretrained(policy_path)
+    reference = AutoModelForCausalLM.from_pretrained(run.path / "reference").state_dict()
+    assert all(torch.equal(reference[name], weight) for name, weight in start.state_dict().items())
+    policy = AutoModelForCausalLM.from_pretrained(run.model_path).eval()
+    adapted = PeftModel.from_pretrained(start, run.path / "adapter").eval()
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(policy(ids).logits, adapted(ids).logits)
+        assert (policy(ids).logits - adapted.get_base_model()(ids).logits).abs().max() < 1e-4
+        with adapted.disable_adapter():
+            assert (policy(ids).logits - adapted(ids).logits).abs().max() > 1e-4
+    value = AutoModelForSequenceClassification.from_pretrained(run.path / "value_model")
+    assert value.score.weight.abs().sum() > 0
+    assert not torch.equal(
+        value.model.layers[0].self_attn.o_proj.weight, start.model.layers[0].self_attn.o_proj.weight
+    )
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_like_a_whole_one(policy_path, tmp_path, monkeypatch):
+    recipe = make_recipe(policy_path, num_updates=12)
+    whole = align(recipe, tmp_path / "whole")
+    step = CorrectedPPOTrainer._train_step
+
+    def stop(self, update):
+        if update == 12:
+            raise KeyboardInterrupt
+        step(self, update)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CorrectedPPOTrainer, "_train_step", stop)
+        align(recipe, tmp_path / "cut")
+    resumed = align(recipe, tmp_path / "cut")
+    assert resumed["results"] == whole["results"] and resumed["samples"] == whole["samples"]
+    clocked = ("eps", "time/", "tokens_per_second")
+    rows = [
+        [{k: v for k, v in row.items() if not any(part in k for part in clocked)} for row in RunFolder(path).metrics]
+        for path in (tmp_path / "whole", tmp_path / "cut")
+    ]
+    assert rows[0] == rows[1]
+    for name in ("model", "value_model", "reference"):
+        left, right = (load_file(tmp_path / run / name / "model.safetensors") for run in ("whole", "cut"))
+        assert all(torch.equal(left[key], right[key]) for key in left)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"num_updates": 0}, "num_updates=0"),
+        ({"response_length": 0}, "response_length=0: allowed is 1 or more"),
+        ({"kl_coef": -0.1}, "kl_coef=-0.1: allowed is 0 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"lam": 2.0}, "lam=2.0: allowed is 0 to 1"),
+        ({"lora_rank": -1}, "lora_rank=-1"),
+        ({"lora_rank": 2, "value_model": "x"}, "value_model=x: with lora_rank=2"),
         ({"weights": [0.7, -0.2, 0.1]}, "none may be negative"),
         ({"weights": [0.0, 0.0, 0.0]}, "sum must be above 0"),
         ({"num_mini_batches": 3}, "must divide batch_size=8"),
@@ -72,6 +130,25 @@ def test_bad_settings_are_one_line(change, message, policy_path, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         align(make_recipe(policy_path, **change), tmp_path / "run")
     assert "\n" not in str(caught.value)
+    left = {path.name for path in (tmp_path / "run").glob("*")}
+    assert left <= {"recipe.yaml", "environment.json"}  # no more, or the next try would be refused
+
+
+def test_a_missing_model_is_one_line_and_leaves_nothing(policy_path, tmp_path):
+    for change in ({"value_model": str(tmp_path / "nowhere")}, {"model": str(tmp_path / "nowhere")}):
+        with pytest.raises(FileNotFoundError, match="nowhere") as caught:
+            align(make_recipe(policy_path, **change), tmp_path / "run")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_pad_token_is_one_line(policy_path, tmp_path):
+    shutil.copytree(policy_path, tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match="tokenizer: it has no pad token"):
+        align(make_recipe(tmp_path / "policy"), tmp_path / "run")
 
 
 def test_the_shipped_recipes_load():
