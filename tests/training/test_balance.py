@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from deepseek_training.balance import ExpertBalanceCallback, find_routers
-from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
+from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM, routing
 from modeling_deepseek.auxiliary_loss import router_z_loss, sequence_balance_loss
 from modeling_deepseek.token_layout import TokenLayout, make_layout
 
@@ -137,21 +137,6 @@ def test_losses_reach_the_gradient_whoever_computes_the_main_one():
         assert one.abs().max() > 1e-3
 
 
-def test_packed_equals_padded():
-    lengths, rows = [15, 4, 9, 11], batch(4)
-    mask = torch.tensor([[1] * n + [0] * (15 - n) for n in lengths])
-    packed = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)]).unsqueeze(0)
-    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    one, other = build(**BALANCED), build(**BALANCED)
-    expected = auxiliary_gradients(one, input_ids=rows * mask, attention_mask=mask)
-    found = auxiliary_gradients(other, input_ids=packed, position_ids=positions)
-    for left, right in zip(expected, found, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-6)
-    for left, right in zip(find_routers(one), find_routers(other), strict=True):
-        assert left.load.num_tokens == right.load.num_tokens == sum(lengths)
-        assert torch.equal(left.load.tokens_per_expert, right.load.tokens_per_expert)
-
-
 def run_trainer(folder, *, num_steps=3, callbacks=None, model=None, **arguments):
     """Steps of plain SGD through the stock Trainer on the same 8 rows each; the model it leaves."""
     model = build(**BALANCED) if model is None else model
@@ -176,28 +161,6 @@ def assert_same_training(one, other, tolerance=2e-5):
         torch.testing.assert_close(
             value, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n} {m}"
         )
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
-    ],
-    ids=["accumulated", "reentrant", "non-reentrant", "accumulated and checkpointed"],
-)
-def test_one_batch_equals(tmp_path, arguments):
-    """Weights, biases and shares after three steps: the naive version is 4 times off, or counts twice."""
-    whole, _ = run_trainer(tmp_path)
-    other, trainer = run_trainer(tmp_path, **arguments)
-    assert_same_training(whole, other)
-    untrained = build(**BALANCED)
-    for before, after in zip(find_routers(untrained), find_routers(other), strict=True):
-        assert (after.e_score_correction_bias - before.e_score_correction_bias).abs().max() > 0.005
-        assert not torch.equal(after.share.state, before.share.state)
-    assert trainer.state.log_history[0]["load_imbalance"] >= 1
 
 
 RANK = """
@@ -234,21 +197,17 @@ def test_one_batch_equals_two_processes(tmp_path):
     assert torch.equal(torch.load(tmp_path / "load.pt"), callback.tokens_per_expert)
 
 
-def test_bf16_autocast_stays_close(tmp_path):
-    exact, _ = run_trainer(tmp_path, num_steps=1)
-    rounded, _ = run_trainer(tmp_path, num_steps=1, bf16=True)
-    assert_same_training(exact, rounded, tolerance=0.03)
-
-
 # Without the callback ------------------------------------------------------------------------------------------------
 
 
 def test_without_the_callback_training_is_correct_and_says_so_once(tmp_path, caplog):
+    type(routing.logger).warning_once.cache_clear()  # another test may have made it speak already
     model, _ = run_trainer(
         tmp_path, callbacks=[], num_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
     messages = [record.getMessage() for record in caplog.records]
-    assert sum("pass ExpertBalanceCallback to the trainer" in message for message in messages) <= 1
+    assert sum("pass ExpertBalanceCallback to the trainer" in message for message in messages) == 1
+    assert sum("gradient accumulation without ExpertBalanceCallback" in message for message in messages) == 1
     for router in find_routers(model):
         assert not router.e_score_correction_bias.any(), "no callback, no update"
     # The auxiliary gradient is no larger than with the callback: not four times it.
