@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", choices=["auto", "cpu", "gpu", "quick"], default="auto", help="which shapes to run")
     parser.add_argument("--output", default="runs/bench-kernels", help="the run folder to write")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each shape and mode")
+    parser.add_argument("--tune", action="store_true", help="find this GPU's fastest tiles first, and keep them")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished run in the folder")
 
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         args: The parsed options.
 
     Raises:
-        ValueError: The GPU grid is asked for where there is no GPU, or the time is not positive.
+        ValueError: The GPU grid or tuning is asked for where there is no GPU, or the time is not positive.
     """
     import torch
 
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("grid: got gpu, wanted cpu or quick: torch sees no GPU on this machine")
     if not args.seconds > 0:
         raise ValueError(f"seconds: got {args.seconds}, wanted more than 0")
+    if args.tune and (not has_gpu or args.grid in ("cpu", "quick")):
+        raise ValueError(f"tune: got grid {args.grid}, wanted gpu on a machine with one: tiles are those of a GPU")
     name = args.grid if args.grid != "auto" else ("gpu" if has_gpu else "cpu")
     grid = {
         "cpu": kernel_benchmark.CPU_GRID,
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     settings = {"grid": name, "seconds": args.seconds, "device": device, "num_threads": torch.get_num_threads()}
     folder = RunFolder.create(args.output, settings, command="bench kernels", seed=0, overwrite=args.overwrite)
     begun, rows = time.time(), []
+    if args.tune:
+        _tune(grid)
     for cell in grid:
         new = kernel_benchmark.measure_cell(cell, device, args.seconds)
         rows += new
@@ -79,6 +84,28 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"written to {folder.path}")
     return 0
+
+
+def _tune(grid: list) -> None:
+    """Find tiles for every shape of the grid, one with the rows per expert of another only once."""
+    import torch
+
+    from deepseek_kernels.tiles import row_bucket
+    from deepseek_kernels.tune import tune
+
+    shapes = {(c.H, c.I, row_bucket(c.T * c.K, c.E)): c for c in reversed(grid)}
+    for hidden, width, bucket in shapes:
+        c = shapes[hidden, width, bucket]
+        print(f"tuning H={hidden} I={width}, as for T={c.T} E={c.E} K={c.K}", flush=True)
+        best = tune(
+            num_tokens=c.T,
+            num_slots=c.K,
+            hidden=hidden,
+            width=width,
+            num_experts=c.E,
+            dtype=getattr(torch, c.dtype),
+        )
+        print(f"  {best}", flush=True)
 
 
 def compute_speedups(rows: list[dict]) -> list[dict]:

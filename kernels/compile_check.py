@@ -152,6 +152,7 @@ def small_kernels(dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
         (meta.count_slots_kernel, {"BINS": bins, "BLOCK": block}),
         (meta.sum_blocks_kernel, {"BINS": bins, "BLOCK": 1024}),
         (meta.sum_experts_kernel, {"BINS": NUM_EXPERTS, "BLOCK_M": 128}),
+        (meta.count_tiles_kernel, {"BINS": NUM_EXPERTS, "BLOCK_M": 128}),
         (meta.place_slots_kernel, {"BINS": bins, "BLOCK": block}),
         (combine.combine_kernel, combine_constants),
         (decode.decode_gate_up_kernel, {"ACTIVATION": "silu", **decode_constants}),

@@ -9,14 +9,17 @@ tests run them. Nothing here asks the device for a value, so a call never waits 
 T tokens, K slots a token, S = T*K rows, H hidden, I expert width, E experts.
 """
 
+import dataclasses
+
 from torch import Tensor
 
 from deepseek_kernels.combine import combine
 from deepseek_kernels.decode import MAX_TOKENS, decode
+from deepseek_kernels.device_guard import on_device_of
 from deepseek_kernels.down_backward import down_backward
 from deepseek_kernels.gate_up import gate_up
 from deepseek_kernels.grouped_gemm import grouped_gemm
-from deepseek_kernels.routing_metadata import RoutingMetadata, routing_metadata
+from deepseek_kernels.routing_metadata import RoutingMetadata, routing_metadata, tiles_of
 from deepseek_kernels.tiles import Tiles, choose_tiles, row_bucket
 from deepseek_kernels.weight_gradient import weight_gradient
 
@@ -41,6 +44,16 @@ def forward(
         activation: Canonical name.
         keep_preactivation: Whether there will be a backward pass.
     """
+    _check_sizes(topk_indices, gate_up_proj)
+    with on_device_of(hidden_states):
+        return _forward(
+            hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, activation, keep_preactivation
+        )
+
+
+def _forward(
+    hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, activation, keep_preactivation
+) -> tuple[Tensor, Tensor, RoutingMetadata | None]:
     num_slots = topk_indices.shape[1]
     if hidden_states.shape[0] <= MAX_TOKENS and not keep_preactivation:
         if hidden_states.shape[0] == 0:
@@ -80,9 +93,28 @@ def backward(
         activation: Canonical name.
         needs: Which of the four gradients are wanted; the others come back empty.
     """
+    with on_device_of(hidden_states):
+        return _backward(
+            grad_output,
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            metadata,
+            topk_weights,
+            preactivation,
+            activation,
+            needs,
+        )
+
+
+def _backward(
+    grad_output, hidden_states, gate_up_proj, down_proj, metadata, topk_weights, preactivation, activation, needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs_x, needs_gate_up, needs_down, needs_weights = needs
     num_slots = topk_weights.shape[1]
     tiles = tiles_for(hidden_states, down_proj, metadata.row_slot.numel())
+    # Tuning may have changed the tiles since the forward pass.
+    metadata = dataclasses.replace(metadata, tile_start=tiles_of(metadata.expert_start, tiles.block_m))
     grad_h, scaled, grad_row_weight = down_backward(
         grad_output, down_proj, preactivation, topk_weights, metadata, activation, tiles.down_backward
     )
@@ -107,8 +139,16 @@ def backward(
     return tuple(s.new_empty(0) if g is None else g for s, g in zip(sources, grads, strict=True))
 
 
+def _check_sizes(topk_indices: Tensor, gate_up_proj: Tensor) -> None:
+    """Slots are numbered in 32 bits, and experts along a grid axis of 16."""
+    if topk_indices.numel() >= 2**31:
+        raise ValueError(f"topk_indices: got {topk_indices.numel()} slots, wanted fewer than {2**31}")
+    if gate_up_proj.shape[0] >= 2**16:
+        raise ValueError(f"gate_up_proj: got {gate_up_proj.shape[0]} experts, wanted fewer than {2**16}")
+
+
 def tiles_for(hidden_states: Tensor, down_proj: Tensor, num_rows: int) -> Tiles:
-    """Return the tiles of a call; forward and backward get the same, for they share the tile map.
+    """Return the tiles of a call.
 
     Args:
         hidden_states: [T, H].

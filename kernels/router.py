@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_kernels.device_guard import on_device_of
 from deepseek_kernels.triton_numerics import IS_INTERPRETED, accumulator
 
 SCORINGS = ("sigmoid", "softmax")
@@ -158,21 +159,22 @@ def _router_op(
     indices = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = logits.new_empty(num_tokens, top_k)
     if num_tokens:
-        router_kernel[(num_tokens,)](
-            logits,
-            bias,
-            unused_share,
-            indices,
-            weights,
-            num_experts,
-            scale,
-            **_constants(num_experts, top_k, scoring, normalize, logits.dtype),
-            MIN_K=min_k,
-            TOPK_GROUPS=topk_groups,
-            NUM_GROUPS=num_groups,
-            GROUPS=triton.next_power_of_2(num_groups),
-            PER_GROUP=triton.next_power_of_2(num_experts // num_groups),
-        )
+        with on_device_of(logits):
+            router_kernel[(num_tokens,)](
+                logits,
+                bias,
+                unused_share,
+                indices,
+                weights,
+                num_experts,
+                scale,
+                **_constants(num_experts, top_k, scoring, normalize, logits.dtype),
+                MIN_K=min_k,
+                TOPK_GROUPS=topk_groups,
+                NUM_GROUPS=num_groups,
+                GROUPS=triton.next_power_of_2(num_groups),
+                PER_GROUP=triton.next_power_of_2(num_experts // num_groups),
+            )
     return indices, weights
 
 
@@ -189,16 +191,17 @@ def _router_backward_op(
     (num_tokens, num_experts), top_k = logits.shape, indices.shape[1]
     grad_logits = torch.empty_like(logits)
     if num_tokens:
-        router_backward_kernel[(num_tokens,)](
-            grad_weights,
-            logits,
-            indices,
-            grad_logits,
-            num_experts,
-            scale,
-            **_constants(num_experts, top_k, scoring, normalize, logits.dtype),
-            EXPERTS=triton.next_power_of_2(num_experts),
-        )
+        with on_device_of(logits):
+            router_backward_kernel[(num_tokens,)](
+                grad_weights,
+                logits,
+                indices,
+                grad_logits,
+                num_experts,
+                scale,
+                **_constants(num_experts, top_k, scoring, normalize, logits.dtype),
+                EXPERTS=triton.next_power_of_2(num_experts),
+            )
     return grad_logits
 
 

@@ -90,6 +90,20 @@ def routing_metadata(topk_indices: Tensor, num_experts: int, block_m: int) -> Ro
     return metadata
 
 
+def tiles_of(expert_start: Tensor, block_m: int) -> Tensor:
+    """Return `tile_start` for tiles of `block_m` rows; the backward pass need not use the forward pass's tiles.
+
+    Args:
+        expert_start: [E + 1] int32.
+        block_m: Rows a tile.
+    """
+    num_experts, tile_start = expert_start.numel() - 1, torch.empty_like(expert_start)
+    count_tiles_kernel[(1,)](
+        expert_start, tile_start, num_experts, BINS=triton.next_power_of_2(num_experts), BLOCK_M=block_m
+    )
+    return tile_start
+
+
 def routing_metadata_reference(topk_indices: Tensor, num_experts: int, block_m: int) -> RoutingMetadata:
     """Return the same by torch's stable sort; `row_slot` is -1 beyond the used rows.
 
@@ -151,6 +165,17 @@ def sum_experts_kernel(
     tl.store(tile_start_ptr, 0)
     tl.store(expert_start_ptr + 1 + experts, tl.cumsum(totals, 0), mask=experts < num_experts)
     tl.store(tile_start_ptr + 1 + experts, tl.cumsum(tiles, 0), mask=experts < num_experts)
+
+
+@triton.jit
+def count_tiles_kernel(expert_start_ptr, tile_start_ptr, num_experts, BINS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Write each expert's first tile, with the end behind the last, for experts whose first rows are known."""
+    experts = tl.arange(0, BINS)
+    is_expert = experts < num_experts
+    first = tl.load(expert_start_ptr + experts, mask=is_expert, other=0)
+    end = tl.load(expert_start_ptr + 1 + experts, mask=is_expert, other=0)
+    tl.store(tile_start_ptr, 0)
+    tl.store(tile_start_ptr + 1 + experts, tl.cumsum((end - first + BLOCK_M - 1) // BLOCK_M, 0), mask=is_expert)
 
 
 @triton.jit

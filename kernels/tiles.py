@@ -1,7 +1,7 @@
 """Which tile sizes each kernel runs with: a shipped table, what a user's own tuning found, or a safe default.
 
 Every launch asks `choose_tiles`. The key is the GPU, H, I and a bucket of rows per expert, never the number of tokens:
-two batches of different length run the same kernels. Nothing is measured here; ``tuning`` does that on request and
+two batches of different length run the same kernels. Nothing is measured here; ``tune`` does that on request, and
 writes the file this one reads.
 
 Surprising: the shipped sizes were chosen by compiling (registers, spills, shared memory; the tests repeat it), not by
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 # Upper ends of the buckets of mean rows per expert; 16-row tiles waste little where an expert has a handful of rows.
 ROW_BUCKETS = (16, 64)
 ANY = 0
+ROW_KERNELS = ("gate_up", "down", "down_backward", "input_gradient")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Tiles:
         return self.gate_up.block_m
 
     def for_dtype(self, dtype: torch.dtype) -> "Tiles":
-        """Return the same with `block_k` cut so that wider elements take no more shared memory.
+        """Return the same, cut so that wider elements take no more shared memory and registers.
 
         Args:
             dtype: Of the operands.
@@ -81,7 +82,12 @@ class Tiles:
             return self
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         cut = {
-            name: dataclasses.replace(tile, block_k=max(16, tile.block_k * 2 // dtype.itemsize))
+            name: dataclasses.replace(
+                tile,
+                # Accumulators of a float64 product, or of a float32 one without tensor cores, fill the registers.
+                block_n=min(tile.block_n, 512 // dtype.itemsize),
+                block_k=max(16, tile.block_k * 2 // dtype.itemsize),
+            )
             for name, tile in parts.items()
         }
         return Tiles(**cut)
@@ -157,6 +163,7 @@ TARGETS = {
     "B200": ("cuda", 100, 32),
     "MI300": ("hip", "gfx942", 64),
 }
+INTERPRETER = "interpreter"
 # Under the interpreter every step costs milliseconds, whatever its size: small tiles keep odd shapes interesting.
 INTERPRETED = Tiles(
     gate_up=Tile(16, 16, 16, 1, 1),
@@ -188,9 +195,17 @@ def choose_tiles(device: torch.device, hidden: int, width: int, bucket: int, dty
         bucket: From `row_bucket`.
         dtype: Of the operands.
     """
-    if device.type == "cpu":
-        return INTERPRETED
-    return _choose(torch.cuda.get_device_name(device), hidden, width, bucket).for_dtype(dtype)
+    tiles = _choose(device_name(device), hidden, width, bucket)
+    return tiles if device.type == "cpu" else tiles.for_dtype(dtype)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name under which tiles are kept: torch's for a GPU, ``interpreter`` for a CPU.
+
+    Args:
+        device: Where the tensors are.
+    """
+    return INTERPRETER if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -198,6 +213,8 @@ def _choose(device_name: str, hidden: int, width: int, bucket: int) -> Tiles:
     tuned = load_tuned().get((device_name, hidden, width, bucket))
     if tuned is not None:
         return tuned
+    if device_name == INTERPRETER:
+        return INTERPRETED
     # The longest name that fits: "GH200" contains "H200".
     gpu = max((name for name in _BY_ROWS if name in device_name), key=len, default=None)
     if gpu is None:
@@ -219,32 +236,55 @@ def _log_unknown(device_name: str) -> None:
 
 def tuned_path() -> Path:
     """Return the file of this user's own tuning results."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deepseek-moe" / "tiles.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-moe" / "tiles.json"
 
 
 def load_tuned() -> dict[tuple[str, int, int, int], Tiles]:
-    """Return the tuned tiles by (device name, H, I, bucket); empty if there are none, or the file is unreadable."""
+    """Return the tuned tiles by (device name, H, I, bucket); empty if there are none, or the file is not usable."""
     path = tuned_path()
     if not path.is_file():
         return {}
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            (e["device"], e["hidden"], e["width"], e["bucket"]): Tiles(
-                **{name: Tile(**sizes) for name, sizes in e["tiles"].items()}
-            )
-            for e in entries
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        logger.warning("fused_moe: %s is unreadable (%s) and left out", path, error)
+        return {(e["device"], e["hidden"], e["width"], e["bucket"]): _read_tiles(e["tiles"]) for e in entries}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log_unusable(path, f"{type(error).__name__}: {error}")
         return {}
+
+
+@functools.lru_cache(maxsize=64)
+def _log_unusable(path: Path, reason: str) -> None:
+    logger.warning("fused_moe: %s is not usable (%s) and left out", path, reason)
+
+
+def _read_tiles(entry: dict) -> Tiles:
+    """Read one entry; a size that no kernel can have is a ValueError, for it might run, and compute wrongly."""
+    tiles = Tiles(**{name: Tile(**sizes) for name, sizes in entry.items()})
+    for field in dataclasses.fields(tiles):
+        tile = getattr(tiles, field.name)
+        for name, low, high in (
+            ("block_m", 16, 256),
+            ("block_n", 16, 256),
+            ("block_k", 16, 256),
+            ("num_warps", 1, 16),
+            ("num_stages", 1, 8),
+            ("group_m", 1, 64),
+        ):
+            got = getattr(tile, name)
+            is_power = name == "num_stages" or (isinstance(got, int) and got & (got - 1) == 0)
+            if type(got) is not int or not low <= got <= high or not is_power:
+                raise ValueError(f"{field.name}.{name}: got {got!r}, wanted {low} to {high}")
+    heights = {getattr(tiles, name).block_m for name in ROW_KERNELS}
+    if len(heights) > 1:
+        raise ValueError(f"block_m: got {sorted(heights)}, wanted the same for {', '.join(ROW_KERNELS)}")
+    return tiles
 
 
 def save_tuned(device_name: str, hidden: int, width: int, bucket: int, tiles: Tiles) -> Path:
     """Add one result to this user's file and return its path.
 
     Args:
-        device_name: As torch names the GPU.
+        device_name: From `device_name`.
         hidden: H.
         width: I.
         bucket: From `row_bucket`.
@@ -257,7 +297,7 @@ def save_tuned(device_name: str, hidden: int, width: int, bucket: int, tiles: Ti
     ]
     path = tuned_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
+    temporary = path.with_suffix(f".{os.getpid()}.partial")
     temporary.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     os.replace(temporary, path)
     _choose.cache_clear()
