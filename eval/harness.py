@@ -121,8 +121,10 @@ def _check_settings(settings: dict[str, Any]) -> None:
             raise ValueError(f"limit of {name} = {value}, allowed is 1 or more")
     if isinstance(settings["limit"], int) and settings["limit"] < 1:
         raise ValueError(f"limit = {settings['limit']}, allowed is 1 or more")
-    if settings["temperature"] < 0:
+    if not 0 <= settings["temperature"] < float("inf"):
         raise ValueError(f"temperature = {settings['temperature']}, allowed is 0 (greedy) or more")
+    if not 0 < settings["top_p"] <= 1:
+        raise ValueError(f"top_p = {settings['top_p']}, allowed is more than 0, at most 1")
     if settings["num_samples"] > 1 and settings["temperature"] == 0:
         raise ValueError(f"num_samples = {settings['num_samples']} with temperature = 0 would repeat one completion")
 

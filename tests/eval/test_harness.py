@@ -132,6 +132,9 @@ def test_adding_a_task_is_one_file():
         ({"limit": 0}, "limit = 0, allowed is 1 or more"),
         ({"limit": {"humanevall": 1}}, "did you mean humaneval"),
         ({"temperature": -1.0}, "temperature = -1.0, allowed is 0"),
+        ({"temperature": float("nan")}, "temperature = nan, allowed is 0"),
+        ({"top_p": 0.0}, r"top_p = 0.0, allowed is more than 0, at most 1"),
+        ({"top_p": 1.5}, r"top_p = 1.5, allowed is more than 0, at most 1"),
         ({"num_samples": 3}, "num_samples = 3 with temperature = 0"),
         ({"tasks": ["humaneval"]}, "max_new_tokens = 1024"),
     ],
@@ -215,7 +218,7 @@ def test_the_original_format_drops_shots_and_not_tokens():
         assert len(prompts) == 6
         fitting = [prompt for prompt in prompts if len(loaded.tokenizer.encode(prompt)) <= loaded.max_length]
         if fitting:
-            assert row.token_ids == loaded.tokenizer.encode(fitting[0])
+            assert list(row.token_ids) == loaded.tokenizer.encode(fitting[0])
             numbers.add(fitting[0].count("\nAnswer:") - 1)
         else:
             assert row.is_truncated
