@@ -47,8 +47,13 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -
         "validation": load_prompts(recipe, tokenizer, "validation").select_columns(["prompt", "input_ids"]),
     }
     held_out = prompts["validation"].select(range(min(recipe.num_eval_prompts, len(prompts["validation"]))))
-    policy, value_model = load_models(recipe)  # a bad path leaves no run folder behind
     args = ppo_config(recipe, Path(output))
+    if len(prompts["train"]) < recipe.batch_size * args.world_size:
+        raise ValueError(
+            f"batch_size={recipe.batch_size}: {recipe.prompts} has only {len(prompts['train'])} prompts to train on, "
+            f"for {args.world_size} process(es)"
+        )
+    policy, value_model = load_models(recipe)  # a bad path leaves no run folder behind
     run = open_run(recipe, args, output, overwrite=overwrite)
     trainer = build_trainer(
         recipe,
@@ -184,7 +189,9 @@ def load_models(recipe: AlignRecipe) -> tuple[Any, Any]:
     """
     import torch
     from transformers import AutoModelForSequenceClassification
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # "Loading weights" would stand in front of our own bar and of errors
     torch.manual_seed(recipe.seed)
     options = {"experts_implementation": recipe.experts_implementation} if recipe.experts_implementation else {}
     policy = load_model(recipe.model, **options)
@@ -198,11 +205,15 @@ def load_models(recipe: AlignRecipe) -> tuple[Any, Any]:
         return policy, None
     if hasattr(policy.config, "mtp_loss_coef"):
         options["mtp_loss_coef"] = 0.0  # a value model predicts no tokens
-    source = recipe.model if recipe.value_model is None else recipe.value_model
-    value_model = load_model(source, auto_class=AutoModelForSequenceClassification, num_labels=1, **options)
+    options.update(auto_class=AutoModelForSequenceClassification, num_labels=1)
     if recipe.value_model is None:
+        value_model = load_model(recipe.model, **options)
         torch.nn.init.zeros_(value_model.score.weight)  # a random head would start with a random baseline
-    return policy, value_model
+        return policy, value_model
+    try:
+        return policy, load_model(recipe.value_model, **options)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"value_model: {str(error).removeprefix('model: ')}") from error
 
 
 def ppo_config(recipe: AlignRecipe, output: Path) -> Any:

@@ -40,7 +40,9 @@ class AlignRecipe:
 
     model: str = setting(help="the policy to start from: local path or Hub id, with its tokenizer")
     prompts: str = setting("dialogues", help="embedded name, file, folder or Hub id of prompts")
-    prompt_column: str | None = setting(None, help="column with the prompts; by default 'prompt' or 'text'")
+    prompt_column: str | None = setting(
+        None, help="column with the prompts; by default 'text', or 'prompt' where there is no 'text'"
+    )
     prompt_sources: list[str] = setting([], help="keep the rows whose `source` is one of these; empty: all rows")  # noqa: RUF009
     prompt_template: str | None = setting(
         "{prompt}\n", help="how a prompt is put to the model; null uses the tokenizer's chat template"

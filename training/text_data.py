@@ -68,7 +68,8 @@ def load_texts(name_or_path: str | Path, split: str = "train", *, column: str | 
             or ``owner/name:configuration``).
         split: ``train``, ``validation`` or ``all``. Rows with a ``split`` column keep theirs; otherwise one document
             in ten is validation, chosen by a hash of its text.
-        column: The column with the text; by default ``text``, or ``prompt`` for ``dialogues``.
+        column: The column with the text; by default ``text``, or ``prompt`` where there is no ``text`` and for
+            ``dialogues``.
 
     Raises:
         FileNotFoundError: Nothing lies there.
@@ -101,7 +102,8 @@ def read_rows(name_or_path: str | Path, split: str = "all", *, column: str | Non
     else:
         rows = _read_hub(name, split)
     for row in rows:
-        yield {**row, "text": _pick_column(row, column or "text", name)}
+        default = "prompt" if "prompt" in row and "text" not in row else "text"
+        yield {**row, "text": _pick_column(row, column or default, name)}
 
 
 def describe_data(name_or_path: str | Path, split: str, texts: list[str], used_for: str) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def _select_split(rows: list[dict], split: str, name: str | Path) -> list[str]:
 def _pick_column(row: dict, column: str, name: str) -> str:
     if column not in row:
         found = ", ".join(row)
-        raise ValueError(f"data: {name} has no column '{column}' (it has: {found}); name one with the column setting")
+        raise ValueError(f"data: {name} has no column '{column}' (it has: {found}); name one of them")
     if not isinstance(row[column], str):
         kind = type(row[column]).__name__
         raise ValueError(f"data: column '{column}' of {name} holds {kind}, not text")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from deepseek_model_cards.run_folder import RunFolder
-from deepseek_training.align import align, encode_prompt
+from deepseek_training.align import align, encode_prompt, load_prompts
 from deepseek_training.align_recipe import AlignRecipe
 from deepseek_training.ppo_trainer import CorrectedPPOTrainer
 from deepseek_training.recipe import build_recipe, load_recipe
@@ -123,7 +123,7 @@ def test_an_interrupted_run_ends_like_a_whole_one(policy_path, tmp_path, monkeyp
         ({"max_prompt_tokens": 3}, "longer than max_prompt_tokens=3"),
         ({"response_length": 4000}, "longer than the model's context"),
         ({"prompt_sources": ["nowhere"]}, "no train row from them"),
-        ({"batch_size": 4096, "num_mini_batches": 1}, "fewer than the batch of 4096"),
+        ({"batch_size": 4096, "num_mini_batches": 1}, "batch_size=4096: dialogues has only"),
     ],
 )
 def test_bad_settings_are_one_line(change, message, policy_path, tmp_path):
@@ -135,9 +135,9 @@ def test_bad_settings_are_one_line(change, message, policy_path, tmp_path):
 
 
 def test_a_missing_model_is_one_line_and_leaves_nothing(policy_path, tmp_path):
-    for change in ({"value_model": str(tmp_path / "nowhere")}, {"model": str(tmp_path / "nowhere")}):
-        with pytest.raises(FileNotFoundError, match="nowhere") as caught:
-            align(make_recipe(policy_path, **change), tmp_path / "run")
+    for name in ("value_model", "model"):
+        with pytest.raises(FileNotFoundError, match=f"^{name}: .*nowhere") as caught:
+            align(make_recipe(policy_path, **{name: str(tmp_path / "nowhere")}), tmp_path / "run")
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "run").exists()
 
@@ -156,6 +156,18 @@ def test_the_shipped_recipes_load():
         assert load_recipe(name, AlignRecipe).weights == [0.7, 0.2, 0.1]
     with pytest.raises(ValueError, match="did you mean 'kl_coef'"):
         build_recipe({"model": "x", "kl_coeff": 0.1}, AlignRecipe)
+
+
+def test_prompts_come_from_the_users_file(policy_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Question {i}", "topic": "x"}) + "\n" for i in range(60)))
+    recipe = make_recipe(policy_path, prompts=str(path))
+    splits = {split: list(load_prompts(recipe, tokenizer, split)["prompt"]) for split in ("train", "validation")}
+    assert sorted(splits["train"] + splits["validation"]) == sorted(f"Question {i}" for i in range(60))
+    path.write_text("")
+    with pytest.raises(ValueError, match="is empty"):
+        load_prompts(recipe, tokenizer, "train")
 
 
 def test_prompts_follow_the_template(policy_path):
