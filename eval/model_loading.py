@@ -74,7 +74,8 @@ def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
     try:
         return PeftModel.from_pretrained(model, loading.resolve_checkpoint(adapter)).merge_and_unload()
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        # ValueError and RuntimeError: made for another architecture, or for another size of this one.
         raise ValueError(f"adapter: {adapter} cannot be loaded ({loading.first_line(error)})") from None
 
 

