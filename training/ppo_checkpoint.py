@@ -74,8 +74,7 @@ def load_checkpoint(trainer: "CorrectedPPOTrainer", folder: str | Path) -> None:
     unwrapped = accelerator.unwrap_model(trainer.model)
     _load_weights(unwrapped.policy, folder)
     _load_weights(unwrapped.value_model, folder / VALUE_FOLDER)
-    optimizer = torch.load(folder / OPTIMIZER_NAME, map_location=accelerator.device, weights_only=True)
-    trainer.optimizer.load_state_dict(optimizer)
+    trainer.optimizer.load_state_dict(torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
     trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
     state = OnlineTrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
     for name in ("global_step", "episode", "epoch", "log_history"):

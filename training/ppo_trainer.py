@@ -107,6 +107,7 @@ class CorrectedPPOTrainer(PPOTrainer):
                 callbacks=callbacks,
                 peft_config=peft_config,
             )
+        self.is_distributed_loading_by_transformers = False  # Trainer's own constructor, which TRL skips, sets it
         self.prompt_column = prompt_column
         self.last_evaluation: dict[str, list] = {}
         self.num_eval_samples = 1
