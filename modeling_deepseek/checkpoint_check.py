@@ -6,7 +6,7 @@ that are nowhere and fills them with random numbers, and its own messages name n
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,11 +100,32 @@ def _check_experts(tensors: dict[str, StoredTensor], num_experts: int) -> None:
             raise ValueError(f"checkpoint: it {has} '{prefix}.{expert}.{part}_proj.weight'")
 
 
-def check_scales(tensors: dict[str, StoredTensor]) -> None:
-    """Raise ValueError, in one line, if an FP8 weight has no scales or scales have no weight.
+def check_shapes(tensors: dict[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError, in one line, if a tensor is not of the model's shape.
 
     Args:
         tensors: What the files hold.
+        wanted: The model's shapes by name; experts fused. Names may lack or have the decoder's ``model.``.
+    """
+    wanted = {name.removeprefix("model."): tuple(shape) for name, shape in wanted.items()}
+    for name, tensor in tensors.items():
+        shape = wanted.get(name.removeprefix("model."))
+        expert = _EXPERT.match(name)
+        if expert is not None:
+            fused = "down_proj" if expert[3] == "down" else "gate_up_proj"
+            shape = wanted.get(f"{expert[1].removeprefix('model.')}.{fused}")
+            if shape is not None:
+                shape = shape[1:] if expert[3] == "down" else (shape[1] // 2, shape[2])
+        if shape is not None and tensor.shape != shape:
+            raise ValueError(f"shard: {tensor.path.name} holds {name!r} of shape {tensor.shape}, want {shape}")
+
+
+def check_scales(tensors: dict[str, StoredTensor], block_size: tuple[int, int]) -> None:
+    """Raise ValueError, in one line, if an FP8 weight has no scales, or scales have no weight or not one a block.
+
+    Args:
+        tensors: What the files hold.
+        block_size: Rows and columns of a block.
     """
     for name, tensor in tensors.items():
         if tensor.dtype.startswith("F8_E") and not name.endswith((".weight", _SCALE)):
@@ -113,6 +134,14 @@ def check_scales(tensors: dict[str, StoredTensor]) -> None:
             raise ValueError(f"shard: {tensor.path.name} holds {name!r}, but no shard the weight it scales")
         if tensor.dtype.startswith("F8_E") and len(tensor.shape) > 1 and name + _SCALE not in tensors:
             raise ValueError(f"shard: {tensor.path.name} holds {name!r} in FP8, but no shard holds its '{_SCALE[1:]}'")
+        if name.endswith(_SCALE):
+            weight = tensors[name.removesuffix(_SCALE)].shape
+            blocks = tuple(-(-length // block) for length, block in zip(weight, block_size, strict=False))
+            if tensor.shape != blocks:
+                raise ValueError(
+                    f"shard: {tensor.path.name} holds {name!r} of shape {tensor.shape}, want {blocks} for a weight of "
+                    f"{weight} in blocks of {block_size}"
+                )
 
 
 def refuse_fp8(tensors: dict[str, StoredTensor]) -> None:

@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .auxiliary_loss import AttachLoss
 from .carried_mtp import mtp_part, read_carried, with_carried
-from .checkpoint_check import check_scales, check_tensors, read_headers, refuse_fp8, refuse_missing
+from .checkpoint_check import check_scales, check_shapes, check_tensors, read_headers, refuse_fp8, refuse_missing
 from .configuration_deepseek import DeepseekConfig
 from .conversion import fuse_expert_names, register_conversion
 from .fp8_checkpoint import METHOD
@@ -208,8 +208,11 @@ class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
         if quantization is None:
             refuse_fp8(tensors)
         elif quantization.quant_method == METHOD:
-            check_scales(tensors)
             block_size = tuple(quantization.weight_block_size)
+            check_scales(tensors, block_size)
+        # Another quantiser stores other shapes.
+        if (quantization is None or block_size) and not load_config.ignore_mismatched_sizes:
+            check_shapes(tensors, {name: tensor.shape for name, tensor in self.state_dict().items()})
         if self._carries_mtp and not self.config.num_mtp_modules:
             self._carried_mtp = read_carried(tensors, self.config, load_config.dtype, block_size)
 
@@ -233,11 +236,11 @@ class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
             **kwargs: As for `transformers.PreTrainedModel.save_pretrained`.
         """
         self._weight_conversions = None  # Else transformers writes back the layout that it read.
+        # transformers copies the file that holds the class. FSDP2 makes a class of its own, in a file of torch's.
+        self.__module__ = next(cls.__module__ for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
         if self._carried_mtp and not getattr(self, "_hf_peft_config_loaded", False):
             state_dict = kwargs.get("state_dict")
             state_dict = self.state_dict() if state_dict is None else state_dict
-        # transformers copies the file that holds the class. FSDP2 makes a class of its own, in a file of torch's.
-        self.__module__ = next(cls.__module__ for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))
             prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
             kwargs["state_dict"] = with_carried(state_dict, self._carried_mtp, prefix, self.dtype)
         super().save_pretrained(save_directory, **kwargs)

@@ -130,6 +130,16 @@ def test_a_weight_without_its_scales_is_refused(released):
         DeepseekForCausalLM.from_pretrained(released[0])
 
 
+def test_scales_of_other_blocks_are_refused(released):
+    name = "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"  # of 136 x 160
+    edit(
+        released[0],
+        lambda tensors: {key: torch.ones(1, 2) if key == name else value for key, value in tensors.items()},
+    )
+    with pytest.raises(ValueError, match=r"up_proj.weight_scale_inv' of shape \(1, 2\), want \(2, 2\) for a weight"):
+        DeepseekForCausalLM.from_pretrained(released[0])
+
+
 def test_scales_without_their_weight_are_refused(released):
     gone = "model.layers.1.mlp.experts.3.up_proj.weight"
     edit(released[0], lambda tensors: {name: value for name, value in tensors.items() if name != gone})

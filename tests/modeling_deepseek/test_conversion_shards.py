@@ -96,6 +96,37 @@ def test_an_expert_too_many(stock, tmp_path):
     assert "n_routed_experts=8, but holds 'model.layers.1.mlp.experts.8.down_proj.weight'" in refused(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("model.layers.0.self_attn.o_proj.weight", "(32, 20)"),
+        ("model.layers.1.mlp.experts.2.up_proj.weight", "(24, 32)"),
+        ("model.layers.2.mlp.experts.7.down_proj.weight", "(32, 24)"),
+        ("lm_head.weight", "(97, 32)"),
+    ],
+)
+def test_a_tensor_of_another_shape(folder, name, wanted):
+    """transformers refers to "the above report", or takes the experts for missing."""
+    shard = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    rewrite(shard, lambda tensors: {**tensors, name: torch.ones(4, 5)})
+    assert refused(folder) == f"shard: {shard.name} holds {name!r} of shape (4, 5), want {wanted}"
+
+
+def test_sizes_may_differ_on_request(stock, tmp_path):
+    stock.save_pretrained(tmp_path / "stock")
+    ours = DeepseekForCausalLM.from_pretrained(tmp_path / "stock")
+    ours.save_pretrained(tmp_path / "ours")
+    base = DeepseekModel.from_pretrained(tmp_path / "ours")
+    assert torch.equal(base.embed_tokens.weight, stock.model.embed_tokens.weight)
+    options = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours", num_labels=1)
+    scorer.save_pretrained(tmp_path / "scorer")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer", **options)
+    assert again.score.weight.shape == (3, 32)
+    with pytest.raises(ValueError, match=r"holds 'score.weight' of shape \(1, 32\), want \(3, 32\)"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer", num_labels=3)
+
+
 def test_what_the_caller_asks_to_begin_anew_is_begun(stock, tiny, tmp_path):
     """Another head, dynamic experts, attention over expert keys, multi-token prediction: named by transformers."""
     stock.save_pretrained(tmp_path / "stock")
