@@ -56,8 +56,10 @@ def load_model(
 
     Raises:
         FileNotFoundError: A local path is absent or holds no checkpoint.
-        ValueError: The checkpoint is damaged, or a Hub id cannot be fetched.
+        ValueError: The device is not there, the checkpoint is damaged, or a Hub id cannot be fetched.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
@@ -65,8 +67,15 @@ def load_model(
     tokenizer = loading.load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
     if adapter is not None:
         model = _add_adapter(model, adapter)
-    model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return LoadedModel(model, tokenizer, find_max_length(model.config, tokenizer))
+    return LoadedModel(model.eval().to(device), tokenizer, find_max_length(model.config, tokenizer))
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that is not there before minutes go into loading."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # Torch built without CUDA asserts.
+        raise ValueError(f"device = {device!r} cannot be used ({loading.first_line(error)})") from None
 
 
 def _add_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:

@@ -102,7 +102,8 @@ def _load(auto_class: type, what: str, source: str, **options: Any) -> Any:
             f"download it first ({first_line(error)})"
         ) from None
     except ValueError as error:  # Upstream's are long: an unknown architecture, no usable tokenizer file.
-        raise ValueError(f"{what}: {source} cannot be loaded ({first_line(error)})") from None
+        hint = "; trust_remote_code (--trust-remote-code) runs it" if "trust_remote_code" in str(error) else ""
+        raise ValueError(f"{what}: {source} cannot be loaded ({first_line(error)}){hint}") from None
 
 
 def first_line(error: BaseException) -> str:
