@@ -12,6 +12,8 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from deepseek_training.ppo_play import RewardError, play, raise_together
+
 if TYPE_CHECKING:
     from deepseek_training.ppo_trainer import CorrectedPPOTrainer
 
@@ -22,17 +24,25 @@ def evaluate_prompts(trainer: "CorrectedPPOTrainer", dataset: Dataset) -> dict[s
     Args:
         trainer: Whose policy completes the prompts, `num_eval_samples` times each.
         dataset: The prompts; they are dealt out to the processes.
+
+    Raises:
+        RewardError: The reward failed, in whichever process.
     """
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
     mine = list(range(rank, len(dataset), world))
     size = trainer.args.per_device_eval_batch_size
     rows: list[dict[str, Any]] = []
+    failure = None
     with torch.random.fork_rng():
         torch.manual_seed(trainer.local_seed)
-        for _ in range(trainer.num_eval_samples):
-            for start in range(0, len(mine), size):
-                indices = mine[start : start + size]
-                rows += _evaluate_batch(trainer, trainer.data_collator(list(dataset.select(indices))), indices)
+        try:
+            for _ in range(trainer.num_eval_samples):
+                for start in range(0, len(mine), size):
+                    indices = mine[start : start + size]
+                    rows += _evaluate_batch(trainer, trainer.data_collator(list(dataset.select(indices))), indices)
+        except RewardError as error:
+            failure = error
+    raise_together(failure)
     rows = average_by_prompt(gather_object(rows))
     return {key: [row[key] for row in rows] for key in rows[0]}
 
@@ -40,7 +50,7 @@ def evaluate_prompts(trainer: "CorrectedPPOTrainer", dataset: Dataset) -> dict[s
 def _evaluate_batch(trainer: "CorrectedPPOTrainer", batch: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
     """One row a prompt: reward, its parts, KL, length, completion."""
     trainer.extra_columns.clear()
-    rollout = trainer.play(batch, is_evaluation=True)
+    rollout = play(trainer, batch, is_evaluation=True)
     kl = (rollout.logprobs - rollout.ref_logprobs).masked_fill(rollout.padding_mask, 0).sum(1)
     columns = {
         "index": indices,

@@ -19,33 +19,21 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-from trl.experimental.utils import get_reward
-from trl.models.utils import unwrap_model_for_generation
 
 from deepseek_training.balance import find_routers
 from deepseek_training.ppo_checkpoint import finish_checkpoint, load_checkpoint, load_reward_state, reward_state
 from deepseek_training.ppo_evaluation import evaluate_prompts, mean_metrics
-from deepseek_training.ppo_forward import NO_TOKEN, response_logprobs, response_values, router_logits_off
 from deepseek_training.ppo_metrics import Stopwatch, count_eos, mean_by_name, step_means
-from deepseek_training.ppo_rollout import (
-    PromptCollator,
-    RewardAdapter,
-    Rollout,
-    mask_beyond_end,
-    sample,
-)
+from deepseek_training.ppo_play import RewardError, play, raise_together
+from deepseek_training.ppo_rollout import PromptCollator, RewardAdapter, Rollout
 from deepseek_training.ppo_setup import check_prompts, check_settings, disable_functional_dropout, stock_parts_replaced
 from deepseek_training.ppo_update import Targets, compute_targets, micro_batch_loss
 from deepseek_training.ppo_value import value_model_for
 
 _SEED_STEP = 1_000_003  # a prime, so that seeds of different updates and processes do not meet
-
-
-class RewardError(RuntimeError):
-    """A reward failed in the middle of a run; a checkpoint of the last whole update has been written."""
 
 
 class CorrectedPPOTrainer(PPOTrainer):
@@ -113,7 +101,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         self.num_eval_samples = 1
         self._metrics: dict[str, list[float]] = {}
         self.extra_columns: dict[str, list] = {}
-        self._watch = Stopwatch()
+        self.watch = Stopwatch()
         for module in (self.policy_model, self.ref_model, self.value_model):
             if module is not None:
                 disable_functional_dropout(module)
@@ -184,7 +172,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         self.lr_scheduler.step()
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)
         if self.control.should_evaluate and self.eval_dataset is not None:
-            self.evaluate()
+            self._evaluate_or_save()
         if self.control.should_save:
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(args, self.state, self.control)
@@ -194,15 +182,23 @@ class CorrectedPPOTrainer(PPOTrainer):
         state = copy.deepcopy(reward_state(self))
         rollout, failure = None, None
         try:
-            rollout = self.play(batch)
+            rollout = play(self, batch)
         except RewardError as error:
             failure = error
-        failures = [text for text in gather_object([None if failure is None else str(failure)]) if text is not None]
-        if not failures:
-            return rollout
-        load_reward_state(self, state)  # parts called before the one that failed have moved on
-        self._save_checkpoint(self.model, trial=None)
-        raise RewardError(failures[0]) from failure
+        try:
+            raise_together(failure)
+        except RewardError:
+            load_reward_state(self, state)  # parts called before the one that failed have moved on
+            self._save_checkpoint(self.model, trial=None)
+            raise
+        return rollout
+
+    def _evaluate_or_save(self) -> None:
+        try:
+            self.evaluate()
+        except RewardError:
+            self._save_checkpoint(self.model, trial=None)
+            raise
 
     def _seed(self, update: int) -> None:
         """Make an update's randomness depend on nothing but seed, process and number, so that resuming is exact."""
@@ -219,82 +215,6 @@ class CorrectedPPOTrainer(PPOTrainer):
         rows = self.train_dataset.select(order[start : start + args.local_batch_size].tolist())
         return self.data_collator(list(rows))
 
-    @torch.no_grad()
-    def play(self, batch: dict[str, Any], *, is_evaluation: bool = False) -> Rollout:
-        """Sample completions and note logps, values and scores, with every module in evaluation mode.
-
-        Stock samples in training mode (functional dropout, load counters) and outside autocast.
-
-        Args:
-            batch: From the data collator.
-            is_evaluation: Told to the reward, which then leaves its own state alone.
-
-        Raises:
-            RewardError: The reward failed in this process.
-        """
-        args, device = self.args, self.accelerator.device
-        queries = batch["input_ids"].to(device)
-        context_length = queries.shape[1]
-        self.model.eval()
-        with self.accelerator.autocast():
-            with self._watch.time("generation"), self._unwrapped_for_generation() as (unwrapped, config):
-                query_responses, logprobs = sample(
-                    unwrapped.policy, queries, config, args.local_rollout_forward_batch_size, self.stop_token_id
-                )
-            with self._watch.time("logps"):
-                ref_logprobs, values = self._reference_and_values(query_responses, context_length)
-        self.model.train()
-        masked = mask_beyond_end(query_responses[:, context_length:], logprobs.float(), ref_logprobs, values)
-        responses = query_responses[:, context_length:]
-        has_eos = (responses == self._end_token_id).any(1)
-        with self._watch.time("reward"):
-            scores, completions = self._score(batch, query_responses, context_length, is_evaluation)
-        if args.missing_eos_penalty is not None:
-            scores = torch.where(has_eos, scores, scores - args.missing_eos_penalty)
-        return Rollout(
-            query_responses, context_length, scores=scores, has_eos=has_eos, completions=completions, **masked
-        )
-
-    @property
-    def _end_token_id(self) -> int:
-        return self.processing_class.eos_token_id if self.stop_token_id is None else self.stop_token_id
-
-    @contextlib.contextmanager
-    def _unwrapped_for_generation(self) -> Iterator[tuple[nn.Module, GenerationConfig]]:
-        settings = {
-            "max_new_tokens": self.args.response_length,
-            "temperature": self.args.temperature + 1e-7,
-            "top_k": 0,
-            "top_p": 1.0,
-            "do_sample": True,
-        }
-        config = GenerationConfig(**settings, pad_token_id=self.processing_class.pad_token_id)
-        with (
-            unwrap_model_for_generation(
-                self.model,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                generation_kwargs=settings,
-            ) as unwrapped,
-            router_logits_off(unwrapped.policy),
-        ):
-            yield unwrapped, config
-
-    def _reference_and_values(
-        self, query_responses: torch.Tensor, context_length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T] each, in slices of the rollout batch size."""
-        unwrapped, temperature = self.accelerator.unwrap_model(self.model), self.args.temperature
-        ref_logprobs, values = [], []
-        for part in query_responses.split(self.args.local_rollout_forward_batch_size):
-            if self.ref_model is None:
-                with self.null_ref_context():
-                    ref_logprobs.append(response_logprobs(unwrapped.policy, part, context_length, temperature))
-            else:
-                ref_logprobs.append(response_logprobs(self.ref_model, part, context_length, temperature))
-            values.append(response_values(unwrapped.value_model, part, context_length))
-        return torch.cat(ref_logprobs), torch.cat(values)
-
     @contextlib.contextmanager
     def null_ref_context(self) -> Iterator[None]:
         """Turn the LoRA adapter off; stock looks for it on the DDP wrapper, which has no ``policy``."""
@@ -305,33 +225,6 @@ class CorrectedPPOTrainer(PPOTrainer):
         finally:
             self.model = wrapped
 
-    def _score(
-        self, batch: dict[str, Any], query_responses: torch.Tensor, context_length: int, is_evaluation: bool
-    ) -> tuple[torch.Tensor, list[str]]:
-        """[B] scores and the completions as text; the reward is called once for the whole batch."""
-        device = self.accelerator.device
-        ids = [row[row != NO_TOKEN].tolist() for row in query_responses[:, context_length:]]
-        if not isinstance(self.reward_model, RewardAdapter):
-            _, scores, _ = get_reward(self.reward_model, query_responses, NO_TOKEN, context_length)
-            if not torch.isfinite(scores).all():
-                raise RewardError(f"step {self.state.global_step + 1}: the reward model's scores are not finite")
-            return scores.float(), self.processing_class.batch_decode(ids, skip_special_tokens=True)
-        columns = {key: value for key, value in batch.items() if key not in ("input_ids", self.prompt_column)}
-        prompts = batch.get(self.prompt_column) or self.processing_class.batch_decode(
-            [row[row != NO_TOKEN].tolist() for row in batch["input_ids"]], skip_special_tokens=True
-        )
-        extras = {
-            "trainer_state": self.state,
-            "log_metric": self._log_metric,
-            "log_extra": self.extra_columns.__setitem__,
-            "is_evaluation": is_evaluation,
-        }
-        try:
-            scores, completions = self.reward_model.score(ids, prompts, **columns, **extras)
-        except Exception as error:  # whatever a user's reward may raise, the run is kept
-            raise RewardError(f"step {self.state.global_step + 1}: {type(error).__name__}: {error}") from error
-        return scores.to(device), completions
-
     def _learn(self, rollout: Rollout, targets: Targets) -> dict[str, torch.Tensor]:
         """Take the optimizer steps of one batch; return `STATS`, one value a mini-batch, and the gradient's norm.
 
@@ -340,7 +233,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         """
         args = self.args
         logged: dict[str, list[torch.Tensor]] = {}
-        with self._watch.time("update"):
+        with self.watch.time("update"):
             for _ in range(args.num_ppo_epochs):
                 order = torch.from_numpy(np.random.permutation(args.local_batch_size)).to(self.accelerator.device)
                 for mini_batch in order.split(args.local_mini_batch_size):
@@ -401,10 +294,10 @@ class CorrectedPPOTrainer(PPOTrainer):
             metric_key_prefix: Put before each name.
         """
         training_metrics, self._metrics = self._metrics, {}
-        training_watch, self._watch = self._watch, Stopwatch()
+        training_watch, self.watch = self.watch, Stopwatch()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         self.last_evaluation = evaluate_prompts(self, dataset)
-        self._metrics, self._watch = training_metrics, training_watch
+        self._metrics, self.watch = training_metrics, training_watch
         metrics = mean_metrics(self.last_evaluation, metric_key_prefix)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -412,7 +305,7 @@ class CorrectedPPOTrainer(PPOTrainer):
 
     # ---- logging and saving ---------------------------------------------------------------------------------------
 
-    def _log_metric(self, name: str, value: float) -> None:
+    def log_metric(self, name: str, value: float) -> None:
         """What rewards receive as ``log_metric``; values are averaged over the processes at the next log."""
         self._metrics.setdefault(name, []).append(value)
 
@@ -424,11 +317,11 @@ class CorrectedPPOTrainer(PPOTrainer):
         ratios = self.accelerator.gather(stats["ratio"])
         metrics["val/ratio_var"] = ratios.var().item() if len(ratios) > 1 else 0.0
         metrics["val/num_eos_tokens"] = sum(gather_object([count_eos(rollout, self.processing_class)]))
-        metrics.update(self._watch.metrics(rollout, self.args))
+        metrics.update(self.watch.metrics(rollout, self.args))
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode
         self._metrics.clear()
-        self._watch = Stopwatch()
+        self.watch = Stopwatch()
         self.log(metrics)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
