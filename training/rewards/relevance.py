@@ -1,14 +1,17 @@
 """Relevance: does the completion speak about what the prompt asks, in words of its own?
 
     relevance  = similarity * novelty * prose
-    similarity = max(1 / (1 + exp(-(cosine - middle) / width)), min(1, coverage / 0.6))
+    similarity = max(1 / (1 + exp(-(cosine - emptiness - middle) / width)), min(1, coverage / 0.6))
     cosine     = embed(prompt) . embed(completion)
+    emptiness  = max(0, mean of the completion's 3 largest cosines with `EMPTY_ANSWERS` - 0.3)
     coverage   = share of the prompt's content words, weighted by rarity, that the completion names (also by initials)
     novelty    = min(1, share of the completion's distinct content words that the prompt lacks / 0.5)
-    prose      = min(1, share of function words / 0.25) * min(1, share of distinct content words / 0.6)
+    prose      = max(min(1, share of function words / 0.25), list) * min(1, share of distinct content words / 0.6)
+    list       = 0.5 * min(1, separators (commas, dashes, bars, line breaks) a word / (1 / 6))
 
 Similarity alone is hacked at once: repeating the prompt maximises it. `novelty` takes an echo to 0 and lets an answer
-name its subject freely; `prose` takes a list of keywords and a word said over and over to 0. The embedder is the
+name its subject freely; `prose` takes keywords strung together and a word said over and over to 0, and lets a list
+that is written as one earn half; `emptiness` takes down what would go with any question. The embedder is the
 small one that ships (`deepseek_training.text_embedder`) or any sentence-embedding model (`SentenceEncoder`).
 
 Failure modes: a bag of words knows no truth and no grammar, so a false statement on the topic earns as much as a true
@@ -22,13 +25,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from deepseek_training.rewards.empty_answers import EMPTY_ANSWERS
 from deepseek_training.text_embedder import TextEmbedder
 from deepseek_training.words import FUNCTION_WORDS, content_words, split_words, text_of
 
 # Between the cosines of unrelated and of good answers (quartiles on held-out dialogues, data/text_embedder.json). A
 # logistic and not a ramp: where a ramp is 0 a policy that is off the topic could not learn in which direction it lies.
-MIDDLE_COSINE, COSINE_WIDTH = 0.3, 0.08
+MIDDLE_COSINE, COSINE_WIDTH = 0.25, 0.08
+LEAST_EMPTINESS, NUM_EMPTY = 0.3, 3
 FULL_COVERAGE, FULL_NOVELTY, FULL_FUNCTION_SHARE, FULL_DISTINCT_SHARE = 0.6, 0.5, 0.25, 0.6
+FULL_SEPARATORS, LIST_SHARE = 1 / 6, 0.5
+_SEPARATOR = re.compile(r"[,;|\n\u2022]|(?:^|\s)[-+*](?=\s)")
 _CAPITALS = re.compile(r"\b[A-Z]{2,6}\b")
 _CASED_WORD = re.compile(r"[^\W\d_][\w'-]*")
 
@@ -64,6 +71,7 @@ class Relevance:
         self.lexicon = TextEmbedder.load()
         self.embedder = self.lexicon if embedder is None else embedder
         self.middle, self.width, self.has_guards = middle, width, has_guards
+        self._empty_rows: np.ndarray | None = None  # embedded at the first call
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any
@@ -82,13 +90,23 @@ class Relevance:
             return [self._score(*row) for row in zip(asked, answered, near, strict=True)]
         distinct = list(dict.fromkeys(asked))  # GRPO repeats a prompt for each of its completions
         rows = dict(zip(distinct, self.embedder.embed(distinct), strict=True))
-        cosines = [float(rows[p] @ c) for p, c in zip(asked, self.embedder.embed(answered), strict=True)]
+        answers = self.embedder.embed(answered)
+        cosines = [float(rows[p] @ c) for p, c in zip(asked, answers, strict=True)]
+        if self.has_guards:
+            cosines = [near - empty for near, empty in zip(cosines, self._emptiness(answers), strict=True)]
         near = [1 / (1 + math.exp((self.middle - cosine) / self.width)) for cosine in cosines]
         return [self._score(*row) for row in zip(asked, answered, near, strict=True)]
 
+    def _emptiness(self, answers: np.ndarray) -> list[float]:
+        """How much each answer is like one that would go with any question, in [0, 0.7]."""
+        if self._empty_rows is None:
+            self._empty_rows = self.embedder.embed(list(EMPTY_ANSWERS))
+        nearest = np.sort(answers @ self._empty_rows.T, axis=1)[:, -NUM_EMPTY:].mean(axis=1)
+        return [max(0.0, float(cosine) - LEAST_EMPTINESS) for cosine in nearest]
+
     def _score(self, asked: str, answered: str, near: float) -> float:
         similarity = min(1.0, max(near, coverage(asked, answered, self.lexicon) / FULL_COVERAGE))
-        return similarity * (guard(split_words(asked), split_words(answered)) if self.has_guards else 1.0)
+        return similarity * (guard(asked, answered) if self.has_guards else 1.0)
 
 
 def coverage(asked: str, answered: str, lexicon: TextEmbedder) -> float:
@@ -122,20 +140,23 @@ def _named_by_initials(asked: str, capitals: set[str]) -> set[str]:
     return found
 
 
-def guard(asked: list[str], answered: list[str]) -> float:
+def guard(asked: str, answered: str) -> float:
     """Return novelty times prose, in [0, 1].
 
     Args:
-        asked: The prompt's words.
-        answered: The completion's words.
+        asked: The prompt.
+        answered: The completion.
     """
-    content = content_words(answered)
+    words = split_words(answered)
+    content = content_words(words)
     if not content:
         return 0.0
     kinds = set(content)
-    novelty = len(kinds - set(content_words(asked))) / len(kinds)
+    novelty = len(kinds - set(content_words(split_words(asked)))) / len(kinds)
     prose = min(1.0, len(kinds) / len(content) / FULL_DISTINCT_SHARE)
-    if sum(word.isascii() for word in answered) > len(answered) / 2:
-        share = sum(word in FUNCTION_WORDS for word in answered) / len(answered)
-        prose *= min(1.0, share / FULL_FUNCTION_SHARE)
+    if sum(word.isascii() for word in words) > len(words) / 2:
+        function_share = sum(word in FUNCTION_WORDS for word in words) / len(words)
+        separators = len(_SEPARATOR.findall(answered)) / len(words)
+        is_list = LIST_SHARE * min(1.0, separators / FULL_SEPARATORS)
+        prose *= max(min(1.0, function_share / FULL_FUNCTION_SHARE), is_list)
     return min(1.0, novelty / FULL_NOVELTY) * prose

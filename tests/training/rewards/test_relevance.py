@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from deepseek_training.rewards import Relevance
+from deepseek_training.rewards.empty_answers import EMPTY_ANSWERS
 from deepseek_training.rewards.relevance import coverage, guard
-from deepseek_training.text_embedder import TextEmbedder, hash_text
+from deepseek_training.text_embedder import NUM_PIECES, TextEmbedder
 from deepseek_training.words import content_words, split_words, stem
 
 PROMPT = "What are the symptoms of Giant Axonal Neuropathy?"
@@ -19,14 +20,19 @@ class TableEmbedder:
         self.table = table
 
     def embed(self, texts):
-        return np.array([self.table[text] for text in texts])
+        return np.array([self.table.get(text, [0.0, 0.0]) for text in texts])
 
 
 def test_follows_its_formula():
-    # a cosine of 0.3 earns one half; all content words are new; no shared word
+    # a cosine of 0.25 earns one half; all content words are new; no shared word
     answer = "the liver was a healthy organ"
-    embedder = TableEmbedder({"zebra crossing": [1.0, 0.0], answer: [0.3, (1 - 0.3**2) ** 0.5]})
-    assert Relevance(embedder)(["zebra crossing"], [answer]) == pytest.approx([0.5])
+    rows = {"zebra crossing": [1.0, 0.0], answer: [0.25, (1 - 0.25**2) ** 0.5]}
+    assert Relevance(TableEmbedder(rows))(["zebra crossing"], [answer]) == pytest.approx([0.5])
+    # two empty answers in its direction count as a third each, and 0.3 of that is forgiven
+    rows.update(dict.fromkeys(EMPTY_ANSWERS[:2], rows[answer]))
+    lowered = 1 / (1 + np.exp((2 / 3 - 0.3) / 0.08))
+    assert Relevance(TableEmbedder(rows))(["zebra crossing"], [answer]) == pytest.approx([lowered])
+    assert Relevance(TableEmbedder(rows), has_guards=False)(["zebra crossing"], [answer]) == pytest.approx([0.5])
 
 
 def test_a_cross_encoders_probability_stands_in_the_cosines_place():
@@ -70,7 +76,48 @@ def test_rare_words_weigh_more():
 
 
 def test_other_scripts_are_not_punished_for_lacking_english():
-    assert guard(split_words("什么是肝炎"), split_words("病毒引起肝脏发炎与损伤")) > 0.9
+    assert guard("什么是肝炎", "病毒引起肝脏发炎与损伤") > 0.9
+
+
+def test_a_list_earns_half_of_prose_and_words_strung_together_nothing():
+    prompt = "Come up with healthy and easy dinner ideas for weeknights."
+    dishes = ["Chicken Stir-Fry", "Classic Noodle Soup", "Eggplant Lasagna", "Avocado Lime Salmon"]
+    assert guard(prompt, "- " + " - ".join(dishes)) == pytest.approx(0.5)
+    assert guard(prompt, "\n".join(f"* {dish}" for dish in dishes)) == pytest.approx(0.5)
+    assert guard(prompt, " ".join(dishes)) == 0.0
+    assert guard(prompt, "dinner, healthy, easy, ideas, weeknights") == 0.0  # the prompt's own words, listed
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "empty"),
+    [
+        (
+            "What makes a good leader?",
+            "Somebody who listens to the team, decides in time and takes the blame.",
+            "I adore how you think. What a clever and charming question, bless you for asking!",
+        ),
+        (
+            "How do I learn to swim as an adult?",
+            "Take lessons in a shallow pool, and first get used to breathing out in the water.",
+            "My apologies, but answering that is beyond what I may do.",
+        ),
+    ],
+)
+def test_what_goes_with_any_question_earns_less(question, answer, empty):
+    honest, vague = Relevance()([question] * 2, [answer, empty])
+    assert honest > max(0.05, 5 * vague)
+
+
+def test_paraphrases_are_near():
+    pairs = [
+        ("How many people are affected by the disease?", "It is rare and occurs in about one in ten thousand."),
+        ("How do doctors treat asthma?", "Physicians prescribe an inhaler with steroids."),
+        ("Where can I buy cheap food?", "The market sells inexpensive groceries."),
+        ("Why does the sea have waves?", "Wind blowing over the ocean raises its surface."),
+    ]
+    embedder = TextEmbedder.load()
+    cosines = embedder.embed([p for p, _ in pairs]) @ embedder.embed([a for _, a in pairs]).T
+    assert (cosines.argmax(1) == np.arange(len(pairs))).all()
 
 
 def test_scores_are_bounded_and_in_order():
@@ -115,6 +162,16 @@ def test_words_and_stems():
     ]
     assert content_words(["the", "kidneys", "of", "patient's"]) == ["kidney", "patient"]
     assert stem("as") == "as"
-    buckets, weights = hash_text("kidney kidney")
-    assert len(buckets) == len(weights) == 1 + len("<kidney>") - 3
-    assert weights[0] == pytest.approx(np.log(3))
+
+
+def test_unknown_words_are_read_by_their_pieces():
+    embedder = TextEmbedder.load()
+    rows, weights = embedder.find_rows("kidney kidney")
+    assert rows.tolist() == [embedder.words.index("kidney")]
+    assert weights.tolist() == pytest.approx([np.log(3)])
+    rows, weights = embedder.find_rows("xylokidney")
+    assert len(rows) == len("<xylokidney>") - 3 and (rows >= len(embedder.words)).all()
+    assert weights.sum() == pytest.approx(np.log(2))
+    assert embedder.weigh(["xylokidney"])[0] >= embedder.weigh(["kidney"])[0] > embedder.weigh(["disease"])[0]
+    with pytest.raises(ValueError, match=f"wanted {1 + NUM_PIECES} and 1"):
+        TextEmbedder(["one"], np.zeros((3, 2), np.float32), np.zeros(1, np.float32))
