@@ -91,6 +91,9 @@ def _refuse_unsupported(experts: nn.Module) -> None:
 def _gates_by_default(experts: nn.Module) -> bool:
     """Whether the module's own `_apply_gate` computes ``act(gate) * up`` all the same, seen on a wide range."""
     steps = torch.linspace(-64, 64, 65, dtype=torch.float32)
+    # A clamp far out is a clamp all the same.
+    far = torch.logspace(2, 6, 9, dtype=torch.float32)
+    steps = torch.cat([-far, steps, far])
     gate, up = (grid.reshape(-1) for grid in torch.meshgrid(steps, steps, indexing="ij"))
     try:
         own = experts._apply_gate(torch.cat([gate, up]).unsqueeze(0)).squeeze(0)

@@ -185,7 +185,6 @@ class _Experts(torch.nn.Module):
 
 class _ClampedExperts(_Experts):
     _apply_gate = DeepseekV4Experts._apply_gate
-    limit = 7.0
 
 
 class _FloatGateExperts(_Experts):
@@ -197,9 +196,12 @@ class _FloatGateExperts(_Experts):
 INPUTS = (torch.randn(3, 4), torch.tensor([[0], [1], [2]]), torch.ones(3, 1))
 
 
-def test_a_gate_of_its_own_is_refused_unless_it_is_the_default_one():
+@pytest.mark.parametrize("limit", [7.0, 1000.0])
+def test_a_gate_of_its_own_is_refused_unless_it_is_the_default_one(limit):
+    experts = _ClampedExperts()
+    experts.limit = limit
     with pytest.raises(ValueError, match="_ClampedExperts with its own _apply_gate"):
-        fused_experts.fused_moe_experts_forward(_ClampedExperts(), *INPUTS)
+        fused_experts.fused_moe_experts_forward(experts, *INPUTS)
     assert fused_experts.fused_moe_experts_forward(_FloatGateExperts(), *INPUTS)[2].abs().sum() == 0
 
 

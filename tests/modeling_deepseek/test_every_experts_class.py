@@ -1,0 +1,111 @@
+"""Every experts class of the installed transformers: `fused_moe` equals its own forward, or refuses it by name.
+
+A family that gives wrong numbers without a word is the worst that can happen here, and new ones come with each
+release. So the classes are found in the source, built with sizes alone, and each must be in one of two groups.
+"""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import modeling_deepseek.fused_experts as fused_experts
+
+MODELS = Path(transformers.__file__).parent / "models"
+# Computing something else than act(gate) * up, or storing weights otherwise.
+REFUSED = {
+    "DeepseekV4Experts": "its own _apply_gate",
+    "Glm5NextTextExperts": "its own _apply_gate",
+    "GptOssExperts": "is_concatenated=False",
+    "HYV4Experts": "its own _apply_gate",
+    "Inkling2Experts": "its own _apply_gate",
+    "MiniMaxM3VLExperts": "its own _apply_gate",
+    "MuseSparkExperts": "has_post_expert_norm=True",
+    "NemotronHExperts": "has_gate=False",
+    "OpenAIPrivacyFilterExperts": "has_bias=True",
+}
+
+
+def find_classes():
+    """(module, class name) of every class with the decorator."""
+    for path in sorted(MODELS.glob("*/modeling_*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "@use_experts_implementation" in source:
+            for node in ast.parse(source).body:
+                decorators = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
+                if any("use_experts_implementation" in d for d in decorators):
+                    yield f"transformers.models.{path.parent.name}.{path.stem}", node.name
+
+
+CLASSES = list(find_classes())
+assert len(CLASSES) > 20
+
+
+class AnyConfig:
+    """Answers every question about sizes, so that one does for all classes; sizes are small and differ."""
+
+    _experts_implementation = "eager"
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        for pattern, value in (
+            (r"act", "silu"),
+            (r"(num|n)_.*experts|num_experts|moe_num", 5),
+            (r"top_?k|per_tok", 2),
+            (r"moe_intermediate|ffn|expert.*(dim|size)|moe_.*(dim|size)", 20),
+            (r"intermediate", 20),
+            (r"hidden|dim|size", 12),
+            (r"eps", 1e-6),
+            (r"dtype", torch.float32),
+        ):
+            if re.search(pattern, name):
+                return value
+        return 0.5  # limits and factors: small enough for a clamp to show
+
+
+def build(module, name):
+    torch.manual_seed(0)
+    experts = getattr(importlib.import_module(module), name)(AnyConfig())
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return experts
+
+
+def run(experts, forward, dtype):
+    """Output and every gradient under one unused slot a token or so, with router weights of another dtype."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = experts.down_proj.shape[2 if experts.is_transposed else 1]
+    x = torch.randn(9, hidden, generator=generator).to(dtype).requires_grad_()
+    indices = torch.stack([torch.randperm(experts.num_experts + 1, generator=generator)[:3] for _ in range(9)])
+    weights = torch.rand(9, 3, generator=generator).requires_grad_()
+    experts.zero_grad()
+    output = forward(experts, x, indices, weights)
+    output.backward(torch.randn(output.shape, generator=generator).to(output.dtype))
+    return [output.detach(), x.grad, weights.grad, experts.gate_up_proj.grad, experts.down_proj.grad]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module,name", CLASSES, ids=[name for _, name in CLASSES])
+def test_equal_or_refused(module, name):
+    experts = build(module, name)
+    own_forward = type(experts).forward.__wrapped__
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=f"does not compute {name} with {REFUSED[name]}"):
+            run(experts, fused_experts.fused_moe_experts_forward, torch.float32)
+        return
+    for one, other in zip(
+        run(experts, fused_experts.fused_moe_experts_forward, torch.float32),
+        run(experts, own_forward, torch.float32),
+        strict=True,
+    ):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+    exact, experts = run(experts, own_forward, torch.float32), experts.bfloat16()
+    for one, other in zip(run(experts, fused_experts.fused_moe_experts_forward, torch.bfloat16), exact, strict=True):
+        error = (one.float() - other).norm() / other.norm()
+        assert error < 0.02, f"relative error {error:.3f} in bfloat16"
