@@ -1,8 +1,8 @@
 """Our MMLU answers against lm-evaluation-harness 0.4.13's, question by question.
 
-``reference/`` holds three small checkpoints, a fixed slice of 570 questions, and what lm_eval answered on it; the
-scripts beside them made all three. The slow tests run lm_eval itself on all 14,042 questions, where an interpreter
-that has it is named by ``LM_EVAL_PYTHON``.
+``reference/`` holds three small checkpoints, a fixed slice of 570 questions, what lm_eval answered on it and what it
+predicted on all 14,042 questions; the scripts beside them made these. The slow tests compare on all questions, and run
+lm_eval itself where an interpreter that has it is named by ``LM_EVAL_PYTHON``.
 """
 
 import gzip
@@ -72,6 +72,30 @@ def test_the_slice_is_the_one_its_rule_gives():
     assert len(names) == 570
     assert {name.split("/")[0] for name in names} == set(mmlu.SUBJECT_CATEGORIES)
     assert set(names) == set(read_reference()["ours", 0])
+
+
+def read_all_predictions() -> dict[str, dict]:
+    return json.loads(gzip.decompress((REFERENCE / "lm_eval_0.4.13_all.json.gz").read_bytes()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("run", read_all_predictions())
+def test_predictions_equal_lm_evals_on_all_questions(run):
+    """Without lm_eval: its predictions are stored, and how far apart the near ties were."""
+    model, num_fewshot = run.split()
+    theirs = read_all_predictions()[run]
+    names = [item.id for item in mmlu.build_items(0, None, None)]
+    assert len(theirs["predictions"]) == len(names) == 14_042
+    ours, is_truncated = score(model, int(num_fewshot), None)
+    differing = [
+        name
+        for name, letter in zip(names, theirs["predictions"], strict=True)
+        if "ABCD"[ours[name].index(max(ours[name]))] != letter
+    ]
+    print(f"{run}: {sum(is_truncated.values())} prompts cut, near ties that differ: {differing}")
+    assert all(theirs["near_ties"].get(name, 1.0) < TIE for name in differing), differing
+    assert len(differing) <= len(theirs["near_ties"]) < 20
 
 
 @pytest.mark.slow
