@@ -8,9 +8,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers.utils import is_rich_available
+from trl.experimental.ppo.ppo_trainer import print_rich_table
 
 from deepseek_training.ppo_play import RewardError, play, raise_together
 
@@ -94,6 +97,24 @@ def mean_metrics(columns: dict[str, list], prefix: str) -> dict[str, float]:
             metrics[f"{prefix}_{key}"] = float(np.mean(values))
             metrics[f"{prefix}_{key}_stderr"] = standard_error(values)
     return metrics
+
+
+def show_samples(prompts: list[str], columns: dict[str, list], report_to: list[str]) -> None:
+    """Print the first five prompts as TRL does, and send all to Weights & Biases if that is reported to.
+
+    Args:
+        prompts: As text.
+        columns: From `evaluate_prompts`.
+        report_to: The trackers.
+    """
+    table = pd.DataFrame({"query": prompts, "model response": columns["completion"], "score": columns["reward"]})
+    if is_rich_available():
+        print_rich_table(table.iloc[:5])
+    if "wandb" in report_to:
+        import wandb
+
+        if wandb.run is not None:
+            wandb.log({"completions": wandb.Table(dataframe=table)})
 
 
 def standard_error(values: list[float]) -> float:

@@ -25,7 +25,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from deepseek_training.balance import find_routers
 from deepseek_training.ppo_checkpoint import finish_checkpoint, load_checkpoint, load_reward_state, reward_state
-from deepseek_training.ppo_evaluation import evaluate_prompts, mean_metrics
+from deepseek_training.ppo_evaluation import evaluate_prompts, mean_metrics, show_samples
 from deepseek_training.ppo_metrics import Stopwatch, count_eos, mean_by_name, step_means
 from deepseek_training.ppo_play import RewardError, play, raise_together
 from deepseek_training.ppo_rollout import PromptCollator, RewardAdapter, Rollout
@@ -176,6 +176,8 @@ class CorrectedPPOTrainer(PPOTrainer):
         if self.control.should_save:
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(args, self.state, self.control)
+        if args.num_sample_generations > 0 and (update - 1) % self.sample_generations_freq == 0:
+            self.generate_completions(sampling=True)
 
     def _play_or_save(self, batch: dict[str, Any]) -> Rollout:
         """Play; if a reward fails in any process, every process saves the last whole update and stops."""
@@ -292,16 +294,47 @@ class CorrectedPPOTrainer(PPOTrainer):
             eval_dataset: Other rows than the trainer's.
             ignore_keys: Not used; for `Trainer`'s signature.
             metric_key_prefix: Put before each name.
+
+        Raises:
+            ValueError: There are no held-out rows.
+            RewardError: The reward failed.
         """
-        training_metrics, self._metrics = self._metrics, {}
-        training_watch, self.watch = self.watch, Stopwatch()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        self.last_evaluation = evaluate_prompts(self, dataset)
-        self._metrics, self.watch = training_metrics, training_watch
+        if dataset is None:
+            raise ValueError("eval_dataset: none was given, neither to the trainer nor to evaluate()")
+        with self._training_figures_kept():
+            self.last_evaluation = evaluate_prompts(self, dataset)
         metrics = mean_metrics(self.last_evaluation, metric_key_prefix)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Print held-out prompts with completions and scores, `num_sample_generations` times in a training.
+
+        Stock reads its loader, which drops the last partial batch, and tells padding by token ids.
+
+        Args:
+            sampling: Take the first batch only.
+        """
+        if self.eval_dataset is None:
+            return
+        count = min(self.args.per_device_eval_batch_size, len(self.eval_dataset)) if sampling else None
+        dataset = self.eval_dataset if count is None else self.eval_dataset.select(range(count))
+        with self._training_figures_kept():
+            columns = evaluate_prompts(self, dataset)
+        if self.accelerator.is_main_process:
+            show_samples(self.processing_class.batch_decode(list(dataset["input_ids"])), columns, self.args.report_to)
+
+    @contextlib.contextmanager
+    def _training_figures_kept(self) -> Iterator[None]:
+        """Keep what an evaluation measures out of the next step's log."""
+        kept = self._metrics, self.watch
+        self._metrics, self.watch = {}, Stopwatch()
+        try:
+            yield
+        finally:
+            self._metrics, self.watch = kept
 
     # ---- logging and saving ---------------------------------------------------------------------------------------
 

@@ -118,3 +118,20 @@ def test_a_reward_model_with_nan_scores_stops_the_run(tmp_path):
 
     with pytest.raises(RewardError, match="step 1: the reward model's scores are not finite"):
         make_ours(tmp_path, reward=Broken()).train()
+
+
+def test_a_reward_failing_on_held_out_prompts_leaves_a_checkpoint_too(tmp_path):
+    def reward(prompts, completions, completion_ids, **kwargs):
+        if kwargs["is_evaluation"] and kwargs["trainer_state"].global_step == 2:
+            raise OSError("gone\nfor good")
+        return share_of_liked(prompts, completions, completion_ids)
+
+    trainer = make_ours(tmp_path, reward=reward, held_out=make_prompts(5), eval_strategy="steps", eval_steps=1)
+    with pytest.raises(RewardError, match="OSError: gone for good"):
+        trainer.train()
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_evaluating_without_held_out_prompts_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="eval_dataset: none was given"):
+        make_ours(tmp_path).evaluate()

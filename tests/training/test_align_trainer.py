@@ -308,6 +308,16 @@ def test_evaluating_does_not_change_training(tmp_path):
     assert [row["loss/policy_avg"] for row in losses(plain)] == [row["loss/policy_avg"] for row in losses(watched)]
 
 
+def test_samples_are_shown_as_often_as_asked(tmp_path, capsys):
+    settings = dict(logging_steps=1, held_out=make_prompts(6), total_episodes=16)
+    plain, shown = (make_ours(tmp_path / str(n), num_sample_generations=n, **settings) for n in (0, 2))
+    plain.train()
+    assert "model response" not in capsys.readouterr().out
+    shown.train()
+    assert capsys.readouterr().out.count("model response") == 2
+    assert [row["loss/policy_avg"] for row in losses(plain)] == [row["loss/policy_avg"] for row in losses(shown)]
+
+
 def test_logs_speed_and_shares_of_time(tmp_path):
     trainer = make_ours(tmp_path, logging_steps=1, eval_strategy="steps", eval_steps=1, held_out=make_prompts(4))
     trainer.train()
