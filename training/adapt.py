@@ -13,6 +13,7 @@ from transformers import set_seed
 from deepseek_model_cards.loading import load_model, load_tokenizer
 from deepseek_model_cards.run_folder import METRICS_FILE
 from deepseek_training.bits_per_byte import BitsPerByte
+from deepseek_training.expert_parallel import split_experts
 from deepseek_training.packing import MixedDataset, PackedDataset, encode_documents
 from deepseek_training.pretrain import (
     check_context,
@@ -49,6 +50,8 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -
     check_context(recipe, model.config)
     run, args = open_run(recipe, output, command="adapt", overwrite=overwrite)
     model.set_experts_implementation(recipe.experts_implementation)
+    if recipe.expert_parallel_size > 1:
+        model = split_experts(model, recipe.expert_parallel_size, run.path, args)
     packed = [
         PackedDataset(encode_documents(train, tokenizer), recipe.sequence_length, seed=recipe.seed)
         for train, _ in corpora.values()
@@ -58,7 +61,9 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -
         HeldOut.prepare(data_name(name), texts, tokenizer, recipe.eval_bytes) for name, (_, texts) in corpora.items()
     ]
     set_seed(recipe.seed)
-    before = [one.measure(model.to(args.device), recipe) for one in held_out]
+    if recipe.expert_parallel_size == 1:  # a split model is where it belongs
+        model = model.to(args.device)
+    before = [one.measure(model, recipe) for one in held_out]
     if args.process_index == 0 and not (run.path / METRICS_FILE).exists():
         run.log({"step": 0, **_figures(held_out, before)})
     trainer = train_stage(recipe, run, args, model, dataset, held_out)

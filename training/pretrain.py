@@ -16,6 +16,7 @@ from deepseek_model_cards.loading import load_tokenizer
 from deepseek_training.bigram import BigramModel
 from deepseek_training.bits_per_byte import BitsPerByte, measure_bigram
 from deepseek_training.engine import building_as_configured
+from deepseek_training.expert_parallel import split_experts
 from deepseek_training.packing import PackedDataset, encode_documents
 from deepseek_training.run_callbacks import log_closing_line
 from deepseek_training.stage_recipes import PretrainRecipe, TrainerSettings
@@ -48,6 +49,8 @@ def pretrain(recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = Fa
     tokenizer = prepare_tokenizer(recipe, texts)
     with building_as_configured(args):
         model = build_model(recipe, tokenizer)
+    if recipe.expert_parallel_size > 1:
+        model = split_experts(model, recipe.expert_parallel_size, run.path, args)
     documents = encode_documents(texts, tokenizer)
     dataset = PackedDataset(documents, recipe.sequence_length, seed=recipe.seed)
     held_out = HeldOut.prepare(data_name(recipe.data), held_out_texts, tokenizer, recipe.eval_bytes)

@@ -76,7 +76,24 @@ class TrainerSettings:
 
 
 @dataclasses.dataclass(kw_only=True)
-class PretrainRecipe(TrainerSettings):
+class SplittableSettings(TrainerSettings):
+    """What stages add that can split a model over processes."""
+
+    expert_parallel_size: int = setting(
+        1,
+        help="Processes that share one set of experts; above 1 with save_steps 0 and untied embeddings only.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        size = self.expert_parallel_size
+        self.require("expert_parallel_size", size >= 1, "at least 1")
+        # transformers cannot write the optimizer's state of a split model.
+        self.require("save_steps", size == 1 or self.save_steps == 0, f"0 with expert_parallel_size={size}")
+
+
+@dataclasses.dataclass(kw_only=True)
+class PretrainRecipe(SplittableSettings):
     """The settings of `pretrain`."""
 
     data: str = setting("books", help="Text to train on: embedded name, file, folder, datasets directory or Hub id.")
@@ -94,7 +111,7 @@ class PretrainRecipe(TrainerSettings):
 
 
 @dataclasses.dataclass(kw_only=True)
-class AdaptRecipe(TrainerSettings):
+class AdaptRecipe(SplittableSettings):
     """The settings of `adapt`."""
 
     model: str = setting(help="The model to continue: a folder or Hub id.")

@@ -88,7 +88,7 @@ class StageTrainer(Trainer):
     @property
     def is_sharded(self) -> bool:
         """True if no process holds the whole model."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
 
     def save_result(self, run: RunFolder, tokenizer: Any) -> None:
         """Write model and tokenizer into the run folder, gathered from all processes.

@@ -1,0 +1,57 @@
+"""Runs ``deepseek-moe pretrain`` as one process of several and writes down which engine trained the model.
+
+Started by `test_distributed` through ``accelerate launch`` or torchrun. With STOP_AT in the environment the process
+ends without a word in the middle of that step.
+"""
+
+import json
+import os
+import sys
+
+import torch.distributed
+
+from deepseek_cli.main import main
+from deepseek_training import pretrain, stage_trainer
+from deepseek_training.balance import ExpertBalanceCallback, find_routers
+
+
+def describe(trainer):
+    model, state = trainer.model_wrapped, trainer.accelerator.state
+    moe = next(module for module in model.modules() if type(module).__name__ == "DeepseekMoE")
+    balance = next(one for one in trainer.callback_handler.callbacks if isinstance(one, ExpertBalanceCallback))
+    biases = [router.e_score_correction_bias.tolist() for router in find_routers(model)]
+    return {
+        "engine": state.distributed_type.value,
+        "num_processes": state.num_processes,
+        "backend": torch.distributed.get_backend(),
+        "wrapper": type(model).__name__,
+        "parameters": sorted({type(parameter.data).__name__ for parameter in model.parameters()}),
+        "is_partitioned": all(hasattr(parameter, "ds_id") for parameter in model.parameters()),
+        "is_leaf": getattr(moe, "_z3_leaf", False),
+        "num_local_experts": moe.experts.num_experts,
+        "biases": biases,
+        "counts": None if balance.tokens_per_expert is None else balance.tokens_per_expert.tolist(),
+    }
+
+
+def train_and_describe(*args):
+    trainer = train(*args)
+    folder, rank = args[1].path, trainer.args.process_index
+    (folder / f"rank{rank}.json").write_text(json.dumps(describe(trainer)))
+    return trainer
+
+
+class StoppingTrainer(stage_trainer.StageTrainer):
+    """Ends its process before the backward pass of a step."""
+
+    def compute_loss(self, *args, **kwargs):
+        if self.model.training and self.state.global_step == int(os.environ["STOP_AT"]) - 1:
+            os._exit(9)
+        return super().compute_loss(*args, **kwargs)
+
+
+train = pretrain.train_stage
+pretrain.train_stage = train_and_describe
+if "STOP_AT" in os.environ:
+    stage_trainer.StageTrainer = StoppingTrainer
+sys.exit(main(sys.argv[1:]))
