@@ -1,0 +1,59 @@
+"""The evaluate command: what it writes and prints, and one line for whatever cannot be run."""
+
+import base64
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from deepseek_cli.main import main
+
+pytestmark = pytest.mark.xdist_group("harness")
+MODEL = str(Path(__file__).resolve().parents[1] / "eval/reference/ours")
+
+
+def test_a_run_ends_with_table_files_and_a_report_of_every_item(tmp_path, capsys):
+    words = ["--tasks", "mmlu,humaneval", "--limit", "mmlu=1,humaneval=2", "--max-new-tokens", "8"]
+    assert main(["evaluate", MODEL, *words, "--output", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^mmlu +acc +0\.\d{4} ", printed, re.MULTILINE)
+    assert re.search(r"^humaneval +pass@1 +0\.\d{4} ", printed, re.MULTILINE)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *("recipe.yaml", "environment.json", "summary.json", "results.json", "report.html"),
+        *("samples_mmlu.jsonl", "samples_humaneval.jsonl", "prompts_mmlu.jsonl.gz", "prompts_humaneval.jsonl.gz"),
+    }
+    html = (tmp_path / "run/report.html").read_text()
+    data = re.search(r'<script id="items-data"[^>]*>([^<]+)</script>', html)[1]
+    tasks = {task["name"]: task["items"] for task in json.loads(gzip.decompress(base64.b64decode(data)))}
+    assert (len(tasks["mmlu"]), len(tasks["humaneval"])) == (57, 2)
+    assert all(item["prompt"].endswith("Answer:") for item in tasks["mmlu"])
+    assert tasks["humaneval"][0]["prompt"].startswith("from typing import List")
+    assert "0.871 (5-shot)" in html and "0.652 (0-shot)" in html
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((MODEL, "--tasks", "mmul"), "tasks: unknown task 'mmul'; did you mean mmlu?"),
+        ((MODEL, "--tasks", "mmlu", "--num-fewshot", "9"), "num_fewshot = 9 for mmlu, allowed is 0 to 5"),
+        ((MODEL, "--tasks", "mmlu", "--limit", "0"), "limit = 0, allowed is 1 or more"),
+        ((MODEL, "--tasks", "mmlu", "--limit", "few"), "limit: 'few', wanted a number"),
+        ((MODEL, "--tasks", "mmlu", "--batch-size", "0"), "batch_size = 0, allowed is 1 or more"),
+        ((MODEL, "--tasks", ","), "--tasks: got no name"),
+        (("./nowhere", "--tasks", "mmlu"), "model: './nowhere' does not exist"),
+        (("--tasks", "mmlu"), "give one of MODEL, --samples FILE and --compare RUN RUN"),
+        (("--samples", "nowhere.jsonl", "--tasks", "humaneval"), "samples: nowhere.jsonl does not exist"),
+        (("--samples", "nowhere.jsonl"), "tasks: mmlu,humaneval with --samples, wanted exactly one"),
+        ((MODEL, "--tasks", "mmlu", "--prompt-style", "chat"), "task mmlu has base only"),
+    ],
+)
+def test_what_cannot_be_run_is_told_in_one_line(tmp_path, words, message, capsys):
+    assert main(["evaluate", *words, "--output", str(tmp_path / "run")]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert [line for line in printed.splitlines() if "Loading weights" not in line][-1].startswith(
+        "deepseek-moe evaluate: error: "
+    )
+    assert "Traceback" not in printed
