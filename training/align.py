@@ -218,10 +218,11 @@ def load_models(recipe: AlignRecipe) -> tuple[Any, Any]:
 
 def ppo_config(recipe: AlignRecipe, output: Path) -> Any:
     """Return TRL's settings."""
+    import torch
     from accelerate import PartialState
     from trl.experimental.ppo import PPOConfig
 
-    return PPOConfig(
+    args = PPOConfig(
         output_dir=str(output / "checkpoints"),
         seed=recipe.seed,
         per_device_train_batch_size=recipe.batch_size // recipe.num_mini_batches,
@@ -229,7 +230,6 @@ def ppo_config(recipe: AlignRecipe, output: Path) -> Any:
         num_mini_batches=recipe.num_mini_batches,
         per_device_eval_batch_size=recipe.batch_size,
         local_rollout_forward_batch_size=recipe.batch_size,
-        total_episodes=recipe.num_updates * recipe.batch_size * PartialState().num_processes,
         num_ppo_epochs=recipe.num_ppo_epochs,
         response_length=recipe.response_length,
         temperature=recipe.temperature,
@@ -249,10 +249,13 @@ def ppo_config(recipe: AlignRecipe, output: Path) -> Any:
         save_steps=10,
         save_total_limit=1,
         num_sample_generations=0,
-        world_size=PartialState().num_processes,  # TRL hides TrainingArguments' own; `open_run` needs it
+        use_cpu=not torch.accelerator.is_available(),  # or several processes on a CPU would not find each other
         disable_tqdm=True,  # our own bar shows the reward
         report_to=[],
     )
+    args.world_size = PartialState().num_processes  # TRL hides TrainingArguments' own; `open_run` needs it
+    args.total_episodes = recipe.num_updates * recipe.batch_size * args.world_size
+    return args
 
 
 def build_trainer(recipe: AlignRecipe, args: Any, run: RunFolder, **parts: Any) -> Any:

@@ -13,8 +13,9 @@ import ppo_worker
 import pytest
 import torch
 from ppo_parts import make_ours
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
+from deepseek_model_cards.run_folder import RunFolder
 from deepseek_training.ppo_checkpoint import last_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -108,3 +109,22 @@ def test_lora_with_shared_weights(two, folder):
 def test_a_reward_failing_in_one_process_stops_both_with_a_checkpoint(two, folder):
     assert two["fail_in_one"] == ["step 3: OSError: the scorer is gone"] * 2
     assert last_checkpoint(folder / "fail").name == "checkpoint-2"
+
+
+def test_the_command_runs_in_two_processes(policy_path, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    settings = ["--model", str(policy_path), "--output", str(tmp_path / "run"), "--num-eval-prompts", "9"]
+    done = subprocess.run(
+        [*launcher, "deepseek_cli.main", "align", "align-debug", *settings],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("held-out reward") == 1
+    run = RunFolder(tmp_path / "run")
+    assert [row["step"] for row in run.metrics] == [0, 1, 2, 2]  # written by one process only
+    assert run.metrics[2]["episode"] == 2 * 8 * 2
+    assert run.summary["gain"]["n"] == 9
+    AutoModelForCausalLM.from_pretrained(run.model_path)
+    AutoModelForSequenceClassification.from_pretrained(run.path / "value_model")

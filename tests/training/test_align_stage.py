@@ -14,20 +14,6 @@ from deepseek_training.align import align, encode_prompt, load_prompts
 from deepseek_training.align_recipe import AlignRecipe
 from deepseek_training.ppo_trainer import CorrectedPPOTrainer
 from deepseek_training.recipe import build_recipe, load_recipe
-from deepseek_training.text_data import load_texts
-from deepseek_training.tokenizer import train_tokenizer
-from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
-
-
-@pytest.fixture(scope="module")
-def policy_path(tmp_path_factory):
-    """A debug-size model of ours with random weights, and its tokenizer."""
-    path = tmp_path_factory.mktemp("policy")
-    tokenizer = train_tokenizer(load_texts("dialogues", "validation"), 400)
-    torch.manual_seed(0)
-    DeepseekForCausalLM(DeepseekConfig.from_preset("debug", vocab_size=len(tokenizer))).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def make_recipe(policy_path, **settings):
