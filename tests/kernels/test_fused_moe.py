@@ -5,15 +5,17 @@ import torch
 from moe_cases import assert_equals_reference, gradients, make_case
 from torch.utils.checkpoint import checkpoint
 
-from deepseek_kernels import fused_moe_cpu_staged, large_buffers
+from deepseek_kernels import fused_moe_cpu_decode, fused_moe_cpu_staged, large_buffers
 from deepseek_kernels.fused_moe import fused_moe
 
 PATTERNS = ["some_unused", "empty_experts", "one_expert", "all_unused"]
 
 
-@pytest.fixture(params=["small", "large"])
+@pytest.fixture(params=["few", "small", "large"])
 def either_path(request, monkeypatch):
-    """Small batches take the staged path, large ones the loop over experts; run both at small shapes."""
+    """Few slots take the decoding path, small batches the staged one, large ones the loop; run all at small shapes."""
+    if request.param != "few":
+        monkeypatch.setattr(fused_moe_cpu_decode, "MAX_SLOTS", -1)
     if request.param == "large":
         monkeypatch.setattr(fused_moe_cpu_staged, "MAX_BYTES", -1)
 

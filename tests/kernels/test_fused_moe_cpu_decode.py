@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_cases import assert_close, gradients, in_float64, make_case
+from moe_cases import assert_close, assert_equals_reference, gradients, in_float64, make_case
 
 from deepseek_kernels import fused_moe_cpu_decode as decode
 from deepseek_kernels.fused_moe import fused_moe, fused_moe_reference
@@ -29,9 +29,13 @@ def test_equals_the_reference(dtype, pattern, T, plans):
     assert_close("output", output, fused_moe_reference(*in_float64(case)), dtype)
 
 
-def test_gradients_take_another_path(plans):
-    gradients(fused_moe, make_case(torch.float32))
-    assert plans == []
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradients_after_it(dtype, pattern, plans):
+    case = make_case(dtype, T=9, E=6, K=6, pattern=pattern)
+    got = gradients(fused_moe, case)
+    assert len(plans) == 1
+    assert_equals_reference(got, case, dtype)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
@@ -42,18 +46,31 @@ def test_activations(activation, plans):
     assert len(plans) == 1
 
 
-def test_plan_batches_neighbours_and_pads_with_their_own_rows():
-    plan = decode.make_plan([2, 3, 3, 6, 9, 4], num_experts=7)
-    assert plan.batches == [(2, 5, 2), (6, 7, 1)]
+def test_plan_batches_bf16_neighbours_and_pads_with_their_own_rows():
+    plan = decode.make_plan([2, 3, 3, 6, 9, 4], 7, torch.bfloat16)
+    assert plan.batches == [(2, 1, 3, 2), (6, 1, 1, 1)]
     assert plan.row_slot == [0, 0, 1, 2, 5, 5, 3]
     assert plan.slot_row == [0, 2, 3, 6, 7, 4]
 
 
+def test_plan_pairs_fp32_experts_of_the_same_height():
+    plan = decode.make_plan([5, 1, 0, 1, 0, 3], 6, torch.float32)
+    assert plan.batches == [(3, 2, 2, 1), (0, 1, 2, 2)]
+    assert plan.row_slot == [5, 0, 2, 4, 1, 3]
+
+
 def test_plan_leaves_crowded_experts_alone_and_bounds_a_batch():
-    crowded = decode.make_plan([0] * 5 + [1, 2], num_experts=3)
-    assert crowded.batches == [(0, 1, 5), (1, 3, 1)]
-    assert decode.make_plan(list(range(20)), 20).batches == [(0, 8, 1), (8, 16, 1), (16, 20, 1)]
-    assert decode.make_plan([3, 2], 5, 1).batches == [(2, 3, 1), (3, 4, 1)]
+    crowded = decode.make_plan([0] * 5 + [1, 2], 3, torch.bfloat16)
+    assert crowded.batches == [(0, 1, 1, 5), (1, 1, 2, 1)]
+    many = decode.make_plan(list(range(20)), 20, torch.bfloat16)
+    assert many.batches == [(0, 1, 8, 1), (8, 1, 8, 1), (16, 1, 4, 1)]
+    assert decode.make_plan([3, 2], 5, torch.float16).batches == [(3, 1, 1, 1), (2, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_with_and_without_gradients(dtype):
+    case = make_case(dtype, T=20, H=35, I=19, E=9, K=4)
+    assert torch.equal(fused_moe(*case), fused_moe(*[t.detach() for t in case]))
 
 
 def test_a_bad_token_stays_its_own():
