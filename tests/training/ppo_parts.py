@@ -123,7 +123,7 @@ def make_ours(path, *, reward=share_of_liked, models=None, tokenizer=None, train
 ppo_trainer.gc = types.SimpleNamespace(collect=lambda: None)
 
 
-def make_stock(path, *, models=None, tokenizer=None, train=None, held_out=None, **settings):
+def make_stock(path, *, reward=None, models=None, tokenizer=None, train=None, held_out=None, **settings):
     extra = {key: settings.pop(key) for key in ("peft_config", "callbacks") if key in settings}
     policy, value = models or make_models()
     trainer = PPOTrainer(
@@ -131,7 +131,7 @@ def make_stock(path, *, models=None, tokenizer=None, train=None, held_out=None, 
         processing_class=tokenizer or make_tokenizer(),
         model=policy,
         ref_model=None,
-        reward_model=StockReward(),
+        reward_model=reward or StockReward(),
         train_dataset=(make_prompts() if train is None else train).select_columns(["input_ids"]),
         eval_dataset=held_out if held_out is None else held_out.select_columns(["input_ids"]),
         value_model=value,
