@@ -92,6 +92,10 @@ def write_prompts(run: RunFolder, task: Task, items: Sequence[Any]) -> None:
     temporary = path.with_name(path.name + ".partial")
     with gzip.open(temporary, "wt", encoding="utf-8", compresslevel=6) as file:
         for item in items:
-            choices = {"choices": item.choices} if task.kind in _CHOICE_KINDS else {}
-            file.write(json.dumps({"id": item.id, "prompt": item.prompt, **choices}) + "\n")
+            row = {"id": item.id, "prompt": item.prompt}
+            if task.kind in _CHOICE_KINDS:
+                row["choices"] = item.choices
+                if item.answers is not None:
+                    row["answers"] = item.answers
+            file.write(json.dumps(row) + "\n")
     temporary.rename(path)

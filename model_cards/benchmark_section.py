@@ -40,7 +40,7 @@ def benchmark_section(stages: dict[str, Stage]) -> dict[str, Any]:
         missing = "This run has no evaluate stage."
     elif not stages["evaluate"].is_finished:
         missing = "The evaluate stage was begun and not finished."
-    elif not drawn:
+    elif not rows:
         missing = "No stage logged a benchmark."
     return {
         "title": "Benchmarks",
@@ -52,33 +52,42 @@ def benchmark_section(stages: dict[str, Stage]) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    columns = [
-        "benchmark",
-        "score \u00b1 standard error",
-        "95 % interval",
-        "n",
-        "shots",
-        "against chance",
-        *_PUBLISHED,
+    published = [_published_scores(row) for row in rows]
+    names = [name for name in _PUBLISHED if any(name in scores for scores in published)]
+    columns = ["benchmark", "score \u00b1 standard error", "95 % interval", "n", "shots", "against chance", *names]
+    lines = [
+        [
+            _label(row),
+            format_value(row["value"], row.get("stderr")),
+            _interval_cell(row),
+            format_value(row.get("n")),
+            format_value(row.get("num_fewshot")),
+            compare_to_chance(row, chance_level(row)) or "-",
+            *(_published_cell(scores.get(name)) for name in names),
+        ]
+        for row, scores in zip(rows, published, strict=True)
     ]
-    lines = []
-    for row in rows:
-        known = benchmark_of(row)
-        is_share = bool(known) and row["metric"] in SHARE_METRICS
-        low, high = score_interval(row) if is_share else (None, None)
-        published = known["published"] if is_share else {}
-        lines.append(
-            [
-                _label(row),
-                format_value(row["value"], row.get("stderr")),
-                "-" if low is None else f"{low:.3f} to {high:.3f}",
-                format_value(row.get("n")),
-                format_value(row.get("num_fewshot")),
-                compare_to_chance(row, chance_level(row)) or "-",
-                *(_published_cell(published.get(name)) for name in _PUBLISHED),
-            ]
-        )
-    return {"columns": columns, "rows": lines, "note": f"Published figures are not measured here. {PUBLISHED_NOTE}"}
+    note = f"Published figures are not measured here. {PUBLISHED_NOTE}" if names else ""
+    return {"columns": columns, "rows": lines, "note": note}
+
+
+def _is_known_share(row: dict[str, Any]) -> bool:
+    return benchmark_of(row) is not None and row["metric"] in SHARE_METRICS
+
+
+def _published_scores(row: dict[str, Any]) -> dict[str, tuple[float, str]]:
+    return benchmark_of(row)["published"] if _is_known_share(row) else {}
+
+
+def _interval_cell(row: dict[str, Any]) -> str:
+    """Wilson's interval for a share of items, 1.96 standard errors for any other figure that has one."""
+    if _is_known_share(row):
+        low, high = score_interval(row)
+    elif is_number(row.get("stderr")) and row["stderr"] > 0:
+        low, high = (row["value"] + sign * 1.96 * row["stderr"] for sign in (-1, 1))
+    else:
+        low = high = None
+    return "-" if low is None else f"{low:.3f} to {high:.3f}"
 
 
 def _published_cell(entry: tuple[float, str] | None) -> str:
@@ -89,10 +98,9 @@ def _published_cell(entry: tuple[float, str] | None) -> str:
 
 
 def _label(row: dict[str, Any]) -> str:
-    name = label_dataset(row).partition(",")[0]
     known = benchmark_of(row)
-    if row.get("task") and row["task"] != (known or {}).get("key"):
-        name = f"{row['task']} ({name})"
+    is_variant = row.get("task") and row["task"] != (known or {}).get("key")
+    name = row["task"] if is_variant else label_dataset(row).partition(",")[0]
     return f"{name}, {label_metric(row['metric'])}"
 
 

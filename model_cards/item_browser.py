@@ -49,7 +49,8 @@ def read_items(folder: str | Path, max_characters: int = MAX_CHARACTERS) -> list
     Returns:
         For each task ``name``, ``total`` (items on disk), ``prefixes`` and ``items``: per item ``id``, ``group``,
         ``ok`` (1, 0, a share, or None where nothing is right or wrong), ``prefix`` (index, or -1), ``prompt``,
-        ``choices``, ``prediction``, ``target``, ``scores``.
+        ``choices``, ``answers`` (what each choice stands for, where that is not its position), ``prediction``,
+        ``target``, ``scores``.
     """
     paths = [path for path in sorted(Path(folder).glob("samples_*.jsonl")) if not path.name.endswith(".partial.jsonl")]
     return [_read_task(path, max_characters // len(paths)) for path in paths]
@@ -87,6 +88,7 @@ def _make_item(row: dict[str, Any], shown: dict[str, Any], prefix: str, number: 
         "prefix": number if has_prefix else -1,
         "prompt": _cut(prompt[len(prefix) :] if has_prefix else prompt),
         "choices": shown.get("choices"),
+        "answers": shown.get("answers"),
         "prediction": _cut_value(row.get("prediction")),
         "target": _cut_value(row.get("target")),
         "scores": {key: _cut_value(value) for key, value in row.items() if key not in _SHOWN},

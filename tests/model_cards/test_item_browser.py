@@ -44,7 +44,12 @@ def evaluated(tmp_path):
     write_lines(
         run.path / "prompts_mmlu.jsonl.gz",
         [
-            {"id": f"{subject}/{number}", "prompt": f"{shots[subject]}Q: {number}?\nAnswer:", "choices": choices}
+            {
+                "id": f"{subject}/{number}",
+                "prompt": f"{shots[subject]}Q: {number}?\nAnswer:",
+                "choices": choices,
+                **({"answers": [3, 2, 1, 0]} if (subject, number) == ("birds", 0) else {}),
+            }
             for subject, number in names
         ],
     )
@@ -91,6 +96,7 @@ def test_every_item_comes_back_whole(evaluated):
         assert item["ok"] == (item["prediction"] == 1)
         assert item["choices"] == [" A", " B", " C", " D"] and len(item["scores"]["loglikelihoods"]) == 4
     assert {item["prefix"] for item in mmlu["items"]} == {0, 1}  # and not mixed up with the other's.
+    assert all(item["answers"] == ([3, 2, 1, 0] if item["id"] == "birds/0" else None) for item in mmlu["items"])
     programs = tasks["humaneval"]["items"]
     assert [item["id"] for item in programs] == ["HumanEval/0", "HumanEval/0 #1"]
     assert programs[0]["prediction"] == programs[0]["prompt"] == programs[0]["scores"]["reason"] == EVIL
