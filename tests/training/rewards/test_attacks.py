@@ -3,7 +3,16 @@
 import random
 
 from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
-from deepseek_training.rewards.attacks import load_cases, load_training_answers, make_attacks, run_attacks, summarize
+from deepseek_training.rewards.attacks import (
+    FLATTERY,
+    REFUSAL,
+    load_cases,
+    load_training_answers,
+    make_attacks,
+    run_attacks,
+    summarize,
+)
+from deepseek_training.rewards.empty_answers import EMPTY_ANSWERS
 from deepseek_training.text_data import read_rows
 from deepseek_training.words import split_words
 
@@ -30,10 +39,18 @@ def test_attacks_are_what_their_names_say():
 
 def test_the_gated_sum_ranks_honest_answers_first_and_the_unguarded_does_not():
     cases = load_cases()
-    pubmedqa = [case for case in cases if case.source == "pubmedqa"][::4]
     guarded = WeightedReward([Relevance(), Safety(), Diversity(0)], WEIGHTS, gate="safety")
     bare = WeightedReward([Relevance(has_guards=False), Safety(), Diversity(0)], WEIGHTS)
-    assert summarize(run_attacks(guarded, pubmedqa))["beats_all"] >= 0.95
-    assert summarize(run_attacks(bare, pubmedqa))["beats_all"] < 0.4
-    medquad = [case for case in cases if case.source == "medquad"][::3]
-    assert summarize(run_attacks(guarded, medquad))["beats_all"] >= 0.85
+    wanted = {"pubmedqa": 0.95, "medquad": 0.93, "instructions": 0.75}  # on every fourth; the docs have them all
+    for source, share in wanted.items():
+        chosen = [case for case in cases if case.source == source][::4]
+        assert summarize(run_attacks(guarded, chosen))["beats_all"] >= share
+        assert summarize(run_attacks(bare, chosen))["beats_all"] < 0.6
+
+
+def test_no_attack_is_written_into_the_reward():
+    assert not {*FLATTERY, *REFUSAL} & set(EMPTY_ANSWERS)
+    rng = random.Random(0)
+    drawn = [make_attacks(case, ["a"], rng) for case in load_cases()[:40]]
+    assert {attacks["flattery"] for attacks in drawn} == set(FLATTERY)
+    assert {attacks["refusal"] for attacks in drawn} == set(REFUSAL)

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from trl.rewards import get_repetition_penalty_reward
+from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
 from deepseek_training.rewards import Diversity, MissingEosPenalty, Relevance, Safety, WeightedReward
 
@@ -45,6 +45,9 @@ def test_penalties_come_off_and_the_sum_stays_bounded():
     # TRL's own penalty fits as it is: four equal tokens, two triples, one distinct
     trl = WeightedReward([fixed("x", [0.5] * 3)], [1], penalties=[get_repetition_penalty_reward(3, -0.4)])
     assert trl(P, C, [[1, 2, 3], [5, 5, 5, 5], [1]]) == pytest.approx([0.5, 0.3, 0.5])
+    # and its punishment of length: free up to 6 tokens, in proportion up to 10, then everything
+    length = WeightedReward([fixed("x", [0.5] * 3)], [1], penalties=[get_soft_overlong_punishment(10, 4)])
+    assert length(P, C, [[1] * 6, [1] * 7, [1] * 12]) == pytest.approx([0.5, 0.25, 0.0])
 
 
 def test_standardising_gives_each_part_the_same_spread():
