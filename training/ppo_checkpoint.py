@@ -60,7 +60,7 @@ def load_checkpoint(trainer: "CorrectedPPOTrainer", folder: str | Path) -> None:
 
     Raises:
         FileNotFoundError: The folder is no whole checkpoint of PPO.
-        ValueError: Another number of processes wrote it.
+        ValueError: Another number of processes wrote it, or it holds weights only.
     """
     folder, accelerator = Path(folder), trainer.accelerator
     if not (folder / STATE_FILE).is_file() or not is_complete(folder):
@@ -71,6 +71,8 @@ def load_checkpoint(trainer: "CorrectedPPOTrainer", folder: str | Path) -> None:
             f"resume_from_checkpoint: {folder} was written by {len(reward_states)} processes, "
             f"this training has {accelerator.num_processes}"
         )
+    if not (folder / OPTIMIZER_NAME).is_file():
+        raise ValueError(f"resume_from_checkpoint: {folder} has no optimizer state (save_only_model=True)")
     unwrapped = accelerator.unwrap_model(trainer.model)
     _load_weights(unwrapped.policy, folder)
     _load_weights(unwrapped.value_model, folder / VALUE_FOLDER)

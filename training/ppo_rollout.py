@@ -5,8 +5,10 @@ when pad and eos are one token; here padding is `NO_TOKEN`, an id no tokenizer h
 (they replace padding by token 0 under the mask before the model sees it).
 """
 
+import asyncio
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import torch
@@ -75,11 +77,15 @@ class PromptCollator:
         return {"input_ids": ids, **columns}
 
 
+async def _wait(scores: Awaitable[list[float | None]]) -> list[float | None]:
+    return await scores
+
+
 class RewardAdapter(nn.Module):
     """A reward callable in the place where TRL wants a reward model.
 
     Args:
-        reward: ``(prompts, completions, completion_ids, **columns) -> list[float | None]``.
+        reward: ``(prompts, completions, completion_ids, **columns) -> list[float | None]``; may be async, as for GRPO.
         tokenizer: Turns token ids into the text that the reward reads.
     """
 
@@ -101,6 +107,8 @@ class RewardAdapter(nn.Module):
         """
         completions = self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
         scores = self.reward(prompts=prompts, completions=completions, completion_ids=rollout_ids, **kwargs)
+        if inspect.isawaitable(scores):
+            scores = asyncio.run(_wait(scores))
         if len(scores) != len(completions):
             raise ValueError(f"reward: {len(scores)} scores for {len(completions)} completions")
         if any(score is None for score in scores):

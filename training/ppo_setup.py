@@ -103,6 +103,8 @@ def check_prompts(args: PPOConfig, config: PretrainedConfig, train: Dataset, hel
     for name, dataset in (("train_dataset", train), ("eval_dataset", held_out)):
         if dataset is None and name == "eval_dataset":
             continue
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"{name}: {type(dataset).__name__} is not supported, wanted a datasets.Dataset")
         if not len(dataset):
             raise ValueError(f"{name}: it is empty; wanted at least one prompt")
         if "input_ids" not in dataset.column_names:
@@ -123,6 +125,27 @@ def check_prompts(args: PPOConfig, config: PretrainedConfig, train: Dataset, hel
             f"train_dataset: {len(train)} rows are fewer than the batch of {batch}; "
             "lower per_device_train_batch_size or gradient_accumulation_steps"
         )
+
+
+def check_value_model(value_model: nn.Module, config: PretrainedConfig) -> None:
+    """Refuse a value model that cannot follow the policy.
+
+    Args:
+        value_model: What was passed as one.
+        config: The policy's.
+
+    Raises:
+        ValueError: It has no head for one number, or does not know all of the policy's tokens.
+    """
+    if not hasattr(value_model, "score") or not hasattr(value_model, value_model.base_model_prefix):
+        raise ValueError(
+            f"value_model: {type(value_model).__name__} has no `score` head; pass a sequence classifier with one label"
+        )
+    if value_model.config.num_labels != 1:
+        raise ValueError(f"value_model: it has {value_model.config.num_labels} labels, wanted 1 (num_labels=1)")
+    known, wanted = (each.get_text_config().vocab_size for each in (value_model.config, config))
+    if known < wanted:
+        raise ValueError(f"value_model: it knows {known} tokens, the policy {wanted}")
 
 
 def disable_functional_dropout(model: nn.Module) -> None:

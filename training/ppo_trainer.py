@@ -24,12 +24,24 @@ from transformers.trainer_utils import TrainOutput
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from deepseek_training.balance import find_routers
-from deepseek_training.ppo_checkpoint import finish_checkpoint, load_checkpoint, load_reward_state, reward_state
+from deepseek_training.ppo_checkpoint import (
+    finish_checkpoint,
+    last_checkpoint,
+    load_checkpoint,
+    load_reward_state,
+    reward_state,
+)
 from deepseek_training.ppo_evaluation import evaluate_prompts, mean_metrics, show_samples
 from deepseek_training.ppo_metrics import Stopwatch, count_eos, mean_by_name, step_means
 from deepseek_training.ppo_play import RewardError, play, raise_together
 from deepseek_training.ppo_rollout import PromptCollator, RewardAdapter, Rollout
-from deepseek_training.ppo_setup import check_prompts, check_settings, disable_functional_dropout, stock_parts_replaced
+from deepseek_training.ppo_setup import (
+    check_prompts,
+    check_settings,
+    check_value_model,
+    disable_functional_dropout,
+    stock_parts_replaced,
+)
 from deepseek_training.ppo_update import Targets, compute_targets, micro_batch_loss
 from deepseek_training.ppo_value import value_model_for
 
@@ -76,7 +88,8 @@ class CorrectedPPOTrainer(PPOTrainer):
         check_prompts(args, model.config, train_dataset, eval_dataset)
         if value_model is None:
             value_model = value_model_for(model, peft_config)
-        if hasattr(value_model, "config") and hasattr(value_model.config, "mtp_loss_coef"):
+        check_value_model(value_model, model.config)
+        if hasattr(value_model.config, "mtp_loss_coef"):
             value_model.config.mtp_loss_coef = 0.0  # it has no head that could predict tokens
         if not isinstance(reward, nn.Module):
             reward = RewardAdapter(reward, processing_class)
@@ -113,12 +126,16 @@ class CorrectedPPOTrainer(PPOTrainer):
 
     # ---- training -------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
-        """Train to the end, from the start or from a checkpoint folder.
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """Train to the end, from the start or from a checkpoint.
 
         Stock takes no checkpoint, never evaluates, and rolls out in training mode.
 
+        Args:
+            resume_from_checkpoint: A folder, or True for the newest whole one in `output_dir`.
+
         Raises:
+            ValueError: There is no such checkpoint, or it does not fit.
             RewardError: A reward raised, or returned scores that are missing, not finite or miscounted.
         """
         args = self.args
@@ -136,7 +153,7 @@ class CorrectedPPOTrainer(PPOTrainer):
             self.state.global_step, float(np.mean(losses)) if losses else 0.0, {"train_runtime": seconds}
         )
 
-    def _begin(self, checkpoint: str | None) -> None:
+    def _begin(self, checkpoint: str | bool | None) -> None:
         """Set the counters as stock does, then overwrite them with the checkpoint's."""
         args = self.args
         self.state.global_step = self.state.episode = 0
@@ -149,7 +166,11 @@ class CorrectedPPOTrainer(PPOTrainer):
                 setattr(self.state, name, value)
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped = self.model
-        if checkpoint is not None:
+        if checkpoint is True:
+            checkpoint = last_checkpoint(args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True: {args.output_dir} holds no whole checkpoint")
+        if checkpoint:
             load_checkpoint(self, checkpoint)
         self.model.train()
 

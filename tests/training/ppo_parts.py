@@ -30,7 +30,7 @@ def make_tokenizer(pad="<pad>"):
 
 def make_models(seed=0, **settings):
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    defaults = dict(
         vocab_size=len(WORDS),
         hidden_size=16,
         intermediate_size=24,
@@ -42,8 +42,8 @@ def make_models(seed=0, **settings):
         eos_token_id=1,
         bos_token_id=None,
         num_labels=1,
-        **settings,
     )
+    config = LlamaConfig(**{**defaults, **settings})
     policy, value = LlamaForCausalLM(config), LlamaForSequenceClassification(config)
     # confident enough for probabilities to move when a weight does
     policy.lm_head.weight.data.mul_(8)

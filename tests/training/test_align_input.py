@@ -1,12 +1,13 @@
 """What PPO refuses before it starts, and rewards that fail while it runs."""
 
+import asyncio
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from ppo_parts import StockReward, make_ours, make_prompts, make_tokenizer, mended, share_of_liked
+from ppo_parts import StockReward, make_models, make_ours, make_prompts, make_tokenizer, mended, share_of_liked
 
 from deepseek_training.ppo_checkpoint import last_checkpoint
 from deepseek_training.ppo_trainer import RewardError
@@ -19,6 +20,11 @@ from deepseek_training.ppo_trainer import RewardError
         (lambda: {"train": make_prompts().select([])}, "train_dataset: it is empty"),
         (lambda: {"held_out": make_prompts().select([])}, "eval_dataset: it is empty"),
         (lambda: {"train": make_prompts().rename_column("input_ids", "ids")}, "no column 'input_ids'"),
+        (lambda: {"train": [{"input_ids": [5]}] * 4}, "train_dataset: list is not supported"),
+        (lambda: {"held_out": {"a": make_prompts()}}, "eval_dataset: dict is not supported"),
+        (lambda: {"models": (make_models()[0], make_models(num_labels=2)[1])}, "it has 2 labels, wanted 1"),
+        (lambda: {"models": (make_models()[0], make_models()[0])}, "LlamaForCausalLM has no `score` head"),
+        (lambda: {"models": (make_models()[0], make_models(vocab_size=20)[1])}, "it knows 20 tokens, the policy 29"),
         (lambda: {"train": rows([5], [], [6], [7])}, "train_dataset: prompt 1 has no tokens"),
         (lambda: {"train": rows([5], [6], [7], [8, 99])}, "prompt 3 has token 99, the model knows 0 to 28"),
         (lambda: {"train": rows([5], [6], [5] * 60, [7])}, "60 tokens, with response_length=6 more .* context of 64"),
@@ -149,3 +155,15 @@ def test_the_defect_tables_tests_exist():
     twins = set(re.findall(r"`(test_[a-z_]+)` †", page))
     marked = re.findall(r"@(?:mended|pytest\.mark\.xfail)\(.*\)\n(?:@.*\n)*def (test_\w+)\(", sources)
     assert twins <= set(marked)
+
+
+def test_a_reward_may_be_async(tmp_path):
+    async def later(prompts, completions, completion_ids, **kwargs):
+        await asyncio.sleep(0)
+        return share_of_liked(prompts, completions, completion_ids)
+
+    runs = [make_ours(tmp_path / reward.__name__, reward=reward) for reward in (share_of_liked, later)]
+    for trainer in runs:
+        trainer.train()
+    for left, right in zip(*(trainer.model.parameters() for trainer in runs), strict=True):
+        assert torch.equal(left, right)

@@ -79,6 +79,26 @@ def test_the_last_checkpoint_stays_until_the_next_is_whole(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
+def test_true_takes_the_newest_checkpoint(tmp_path):
+    settings = dict(save_strategy="steps", save_steps=1, logging_steps=1)
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint=True: .* holds no whole checkpoint"):
+        make_ours(tmp_path / "none").train(resume_from_checkpoint=True)
+    whole = make_ours(tmp_path / "run", **settings)
+    whole.train()
+    (tmp_path / "run" / "checkpoint-3" / "complete.json").unlink()
+    resumed = make_ours(tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(resumed, whole)
+
+
+def test_a_checkpoint_of_weights_alone_is_one_line(tmp_path):
+    trainer = make_ours(tmp_path, save_strategy="steps", save_steps=3, save_only_model=True)
+    trainer.train()
+    with pytest.raises(ValueError, match="no optimizer state") as caught:
+        trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-3")
+    assert "\n" not in str(caught.value)
+
+
 class Counting:
     """A reward with a state that its scores depend on."""
 
