@@ -82,15 +82,22 @@ def plan_prompts(
         )
     prompts = []
     for item in items:
-        token_ids = _encode_prompt(loaded.tokenizer, item.prompt)
+        token_ids = encode_prompt(loaded.tokenizer, item.prompt)
         for sample in range(settings.num_samples):
             prompts.append(EncodedPrompt(item, sample, token_ids[-room:], len(token_ids) > room))
     prompts.sort(key=lambda prompt: -len(prompt.token_ids))
     return [tuple(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
 
 
-def _encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    # A chat template may have written the first token itself; the tokenizer must not add a second one.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return a prompt's tokens, with one beginning-of-text token where the tokenizer adds it.
+
+    A chat template may have written that token itself; then the tokenizer must not add a second one.
+
+    Args:
+        tokenizer: The model's.
+        prompt: Raw text, or a rendered chat.
+    """
     starts_itself = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     return tokenizer.encode(prompt, verbose=False, **({"add_special_tokens": False} if starts_itself else {}))
 

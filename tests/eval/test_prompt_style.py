@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from deepseek_eval.generation import encode_prompt
 from deepseek_eval.harness import evaluate_model
 from deepseek_eval.metric_loading import load_metric
 from deepseek_eval.prompt_style import apply_style, take_code
@@ -124,3 +126,14 @@ def test_a_template_that_refuses_the_messages_is_told_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"the chat template of .* refuses HumanEval/0 \(.+\)") as caught:
         evaluate_model(model, tasks=["humaneval"], prompt_style="chat", max_new_tokens=8, output=tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second_one():
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE / "ours")
+    tokenizer.bos_token = "</s>"  # Any special token does.
+    number = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", number)]
+    )
+    assert encode_prompt(tokenizer, "def f(): pass").count(number) == 1
+    assert encode_prompt(tokenizer, "</s>def f(): pass") == encode_prompt(tokenizer, "def f(): pass")
