@@ -67,6 +67,9 @@ def check_settings(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, config: 
     if args.kl_estimator not in ("k1", "k3"):
         raise ValueError(f"kl_estimator={args.kl_estimator!r}: allowed are 'k1' and 'k3'")
     _check_batches(args)
+    is_reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if is_reentrant and PartialState().num_processes > 1:
+        raise ValueError("gradient_checkpointing_kwargs: use_reentrant=True works in one process only; use False")
 
 
 def _check_batches(args: PPOConfig) -> None:
