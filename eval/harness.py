@@ -305,6 +305,7 @@ def _summarise(tasks: list[Task], results: dict[str, Any], settings: dict[str, A
             "task": task.name,
             "num_fewshot": scores["num_fewshot"],
             "harness": "deepseek-moe" if task.metric_inputs else HARNESS,
+            **({"prompt_style": "chat"} if scores.get("prompt_style") == "chat" else {}),
             **({"does_not_show": task.does_not_show} if task.does_not_show else {}),
         }
         for task, scores in ((task, results["tasks"][task.name]) for task in tasks)

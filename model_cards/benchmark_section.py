@@ -101,7 +101,8 @@ def _label(row: dict[str, Any]) -> str:
     known = benchmark_of(row)
     is_variant = row.get("task") and row["task"] != (known or {}).get("key")
     name = row["task"] if is_variant else label_dataset(row).partition(",")[0]
-    return f"{name}, {label_metric(row['metric'])}"
+    style = f", {row['prompt_style']} prompts" if row.get("prompt_style") else ""
+    return f"{name}, {label_metric(row['metric'])}{style}"
 
 
 def _score_charts(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -191,6 +191,8 @@ def _to_entry(row: dict[str, Any], hub_id: str, stage: Stage) -> EvalResultEntry
     notes = [f"{key} {row[key]}" for key in ("metric", "stderr", "n") if row.get(key) is not None]
     if row.get("num_fewshot") is not None:
         notes.append(f"{row['num_fewshot']}-shot")
+    if row.get("prompt_style"):
+        notes.append(f"{row['prompt_style']} prompts")
     if row.get("task") not in (None, benchmark_of(row)["key"]):
         notes.append(f"task {row['task']}")
     if chance_level(row) is not None:

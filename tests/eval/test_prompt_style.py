@@ -15,6 +15,9 @@ from deepseek_eval.harness import evaluate_model
 from deepseek_eval.metric_loading import load_metric
 from deepseek_eval.prompt_style import apply_style, take_code
 from deepseek_eval.tasks import humaneval, mbpp
+from deepseek_model_cards.card_metadata import write_eval_results
+from deepseek_model_cards.run_folder import RunFolder
+from deepseek_model_cards.stages import read_stages
 
 pytestmark = pytest.mark.xdist_group("harness")
 REFERENCE = Path(__file__).resolve().parent / "reference"
@@ -97,6 +100,9 @@ def test_a_chat_run_end_to_end(tmp_path):
     settings = {"tasks": ["humaneval"], "limit": 2, "max_new_tokens": 8, "dtype": "float32"}
     results = evaluate_model(model, prompt_style="chat", output=tmp_path / "run", **settings)
     assert results["tasks"]["humaneval"]["prompt_style"] == "chat"
+    # A card must not pass the figure off as one of base prompts.
+    assert RunFolder(tmp_path / "run").summary["results"][0]["prompt_style"] == "chat"
+    assert "chat prompts" in write_eval_results(read_stages(tmp_path / "run"), tmp_path)[0].read_text()
 
     with gzip.open(tmp_path / "run/prompts_humaneval.jsonl.gz", "rt") as file:
         prompts = [json.loads(line)["prompt"] for line in file]
