@@ -8,7 +8,7 @@ stopped.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,10 +133,17 @@ def _build_items(task: Task, settings: dict[str, Any]) -> list:
     limit = settings["limit"]
     if isinstance(limit, dict):
         limit = limit.get(task.name)
-    items = list(task.build_items(_num_fewshot(task, settings), limit, _data_source(task, settings)))
+    items = list(_iterate_items(task, settings, limit))
     if not items:
         raise ValueError(f"data: task {task.name} has no items; its file is empty")
     return items
+
+
+def _iterate_items(task: Task, settings: dict[str, Any], limit: int | None) -> Iterator[Any]:
+    try:
+        yield from task.build_items(_num_fewshot(task, settings), limit, _data_source(task, settings))
+    except KeyError as error:
+        raise ValueError(f"data: a row of {task.name} has no column {error}") from None
 
 
 def _data_source(task: Task, settings: dict[str, Any]) -> str | Path | None:
@@ -151,7 +158,7 @@ def _check_data(tasks: Sequence[Task], settings: dict[str, Any]) -> None:
     for name in settings["data_path"] if isinstance(settings["data_path"], dict) else ():
         find_task(name)
     for task in tasks:
-        next(iter(task.build_items(_num_fewshot(task, settings), 1, _data_source(task, settings))), None)
+        next(_iterate_items(task, settings, 1), None)
 
 
 def _unshare(task: Task, settings: dict[str, Any]) -> Task:

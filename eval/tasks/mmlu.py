@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deepseek_eval.tasks.rows import read_rows
+from deepseek_eval.tasks.rows import check_folder, read_rows
 from deepseek_eval.tasks.task import ChoiceItem, Task
 
 LETTERS = ("A", "B", "C", "D")
@@ -73,10 +73,11 @@ def build_items(
         style: ``lm_eval`` or ``hendrycks``.
 
     Raises:
-        ValueError: More shots asked for than the development split has.
+        ValueError: More shots asked for than the development split has, or a file where a folder is wanted.
     """
     if not 0 <= num_fewshot <= MAX_SHOTS:
         raise ValueError(f"num_fewshot = {num_fewshot} for mmlu, allowed is 0 to {MAX_SHOTS} (its development split)")
+    check_folder(data_path, "mmlu_test and mmlu_dev")
     shots_by_subject = defaultdict(list)
     for row in read_rows("mmlu_dev", data_path):
         shots_by_subject[row["subject"]].append(row)

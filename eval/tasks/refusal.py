@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepseek_eval.tasks.rows import read_rows
+from deepseek_eval.tasks.rows import check_folder, read_rows
 from deepseek_eval.tasks.task import CompletionItem, Task
 
 
@@ -24,7 +24,13 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
         limit: At most this many requests of AdvBench and of each type of XSTest, the first ones.
         data_path: A folder with ``advbench.jsonl[.gz]`` (``prompt``) or ``harmful_behaviors.csv`` (``goal``), and
             ``xstest.jsonl[.gz]`` or ``xstest_prompts.csv``; None for the embedded ones.
+
+    Raises:
+        ValueError: A file or a Hub id, which can hold but one of the two.
     """
+    if isinstance(data_path, str):
+        raise ValueError(f"data: refusal={data_path}, wanted a folder with advbench and xstest; it reads two sets")
+    check_folder(data_path, "advbench and xstest")
     for index, row in enumerate(read_rows(("advbench", "harmful_behaviors", "advbench_harmful_behaviors"), data_path)):
         if limit is not None and index >= limit:
             break

@@ -35,6 +35,20 @@ def find_source(text: str | Path) -> str | Path:
     )
 
 
+def check_folder(source: str | Path | None, holds: str) -> None:
+    """Refuse a single file where a task reads several.
+
+    Args:
+        source: As for `read_rows`.
+        holds: What the folder must hold, for the error.
+
+    Raises:
+        ValueError: It is a file.
+    """
+    if isinstance(source, Path) and source.is_file():
+        raise ValueError(f"data: {source} is a file, wanted a folder with {holds}")
+
+
 def read_rows(
     names: str | Sequence[str], source: str | Path | None = None, *, where: str = ""
 ) -> Iterator[dict[str, Any]]:

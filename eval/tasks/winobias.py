@@ -48,11 +48,16 @@ def split_mentions(text: str) -> tuple[str, str]:
 
     Args:
         text: A sentence of the data set. Where two pronouns are marked, the first counts.
+
+    Raises:
+        ValueError: One of the two is not there.
     """
     mentions = re.findall(r"\[(.*?)\]", text)
-    occupation = next(mention for mention in mentions if mention.lower() not in PRONOUNS)
-    pronoun = next(mention for mention in mentions if mention.lower() in PRONOUNS)
-    return _ARTICLE.sub("", occupation.strip()), pronoun
+    occupations = [mention for mention in mentions if mention.lower() not in PRONOUNS]
+    pronouns = [mention for mention in mentions if mention.lower() in PRONOUNS]
+    if not occupations or not pronouns:
+        raise ValueError(f"data: {text!r} has no occupation and pronoun in brackets")
+    return _ARTICLE.sub("", occupations[0].strip()), pronouns[0]
 
 
 def _format(row: dict[str, Any], occupations: list[str]) -> ChoiceItem:

@@ -200,6 +200,12 @@ def test_too_long_a_pair_loses_tokens_from_the_left():
         encode_continuations(loaded, [dataclasses.replace(item, choices=("word " * 2000, " a"))])
 
 
+def test_a_model_that_returns_nan_is_refused(tmp_path):
+    model = unigram_model.make_unigram_model(tmp_path / "model", {" he": float("nan")})
+    with pytest.raises(ValueError, match=r"the logits of question type\d/dev/\d+/\w+ are NaN or infinite"):
+        evaluate_model(model, tasks=["winobias"], limit=1, output=tmp_path / "run")
+
+
 def test_crows_pairs_without_data_says_where_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"CC BY-SA 4.0; pass --data crows_pairs=PATH") as caught:
         evaluate_model(REFERENCE / "llama", tasks=["crows_pairs"], output=tmp_path / "run")

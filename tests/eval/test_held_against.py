@@ -147,10 +147,14 @@ def test_two_runs_compare(finished, tmp_path):
         ("bbq=", "wanted a folder or task=source pairs"),
         ("bbq=nowhere", "nowhere does not exist and is no Hub id"),
         (f"winobias={REFERENCE}", "holds neither winobias.jsonl"),
+        (f"winobias={REFERENCE / 'sentence_pairs.csv'}", "a row of winobias has no column 'text'"),
+        (f"refusal={REFERENCE / 'sentence_pairs.csv'}", "is a file, wanted a folder with advbench and xstest"),
+        ("refusal=owner/name", "wanted a folder with advbench and xstest"),
+        (f"mmlu={REFERENCE / 'sentence_pairs.csv'}", "is a file, wanted a folder with mmlu_test and mmlu_dev"),
     ],
 )
 def test_bad_data_is_told_in_one_line(data, message, tmp_path, capsys):
-    arguments = ["--tasks", "winobias,bbq", "--data", data, "--output", str(tmp_path / "run")]
+    arguments = ["--tasks", "winobias,bbq,refusal,mmlu", "--data", data, "--output", str(tmp_path / "run")]
     assert main(["evaluate", str(REFERENCE / "llama"), *arguments]) != 0
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
