@@ -48,7 +48,7 @@ INSTRUCTIONS = (
 _SPEAKS_OF_OPTIONS = re.compile(
     r"\b(?:all|none|both|neither|any|either|some|each|two|three)\s+(?:of\s+)?(?:the\s+)?(?:above|these|those|them|options"
     r"|choices|answers|others?)\b|\babove\b|\bbelow\b|\b(?-i:[A-D])\s*(?:and|or|nor|&|,)\s*(?-i:[A-D])\b"
-    r"|\b(?:options?|choices?|answers?)\s*\(?(?-i:[A-D])\b|^\s*(?:both|neither|all|none)\s*\.?\s*$",
+    r"|\b(?:options?|choices?|answers?)\s*\(?(?-i:[A-D])\b|\([a-d]\)|^\s*(?:both|neither|all|none)\s*\.?\s*$",
     re.IGNORECASE,
 )
 

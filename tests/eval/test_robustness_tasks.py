@@ -121,6 +121,7 @@ def options_of(prompt: str) -> list[str]:
         ("A, B and D", True),
         ("Neither", True),
         ("Option B is right", True),
+        ("All of (a) to (c) are drawbacks", True),
         ("a cat and a dog", False),
         ("Vitamin A deficiency", False),
         ("All mammals are warm-blooded", False),
