@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 
@@ -13,7 +14,7 @@ from deepseek_cli.main import main
 from deepseek_eval import text_tasks
 from deepseek_eval.comparison import compare_runs
 from deepseek_eval.harness import evaluate_model
-from deepseek_eval.tasks import refusal
+from deepseek_eval.tasks import crows_pairs, refusal
 from deepseek_eval.tasks.catalogue import TASKS
 from deepseek_model_cards.card import write_card
 
@@ -161,8 +162,6 @@ def test_bad_data_is_told_in_one_line(data, message, tmp_path, capsys):
 
 
 def test_a_hub_id_without_network_says_what_to_pass(tmp_path, monkeypatch):
-    import datasets
-
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         ValueError, match=r"nobody/nothing is no local path and cannot be read from the Hub \(.*pass a"
@@ -173,6 +172,20 @@ def test_a_hub_id_without_network_says_what_to_pass(tmp_path, monkeypatch):
             data_path={"crows_pairs": "nobody/nothing"},
             output=tmp_path / "run",
         )
+
+
+@pytest.mark.parametrize(("files", "wanted"), [(["test", "train"], "test"), (["train"], "train")])
+def test_of_a_hub_data_set_the_test_split_is_read(files, wanted, tmp_path, monkeypatch):
+    """`datasets` reads a folder named like a Hub id as it reads the Hub's repository of that name."""
+    folder = tmp_path / "owner/name"
+    folder.mkdir(parents=True)
+    for name in files:
+        row = {"sent_more": name, "sent_less": "b", "bias_type": "age"}
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (item,) = crows_pairs.build_items(0, None, "owner/name")
+    assert (item.choices, item.group, item.facts["direction"]) == ((wanted, "b"), "age", "not stated")
 
 
 def test_help_lists_the_tasks(capsys):
