@@ -54,6 +54,7 @@ TICK_S = 0.02
 # How long a process that says it has arrived may take to block in its read, threads and a loaded machine considered.
 ARRIVAL_S = 2.0
 _CHANNEL = 3
+_NOBODY = 65534
 # Loaded once and shared by every program: what benchmark solutions import, so that a fork starts warm.
 _PRELOADED = """
     abc array base64 bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools heapq
@@ -78,6 +79,7 @@ class Server:
         self.layers: dict[str, str] = {}
         self.notes: list[str] = []
         self.run_uid = os.getuid()
+        self.can_limit_processes = True
         self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
         self.devices: dict[str, int] = {}
 
@@ -119,24 +121,30 @@ class Server:
         if os.getuid() != 0:
             return
         # A user nobody else has: its process limit counts our programs only. Not all containers map it.
-        for uid in (1_900_000_000 + os.getpid(), 65534):
+        for uid in (1_900_000_000 + os.getpid(), _NOBODY):
             if _can_become(uid):
                 self.run_uid = uid
                 self.layers["user"] = f"uid {uid}"
                 return
-        self.notes.append("cannot give up root")
+        # Root of a user namespace that maps no other user: an ordinary user outside, whom limits bind.
+        if _succeeds_in_child(_fail_to_fork):
+            self.layers["user"] = "root of a user namespace, without capabilities"
+            return
+        self.notes.append("cannot give up root, whose number of processes has no limit")
+        self.can_limit_processes = False
 
     def _enter_namespaces(self) -> None:
         shared = kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
         try:
-            if os.getuid() == 0:
+            if os.getuid() != self.run_uid:
                 kernel.unshare(shared)
             else:
                 uid, gid = os.getuid(), os.getgid()
                 kernel.unshare(shared | kernel.CLONE_NEWUSER)
                 _write("/proc/self/setgroups", "deny")
-                _write("/proc/self/uid_map", f"{uid} {uid} 1")
-                _write("/proc/self/gid_map", f"{gid} {gid} 1")
+                _write("/proc/self/uid_map", f"{uid or _NOBODY} {uid} 1")
+                _write("/proc/self/gid_map", f"{gid or _NOBODY} {gid} 1")
+                self.run_uid = os.getuid()
             self.layers["network"] = "network namespace"
             self._build_root()
             self.layers["files"] = "mount namespace"
@@ -184,7 +192,8 @@ class Server:
         if self.has_seccomp:
             _add(self.layers, "network", "seccomp")
             _add(self.layers, "processes", "seccomp")
-        self.layers["limits"] = "rlimits"
+        if self.can_limit_processes:
+            self.layers["limits"] = "rlimits"
         outcome = self.judge({"source": "", "timeout_s": 10.0})
         self.can_verify_end = outcome["passed"]
         if self.can_verify_end:
@@ -493,9 +502,9 @@ def _confine(server: Server) -> None:
     if server.has_landlock:
         # Before the change of user, who may be unable to open the paths that are to be allowed.
         kernel.restrict_files(server.readable, [server.scratch])
-    if os.getuid() == 0:
+    if os.getuid() != server.run_uid:
         _become(server.run_uid)
-    with contextlib.suppress(OSError):
+    with contextlib.nullcontext() if server.run_uid == 0 else contextlib.suppress(OSError):
         kernel.drop_capabilities()
     kernel.die_with_parent()
     if server.has_seccomp:
@@ -574,6 +583,19 @@ def _become(uid: int) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+
+
+def _fail_to_fork() -> None:
+    """Succeed if the limit of processes holds."""
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    try:
+        pid = os.fork()
+    except OSError:
+        return
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    raise OSError("the limit of processes does not hold")
 
 
 def _succeeds_in_child(action) -> bool:

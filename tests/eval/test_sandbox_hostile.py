@@ -126,8 +126,9 @@ def test_all_hostile_programs_fail_without_namespaces_too():
         server.close()
 
 
-def test_an_unprivileged_user_is_protected_as_well():
-    """The server as an ordinary user sees it, under an interpreter such a user may read."""
+@pytest.mark.parametrize("prefix", [(), ("unshare", "-r")], ids=["user", "root of a user namespace"])
+def test_an_unprivileged_user_is_protected_as_well(prefix):
+    """The server as an ordinary user or a rootless container sees it, under an interpreter such a user may read."""
     system_python = Path("/usr/bin/python3")
     if os.getuid() != 0 or not system_python.exists():
         pytest.skip("needs root, to become another user, and a system interpreter")
@@ -143,10 +144,11 @@ print(json.dumps([sandbox.describe_protection(), [r.passed for r in sandbox.run_
 """
     import json
 
-    hostile = ["os_exit", "fake_the_end_message", "fork_bomb_that_lives", "read_passwd", "tcp_socket", "become_root"]
+    hostile = ["os_exit", "fake_the_end_message", "type_of_its_own", "fork_bomb_that_lives", "read_passwd"]
+    hostile += ["tcp_socket", "become_root", "new_namespace"]
     sources = [programs.HOSTILE[name] for name in hostile] + list(programs.HONEST.values())
     done = subprocess.run(
-        [str(system_python), "-c", code, str(Path(sandbox.__file__))],
+        [*prefix, str(system_python), "-c", code, str(Path(sandbox.__file__))],
         input=json.dumps(sources),
         capture_output=True,
         text=True,
@@ -157,6 +159,8 @@ print(json.dumps([sandbox.describe_protection(), [r.passed for r in sandbox.run_
         env={},
         check=False,
     )
+    if prefix and "Operation not permitted" in done.stderr:
+        pytest.skip("no user namespaces here")
     assert done.returncode == 0, done.stderr
     layers, passed = json.loads(done.stdout)
     assert set(sandbox.MINIMUM) <= set(layers)
