@@ -182,7 +182,7 @@ def _evaluate_model(args: argparse.Namespace, tasks: list[str], limit: int | dic
 
 
 def format_results(results: dict) -> str:
-    """Return a small table of the headline figures.
+    """Return a small table of the headline figures, and what they leave open.
 
     Args:
         results: What the harness returned.
@@ -195,7 +195,9 @@ def format_results(results: dict) -> str:
             )
             n = scores.get(f"{metric}_n", scores["n"])
             lines.append(f"{task:<16}{metric:<24}{value:>9}{error:>9}{n:>8}")
-    return "\n".join(lines)
+    notes = {task: scores.get("does_not_show") for task, scores in results["tasks"].items()}
+    limits = [f"- {task}: {note}" for task, note in notes.items() if note]
+    return "\n".join([*lines, *(["", "What these figures do not show:", *limits] if limits else [])])
 
 
 def _further_figures(scores: dict) -> list[str]:

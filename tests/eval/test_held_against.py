@@ -10,6 +10,7 @@ import datasets
 import pytest
 import yaml
 
+from deepseek_cli.evaluate import format_results
 from deepseek_cli.main import main
 from deepseek_eval import text_tasks
 from deepseek_eval.comparison import compare_runs
@@ -55,6 +56,16 @@ def test_every_task_writes_answers_and_figures_with_errors(finished):
     with gzip.open(finished / "prompts_refusal.jsonl.gz", "rt") as file:
         assert all(json.loads(line)["prompt"].endswith("\n") for line in file)
     assert not list(finished.glob("*.partial*"))
+
+
+def test_the_table_shows_every_headline_and_what_it_leaves_open(finished):
+    text = format_results(json.loads((finished / "results.json").read_text()))
+    table, _, notes = text.partition("\nWhat these figures do not show:\n")
+    for name in NAMES:
+        for figure in TASKS[name].headline:
+            assert f"\n{name:<16}{figure} " in table
+        assert f"- {name}: {TASKS[name].does_not_show}" in notes
+    assert "- mmlu:" not in notes
 
 
 def test_the_card_says_what_was_found_and_what_it_does_not_show(finished, tmp_path):
