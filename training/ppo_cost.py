@@ -13,13 +13,16 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, PrinterCallback
+from transformers.utils import logging
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from deepseek_model_cards.run_folder import write_json
@@ -29,8 +32,8 @@ from deepseek_training.tokenizer import train_tokenizer
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 SHAPES = {  # prompts an update, tokens of a completion, tokens of the shortest and of the longest prompt
-    "short prompts": (32, 40, 8, 40),
-    "long prompts": (16, 24, 32, 160),
+    "short prompts": (16, 40, 8, 40),
+    "long prompts": (8, 24, 32, 160),
 }
 
 
@@ -147,11 +150,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Words of the command line; None: the process's own.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10, help="timed updates of each class, at least 2")
+    parser.add_argument("--rounds", type=int, default=8, help="timed updates of each class, at least 2")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds} must be at least 2")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()  # each generation would repeat one on TRL's behalf
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     tokenizer = train_tokenizer(load_texts("dialogues", "validation"), 1024)
     results = {}
@@ -165,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shares = ", ".join(f"{key[5:-6]} {100 * value:.0f} %" for key, value in row["shares"].items())
         print(f"  ours: {shares}", flush=True)
     if args.output:
-        write_json(args.output, results)
+        write_json(Path(args.output), results)
 
 
 if __name__ == "__main__":
