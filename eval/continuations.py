@@ -147,7 +147,8 @@ def _sum_logprobs(loaded: LoadedModel, batch: tuple[EncodedContinuations, ...]) 
     sums = []
     for index, (ids, span) in enumerate(zip(rows, spans, strict=True)):
         places = [column[position] for position in span] if column else list(span)
-        logprobs = torch.log_softmax(logits[index, places], dim=-1)
+        # In fp32: bf16 holds a log-probability to about 0.03, which adds up over the words of a sentence.
+        logprobs = torch.log_softmax(logits[index, places].float(), dim=-1)
         targets = torch.tensor(ids[-len(span) :], device=device)
-        sums.append(logprobs.gather(1, targets[:, None]).float().sum().item())
+        sums.append(logprobs.gather(1, targets[:, None]).sum().item())
     return sums
