@@ -14,10 +14,6 @@ the program the process blocks in a read, called from one place; the judge notes
 for it in ``/proc/PID/syscall``. After the last line it blocks in the same read from the same place, and only there
 has the stack that depth: code inside the program stands deeper, and code that left it by an exception, an exit or a
 signal never comes back to that place.
-
-That holds for the C stack only: since Python 3.11 one Python function calls another without any C frame between them.
-So the frame at that place calls nothing that a program could have put its own function in place of: `_STOPS` has no
-names, only constants, and whatever looks at the program's exception does so one C frame deeper, in `_attempt`.
 """
 
 import os
@@ -25,35 +21,21 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import confinement as kernel
+from sandbox_judge import DISK_BYTES, judge_and_exit
+from sandbox_program import become
 
 del sys.path[0]
 
-import _thread  # noqa: E402
 import contextlib  # noqa: E402
-import functools  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
 import resource  # noqa: E402
-import select  # noqa: E402
 import shutil  # noqa: E402
-import signal  # noqa: E402
 import socket  # noqa: E402
 import struct  # noqa: E402
 import sysconfig  # noqa: E402
-import threading  # noqa: E402
 import time  # noqa: E402
-import types  # noqa: E402
-import warnings  # noqa: E402
 
-MEMORY_BYTES = 1 << 30
-FILE_BYTES = 16 << 20
-DISK_BYTES = 64 << 20
-MAX_PROCESSES = 32
-MAX_OPEN_FILES = 64
-TICK_S = 0.02
-# How long a process that says it has arrived may take to block in its read, threads and a loaded machine considered.
-ARRIVAL_S = 2.0
-_CHANNEL = 3
 _NOBODY = 65534
 # Loaded once and shared by every program: what benchmark solutions import, so that a fork starts warm.
 _PRELOADED = """
@@ -107,7 +89,7 @@ class Server:
     def _preload_unreadable(self) -> None:
         """Load more of the library where the programs' user may not read it, as under root's home."""
         if os.getuid() == self.run_uid or _succeeds_in_child(
-            lambda: (_become(self.run_uid), open(os.__file__).close())
+            lambda: (become(self.run_uid), open(os.__file__).close())
         ):
             return
         for name in _PRELOADED_IF_UNREADABLE:
@@ -212,7 +194,7 @@ class Server:
         judge = os.fork()
         if judge == 0:
             os.close(reader)
-            _judge_and_exit(self, request, writer)
+            judge_and_exit(self, request, writer)
         os.close(writer)
         with os.fdopen(reader, "rb") as file:
             reply = file.read()
@@ -242,313 +224,6 @@ class Server:
         kernel.mount("tmpfs", target, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
 
 
-def _judge_and_exit(server: Server, request: dict, writer: int) -> None:
-    try:
-        outcome = _Judge(server, request).run()
-    except BaseException as error:
-        outcome = {"passed": False, "reason": f"sandbox: {type(error).__name__}: {error}"}
-    os.write(writer, json.dumps(outcome).encode())
-    os._exit(0)
-
-
-class _Judge:
-    """Starts one program, waits for its end, and decides."""
-
-    def __init__(self, server: Server, request: dict):
-        self.server = server
-        self.request = request
-        self.init = 0
-
-    def run(self) -> dict:
-        server = self.server
-        kernel.adopt_orphans()
-        server.parent.close()
-        if server.layers.get("processes", "").startswith("process namespace"):
-            kernel.unshare(kernel.CLONE_NEWPID)
-            self.init = _fork_init()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.pid = os.fork()
-        if self.pid == 0:
-            ours.close()
-            _become_program(server, self.request, theirs.detach())
-        theirs.close()
-        self.channel = ours
-        try:
-            return self._watch()
-        finally:
-            self._kill()
-
-    def _watch(self) -> dict:
-        self.deadline = time.monotonic() + 20.0
-        begin = self._await_stop()
-        if isinstance(begin, str):
-            return {"passed": False, "reason": f"sandbox: the program did not start ({begin})"}
-        self.deadline = time.monotonic() + self.request["timeout_s"]
-        self.channel.send(b"g")
-        end = self._await_stop()
-        if isinstance(end, str):
-            return {"passed": False, "reason": end}
-        if begin != end:
-            return {"passed": False, "reason": "claimed its end from elsewhere than the end"}
-        return {"passed": True, "reason": "passed"}
-
-    def _await_stop(self) -> tuple | str:
-        """Where the process blocks once it says so, or why it never did."""
-        while True:
-            if time.monotonic() > self.deadline:
-                return "timed out"
-            if select.select([self.channel], [], [], TICK_S)[0]:
-                message = self.channel.recv(256)
-                if not message:
-                    return self._explain_exit()
-                if message[:1] == b"E":
-                    return "failed: " + message[1:].split(b"\n")[0].decode("utf-8", "replace")
-                return self._read_stop()
-            excess = self._find_excess()
-            if excess:
-                return excess
-
-    def _read_stop(self) -> tuple | str:
-        limit = min(time.monotonic() + ARRIVAL_S, self.deadline + 0.1)
-        while time.monotonic() < limit:
-            fields = self._read_proc("syscall").split()
-            # Number, six arguments, stack pointer, program counter; "running" while it is on a processor. Of the
-            # arguments the buffer's address may differ, the handle may not.
-            if len(fields) == 9 and int(fields[1], 16) == _CHANNEL:
-                return (fields[0], fields[1], fields[7], fields[8])
-            time.sleep(0.0002)
-        return "claimed its end without being there"
-
-    def _read_proc(self, name: str) -> str:
-        try:
-            handle = os.open(f"{self.pid}/{name}", os.O_RDONLY, dir_fd=self.server.proc)
-        except OSError:
-            return ""
-        try:
-            return os.read(handle, 4096).decode()
-        except OSError:
-            return ""
-        finally:
-            os.close(handle)
-
-    def _explain_exit(self) -> str:
-        """The channel is closed: either the process ended, or the program closed what it does not own."""
-        until = min(time.monotonic() + 0.2, self.deadline)
-        while time.monotonic() < until:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.pid = 0
-                if os.WIFSIGNALED(status):
-                    return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
-                return f"exited early with status {os.WEXITSTATUS(status)}"
-            time.sleep(0.001)
-        return "closed the judge's channel"
-
-    def _find_excess(self) -> str | None:
-        family = self._family(self.pid)
-        if len(family) > 1 and sum(self._resident_bytes(pid) for pid in family) > MEMORY_BYTES:
-            return "used too much memory"
-        if self.server.scratch != "/tmp" and _disk_bytes(self.server.scratch) > DISK_BYTES:
-            return "wrote too much"
-        return None
-
-    def _family(self, pid: int) -> list[int]:
-        """The process and all its descendants, as far as the kernel lists them."""
-        found, queue = [], [pid]
-        while queue and len(found) <= 4 * MAX_PROCESSES:
-            current = queue.pop()
-            found.append(current)
-            try:
-                tasks = os.open(f"{current}/task", os.O_RDONLY, dir_fd=self.server.proc)
-            except OSError:
-                continue
-            try:
-                for task in os.listdir(tasks):
-                    with contextlib.suppress(OSError):
-                        handle = os.open(f"{task}/children", os.O_RDONLY, dir_fd=tasks)
-                        with os.fdopen(handle) as file:
-                            queue += [int(child) for child in file.read().split()]
-            finally:
-                os.close(tasks)
-        return found
-
-    def _resident_bytes(self, pid: int) -> int:
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            handle = os.open(f"{pid}/statm", os.O_RDONLY, dir_fd=self.server.proc)
-            with os.fdopen(handle) as file:
-                return int(file.read().split()[1]) * resource.getpagesize()
-        return 0
-
-    def _kill(self) -> None:
-        """End the program and all it started. In its own namespace, the init's end is theirs; else hunt them down."""
-        for pid in (self.init, self.pid):
-            if pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        if self.pid and not self.init:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
-        while True:
-            for pid in self._family(os.getpid())[1:]:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            try:
-                os.waitpid(-1, 0)
-            except ChildProcessError:
-                return
-
-
-def _fork_init() -> int:
-    """The first process of the new process namespace: it idles, adopts orphans, and takes all along when killed.
-
-    The program is the second one, because the first is immune to signals from inside, its own included.
-    """
-    pid = os.fork()
-    if pid == 0:
-        kernel.die_with_parent()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        while True:
-            signal.pause()
-    return pid
-
-
-def _become_program(server: Server, request: dict, channel: int) -> None:
-    """In the forked child: give everything up, then run the program. Never returns."""
-    try:
-        os.dup2(channel, _CHANNEL)
-        null = os.open("/dev/null", os.O_RDWR)
-        for handle in (0, 1, 2):
-            os.dup2(null, handle)
-        os.closerange(_CHANNEL + 1, 1 << 16)
-        _confine(server)
-        _become_multithreaded()
-        namespace = _fresh_interpreter(server, as_main=request.get("as_main", False))
-    except BaseException as error:
-        os.write(_CHANNEL, f"Esandbox set-up: {type(error).__name__}: {error}".encode()[:200])
-        os._exit(1)
-    attempt = functools.partial(_attempt, request["source"], namespace)
-    _compile_stops(attempt, os.read, os.write, os._exit)()
-
-
-def _become_multithreaded() -> None:
-    """Start a thread that ends at once: from then on the C library calls read differently, with another stack depth.
-
-    A program that starts threads itself would otherwise end at another depth than it began.
-    """
-    done = threading.Lock()
-    done.acquire()
-    _thread.start_new_thread(done.release, ())
-    done.acquire()
-
-
-# The program between two stops at the same depth of the same frame. Each placeholder becomes a constant of the code
-# object: a name could be bound anew by the program (a builtin, a global, from Python 3.13 on even a local of a frame).
-# In the handler nothing comes before the call that never returns: behind any other a signal's handler might run.
-_STOPS = """
-def run():
-    '<write>'(3, b'r')
-    '<read>'(3, 1)
-    try:
-        '<attempt>'()
-    except '<everything>':
-        '<leave>'(1)
-    '<write>'(3, b'r')
-    '<read>'(3, 1)
-    '<leave>'(1)
-"""
-
-
-def _compile_stops(attempt, read, write, leave):
-    values = {"attempt": attempt, "read": read, "write": write, "leave": leave, "everything": BaseException}
-    values = {f"<{name}>": value for name, value in values.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # That a text is called, which it will not be.
-        module = compile(_STOPS, "<stops>", "exec")
-    code = next(constant for constant in module.co_consts if isinstance(constant, types.CodeType))
-    constants = tuple(values.get(c, c) if isinstance(c, str) else c for c in code.co_consts)
-    return types.FunctionType(code.replace(co_consts=constants), {})
-
-
-def _attempt(source, namespace, execute=exec, write=os.write, name_of=type.__dict__["__name__"].__get__, kind=type):
-    """Run the program and tell the name of its exception; called through C, so deeper than the stops.
-
-    Surprising: nothing here is trusted. The exception goes on to the caller whatever a program has replaced.
-    """
-    try:
-        execute(source, namespace)
-    except BaseException as error:
-        write(_CHANNEL, b"E" + name_of(kind(error)).encode("utf-8", "replace")[:200] + b"\n")
-        raise
-
-
-def _confine(server: Server) -> None:
-    own_pid = None
-    os.setpgid(0, 0)
-    if "namespace" not in server.layers.get("processes", ""):
-        own_pid = os.getpid()
-    os.chdir(server.scratch)
-    limits = {
-        resource.RLIMIT_AS: MEMORY_BYTES,
-        resource.RLIMIT_FSIZE: FILE_BYTES,
-        resource.RLIMIT_NPROC: MAX_PROCESSES,
-        resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_MEMLOCK: 0,
-        resource.RLIMIT_MSGQUEUE: 0,
-    }
-    for limit, value in limits.items():
-        resource.setrlimit(limit, (value, value))
-    kernel.forbid_new_privileges()
-    if server.has_landlock:
-        # Before the change of user, who may be unable to open the paths that are to be allowed.
-        kernel.restrict_files(server.readable, [server.scratch])
-    if os.getuid() != server.run_uid:
-        _become(server.run_uid)
-    with contextlib.nullcontext() if server.run_uid == 0 else contextlib.suppress(OSError):
-        kernel.drop_capabilities()
-    kernel.die_with_parent()
-    if server.has_seccomp:
-        kernel.restrict_calls(own_pid)
-
-
-def _fresh_interpreter(server: Server, as_main: bool) -> dict:
-    """Take our modules out of sight and forbid, from inside Python, what only attacks need.
-
-    The audit hook is no boundary; the kernel is. It keeps honest-looking tricks (tracing functions that jump over
-    assertions, searches of the heap, raw memory through ctypes) from reaching the frame that reports the end.
-    """
-    for name in ("confinement", "ctypes", "_ctypes", "sysconfig", "socket", "_socket", "resource", "__main__"):
-        sys.modules.pop(name, None)
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
-    sys.argv[:] = [""]
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    sys.addaudithook(_make_hook(server.readable))
-    # The references run a program in an empty namespace, where __name__ is "builtins".
-    return module.__dict__ if as_main else {}
-
-
-def _make_hook(readable: list[str]):
-    names = "sys.settrace sys.setprofile sys.addaudithook sys._current_frames sys._current_exceptions"
-    names += " gc.get_objects gc.get_referrers gc.get_referents sys.monitoring.register_callback"
-    forbidden = frozenset(names.split())
-    folders = tuple(readable)
-    modules = frozenset(("ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_xxsubinterpreters", "_interpreters"))
-
-    def hook(event, arguments, forbidden=forbidden, modules=modules, error=RuntimeError):
-        if event in forbidden or event.startswith("ctypes."):
-            raise error(f"{event} is not available to a program under test")
-        if event != "import":
-            return
-        name, path = arguments[:2]
-        # A library's entry point is named after the last part alone, so `x._ctypes` loads the same.
-        if name.rpartition(".")[2] in modules or (path is not None and not path.startswith(folders)):
-            raise error(f"{name} is not available to a program under test")
-
-    return hook
-
-
 def _library_paths() -> list[str]:
     """Where Python's library and the shared libraries it has loaded lie; nothing else of the system is shown."""
     paths = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
@@ -576,13 +251,7 @@ def _bind_read_only(source: str, target: str, devices: bool = False) -> None:
 
 
 def _can_become(uid: int) -> bool:
-    return _succeeds_in_child(lambda: _become(uid))
-
-
-def _become(uid: int) -> None:
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
+    return _succeeds_in_child(lambda: become(uid))
 
 
 def _fail_to_fork() -> None:
@@ -626,15 +295,6 @@ def _make_removable(folder: str) -> None:
             path = os.path.join(parent, name)
             if not os.path.islink(path):
                 os.chmod(path, 0o700)
-
-
-def _disk_bytes(folder: str) -> int:
-    total = 0
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
-    return total
 
 
 def _receive(parent: socket.socket, size: int) -> bytes:
