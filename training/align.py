@@ -195,8 +195,8 @@ def load_models(recipe: AlignRecipe) -> tuple[Any, Any]:
     torch.manual_seed(recipe.seed)
     options = {"experts_implementation": recipe.experts_implementation} if recipe.experts_implementation else {}
     policy = load_model(recipe.model, **options)
-    context = policy.config.max_position_embeddings
-    if recipe.max_prompt_tokens + recipe.response_length > context:
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)  # Bloom, for one, has no end
+    if context is not None and recipe.max_prompt_tokens + recipe.response_length > context:
         raise ValueError(
             f"max_prompt_tokens={recipe.max_prompt_tokens} and response_length={recipe.response_length}: together "
             f"longer than the model's context of {context} tokens"
