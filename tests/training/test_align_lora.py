@@ -181,3 +181,25 @@ def test_a_full_policy_needs_a_value_model(tmp_path):
     with pytest.raises(ValueError, match="value_model=None: only a LoRA policy") as caught:
         make_ours(tmp_path, models=(make_models()[0], None))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_learns(tmp_path):
+    trainer = make_lora(
+        tmp_path,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        train=make_prompts(64),
+        held_out=make_prompts(64, seed=3),
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+        total_episodes=32 * 25,
+        num_mini_batches=2,
+        kl_coef=0.01,
+        learning_rate=3e-2,
+        save_strategy="no",
+    )
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_reward"] > before + 5 * after["eval_reward_stderr"]
+    assert after["eval_kl"] > 0
