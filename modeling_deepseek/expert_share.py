@@ -14,23 +14,27 @@ from transformers import initialization as init
 # u = -log(1 - p): for shares that fall geometrically the number of experts is linear in u, where in p it would be
 # steeper and steeper towards 1.
 _PROPORTIONAL_GAIN = 0.2
-_INTEGRAL_GAIN = 0.2
+_INTEGRAL_GAIN = 0.4
 _U_RANGE = (1e-3, 30.0)
 # A fresh router's shares are so even that a hair's breadth of p separates 8 experts from 9, a trained one's are not:
-# the gain halves, nearly, each time the error changes sign, and grows slowly while it does not.
+# the gain shrinks when the error's sign is not that of its running mean, and grows when it is. The two undo one
+# another, or the noise of small batches, which makes either as likely, would bring the gain to nothing, and p would no
+# longer follow a router that drifts. Only errors larger than noise shrink it faster: they tell of a step too wide.
 _GAIN_RANGE = (1e-3, 10.0)
-_GAIN_GROWTH, _GAIN_DECAY = 1.2, 0.6
+_GAIN_GROWTH, _GAIN_DECAY, _GAIN_FAST_DECAY = 1.25, 0.8, 0.5
+_LARGE_ERROR = 0.1
+_MEMORY = 0.3
 
 
 class ExpertShareController(nn.Module):
     """Keeps each token's best experts until their share reaches p, and steers p.
 
-    With `e = (target - mean) / (max - min)`, once per optimizer step::
+    With `e = (target - mean) / (max - min)` and its running mean `m`, once per optimizer step::
 
-        g <- 1.2 g if e has the sign of e_previous, else 0.6 g
-        u <- u + g (K_p (e - e_previous) + K_i e),    p = 1 - exp(-u)
+        g <- 1.25 g if e has the sign of m, else 0.8 g, or 0.5 g where |e| > 0.1
+        u <- u + g (0.2 (e - m) + 0.4 e),    p = 1 - exp(-u),    m <- m + 0.3 (e - m)
 
-    The state `[u, e_previous, g]` is one fp32 buffer, saved with the model.
+    The state `[u, m, g]` is one fp32 buffer, saved with the model.
 
     Args:
         config: The model's configuration.
@@ -75,12 +79,14 @@ class ExpertShareController(nn.Module):
         if self.target is None:
             return
         error = (self.target - mean_experts) / (self.max_experts - self.min_experts)
-        u, previous, gain = self.state.tolist()
-        if error * previous != 0:
-            gain *= _GAIN_GROWTH if error * previous > 0 else _GAIN_DECAY
+        u, mean_error, gain = self.state.tolist()
+        if error * mean_error != 0:
+            decay = _GAIN_FAST_DECAY if abs(error) > _LARGE_ERROR else _GAIN_DECAY
+            gain *= _GAIN_GROWTH if error * mean_error > 0 else decay
             gain = min(max(gain, _GAIN_RANGE[0]), _GAIN_RANGE[1])
-        u += gain * (_PROPORTIONAL_GAIN * (error - previous) + _INTEGRAL_GAIN * error)
-        self.state.copy_(torch.tensor([min(max(u, _U_RANGE[0]), _U_RANGE[1]), error, gain]))
+        u += gain * (_PROPORTIONAL_GAIN * (error - mean_error) + _INTEGRAL_GAIN * error)
+        mean_error += _MEMORY * (error - mean_error)
+        self.state.copy_(torch.tensor([min(max(u, _U_RANGE[0]), _U_RANGE[1]), mean_error, gain]))
 
     @torch.no_grad()
     def reset_state(self) -> None:
