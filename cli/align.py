@@ -7,7 +7,7 @@ EXAMPLES = """
   deepseek-moe align align-demo --model runs/demo/adapt/model --output runs/align
   deepseek-moe align align-demo --model my-model --prompts prompts.jsonl --num-updates 50 --output runs/mine
   deepseek-moe align align-demo --model my-model --lora-rank 8 --output runs/lora
-  accelerate launch --num_processes 2 -m deepseek_cli.main align align-demo --model my-model --output runs/two
+  torchrun --nproc_per_node 2 -m deepseek_cli.main align align-demo --model my-model --output runs/two
 """
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from ppo_parts import losses, make_models, make_ours, mended
+from ppo_parts import losses, make_models, make_ours, make_prompts, mended
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from deepseek_training.ppo_checkpoint import last_checkpoint
