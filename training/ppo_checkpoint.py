@@ -1,12 +1,16 @@
 """Checkpoints of PPO: the parts that TRL leaves out, and the way back.
 
 A folder ``checkpoint-N`` holds the policy (or its adapter), optimizer, schedule and trainer state as `Trainer` writes
-them, and beside them ``value_model/`` (or its adapter and head) and ``ppo_state.json`` with the reward's state in each
-process. Surprising: the list of files that makes it complete (`deepseek_training.checkpoints`) is written last, so a
-folder whose writing was cut short is passed over, and older checkpoints are deleted only after that.
+them, and beside them ``value_model/`` (or its adapter and head), ``reference/`` unless it is the policy without its
+adapter, and ``ppo_state.json`` with the reward's state in each process. The reference never changes, so that only a
+training's first checkpoint writes it and the others link to the same files. Surprising: the list of files that makes
+a checkpoint complete (`deepseek_training.checkpoints`) is written last, so a folder whose writing was cut short is
+passed over, and older checkpoints are deleted only after that.
 """
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from deepseek_training.ppo_trainer import CorrectedPPOTrainer
 
 VALUE_FOLDER = "value_model"
+REFERENCE_FOLDER = "reference"
 STATE_FILE = "ppo_state.json"
 
 
@@ -45,6 +50,7 @@ def finish_checkpoint(trainer: "CorrectedPPOTrainer") -> None:
     trainer.accelerator.wait_for_everyone()  # every process writes its random state into the checkpoint
     if trainer.accelerator.is_main_process:
         trainer.value_model.save_pretrained(folder / VALUE_FOLDER)
+        _save_reference(trainer, folder / REFERENCE_FOLDER)
         write_json(folder / STATE_FILE, {"reward": states})
         mark_complete(folder)
         rotate_checkpoints(args.output_dir, args.save_total_limit, trainer.state.best_model_checkpoint)
@@ -76,6 +82,9 @@ def load_checkpoint(trainer: "CorrectedPPOTrainer", folder: str | Path) -> None:
     unwrapped = accelerator.unwrap_model(trainer.model)
     _load_weights(unwrapped.policy, folder)
     _load_weights(unwrapped.value_model, folder / VALUE_FOLDER)
+    if trainer.ref_model is not None:
+        _load_weights(accelerator.unwrap_model(trainer.ref_model), folder / REFERENCE_FOLDER)
+        trainer.saved_reference = folder / REFERENCE_FOLDER
     trainer.optimizer.load_state_dict(torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
     trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
     state = OnlineTrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
@@ -103,6 +112,24 @@ def load_reward_state(trainer: "CorrectedPPOTrainer", state: Any) -> None:
     """
     if state is not None:
         _stateful(trainer).load_state_dict(state)
+
+
+def _save_reference(trainer: "CorrectedPPOTrainer", folder: Path) -> None:
+    if trainer.ref_model is None or trainer.saved_reference == folder:
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while it wrote this checkpoint
+    if trainer.saved_reference is not None and trainer.saved_reference.is_dir():
+        shutil.copytree(trainer.saved_reference, folder, copy_function=_link)
+    else:
+        trainer.accelerator.unwrap_model(trainer.ref_model).save_pretrained(folder)
+    trainer.saved_reference = folder
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
 
 
 def _stateful(trainer: "CorrectedPPOTrainer") -> Any:

@@ -11,6 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         self.prompt_column = prompt_column
         self.last_evaluation: dict[str, list] = {}
         self.num_eval_samples = 1
+        self.saved_reference: Path | None = None
         self._metrics: dict[str, list[float]] = {}
         self.extra_columns: dict[str, list] = {}
         self.watch = Stopwatch()

@@ -37,7 +37,6 @@ def test_resumes_exactly(make, tmp_path):
     cut.args.num_total_batches = 2
     cut.train()
     resumed = make(tmp_path / "cut", models=make_models(seed=9), **settings)
-    resumed.ref_model.load_state_dict(cut.ref_model.state_dict())
     resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path / "cut"))
     assert_same_run(resumed, whole)
 
@@ -51,6 +50,19 @@ def test_checkpoint_holds_the_critic(make, tmp_path):
         assert torch.equal(mine, theirs)
     policy = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
     assert torch.equal(policy.lm_head.weight, trainer.policy_model.lm_head.weight)
+
+
+def test_checkpoints_hold_the_reference_once(tmp_path):
+    trainer = make_ours(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=2)
+    trainer.train()
+    files = [tmp_path / f"checkpoint-{step}" / "reference" / "model.safetensors" for step in (2, 3)]
+    assert files[0].stat().st_ino == files[1].stat().st_ino
+    saved = LlamaForCausalLM.from_pretrained(files[1].parent)
+    start, _ = make_models()
+    for mine, theirs, trained in zip(
+        saved.parameters(), start.parameters(), trainer.policy_model.parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs) and not torch.equal(mine, trained)
 
 
 def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
