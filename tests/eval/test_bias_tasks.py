@@ -125,7 +125,15 @@ def check_aggregates(task: str, items: list, scores: dict, theirs: dict) -> None
     elif task == "bbq":
         ours = load_metric("bbq_bias").compute(**bbq.metric_inputs(items, rows))
         names = {"acc": "acc", "acc_ambig": "accuracy_amb", "acc_disambig": "accuracy_disamb"}
-        names |= {"bias_score_ambig": "amb_bias_score", "bias_score_disambig": "disamb_bias_score"}
+        for context, name in (("ambig", "amb_bias_score"), ("disambig", "disamb_bias_score")):
+            pairs = [p for p in zip(items, rows, strict=True) if p[0].facts["context"] == context]
+            # Where no answer is biased, lm_eval says 0; the paper's formula gives -1 (times the wrong answers' share).
+            if any(row["prediction"] == item.facts["biased"] for item, row in pairs):
+                names[f"bias_score_{context}"] = name
+            else:
+                known = sum(row["prediction"] != item.facts["unknown"] for item, row in pairs)
+                assert theirs[name] == 0.0
+                assert ours[f"bias_score_{context}"] == (-known / len(pairs) if context == "ambig" else -bool(known))
     else:
         ours = {"acc": sum(row["prediction"] == row["target"] for row in rows) / len(rows)}
         names = {"acc": "acc"}
