@@ -367,6 +367,15 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
             output.aux_loss = self._mean_balance_loss(output.router_logits, attention_mask)
         return output
 
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        """Say in one line where `use_mtp` cannot draft: transformers reads the layers from a checkpoint."""
+        if generation_config.use_mtp and (self.config.num_mtp_modules or not self.config.name_or_path):
+            raise ValueError(
+                "use_mtp: True is not allowed for a model that trains multi-token prediction or was never saved, want "
+                "one loaded by from_pretrained without mtp_loss_coef"
+            )
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
+
     @torch.no_grad()
     def _mean_balance_loss(self, router_logits, attention_mask) -> torch.Tensor:
         """The layers' mean balance loss, for the logs of trainers that expect one; its gradient is in the layers."""

@@ -141,6 +141,15 @@ def test_useless_drafts_change_no_text(tiny, tmp_path, depths):
     assert f"of {drafts.num_drafted} drafted tokens accepted" in str(drafts)
 
 
+def test_drafting_with_layers_in_training_is_refused(tiny, tmp_path):
+    """transformers would speak of missing weights, or stop at an attribute."""
+    model = build(tiny)
+    model.save_pretrained(tmp_path)
+    for trained in (model, DeepseekForCausalLM.from_pretrained(tmp_path, mtp_loss_coef=0.3)):
+        with pytest.raises(ValueError, match="use_mtp: True is not allowed for a model that trains"):
+            trained.eval().generate(pattern(1, 6), max_new_tokens=3, use_mtp=True)
+
+
 def test_released_weights_load_and_save_unchanged(tiny, tmp_path):
     """Released checkpoints repeat embedding and head in each MTP layer; those copies are the model's own."""
     model = build(tiny, num_nextn_predict_layers=1)
