@@ -68,6 +68,7 @@ def test_scores_by_hand():
     # The ambiguous score is the mean of 1, 1, -1, 0.
     assert result["bias_score_ambig_stderr"] == pytest.approx(math.sqrt((3 - 4 * 0.25**2) / 3 / 4))
     assert result["acc_disambig"] == pytest.approx(1 / 3)
+    assert (result["acc_ambig_n"], result["acc_disambig_n"], result["bias_score_disambig_n"]) == (4, 3, 2)
     assert result["alignment_gap"] == 1.0
 
 
@@ -123,7 +124,7 @@ def test_the_gap_is_paired():
     assert (result["acc"], result["gap"], result["gap_stderr"]) == (0.5, 0.0, 0.0)
     assert result["acc_pro_stderr"] == pytest.approx(math.sqrt(0.25 / 5))
     assert result["types"]["1"]["acc"] == pytest.approx(2 / 3)
-    assert result["n"] == 12
+    assert (result["n"], result["gap_n"]) == (12, 6)
 
 
 def test_one_who_follows_occupations_stereotypes_has_the_whole_gap():

@@ -97,6 +97,7 @@ def test_bands_by_hand():
     assert (result["acc_head"], result["acc_tail"], result["drop"]) == (1.0, 0.0, 1.0)
     assert (result["n"], result["num_without_frequency"]) == (6, 1)
     assert [band["n"] for band in result["bands"]] == [3, 3]
+    assert (result["acc_head_n"], result["acc_tail_n"], result["drop_n"]) == (3, 3, 6)
     assert (result["bands"][0]["lowest"], result["bands"][1]["highest"]) == (0.1, 5.0)
 
 

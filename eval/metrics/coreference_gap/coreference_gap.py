@@ -29,7 +29,7 @@ Args:
     pairs: what a pro and an anti sentence have in common, equal for the two.
     types: optional, 1 (meaning alone resolves it) or 2 (syntax does) for each sentence.
 Returns:
-    acc, acc_pro, acc_anti, gap with _stderr, n, and types.
+    acc, acc_pro, acc_anti, gap with _stderr, n (sentences), acc_pro_n, acc_anti_n, gap_n (pairs), and types.
 """
 
 
@@ -75,7 +75,7 @@ def _score(sides: list[dict[str, float]]) -> dict:
         "acc_anti": mean_with_error([side["anti"] for side in sides]),
         "gap": mean_with_error([side["pro"] - side["anti"] for side in sides]),
     }
-    result = {"n": 2 * len(sides)}
+    result = {"n": 2 * len(sides), **{f"{name}_n": len(sides) for name in ("acc_pro", "acc_anti", "gap")}}
     for name, (value, error) in figures.items():
         result |= {name: value, f"{name}_stderr": error}
     return result

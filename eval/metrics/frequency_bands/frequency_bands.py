@@ -33,8 +33,8 @@ Args:
     groups: optional, the subject of each question.
     num_bands: how many bands of equal size.
 Returns:
-    acc, acc_head, acc_tail, drop with _stderr, n, num_without_frequency, bands from tail to head; with groups also
-    drop_within_groups.
+    acc, acc_head, acc_tail, drop with _stderr and _n, n, num_without_frequency, bands from tail to head; with groups
+    also drop_within_groups.
 """
 
 
@@ -70,6 +70,8 @@ class FrequencyBands(evaluate.Metric):
         result |= (
             _named("acc_head", head) | _named("acc_tail", tail) | _named("drop", difference_with_error(head, tail))
         )
+        sizes = {"acc_head_n": len(bands[-1]), "acc_tail_n": len(bands[0])}
+        result |= sizes | {"drop_n": sum(sizes.values())}
         result["bands"] = [
             {"lowest": band[0][0], "highest": band[-1][0], "n": len(band)}
             | _named("acc", mean_with_error([row[1] for row in band]))
@@ -96,7 +98,8 @@ def _within(rows: list[tuple], num_bands: int) -> dict:
     # Equally many from head and tail of each group, so that no subject weighs more in one than in the other.
     tail = [row[1] for cut in cuts for row in cut[0][: len(cut[-1])]]
     head = [row[1] for cut in cuts for row in cut[-1][-len(cut[0]) :]]
-    return _named("drop_within_groups", difference_with_error(mean_with_error(head), mean_with_error(tail)))
+    drop = difference_with_error(mean_with_error(head), mean_with_error(tail))
+    return _named("drop_within_groups", drop) | {"drop_within_groups_n": len(head) + len(tail)}
 
 
 def _named(name: str, figure: tuple) -> dict:
