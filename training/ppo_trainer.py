@@ -126,8 +126,6 @@ class CorrectedPPOTrainer(PPOTrainer):
                 if isinstance(module, PeftModel):  # or a reentrant checkpoint finds nothing that needs a gradient
                     module.enable_input_require_grads()
 
-    # ---- training -------------------------------------------------------------------------------------------------
-
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Train to the end, from the start or from a checkpoint.
 
@@ -299,8 +297,6 @@ class CorrectedPPOTrainer(PPOTrainer):
         """The sum over the processes."""
         return self.accelerator.reduce(values, reduction="sum")
 
-    # ---- evaluation -----------------------------------------------------------------------------------------------
-
     def evaluate(
         self,
         eval_dataset: Dataset | None = None,
@@ -358,8 +354,6 @@ class CorrectedPPOTrainer(PPOTrainer):
             yield
         finally:
             self._metrics, self.watch = kept
-
-    # ---- logging and saving ---------------------------------------------------------------------------------------
 
     def log_metric(self, name: str, value: float) -> None:
         """What rewards receive as ``log_metric``; values are averaged over the processes at the next log."""
