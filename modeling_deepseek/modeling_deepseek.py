@@ -298,7 +298,9 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
             kwargs["layout"] = make_layout(tokens.shape[:2], tokens.device, attention_mask, position_ids)
         labels = kwargs.pop("mtp_labels", None)
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        if self.training and self.config.num_mtp_modules and input_ids is not None and torch.is_grad_enabled():
+        # Without a language-modelling head (classifiers, the bare decoder) there is nothing to predict tokens with.
+        predicts = self.config.num_mtp_modules and self._owner is not None and input_ids is not None
+        if self.training and predicts and torch.is_grad_enabled():
             loss = self._mtp_loss(output.last_hidden_state, input_ids, labels, attention_mask, kwargs)
             loss = loss * (self.config.mtp_loss_coef * self.layers[-1].mlp.gate.load.loss_scale)
             output.last_hidden_state = AttachLoss.apply(output.last_hidden_state, loss)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
+from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel
 from modeling_deepseek.draft_acceptance import count_drafts
 from modeling_deepseek.modeling_deepseek import DeepseekMtpLayer
 
@@ -172,3 +172,15 @@ def test_released_weights_load_and_save_unchanged(tiny, tmp_path):
 def test_a_loss_without_layers_is_refused(tiny):
     with pytest.raises(ValueError, match="num_nextn_predict_layers: 0 is not allowed"):
         DeepseekConfig(**tiny, mtp_loss_coef=0.3)
+
+
+def test_models_without_a_head_train_without_predicting_tokens(tiny):
+    """Of a configuration with MTP, a classifier and the bare decoder have nothing to predict tokens with."""
+    config = DeepseekConfig(**{**tiny, "num_nextn_predict_layers": 1, "mtp_loss_coef": 0.3, "num_labels": 2})
+    rows = pattern(2)
+    classifier = DeepseekForSequenceClassification(config).train()
+    classifier(input_ids=rows, labels=torch.tensor([0, 1])).loss.backward()
+    assert classifier.score.weight.grad.abs().sum() > 0
+    decoder = DeepseekModel(config).train()
+    decoder(input_ids=rows).last_hidden_state.sum().backward()
+    assert all(p.grad is None for layer in decoder.layers[config.num_hidden_layers :] for p in layer.parameters())
