@@ -1,7 +1,7 @@
 """``deepseek-moe demo``: the whole path at small size, offline, on the embedded data.
 
-Joins the parts: each stage is the very function its own subcommand runs (`pretrain`, `adapt`, `align`, `evaluate`,
-`card`), with an embedded recipe. Surprising: a stage that was interrupted starts afresh on the next run, and a stage
+Joins the parts: each stage is the very function its own subcommand runs (`pretrain`, `adapt`, `sft`, `align`,
+`evaluate`, `card`), with an embedded recipe. Surprising: a stage that was interrupted starts afresh on the next run, and a stage
 that finished is never run twice, so that an interrupted demo ends with the figures of an uninterrupted one.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HELP = "Run the whole path at small size, offline: pretrain, adapt, align, evaluate, model card, report."
+HELP = "Run the whole path at small size, offline: pretrain, adapt, sft, align, evaluate, model card, report."
 EXAMPLES = """
   deepseek-moe demo
   deepseek-moe demo --output runs/second --size debug
@@ -58,15 +58,9 @@ def run(args: argparse.Namespace) -> int:
     root = Path(args.output)
     size = SIZES[args.size]
     _prepare(root, args.size, overwrite=args.overwrite)
-    stages: list[tuple[str, Callable[[Path, Size], Any]]] = [
-        ("pretrain", _pretrain),
-        ("adapt", _adapt),
-        ("align", _align),
-        ("evaluate", _evaluate),
-    ]
-    for number, (name, stage) in enumerate(stages, start=1):
-        _run_stage(root / name, f"[{number}/{len(stages) + 1}] {name}", lambda out, stage=stage: stage(out, size))
-    print(f"[{len(stages) + 1}/{len(stages) + 1}] model card and report", flush=True)
+    for number, (name, stage) in enumerate(STAGES.items(), start=1):
+        _run_stage(root / name, f"[{number}/{len(STAGES) + 1}] {name}", lambda out, stage=stage: stage(out, size))
+    print(f"[{len(STAGES) + 1}/{len(STAGES) + 1}] model card and report", flush=True)
     return _close(root, size)
 
 
@@ -123,12 +117,21 @@ def _adapt(output: Path, size: Size) -> None:
     adapt(load_recipe(f"adapt-{size.recipe_suffix}", AdaptRecipe, {"model": str(model)}), output)
 
 
+def _sft(output: Path, size: Size) -> None:
+    from deepseek_training.recipe import load_recipe
+    from deepseek_training.sft import sft
+    from deepseek_training.sft_recipe import SftRecipe
+
+    model = output.parent / "adapt" / "model"
+    sft(load_recipe(f"sft-{size.recipe_suffix}", SftRecipe, {"model": str(model)}), output)
+
+
 def _align(output: Path, size: Size) -> None:
     from deepseek_training.align import AlignRecipe, align
     from deepseek_training.recipe import load_recipe
 
-    model = output.parent / "adapt" / "model"
-    align(load_recipe(f"align-{size.recipe_suffix}", AlignRecipe, {"model": str(model)}), output)
+    settings = {"model": str(output.parent / "sft" / "model"), "prompt_template": None}  # the template that sft saved
+    align(load_recipe(f"align-{size.recipe_suffix}", AlignRecipe, settings), output)
 
 
 def _evaluate(output: Path, size: Size) -> None:
@@ -143,6 +146,15 @@ def _evaluate(output: Path, size: Size) -> None:
     )
 
 
+STAGES: dict[str, Callable[[Path, Size], Any]] = {
+    "pretrain": _pretrain,
+    "adapt": _adapt,
+    "sft": _sft,
+    "align": _align,
+    "evaluate": _evaluate,
+}
+
+
 def _close(root: Path, size: Size) -> int:
     """Write card and report, print the table, and tell by the exit code whether every bar holds."""
     from deepseek_model_cards.benchmarks import chance_level, compare_to_chance
@@ -150,8 +162,7 @@ def _close(root: Path, size: Size) -> int:
     from deepseek_model_cards.report import summary_table, write_report
     from deepseek_model_cards.run_folder import RunFolder
 
-    stages = ("pretrain", "adapt", "align", "evaluate")
-    summaries = [RunFolder(root / name).summary for name in stages]
+    summaries = [RunFolder(root / name).summary for name in STAGES]
     card = write_card(root)
     report = write_report(root, root / "report.html", with_items=True)
     print()

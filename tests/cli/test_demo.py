@@ -12,7 +12,7 @@ import pytest
 # Loaded by path: pytest's importlib mode gives conftest no importable name.
 from _pytest.pathlib import import_path
 
-STAGES = ("pretrain", "adapt", "align", "evaluate")
+STAGES = ("pretrain", "adapt", "sft", "align", "evaluate")
 shared = import_path(
     Path(__file__).with_name("conftest.py"), root=Path(__file__).parent, consider_namespace_packages=False
 )
