@@ -1,8 +1,8 @@
 """``deepseek-moe demo``: the whole path at small size, offline, on the embedded data.
 
 Joins the parts: each stage is the very function its own subcommand runs (`pretrain`, `adapt`, `sft`, `align`,
-`evaluate`, `card`), with an embedded recipe. Surprising: a stage that was interrupted starts afresh on the next run, and
-a stage that finished is never run twice, so that an interrupted demo ends with the figures of an uninterrupted one.
+`evaluate`, `card`), with an embedded recipe. Surprising: a stage that was interrupted starts afresh on the next run,
+and one that finished is never run twice, so that an interrupted demo ends with the figures of an uninterrupted one.
 """
 
 import argparse
