@@ -40,7 +40,7 @@ class ExpertLoad:
         """Forget the counts."""
         self.tokens_per_expert, self.tokens_per_count, self.entropy, self.num_tokens = None, None, None, None
         self.num_passes = 0
-        self.anchor_version = None
+        self.anchor_version, self._anchor_sample = None, None
         self._is_counted_outside_backward = False
 
     @property
@@ -87,7 +87,7 @@ class ExpertLoad:
         self.tokens_per_count.scatter_add_(0, counted.sum(1), is_token)
         self.entropy += entropies.sum()
         self.num_tokens += is_token.sum()
-        self.anchor_version = anchor._version
+        self.anchor_version, self._anchor_sample = anchor._version, _sample(anchor)
         self.num_passes += 1
 
     def _begin(self, device: torch.device) -> None:
@@ -114,7 +114,11 @@ class ExpertLoad:
         """
         if self.num_tokens is None or torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
             return False
-        return self.anchor_version != anchor._version
+        if self.anchor_version != anchor._version:
+            return True
+        # Fused optimizers, Trainer's default, leave the version alone. Comparing waits for a GPU; with a callback,
+        # which resets the counts itself, there is no need to.
+        return self.num_accumulation_steps is None and not torch.equal(self._anchor_sample, _sample(anchor))
 
     def admits(self, training: bool) -> bool:
         """Return whether the pass now running is to be counted.
@@ -132,3 +136,8 @@ class ExpertLoad:
             return not self._is_counted_outside_backward
         self._is_counted_outside_backward = True
         return True
+
+
+def _sample(anchor: torch.nn.Parameter) -> torch.Tensor:
+    """A copy of one column, which any optimizer step changes."""
+    return anchor.detach()[:, 0].clone()

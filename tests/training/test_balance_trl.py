@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deepseek_training.balance import ExpertBalanceCallback, find_routers
-from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekForSequenceClassification
+from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekForSequenceClassification, routing
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +49,9 @@ OPTIONS = {
 }
 
 
+ONE_SGD_STEP = {**OPTIONS, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+
+
 def assert_balanced(model, callback):
     for router in find_routers(model):
         assert router.e_score_correction_bias.abs().max() > 0.005
@@ -56,24 +59,32 @@ def assert_balanced(model, callback):
     assert callback.history and callback.history[-1]["load_imbalance"] >= 1
 
 
+def assert_auxiliary_gradient(train):
+    """One step of SGD, with our losses and without, on the same draws: the routers' weights tell them apart."""
+    weights = []
+    for settings in ({}, {"seq_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}):
+        callback = ExpertBalanceCallback()
+        model = train(callback, **settings)
+        assert_balanced(model, callback)
+        weights.append([router.weight.detach().clone() for router in find_routers(model)])
+    for one, other in zip(*weights, strict=True):
+        assert (one - other).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("loss_type", ["chunked_nll", "nll"])
 def test_sft(tmp_path, tokenizer, loss_type):
-    """TRL's own pooled loss is switched off, so that what is left of a zero main loss is ours."""
+    """TRL computes the loss itself; its own pooled balance loss is switched off."""
     from trl import SFTConfig, SFTTrainer
 
     dataset = Dataset.from_dict({"text": ["the cat sat on a mat", "a dog ran under the tree and slept"] * 4})
-    callback = ExpertBalanceCallback()
-    weights = []
-    for settings in ({}, {"seq_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}):
+    arguments = SFTConfig(str(tmp_path), loss_type=loss_type, router_aux_loss_coef=0.0, **ONE_SGD_STEP)
+
+    def train(callback, **settings):
         model = build(**settings)
-        options = {**OPTIONS, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
-        arguments = SFTConfig(str(tmp_path), loss_type=loss_type, router_aux_loss_coef=0.0, **options)
         SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback]).train()
-        assert_balanced(model, callback)
-        weights.append([router.weight.detach().clone() for router in find_routers(model)])
-    # The auxiliary gradient is there although TRL computes the loss itself.
-    for one, other in zip(*weights, strict=True):
-        assert (one - other).abs().max() > 1e-3
+        return model
+
+    assert_auxiliary_gradient(train)
 
 
 def test_sft_with_its_defaults(tmp_path, tokenizer):
@@ -98,14 +109,17 @@ def test_dpo(tmp_path, tokenizer):
     dataset = Dataset.from_dict(
         {"prompt": ["the cat", "a dog"] * 4, "chosen": ["sat on a mat"] * 8, "rejected": ["ran away"] * 8}
     )
-    callback = ExpertBalanceCallback()
-    build().save_pretrained(tmp_path / "model")  # TRL loads the reference from where the policy came from.
-    model = DeepseekForCausalLM.from_pretrained(tmp_path / "model", router_bias_update_speed=0.01)
-    DPOTrainer(
-        model, None, DPOConfig(str(tmp_path), **OPTIONS), train_dataset=dataset, processing_class=tokenizer,
-        callbacks=[callback],
-    ).train()  # fmt: skip
-    assert_balanced(model, callback)
+
+    def train(callback, **settings):
+        build(**settings).save_pretrained(tmp_path / "model")  # TRL loads the reference from where the policy is from.
+        model = DeepseekForCausalLM.from_pretrained(tmp_path / "model", router_bias_update_speed=0.01)
+        arguments = DPOConfig(str(tmp_path), **ONE_SGD_STEP)
+        DPOTrainer(
+            model, None, arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback]
+        ).train()
+        return model
+
+    assert_auxiliary_gradient(train)
 
 
 def test_grpo(tmp_path, tokenizer):
@@ -115,30 +129,50 @@ def test_grpo(tmp_path, tokenizer):
         return [float(len(set(text.split()))) for text in completions]
 
     dataset = Dataset.from_dict({"prompt": ["the cat", "a dog"] * 4})
-    callback, model = ExpertBalanceCallback(), build()
-    arguments = GRPOConfig(str(tmp_path), num_generations=2, max_completion_length=6, **OPTIONS)
-    GRPOTrainer(
-        model, reward, arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback]
-    ).train()
-    assert_balanced(model, callback)
+    arguments = GRPOConfig(str(tmp_path), num_generations=2, max_completion_length=6, **ONE_SGD_STEP)
+
+    def train(callback, **settings):
+        model = build(**settings)
+        GRPOTrainer(
+            model, reward, arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback]
+        ).train()
+        return model
+
+    assert_auxiliary_gradient(train)
 
 
 def test_ppo(tmp_path, tokenizer):
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     dataset = Dataset.from_dict({"input_ids": [[4, 5], [14, 6]] * 4})
-    callback, policy = ExpertBalanceCallback(), build()
-    options = {key: value for key, value in OPTIONS.items() if key != "max_steps"}
+    options = {key: value for key, value in ONE_SGD_STEP.items() if key != "max_steps"}
     arguments = PPOConfig(
         str(tmp_path), total_episodes=4, response_length=5, num_ppo_epochs=1, num_sample_generations=0,
         missing_eos_penalty=1.0, **options,
     )  # fmt: skip
-    critic, reward = build(DeepseekForSequenceClassification), build(DeepseekForSequenceClassification)
-    trainer = PPOTrainer(
-        args=arguments, processing_class=tokenizer, model=policy, ref_model=None, reward_model=reward,
-        value_model=critic, train_dataset=dataset, eval_dataset=dataset, callbacks=[callback],
-    )  # fmt: skip
-    trainer.train()
-    for router in find_routers(policy):
-        assert router.e_score_correction_bias.abs().max() > 0.005
-    assert not any(router.e_score_correction_bias.any() for router in find_routers(reward)), "only scored with"
+
+    def train(callback, **settings):
+        critic, reward = build(DeepseekForSequenceClassification), build(DeepseekForSequenceClassification)
+        policy = build(**settings)
+        PPOTrainer(
+            args=arguments, processing_class=tokenizer, model=policy, ref_model=None, reward_model=reward,
+            value_model=critic, train_dataset=dataset, eval_dataset=dataset, callbacks=[callback],
+        ).train()  # fmt: skip
+        assert not any(router.e_score_correction_bias.any() for router in find_routers(reward)), "only scored with"
+        return policy
+
+    assert_auxiliary_gradient(train)
+
+
+def test_without_the_callback_each_says_so_once(tmp_path, tokenizer, caplog):
+    from trl import SFTConfig, SFTTrainer
+
+    type(routing.logger).warning_once.cache_clear()  # another test may have made it speak already
+    dataset = Dataset.from_dict({"text": ["the cat sat on a mat", "a dog ran under the tree and slept"] * 4})
+    model = build()
+    arguments = SFTConfig(str(tmp_path), gradient_accumulation_steps=2, **OPTIONS)
+    SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer).train()
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("pass ExpertBalanceCallback to the trainer" in message for message in messages) == 1
+    assert sum("gradient accumulation without ExpertBalanceCallback" in message for message in messages) == 1
+    assert not any(router.e_score_correction_bias.any() for router in find_routers(model))

@@ -6,23 +6,18 @@ import random
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
+from kill_worker import train
+from safetensors.torch import load_file
 
 from deepseek_model_cards.run_folder import RunFolder
-from deepseek_training.checkpoints import MARKER_FILE
-from deepseek_training.pretrain import PretrainRecipe, pretrain
-from deepseek_training.recipe import build_recipe
+from deepseek_training.checkpoints import MARKER_FILE, is_complete
 
 NUM_KILLS = 12
 SAVE_STEPS = 5
 CLOCKED = {"tokens_per_second", "peak_memory_gib", "mfu"}
-
-
-def train(settings, path):
-    os.setpgrp()
-    torch.set_num_threads(1)
-    pretrain(build_recipe(settings, PretrainRecipe), path)
 
 
 def wait_for_step(path, step):
@@ -53,14 +48,29 @@ def kill_when(waiting, process):
 
 
 def final_state(path):
+    """Whatever the end of a run consists of, in one flat dictionary; the times are left out."""
     checkpoint = path / "checkpoints" / "checkpoint-60"
-    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    from safetensors.torch import load_file
+    state = {f"weight {name}": value for name, value in load_file(path / "model" / "model.safetensors").items()}
+    flatten(torch.load(checkpoint / "optimizer.pt", weights_only=True), "optimizer", state)
+    flatten(torch.load(checkpoint / "scheduler.pt", weights_only=True), "scheduler", state)
+    flatten(torch.load(checkpoint / "rng_state.pth", weights_only=False), "random state", state)
+    flatten([{k: v for k, v in row.items() if k not in CLOCKED} for row in RunFolder(path).metrics], "trace", state)
+    return state
 
-    weights = load_file(path / "model" / "model.safetensors")
-    moments = {f"{index}.{key}": value for index, one in optimizer.items() for key, value in one.items()}
-    trace = [{k: v for k, v in row.items() if k not in CLOCKED} for row in RunFolder(path).metrics]
-    return weights, moments, trace
+
+def flatten(value, name, into):
+    if isinstance(value, dict):
+        for key, part in value.items():
+            flatten(part, f"{name}.{key}", into)
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            flatten(part, f"{name}.{number}", into)
+    else:
+        into[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def is_same(one, other):
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 @pytest.mark.slow
@@ -74,7 +84,7 @@ def test_killed_a_dozen_times_it_ends_bit_for_bit_the_same(tiny_settings, tmp_pa
     process.start()
     process.join()
     assert process.exitcode == 0
-    generator, num_killed, num_half_written = random.Random(0), 0, 0
+    generator, num_killed, half_written, expected_starts = random.Random(0), 0, [], []
     for number in range(NUM_KILLS):
         process = context.Process(target=train, args=(settings, broken))
         process.start()
@@ -83,15 +93,21 @@ def test_killed_a_dozen_times_it_ends_bit_for_bit_the_same(tiny_settings, tmp_pa
         waiting = wait_for_half_a_checkpoint(broken, step) if is_saving else wait_for_step(broken, step)
         num_killed += kill_when(waiting, process)
         folders = list((broken / "checkpoints").glob("checkpoint-*"))
-        num_half_written += any(not (folder / MARKER_FILE).exists() for folder in folders)
-    assert num_killed >= 10 and num_half_written >= 3
+        half_written += [folder for folder in folders if not (folder / MARKER_FILE).exists()]
+        complete = [folder for folder in folders if is_complete(folder)]
+        expected_starts += sorted(complete, key=lambda folder: int(folder.name.split("-")[1]))[-1:]
+    assert num_killed >= 10 and len(half_written) >= 3
     process = context.Process(target=train, args=(settings, broken))
     process.start()
     process.join()
     assert process.exitcode == 0
-    for left, right in zip(final_state(whole)[:2], final_state(broken)[:2], strict=True):
-        assert left.keys() == right.keys() and left
-        assert all(torch.equal(left[name], right[name]) for name in left)
-    assert any("e_score_correction_bias" in name for name in final_state(whole)[0])
-    assert any("share.state" in name for name in final_state(whole)[0])
-    assert final_state(whole)[2] == final_state(broken)[2]
+    said = broken.with_suffix(".log").read_text()
+    assert all(f"{folder} is incomplete" in said for folder in half_written)
+    starts = [line.split("going on from ")[1] for line in said.splitlines() if "going on from" in line]
+    remaining = iter(map(str, expected_starts))  # a process killed as it began has said nothing
+    assert len(starts) >= 8 and all(start in remaining for start in starts), "the last complete checkpoint, each time"
+    expected, found = final_state(whole), final_state(broken)
+    assert expected.keys() == found.keys()
+    assert [name for name, value in expected.items() if not is_same(value, found[name])] == []
+    for part in ("e_score_correction_bias", "share.state", "exp_avg_sq", "random state.cpu", "trace.10.loss"):
+        assert any(part in name for name in expected), part
