@@ -1,16 +1,34 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in under 8 minutes: correctness on the device first, then the benchmark grid.
-# Run from the repository root in an environment with torch, triton, transformers and pytest:
+# Run from the repository root in an environment with torch, triton, transformers and pytest (with pytest-xdist eight
+# processes compile kernels at a time, without it one):
 #
 #   bash kernels/measure_on_gpu.sh [OUTPUT]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 output=${1:-runs/bench-kernels-gpu}
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+pytest=("$python" -m pytest -p no:cacheprovider -x)
+workers=()
+"$python" -c "import xdist" 2> /dev/null && workers=(-n 8)
 
-timeout 180 "$python" -m pytest tests/kernels/test_triton_kernels.py -m "slow or not slow" -p no:cacheprovider
+# Every dtype and shape is compiled anew, so time may run out before the tests do: said, and no failure.
+check() {
+    local seconds=$1 status=0
+    shift
+    timeout --signal INT --kill-after 10 "$seconds" "$@" || status=$?
+    if [ "$status" -eq 124 ]; then
+        echo "stopped after $seconds s without a failure, and without having run every test: $*"
+    elif [ "$status" -ne 0 ]; then
+        exit "$status"
+    fi
+}
+
+check 100 "${pytest[@]}" "${workers[@]}" tests/kernels/test_triton_kernels.py tests/kernels/test_triton_layer.py \
+    tests/kernels/test_tune.py -m "slow or not slow"
+check 60 "${pytest[@]}" "${workers[@]}" tests/kernels/test_fuzz.py -m slow
 if command -v compute-sanitizer > /dev/null; then
-    timeout 60 compute-sanitizer --error-exitcode 1 "$python" -m pytest tests/kernels/test_triton_kernels.py \
-        -k "test_layer_and_gradients and some_unused" -p no:cacheprovider
+    check 60 compute-sanitizer --error-exitcode 1 "${pytest[@]}" tests/kernels/test_triton_layer.py \
+        -k "test_routing_patterns and some_unused-7"
 fi
 timeout 240 "$python" -m deepseek_cli.main bench kernels --grid gpu --seconds 1 --output "$output" --overwrite

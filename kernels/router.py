@@ -104,7 +104,7 @@ def fused_router_reference(
     scores = router_logits.sigmoid() if scoring == "sigmoid" else router_logits.softmax(-1)
     choice = scores.detach() + bias
     if num_groups > 1:
-        groups = choice.view(num_tokens, num_groups, -1)
+        groups = choice.view(num_tokens, num_groups, num_experts // num_groups)
         worth = groups.topk(min(2, groups.shape[-1]), dim=-1)[0].sum(-1)
         is_open = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, worth.topk(topk_groups, dim=-1)[1], True)
         choice = groups.masked_fill(~is_open.unsqueeze(-1), float("-inf")).flatten(1)

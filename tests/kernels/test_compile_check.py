@@ -1,11 +1,14 @@
 """Every kernel, with every shipped tile, compiles for GPUs that are not here, fits them and does not spill."""
 
+import dataclasses
+
 import pytest
 
 pytest.importorskip("triton")
 
 from deepseek_kernels import compile_check
-from deepseek_kernels.tiles import SHIPPED, TARGETS
+from deepseek_kernels.tiles import SAFE, SHIPPED, TARGETS
+from deepseek_kernels.tune import CANDIDATES
 
 EVERYTHING = list(compile_check.every_compilation())
 # By default one target and the two kernels that have spilled before; the rest is `slow`.
@@ -38,4 +41,21 @@ def test_compiles_quick(entry):
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", EVERYTHING, ids=name_of)
 def test_compiles(entry):
+    check(*entry[1:])
+
+
+def candidates():
+    """Every tile that tuning tries, once for each kernel that it is for."""
+    for name, tiles in CANDIDATES.items():
+        for tile in tiles:
+            for compilation in compile_check.row_kernels(dataclasses.replace(SAFE, **{name: tile})):
+                if compilation.kernel.startswith(name) and (name == "down_backward") == (
+                    compilation.kernel == "down_backward"
+                ):
+                    yield "H200", TARGETS["H200"], compilation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", candidates(), ids=name_of)
+def test_what_tuning_tries_compiles(entry):
     check(*entry[1:])

@@ -30,6 +30,11 @@ def test_softmax_normalised_is_softmax_over_the_chosen():
     assert torch.equal(indices, logits.topk(3)[1])
 
 
+def test_no_token_at_all():
+    indices, weights = fused_router(torch.randn(0, 12), top_k=4, num_groups=3, topk_groups=2)
+    assert indices.shape == weights.shape == (0, 4)
+
+
 def test_number_of_experts_follows_the_share():
     logits = torch.tensor([[4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     indices, weights = fused_router(logits, top_k=4, scoring="softmax", min_k=1, unused_share=torch.tensor(0.2))
