@@ -199,7 +199,8 @@ def _forward(
     inputs, lists = (hidden_states, gate_up_proj, down_proj), ()
     if _runs_triton(hidden_states):
         output, preactivation, m = fused_moe_gpu.forward(*inputs, topk_indices, topk_weights, activation, keep)
-        lists = (m.row_slot, m.slot_row, m.expert_start, m.tile_start)
+        if keep:  # Without, few tokens are decoded, and nothing is sorted.
+            lists = (m.row_slot, m.slot_row, m.expert_start, m.tile_start)
     else:
         routing = fused_moe_cpu.route(topk_indices, num_experts) if keep or num_rows > decode.MAX_SLOTS else None
         if num_rows <= decode.MAX_SLOTS:
