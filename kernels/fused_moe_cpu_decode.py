@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek_kernels.activations import activation_into
+from deepseek_kernels.activations import apply_activation
 from deepseek_kernels.cpu_products import accumulation_dtype, linear_into
 
 MAX_SLOTS = 256
@@ -122,10 +122,8 @@ def forward(
     tokens = torch.tensor([slot // num_slots for slot in plan.row_slot])
     h = _multiply(hidden_states.index_select(0, tokens), gate_up_proj, plan)
     gate, up = h[:-1].to(accumulate).split(width, dim=1)
-    a = torch.empty(len(plan.row_slot), width, dtype=accumulate)
-    activation_into(gate, activation, a)
     weight = topk_weights.flatten().index_select(0, slots).to(accumulate)
-    a.mul_(up).mul_(weight.unsqueeze(1))
+    a = apply_activation(gate, activation).mul_(up).mul_(weight.unsqueeze(1))
     y = _multiply(a.to(dtype), down_proj, plan)
     output = F.embedding_bag(slot_row.view(topk_indices.shape), y, mode="sum")
     return output, h[:0] if row_slot is None else h.index_select(0, slot_row.index_select(0, row_slot))
