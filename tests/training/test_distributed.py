@@ -173,7 +173,7 @@ def test_split_experts_train_like_whole_ones(settings, tmp_path):
     alone, run = RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "run")
     ranks = [json.loads((run.path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1] and ranks[0]["counts"]
-    assert ranks[0]["num_local_experts"] == 4 and ranks[0]["parameters"] == ["DTensor"]
+    assert ranks[0]["num_local_experts"] == 4 and "DTensor" in ranks[0]["parameters"]  # a norm and the head stay whole
     assert_same_trace(alone, run)
     one, two = (load_file(folder.model_path / "model.safetensors") for folder in (alone, run))
     assert one.keys() == two.keys() and not (run.path / "unsplit").exists()
