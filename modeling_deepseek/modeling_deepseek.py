@@ -212,7 +212,9 @@ class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
             check_scales(tensors, block_size)
         # Another quantiser stores other shapes.
         if (quantization is None or block_size) and not load_config.ignore_mismatched_sizes:
-            check_shapes(tensors, {name: tensor.shape for name, tensor in self.state_dict().items()})
+            # Under DeepSpeed's ZeRO-3 a parameter is empty here and has its whole shape beside it.
+            shapes = {name: getattr(t, "ds_shape", t.shape) for name, t in self.state_dict(keep_vars=True).items()}
+            check_shapes(tensors, shapes)
         if self._carries_mtp and not self.config.num_mtp_modules:
             self._carried_mtp = read_carried(tensors, self.config, load_config.dtype, block_size)
 
