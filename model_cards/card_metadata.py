@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from deepseek_model_cards.benchmarks import benchmark_of, chance_level
-from deepseek_model_cards.stages import Stage, is_number
+from deepseek_model_cards.stages import Stage, final_stage, is_number
 from deepseek_model_cards.wording import label_metric
 
 PIPELINE_TAGS = {"text-generation", "text-classification", "feature-extraction"}
@@ -120,8 +120,8 @@ def results_of_final_model(stages: dict[str, Stage]) -> list[dict[str, Any]]:
         stages: What `read_stages` gave.
     """
     names = list(stages)
-    makers = [name for name in names if (stages[name].run.model_path / "config.json").is_file()]
-    first = names.index(makers[-1]) if makers else 0
+    maker = final_stage(stages)
+    first = names.index(maker.name) if maker else 0
     held: dict[tuple, dict[str, Any]] = {}
     for name in names[first:]:
         for row in stages[name].results:

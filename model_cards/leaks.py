@@ -25,7 +25,11 @@ _TOKEN_SHAPES = (
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 )
 _TOKEN = re.compile("|".join(_TOKEN_SHAPES))
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY", re.IGNORECASE)
+# Whole words of a name: TOKENIZER_NAME holds no secret.
+_SECRET_NAME = re.compile(
+    r"(^|_)(\w*TOKENS?|\w*SECRETS?|\w*PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|\w*API_?KEY|ACCESS_KEY|PRIVATE_KEY)($|_)",
+    re.IGNORECASE,
+)
 _SECRET_SETTING = re.compile(r"(^|_)(token|secret|password|api_key|access_key)$", re.IGNORECASE)
 _SHORTEST_SECRET = 8
 
@@ -68,6 +72,14 @@ def secret_values(environment: Mapping[str, str] = os.environ) -> list[str]:
     return sorted((value for value in values if len(value) >= _SHORTEST_SECRET), key=len, reverse=True)
 
 
+def _names_folder(content: bytes | mmap.mmap, folder: Path) -> bool:
+    """Whether the folder's name occurs; one as short as /root only as a whole, for .../rootcause is none of it."""
+    name = str(folder).encode()
+    if len(folder.parts) > 2:
+        return content.find(name) >= 0
+    return re.search(rb"(?<![\w.-])" + re.escape(name) + rb"(?![\w-])", content) is not None
+
+
 def find_leaks(content: bytes | mmap.mmap, *, is_text: bool, folders: Iterable[Path] = ()) -> list[str]:
     """Name what in a file must not be uploaded; never the secret itself.
 
@@ -83,7 +95,7 @@ def find_leaks(content: bytes | mmap.mmap, *, is_text: bool, folders: Iterable[P
     found = []
     if any(content.find(secret.encode()) >= 0 for secret in secret_values()):
         found.append("the value of a secret environment variable")
-    found += [f"the local folder {folder}" for folder in folders if content.find(str(folder).encode()) >= 0]
+    found += [f"the local folder {folder}" for folder in folders if _names_folder(content, folder)]
     if is_text:
         text = bytes(content).decode("utf-8", errors="replace")
         if _TOKEN.search(text):

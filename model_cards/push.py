@@ -134,6 +134,7 @@ def collect_files(
     model_path = final_model_path(read_stages(run_path))
     if model_path is None:
         raise FileNotFoundError(f"run: {run_path} made no model, so there is nothing to upload")
+    check_weights(model_path)
     write_card(run_path, output=folder, licence=licence, repo_id=repo_id, template=template)
     write_report(run_path, folder / "report.html")
     names = ["README.md", PICTURE, "report.html"]
@@ -143,6 +144,25 @@ def collect_files(
         if any(fnmatch.fnmatch(path.name, pattern) for pattern in MODEL_FILES):
             files.append(UploadFile(path.name, drop_origin(path) or path))
     return files
+
+
+def check_weights(model_path: Path) -> None:
+    """Refuse a model without weights, or without a shard that its index names.
+
+    Args:
+        model_path: The model's folder.
+
+    Raises:
+        FileNotFoundError: Something is missing.
+    """
+    present = {path.name for path in model_path.glob("*.safetensors")}
+    wanted: set[str] = set()
+    for index in model_path.glob("*.safetensors.index.json"):
+        wanted |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if missing := sorted(wanted - present):
+        raise FileNotFoundError(f"run: {model_path} lacks {missing[0]}, which its index names")
+    if not present:
+        raise FileNotFoundError(f"run: {model_path} holds no weights (*.safetensors)")
 
 
 def drop_origin(path: Path) -> bytes | None:

@@ -42,6 +42,16 @@ class Stage:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def kind(self) -> str:
+        """The command that made it, whatever its folder is called."""
+        return self.environment.get("command") or self.summary.get("stage") or self.name
+
+    @property
+    def has_model(self) -> bool:
+        """True if it finished and left a model."""
+        return self.is_finished and (self.run.model_path / "config.json").is_file()
+
+    @property
     def is_finished(self) -> bool:
         """True once the stage wrote its summary."""
         return bool(self.summary)
@@ -120,7 +130,7 @@ def _is_stage(folder: Path) -> bool:
 
 
 def _order(stage: Stage) -> tuple[int, str]:
-    known = STAGE_ORDER.index(stage.name) if stage.name in STAGE_ORDER else len(STAGE_ORDER)
+    known = STAGE_ORDER.index(stage.kind) if stage.kind in STAGE_ORDER else len(STAGE_ORDER)
     return known, stage.name
 
 
@@ -141,14 +151,33 @@ def _read_stage(folder: Path, *, is_alone: bool) -> Stage:
     )
 
 
+def final_stage(stages: dict[str, Stage]) -> Stage | None:
+    """Return the finished stage that made the model the run ended with, or None if no stage made one.
+
+    Args:
+        stages: What `read_stages` gave.
+
+    Raises:
+        ValueError: Two stages of the last kind made one, and nothing says which is meant.
+    """
+    makers = [stage for stage in stages.values() if stage.has_model]
+    if not makers:
+        return None
+    last = [stage for stage in makers if stage.kind == makers[-1].kind]
+    if len(last) > 1:
+        folders = ", ".join(str(stage.run.path) for stage in last)
+        raise ValueError(f"run: {folders} are all made by {last[0].kind}; pass one of them, or move the others away")
+    return last[0]
+
+
 def final_model_path(stages: dict[str, Stage]) -> Path | None:
     """Return the folder of the model that the run ended with, or None if no stage made one.
 
     Args:
         stages: What `read_stages` gave.
     """
-    with_model = [stage for stage in stages.values() if (stage.run.model_path / "config.json").is_file()]
-    return with_model[-1].run.model_path if with_model else None
+    stage = final_stage(stages)
+    return None if stage is None else stage.run.model_path
 
 
 def merged_versions(stages: dict[str, Stage]) -> dict[str, str]:

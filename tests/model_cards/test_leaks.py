@@ -54,6 +54,23 @@ def test_values_of_secret_variables_are_found_in_weights_too(monkeypatch):
 def test_the_runs_own_folders_are_found_in_any_file():
     assert find_leaks(b"\x00/data/project-x/run\x00", is_text=False, folders=[Path("/data/project-x")])
     assert not find_leaks(b"\x00/data/project-y/run\x00", is_text=False, folders=[Path("/data/project-x")])
+    assert find_leaks(b"x/data/project-x", is_text=False, folders=[Path("/data/project-x")])
+
+
+def test_a_short_home_is_found_only_as_a_whole():
+    for content in (b"file:///root/books.txt", b"\x00/root\x00", b"cache=/root/x"):
+        assert find_leaks(content, is_text=False, folders=[Path("/root")]), content
+    for content in (b"https://huggingface.co/rootcause/my-moe", b"https://host/root/x", b"a /rooted tree"):
+        assert not find_leaks(content, is_text=False, folders=[Path("/root")]), content
+
+
+def test_a_tokenizers_name_is_no_secret(monkeypatch):
+    monkeypatch.setenv("TOKENIZER_NAME", "deepseek-moe")
+    monkeypatch.setenv("GITHUBTOKEN", "swordfish-one")
+    monkeypatch.setenv("PGPASSWORD", "swordfish-two")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "swordfish-three")
+    assert scrub("load with deepseek-moe generate") == "load with deepseek-moe generate"
+    assert {"swordfish-one", "swordfish-two", "swordfish-three"} <= set(secret_values())
 
 
 def test_settings_named_like_secrets_lose_their_values_but_counts_stay():

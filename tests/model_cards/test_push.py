@@ -147,6 +147,17 @@ def test_weights_of_an_earlier_upload_do_not_outlive_it(hub, stage_run):
     assert hub.commits(REPO)[1:] == ["Upload model, card and results", "In shards"]
 
 
+def test_a_model_without_all_its_weights_is_refused(hub, stage_run):
+    (stage_run / "model" / SHARD).unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {SHARD}, which its index names"):
+        push(hub, stage_run)
+    for path in (stage_run / "model").glob("*.safetensors*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        push(hub, stage_run)
+    assert hub.requests == []
+
+
 def test_a_run_is_not_changed_by_a_push(hub, stage_run):
     before = {path: path.read_bytes() for path in stage_run.rglob("*") if path.is_file()}
     push(hub, stage_run)
