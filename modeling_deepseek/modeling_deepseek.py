@@ -309,7 +309,7 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
         return output
 
     def _mtp_loss(self, hidden_states, input_ids, labels, attention_mask, kwargs) -> torch.Tensor:
-        """Mean over depths of the cross-entropy k + 1 tokens ahead, never across a sequence's end."""
+        """Mean over depths and sequences of the cross-entropy k + 1 tokens ahead, never across a sequence's end."""
         position_ids, layout = kwargs.get("position_ids"), kwargs["layout"]
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
@@ -331,9 +331,13 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
             is_valid = (ids == ids.roll(-depth - 1, 1)) & (ids >= 0) & (targets != -100)
             is_valid[:, -depth - 1 :] = False
             logits = self.head(hidden_states[is_valid]).float()
-            losses.append(
-                nn.functional.cross_entropy(logits, targets[is_valid], reduction="sum") / is_valid.sum().clamp(min=1)
+            token_losses = logits.new_zeros(is_valid.numel(), 1)
+            token_losses[is_valid.flatten(), 0] = nn.functional.cross_entropy(
+                logits, targets[is_valid], reduction="none"
             )
+            # By sequence first, as the paper does: a mean over all tokens would depend on how a batch is divided.
+            predicting = layout._replace(sequence_ids=layout.sequence_ids.masked_fill(~is_valid.flatten(), -1))
+            losses.append(layout.mean_over_sequences(predicting.mean(token_losses).squeeze(1)))
         return torch.stack(losses).mean()
 
     @property

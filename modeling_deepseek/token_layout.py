@@ -61,13 +61,16 @@ def make_layout(
     batch, length = shape
     rows = torch.arange(batch, device=device).unsqueeze(1).expand(batch, length)
     num_sequences = batch
-    if position_ids is not None and position_ids.shape == shape:
-        begins = torch.ones(shape, dtype=torch.bool, device=device)
-        begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        rows = begins.flatten().cumsum(0).view(shape) - 1
-        num_sequences = int(rows[-1, -1]) + 1
+    is_real = torch.ones(shape, dtype=torch.bool, device=device)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        rows = rows.masked_fill(attention_mask[:, -length:] == 0, -1)
+        is_real = attention_mask[:, -length:] != 0
+    if position_ids is not None and position_ids.shape == shape:
+        begins = is_real & (is_real.cumsum(1) == 1)
+        begins[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
+        begins &= is_real  # Positions of padding rise or not, as its maker likes.
+        rows = begins.flatten().cumsum(0).view(shape) - 1
+        num_sequences = max(int(rows[-1, -1]) + 1, 1)
+    rows = rows.masked_fill(~is_real, -1)
     return TokenLayout(rows.reshape(-1), num_sequences)
 
 

@@ -28,6 +28,7 @@ from deepseek_training.packing import cut_to_share, encode_documents
 from deepseek_training.recipe import recipe_settings
 from deepseek_training.run_callbacks import MetricsFile, ProgressBar, drop_metrics_after
 from deepseek_training.stage_recipes import TrainerSettings
+from modeling_deepseek.modeling_deepseek import DeepseekPreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,12 @@ class StageTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         model = self.model if model is None else model
-        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        kept = {}
+        if isinstance(
+            model, DeepseekPreTrainedModel
+        ):  # loading sets it to 0, and the prediction layers would be absent
+            kept["mtp_loss_coef"] = model.config.mtp_loss_coef
+        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, **kept)
         model.load_state_dict(loaded.state_dict())
 
 

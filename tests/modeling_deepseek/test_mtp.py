@@ -46,7 +46,7 @@ def plain_mtp_loss(model, rows):
             depth_losses[depth - 1].append(
                 torch.nn.functional.cross_entropy(logits, row[depth + 1 :], reduction="none")
             )
-    return sum(torch.cat(losses).mean() for losses in depth_losses) / 2
+    return sum(torch.stack([loss.mean() for loss in losses]).mean() for losses in depth_losses) / 2
 
 
 def mtp_gradients(model, **inputs):
