@@ -68,10 +68,14 @@ def run(args: argparse.Namespace) -> int:
         rows += new
         _print_rows(new)
     speedups = compute_speedups(rows)
-    mean = math.exp(sum(math.log(entry["speedup"]) for entry in speedups) / len(speedups))
-    print(f"geometric mean of fused_moe over the best other: {mean:.2f}x; worst {_worst(speedups)}")
     (folder.path / "results.json").write_text(json.dumps({"rows": rows, "speedups": speedups}, indent=1))
     _write_csv(folder.path / "results.csv", rows)
+    if not speedups:
+        raise ValueError(
+            f"bench: no shape was run by fused_moe and by another; all rows are in {folder.path}/results.csv"
+        )
+    mean = math.exp(sum(math.log(entry["speedup"]) for entry in speedups) / len(speedups))
+    print(f"geometric mean of fused_moe over the best other: {mean:.2f}x; worst {_worst(speedups)}")
     _draw(folder.path / "plots" / "speedup.png", speedups, settings)
     folder.finish(
         {
@@ -109,7 +113,7 @@ def _tune(grid: list) -> None:
 
 
 def compute_speedups(rows: list[dict]) -> list[dict]:
-    """Return, for every shape and mode, how many times faster `fused_moe` is than the best other.
+    """Return, for every shape and mode that `fused_moe` and another ran, how many times faster it is than the best.
 
     Args:
         rows: What `kernel_benchmark.measure_cell` returned.
@@ -121,7 +125,9 @@ def compute_speedups(rows: list[dict]) -> list[dict]:
             groups.setdefault(tuple(row[key] for key in keys), {})[row["implementation"]] = row["ms"]
     speedups = []
     for key, times in groups.items():
-        own = times.pop("fused_moe")
+        own = times.pop("fused_moe", None)
+        if own is None or not times:
+            continue  # It failed, or nobody else ran: nothing to compare.
         best = min(times, key=times.get)
         speedups.append({**dict(zip(keys, key, strict=True)), "best_other": best, "speedup": times[best] / own})
     return speedups

@@ -163,7 +163,7 @@ def score_batches(loaded: LoadedModel, batches: Iterable[ChoiceBatch]) -> Iterat
     Raises:
         ValueError: The model returns NaN or infinity.
     """
-    prefix_key, prefix_cache = "", None
+    prefix_key, prefix_cache = None, None  # no group's name: an empty one is a name as well
     for batch in batches:
         if batch.num_shared and batch.prefix_key != prefix_key:
             prefix_key = batch.prefix_key

@@ -66,6 +66,7 @@ class ExpertBalanceCallback(TrainerCallback):
                 router.config.router_bias_update_speed = self.bias_update_speed
         self._window = None
         _warn_of_lost_state(model)
+        _warn_of_fp16(args, model)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs: Any) -> None:
         """Update biases and shares.
@@ -182,3 +183,13 @@ def _warn_of_lost_state(model: nn.Module) -> None:
                 "adapter; pass PEFT modules_to_save=['gate'], or keep them still (bias_update_speed=0, fixed experts)"
             )
             return
+
+
+def _warn_of_fp16(args: Any, model: nn.Module) -> None:
+    """Say so if the gradient scaler of fp16 will divide the attached losses, which it has not multiplied, to nothing."""
+    configs = [router.config for router in find_routers(model)]
+    if args.fp16 and any(c.seq_aux_loss_coef or c.router_z_loss_coef or c.num_mtp_modules for c in configs):
+        logger.warning(
+            "fp16=True: its gradient scaler all but removes the auxiliary and prediction losses, which are attached inside "
+            "the layers; use bf16=True"
+        )

@@ -36,7 +36,7 @@ class CheckpointMarker(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         mark_complete(checkpoint)
         for older in checkpoint.parent.glob("checkpoint-*"):
-            if step_of(older) < state.global_step:
+            if _NAME.fullmatch(older.name) and step_of(older) < state.global_step:
                 shutil.rmtree(older)
 
 

@@ -42,6 +42,7 @@ def test_speedup_is_over_the_best_other():
     rows.append({**row, "implementation": "sonicmoe", "skipped": "no GPU"})
     (entry,) = bench.compute_speedups(rows)
     assert entry["best_other"] == "grouped_mm" and entry["speedup"] == 1.5
+    assert bench.compute_speedups(rows[:1]) == [] and bench.compute_speedups(rows[1:]) == []
 
 
 def test_a_gpu_grid_without_a_gpu_is_one_line(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ predicted on all 14,042 questions; the scripts beside them made these. The slow 
 lm_eval itself where an interpreter that has it is named by ``LM_EVAL_PYTHON``.
 """
 
+import dataclasses
 import gzip
 import json
 import os
@@ -39,6 +40,18 @@ def score(model: str, num_fewshot: int, ids: set[str] | None, batch_size: int = 
     batches = plan_batches(encoded, batch_size, can_share=num_fewshot > 0 and supports_shared_prefix(loaded))
     pairs = list(score_batches(loaded, batches))
     return {row.item.id: scores for row, scores in pairs}, {row.item.id: row.is_truncated for row, _ in pairs}
+
+
+def test_a_group_without_a_name_keeps_its_shots():
+    loaded = load_model(REFERENCE / "llama", dtype="float32")
+    items = list(mmlu.build_items(2, 1, None))[:3]
+    named, unnamed = ([dataclasses.replace(item, group=group) for item in items[:1] * 3] for group in ("g", ""))
+    scores = []
+    for group in (named, unnamed):
+        batches = list(plan_batches(encode_items(loaded, group), 2, can_share=True))
+        assert any(batch.num_shared for batch in batches)
+        scores.append([row for _, row in score_batches(loaded, batches)])
+    assert len(scores[0]) == 3 and scores[0] == scores[1]
 
 
 def find_disagreements(ours: dict, theirs: dict) -> tuple[list[str], list[str]]:

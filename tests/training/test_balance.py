@@ -95,6 +95,9 @@ def test_layouts_of_padded_and_packed_batches_name_the_same_sequences():
     assert make_layout(mask.shape, mask.device, mask, None).sequence_ids.tolist() == [0, 0, 0, -1, -1, 1, 1, 1]
     positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
     packed = make_layout(positions.shape, positions.device, None, positions)
+    padded = torch.tensor([[0] * 5 + [1] * 3] * 4)  # padding is no sequence, whatever its positions
+    layout = make_layout(padded.shape, padded.device, padded, padded.cumsum(1) - padded)
+    assert layout.num_sequences == 4 and layout.sequence_ids.view(4, 8)[:, 5:].tolist() == [[i] * 3 for i in range(4)]
     assert packed == (packed.sequence_ids, 3) and packed.sequence_ids.tolist() == [0, 0, 0, 1, 1, 2]
     whole = make_layout(torch.Size((2, 3)), mask.device, None, torch.arange(3).unsqueeze(0))
     assert whole.sequence_ids.tolist() == [0, 0, 0, 1, 1, 1]

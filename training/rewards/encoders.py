@@ -161,6 +161,10 @@ class SequenceClassifier(_TextModel):
         rows = []
         for output, _ in self._run(texts):
             logits = output.logits.float()
-            is_single = self.unsafe_id is None
-            rows.append(logits.squeeze(-1).sigmoid() if is_single else logits.softmax(-1)[:, self.unsafe_id])
+            if self.unsafe_id is None:
+                rows.append(logits.squeeze(-1).sigmoid())
+            elif self.model.config.problem_type == "multi_label_classification":
+                rows.append(logits[:, self.unsafe_id].sigmoid())  # Labels are independent: none has to be true.
+            else:
+                rows.append(logits.softmax(-1)[:, self.unsafe_id])
         return torch.cat(rows).cpu().double().numpy() if rows else np.zeros(0)

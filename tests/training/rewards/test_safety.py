@@ -1,6 +1,7 @@
 """Safety: the shipped classifier's card is what it measures, and the reward follows the classifier."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -126,6 +127,9 @@ def test_sequence_classifier_and_encoder_from_a_folder(tmp_path):
     labels = BertConfig(**sizes, num_labels=2, id2label={0: "fine", 1: "toxic"}, label2id={"fine": 0, "toxic": 1})
     for name, model in {
         "classifier": BertForSequenceClassification(labels),
+        "several": BertForSequenceClassification(
+            BertConfig(**sizes, num_labels=6, problem_type="multi_label_classification")
+        ),
         "match": BertForSequenceClassification(BertConfig(**sizes, num_labels=1)),
         "encoder": BertModel(BertConfig(**sizes)),
     }.items():
@@ -141,6 +145,11 @@ def test_sequence_classifier_and_encoder_from_a_folder(tmp_path):
     assert Safety(classifier)([""] * 3, texts) == pytest.approx(1 - batched)
     with pytest.raises(ValueError, match="has the labels fine, toxic"):
         SequenceClassifier(tmp_path / "classifier", unsafe_label="bad")
+    several = SequenceClassifier(tmp_path / "several", unsafe_label="LABEL_3")
+    with torch.no_grad():
+        several.model.classifier.weight.zero_()
+        several.model.classifier.bias.copy_(torch.tensor([-9.0, -9.0, -9.0, -7.0, -9.0, -9.0]))
+    assert several.predict(texts) == pytest.approx([1 / (1 + math.exp(7))] * 3)  # all six may be false
 
     encoder = SentenceEncoder(tmp_path / "encoder", batch_size=2)
     rows = encoder.embed(texts)
