@@ -71,9 +71,7 @@ def run(args: argparse.Namespace) -> int:
     (folder.path / "results.json").write_text(json.dumps({"rows": rows, "speedups": speedups}, indent=1))
     _write_csv(folder.path / "results.csv", rows)
     if not speedups:
-        raise ValueError(
-            f"bench: no shape was run by fused_moe and by another; all rows are in {folder.path}/results.csv"
-        )
+        raise ValueError(f"bench: fused_moe and another ran no shape in common; see {folder.path}/results.csv")
     mean = math.exp(sum(math.log(entry["speedup"]) for entry in speedups) / len(speedups))
     print(f"geometric mean of fused_moe over the best other: {mean:.2f}x; worst {_worst(speedups)}")
     _draw(folder.path / "plots" / "speedup.png", speedups, settings)

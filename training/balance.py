@@ -186,10 +186,10 @@ def _warn_of_lost_state(model: nn.Module) -> None:
 
 
 def _warn_of_fp16(args: Any, model: nn.Module) -> None:
-    """Say so if the gradient scaler of fp16 will divide the attached losses, which it has not multiplied, to nothing."""
+    """Say so if the gradient scaler of fp16 will divide attached losses that it has not multiplied."""
     configs = [router.config for router in find_routers(model)]
     if args.fp16 and any(c.seq_aux_loss_coef or c.router_z_loss_coef or c.num_mtp_modules for c in configs):
         logger.warning(
-            "fp16=True: its gradient scaler all but removes the auxiliary and prediction losses, which are attached inside "
-            "the layers; use bf16=True"
+            "fp16=True: its gradient scaler all but removes the auxiliary and prediction losses, which are attached "
+            "inside the layers; use bf16=True"
         )
