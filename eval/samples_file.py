@@ -6,6 +6,7 @@ that the harness writes has these two keys in every row, so ``evaluate_functiona
 
 import json
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from deepseek_model_cards.run_folder import RunFolder, write_json, write_text
 _NUM_NAMED = 3
 
 
-def read_samples(path: str | Path, items: list[ProgramItem]) -> list[list[str]]:
+def read_samples(path: str | Path, items: list[ProgramItem], beyond_limit: Collection[str] = ()) -> list[list[str]]:
     """Return each problem's completions, in the items' order.
 
     Args:
         path: The samples file.
         items: The problems it must cover.
+        beyond_limit: Problems that it may cover; their lines are passed over.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -49,6 +51,8 @@ def read_samples(path: str | Path, items: list[ProgramItem]) -> list[list[str]]:
             continue
         row = _parse_row(path, number, line)
         name = row["task_id"]
+        if name in beyond_limit:
+            continue
         if name not in known:
             raise ValueError(f"samples: {path}, line {number} has task_id {name!r}, which the task does not know")
         # Files of ours number a problem's samples; OpenAI's do not, and there a repeated line is one more sample.
@@ -68,11 +72,14 @@ def read_samples(path: str | Path, items: list[ProgramItem]) -> list[list[str]]:
 def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        if isinstance(row["task_id"], str) and isinstance(row["completion"], str):
+        row["completion"].encode()  # Half a surrogate pair is JSON, but no text that a program could hold.
+        if isinstance(row["task_id"], str) and isinstance(row.get("sample", 0), int):
             return row
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeEncodeError, RecursionError):
         pass
-    raise ValueError(f"samples: {path}, line {number} is no JSON object with the texts task_id and completion")
+    raise ValueError(
+        f"samples: {path}, line {number} is no JSON object with the texts task_id and completion (and a whole number sample)"
+    )
 
 
 def score_samples(
@@ -107,15 +114,20 @@ def score_samples(
     task = find_task(task_name)
     if task.kind != "program":
         raise ValueError(f"samples: task {task.name} is not answered by programs")
-    items = list(task.build_items(task.num_fewshot, limit, None if data_path is None else Path(data_path)))
-    rows = read_samples(path, items)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: must be at least 1, or none for all")
+    if any(value < 1 for value in k):
+        raise ValueError(f"k={min(k)}: must be at least 1")
+    every = list(task.build_items(task.num_fewshot, None, None if data_path is None else Path(data_path)))
+    items = every[:limit]
+    rows = read_samples(path, items, {item.id for item in every} - {item.id for item in items})
     settings = {"samples": str(path), "task": task.name, "k": list(k), "limit": limit}
     run = RunFolder.create(output, settings, command="evaluate", overwrite=overwrite)
     with tqdm(total=sum(map(len, rows)), desc=f"evaluate {task.name}: run", unit="program") as bar:
         scores = load_metric("pass_at_k").compute(
             predictions=[[item.program(text) for text in row] for item, row in zip(items, rows, strict=True)],
             references=[item.tests for item in items],
-            k=list(k),
+            k=sorted({1, *k}),  # The headline is pass@1.
             allow_weak_sandbox=allow_weak_sandbox,
             on_result=bar.update,
         )

@@ -84,6 +84,8 @@ def test_an_uneven_number_of_samples_is_fine(tmp_path):
         (lambda rows: [], r"lacks 3 of 3 problems \(HumanEval/0, HumanEval/1, HumanEval/2\)"),
         (lambda rows: [*rows, {"task_id": "HumanEval/999", "completion": ""}], "line 4 has task_id 'HumanEval/999'"),
         (lambda rows: [{**row, "sample": 0} for row in [*rows, rows[0]]], "line 4 repeats sample 0 of HumanEval/0"),
+        (lambda rows: [*rows, {**rows[0], "sample": [1]}], "line 4 is no JSON object"),
+        (lambda rows: [*rows, {**rows[0], "completion": "\ud800"}], "line 4 is no JSON object"),
         (lambda rows: [*rows, {"completion": "x"}], "line 4 is no JSON object with the texts task_id and completion"),
         (lambda rows: [*rows, {"task_id": "HumanEval/0", "completion": 3}], "line 4 is no JSON object"),
     ],
@@ -112,3 +114,14 @@ def test_only_a_newline_ends_a_sample(tmp_path):
     (tmp_path / "samples.jsonl").write_bytes(b'{"task_id": "HumanEval/0", "completion": "\xff"}\n')
     with pytest.raises(ValueError, match=r"samples.jsonl is no UTF-8 text \(byte 42\)"):
         read_samples(tmp_path / "samples.jsonl", ITEMS[:1])
+
+
+def test_a_limit_passes_over_the_rest_of_a_fuller_file(tmp_path):
+    rows = [{"task_id": item.id, "completion": item.target} for item in ITEMS[:3]]
+    path = write_lines(tmp_path / "samples.jsonl", rows)
+    scores = score_samples(path, "humaneval", output=tmp_path / "run", limit=1, k=(10,))["tasks"]["humaneval"]
+    assert scores["n"] == 1 and scores["pass@1"] == 1.0
+    for options in ({"limit": 0}, {"limit": -1}, {"k": (0,)}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}=.*must be at least 1"):
+            score_samples(path, "humaneval", output=tmp_path / "other", **options)
+    assert not (tmp_path / "other").exists()

@@ -76,6 +76,8 @@ class PassAtK(evaluate.Metric):
 
 
 def _estimate(counts: list[tuple[int, int]], ks) -> dict:
+    if any(k < 1 for k in ks):
+        raise ValueError(f"k={min(ks)}: must be at least 1")
     smallest = min(total for total, _ in counts)
     scores = {}
     for k in ks:
