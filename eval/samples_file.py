@@ -77,9 +77,7 @@ def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:
             return row
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeEncodeError, RecursionError):
         pass
-    raise ValueError(
-        f"samples: {path}, line {number} is no JSON object with the texts task_id and completion (and a whole number sample)"
-    )
+    raise ValueError(f"samples: {path}, line {number} is no JSON object with the texts task_id and completion")
 
 
 def score_samples(
