@@ -203,8 +203,6 @@ def load_models(recipe: AlignRecipe) -> tuple[Any, Any]:
         )
     if recipe.lora_rank:
         return policy, None
-    if hasattr(policy.config, "mtp_loss_coef"):
-        options["mtp_loss_coef"] = 0.0  # a value model predicts no tokens
     options.update(auto_class=AutoModelForSequenceClassification, num_labels=1)
     if recipe.value_model is None:
         value_model = load_model(recipe.model, **options)

@@ -2,7 +2,7 @@
 
 `transformers.Trainer` writes a checkpoint file by file, so a killed run may leave one cut short. `CheckpointMarker`
 lists the files and their sizes once all are written; `last_complete_checkpoint` takes only folders whose list still
-holds, and names the others.
+holds, and names the others. `load_weights` reads a model back, for every stage's way of resuming.
 """
 
 import json
@@ -12,9 +12,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from deepseek_model_cards.run_folder import write_json
+from modeling_deepseek.modeling_deepseek import DeepseekPreTrainedModel
 
 MARKER_FILE = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -81,6 +82,23 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """Return the optimizer step in a checkpoint folder's name."""
     return int(_NAME.fullmatch(checkpoint.name).group(1))
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Copy a saved model's weights and buffers into this one, through `from_pretrained`.
+
+    `Trainer` (5.23) hands the file to `load_state_dict`, which knows nothing of the per-expert names that
+    `save_pretrained` writes: the experts would silently keep their initial values.
+
+    Args:
+        model: Changed in place.
+        folder: Where a model of the same class and settings was saved.
+    """
+    kept = {}
+    if isinstance(model, DeepseekPreTrainedModel):  # loading sets it to 0 and leaves the prediction layers out
+        kept["mtp_loss_coef"] = model.config.mtp_loss_coef
+    saved = type(model).from_pretrained(folder, dtype=model.dtype, **kept)
+    model.load_state_dict(saved.state_dict())
 
 
 def _file_sizes(checkpoint: Path) -> dict[str, int]:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 
 from deepseek_model_cards.run_folder import write_json
-from deepseek_training.checkpoints import is_complete, mark_complete, step_of
+from deepseek_training.checkpoints import is_complete, load_weights, mark_complete, step_of
 
 if TYPE_CHECKING:
     from deepseek_training.ppo_trainer import CorrectedPPOTrainer
@@ -139,11 +139,10 @@ def _stateful(trainer: "CorrectedPPOTrainer") -> Any:
 
 
 def _load_weights(model: nn.Module, folder: Path) -> None:
-    """Copy a saved model's weights and buffers in; through `from_pretrained`, which knows the names on disk."""
+    """Copy a saved model's weights in, or with LoRA those of its adapter."""
     from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_peft_weights(str(folder)))
         return
-    saved = type(model).from_pretrained(folder, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
+    load_weights(model, folder)

@@ -90,8 +90,6 @@ class CorrectedPPOTrainer(PPOTrainer):
         if value_model is None:
             value_model = value_model_for(model, peft_config)
         check_value_model(value_model, model.config)
-        if hasattr(value_model.config, "mtp_loss_coef"):
-            value_model.config.mtp_loss_coef = 0.0  # it has no head that could predict tokens
         if not isinstance(reward, nn.Module):
             reward = RewardAdapter(reward, processing_class)
         with stock_parts_replaced(args):

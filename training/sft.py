@@ -6,43 +6,33 @@ answer, given the question. Surprising: ``align`` speaks to the model by the sam
 null``; any other template asks it in a way that it was not taught.
 """
 
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments, set_seed
-from transformers.utils.logging import disable_progress_bar
+from transformers import TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from deepseek_model_cards.loading import load_model, load_tokenizer
 from deepseek_model_cards.run_folder import METRICS_FILE, RunFolder
-from deepseek_training.balance import ExpertBalanceCallback
 from deepseek_training.bits_per_byte import BitsPerByte
-from deepseek_training.checkpoints import CheckpointMarker, last_complete_checkpoint
-from deepseek_training.engine import check_engine
-from deepseek_training.figures import TrainingFigures
-from deepseek_training.load_plot import LoadPlot
 from deepseek_training.pretrain import check_context, data_name, result_row
-from deepseek_training.run_callbacks import MetricsFile, ProgressBar, log_closing_line
+from deepseek_training.run_callbacks import log_closing_line
 from deepseek_training.sft_recipe import SftRecipe
-from deepseek_training.stage_trainer import StageTrainer, describe_interruption, open_run
+from deepseek_training.stage_trainer import StageTraining, open_run, run_training
 from deepseek_training.text_data import describe_data, load_texts, read_rows
 
 __all__ = ["SftRecipe", "sft"]
-logger = logging.getLogger(__name__)
 NUM_SAMPLES = 4
 
 
-class SftStageTrainer(SFTTrainer):
+class SftStageTrainer(StageTraining, SFTTrainer):
     """TRL's trainer with the stage's way back from a checkpoint and its measure of held-out conversations."""
 
     recipe: SftRecipe
     held_out: Sequence[dict[str, str]]
-    is_first, is_sharded = StageTrainer.is_first, StageTrainer.is_sharded
-    save_result = StageTrainer.save_result
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the held-out conversations, log and return ``eval_<name>_bits_per_byte``."""
@@ -51,22 +41,6 @@ class SftStageTrainer(SFTTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """Run an epoch unless the training is done already, as `StageTrainer` does."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load a checkpoint's weights through `from_pretrained`, which knows the experts' names on disk."""
-        if self.is_sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        model = self.model if model is None else model
-        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
-        model.load_state_dict(loaded.state_dict())
 
 
 def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -173,20 +147,7 @@ def train_on(
         processing_class=tokenizer,
     )
     trainer.recipe, trainer.held_out = recipe, held_out
-    check_engine(trainer.accelerator)
-    trainer.remove_callback(PrinterCallback)
-    disable_progress_bar()
-    trainer.figures = TrainingFigures.attach(trainer, balance=ExpertBalanceCallback(recipe.bias_update_speed))
-    for callback in (MetricsFile(run, trainer.figures), LoadPlot(run), ProgressBar(run.path.name), CheckpointMarker()):
-        trainer.add_callback(callback)
-    checkpoint = last_complete_checkpoint(run.path / "checkpoints")
-    if checkpoint:
-        logger.warning("going on from %s", checkpoint)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        logger.warning("%s", describe_interruption(run))
-        raise
+    run_training(trainer, run)
     return trainer
 
 

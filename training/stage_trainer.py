@@ -1,4 +1,4 @@
-"""The training shared by `pretrain` and `adapt`: `transformers.Trainer` in a run folder, with exact resume.
+"""The training shared by `pretrain`, `adapt` and `sft`: a `Trainer` in a run folder, with exact resume.
 
 What is ours here: evaluation in bits per byte, the figures of the experts, and going on from the last complete
 checkpoint. Surprising: a run that was killed ends with the same bits as one that was not, which holds because the log
@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from deepseek_model_cards.run_folder import RunFolder
 from deepseek_training.balance import ExpertBalanceCallback
 from deepseek_training.bits_per_byte import BitsPerByte, measure_model
-from deepseek_training.checkpoints import CheckpointMarker, last_complete_checkpoint, step_of
+from deepseek_training.checkpoints import CheckpointMarker, last_complete_checkpoint, load_weights, step_of
 from deepseek_training.engine import check_engine, prepare_engine
 from deepseek_training.figures import TrainingFigures
 from deepseek_training.load_plot import LoadPlot
@@ -28,7 +28,6 @@ from deepseek_training.packing import cut_to_share, encode_documents
 from deepseek_training.recipe import recipe_settings
 from deepseek_training.run_callbacks import MetricsFile, ProgressBar, drop_metrics_after
 from deepseek_training.stage_recipes import TrainerSettings
-from modeling_deepseek.modeling_deepseek import DeepseekPreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +65,10 @@ class HeldOut:
         )
 
 
-class StageTrainer(Trainer):
-    """Evaluates in bits per byte instead of the mean loss of blocks.
+class StageTraining:
+    """What every stage's trainer does otherwise than the `Trainer` that it is mixed into."""
 
-    Args:
-        recipe: The stage's settings.
-        held_out: The sets to score.
-        **kwargs: As for `transformers.Trainer`.
-    """
-
-    def __init__(self, recipe: TrainerSettings, held_out: Sequence[HeldOut], **kwargs: Any):
-        super().__init__(**kwargs)
-        self.recipe = recipe
-        self.held_out = held_out
-        self.figures: TrainingFigures | None = None
+    figures: TrainingFigures | None = None
 
     @property
     def is_first(self) -> bool:
@@ -106,16 +95,6 @@ class StageTrainer(Trainer):
         if self.is_first:
             tokenizer.save_pretrained(run.model_path)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Score every held-out set, log and return ``eval_<name>_bits_per_byte``."""
-        metrics = {}
-        for held_out in self.held_out:
-            measured = held_out.measure(self.model_wrapped, self.recipe)
-            metrics[f"eval_{held_out.name}_bits_per_byte"] = measured.value
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     def _run_epoch(self, **kwargs: Any) -> None:
         """Run an epoch unless the training is done already.
 
@@ -128,22 +107,36 @@ class StageTrainer(Trainer):
         super()._run_epoch(**kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load a checkpoint's weights through `from_pretrained`.
-
-        `Trainer` (5.23) hands the file to `load_state_dict`, which knows nothing of the per-expert names that
-        `save_pretrained` writes: the experts would silently keep their initial values.
-        """
+        """Load a checkpoint's weights by `load_weights`, which knows the experts' names on disk."""
         if self.is_sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        model = self.model if model is None else model
-        kept = {}
-        if isinstance(
-            model, DeepseekPreTrainedModel
-        ):  # loading sets it to 0, and the prediction layers would be absent
-            kept["mtp_loss_coef"] = model.config.mtp_loss_coef
-        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, **kept)
-        model.load_state_dict(loaded.state_dict())
+        load_weights(self.model if model is None else model, resume_from_checkpoint)
+
+
+class StageTrainer(StageTraining, Trainer):
+    """Evaluates in bits per byte instead of the mean loss of blocks.
+
+    Args:
+        recipe: The stage's settings.
+        held_out: The sets to score.
+        **kwargs: As for `transformers.Trainer`.
+    """
+
+    def __init__(self, recipe: TrainerSettings, held_out: Sequence[HeldOut], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.recipe = recipe
+        self.held_out = held_out
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score every held-out set, log and return ``eval_<name>_bits_per_byte``."""
+        metrics = {}
+        for held_out in self.held_out:
+            measured = held_out.measure(self.model_wrapped, self.recipe)
+            metrics[f"eval_{held_out.name}_bits_per_byte"] = measured.value
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def open_run(
@@ -201,10 +194,21 @@ def train_stage(
         train_dataset=dataset,
         eval_dataset=dataset if recipe.eval_steps else None,  # Trainer wants one; `evaluate` reads `held_out`
     )
+    run_training(trainer, run)
+    return trainer
+
+
+def run_training(trainer: StageTraining, run: RunFolder) -> None:
+    """Train in place, from the run's last complete checkpoint if it has one, with the stage's callbacks.
+
+    Args:
+        trainer: A stage's, with its recipe.
+        run: The run folder.
+    """
     check_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()  # "Writing model shards" would break our bar's line at every checkpoint
-    trainer.figures = TrainingFigures.attach(trainer, balance=ExpertBalanceCallback(recipe.bias_update_speed))
+    trainer.figures = TrainingFigures.attach(trainer, balance=ExpertBalanceCallback(trainer.recipe.bias_update_speed))
     for callback in (MetricsFile(run, trainer.figures), LoadPlot(run), ProgressBar(run.path.name), CheckpointMarker()):
         trainer.add_callback(callback)
     checkpoint = last_complete_checkpoint(run.path / "checkpoints")
@@ -217,7 +221,6 @@ def train_stage(
     except KeyboardInterrupt:
         logger.warning("%s", describe_interruption(run))
         raise
-    return trainer
 
 
 def describe_interruption(run: RunFolder) -> str:

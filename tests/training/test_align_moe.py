@@ -98,6 +98,18 @@ def test_a_policy_with_mtp_layers_trains(tmp_path):
     assert all(p.grad is None or p.grad.abs().sum() == 0 for p in trainer.value_model.model.layers[-1].parameters())
 
 
+def test_a_policy_with_mtp_layers_resumes(tmp_path):
+    settings = {"total_episodes": 8, "logging_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    mtp = {"num_nextn_predict_layers": 1, "mtp_loss_coef": 0.1}
+    whole = make_ours(tmp_path, models=make_ours_moe(**mtp), **settings)
+    whole.train()
+    resumed = make_ours(tmp_path, models=make_ours_moe(**mtp), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for name in ("policy_model", "value_model"):
+        one, other = (getattr(trainer, name).state_dict() for trainer in (whole, resumed))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_our_balance_losses_do_not_grow_with_accumulation(tmp_path):
     rows = []
     for accumulation in (1, 4):
