@@ -14,6 +14,7 @@ from torch import Tensor
 from deepseek_kernels import fused_moe_cpu
 from deepseek_kernels import fused_moe_cpu_decode as decode
 from deepseek_kernels.activations import apply_activation, canonical_activation
+from deepseek_kernels.device_guard import on_device_of
 
 try:
     from deepseek_kernels import fused_moe_gpu
@@ -198,7 +199,8 @@ def _forward(
     num_rows, num_experts = topk_indices.numel(), gate_up_proj.shape[0]
     inputs, lists = (hidden_states, gate_up_proj, down_proj), ()
     if _runs_triton(hidden_states):
-        output, preactivation, m = fused_moe_gpu.forward(*inputs, topk_indices, topk_weights, activation, keep)
+        with on_device_of(hidden_states):
+            output, preactivation, m = fused_moe_gpu.forward(*inputs, topk_indices, topk_weights, activation, keep)
         if keep:  # Without, few tokens are decoded, and nothing is sorted.
             lists = (m.row_slot, m.slot_row, m.expert_start, m.tile_start)
     else:
@@ -246,17 +248,18 @@ def _backward_op(
         module, metadata = fused_moe_gpu, fused_moe_gpu.RoutingMetadata(*lists)
     else:
         module, metadata = fused_moe_cpu, fused_moe_cpu.Routing(lists[0], lists[2][:num_experts])
-    return module.backward(
-        grad_output,
-        hidden_states,
-        gate_up_proj,
-        down_proj,
-        metadata,
-        topk_weights,
-        preactivation,
-        activation,
-        needs,
-    )
+    with on_device_of(hidden_states):
+        return module.backward(
+            grad_output,
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            metadata,
+            topk_weights,
+            preactivation,
+            activation,
+            needs,
+        )
 
 
 @_backward_op.register_fake

@@ -1,6 +1,6 @@
 """The forward pass of the routed experts on a CPU for a handful of tokens: decoding.
 
-``fused_moe_cpu`` comes here where at most `MAX_SLOTS` slots are computed. Each expert's weights are read once for one
+``fused_moe`` comes here where at most `MAX_SLOTS` slots are computed. Each expert's weights are read once for one
 to a few rows, so what counts is how fast they stream and how little runs in between.
 
 Surprising: two or more experts are multiplied as one batch where that pays, shorter ones padded with a copy of one of

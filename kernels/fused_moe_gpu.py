@@ -15,7 +15,6 @@ from torch import Tensor
 
 from deepseek_kernels.combine import combine
 from deepseek_kernels.decode import MAX_TOKENS, decode
-from deepseek_kernels.device_guard import on_device_of
 from deepseek_kernels.down_backward import down_backward
 from deepseek_kernels.gate_up import gate_up
 from deepseek_kernels.grouped_gemm import grouped_gemm
@@ -45,15 +44,6 @@ def forward(
         keep_preactivation: Whether there will be a backward pass.
     """
     _check_sizes(topk_indices, gate_up_proj)
-    with on_device_of(hidden_states):
-        return _forward(
-            hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, activation, keep_preactivation
-        )
-
-
-def _forward(
-    hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, activation, keep_preactivation
-) -> tuple[Tensor, Tensor, RoutingMetadata | None]:
     num_slots = topk_indices.shape[1]
     if hidden_states.shape[0] <= MAX_TOKENS and not keep_preactivation:
         if hidden_states.shape[0] == 0:
@@ -93,23 +83,6 @@ def backward(
         activation: Canonical name.
         needs: Which of the four gradients are wanted; the others come back empty.
     """
-    with on_device_of(hidden_states):
-        return _backward(
-            grad_output,
-            hidden_states,
-            gate_up_proj,
-            down_proj,
-            metadata,
-            topk_weights,
-            preactivation,
-            activation,
-            needs,
-        )
-
-
-def _backward(
-    grad_output, hidden_states, gate_up_proj, down_proj, metadata, topk_weights, preactivation, activation, needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs_x, needs_gate_up, needs_down, needs_weights = needs
     num_slots = topk_weights.shape[1]
     tiles = tiles_for(hidden_states, down_proj, metadata.row_slot.numel())
