@@ -27,10 +27,13 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, SftRecipe, collect_overrides(args))
 
+    from accelerate import PartialState
+
     from deepseek_training.sft import sft
 
     summary = sft(recipe, args.output, overwrite=args.overwrite)
-    for check in summary["checks"]:
-        print(f"held-out answers: bits per byte {check['value']:+.1%} ({'ok' if check['passed'] else 'missed'})")
-    print(f"model and chat template in {args.output}/model after {summary['seconds']:.0f} s")
+    if PartialState().is_main_process:
+        for check in summary["checks"]:
+            print(f"held-out answers: bits per byte {check['value']:+.1%} ({'ok' if check['passed'] else 'missed'})")
+        print(f"model and chat template in {args.output}/model after {summary['seconds']:.0f} s")
     return 0 if all(check["passed"] for check in summary["checks"]) else 1

@@ -11,22 +11,8 @@ from deepseek_training.align_recipe import AlignRecipe
 from deepseek_training.recipe import load_recipe
 from deepseek_training.reward_learning import GAUGES, START, _gain, format_table, main
 from deepseek_training.reward_runs import METHODS, Gauges, measure_policy, train_policy
-from deepseek_training.text_data import load_texts
-from deepseek_training.tokenizer import train_tokenizer
-from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 SMALL = {"num_updates": 1, "num_eval_prompts": 8, "response_length": 6, "prompt_sources": ["medquad"]}
-
-
-@pytest.fixture(scope="module")
-def policy_path(tmp_path_factory):
-    """A debug-size model of ours with random weights, and its tokenizer."""
-    path = tmp_path_factory.mktemp("policy")
-    tokenizer = train_tokenizer(load_texts("dialogues", "validation"), 400)
-    torch.manual_seed(0)
-    DeepseekForCausalLM(DeepseekConfig.from_preset("debug", vocab_size=len(tokenizer))).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def make_recipe(policy_path, **settings):
