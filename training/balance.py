@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from deepseek_training.callback_order import move_before_trackers
+from deepseek_training.callback_order import move_before_trackers, passes_of_this_step
 from deepseek_training.router_figures import RouterWindow, router_figures
 
 logger = logging.get_logger(__name__)
@@ -67,6 +67,20 @@ class ExpertBalanceCallback(TrainerCallback):
         self._window = None
         _warn_of_lost_state(model)
         _warn_of_fp16(args, model)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
+        """Tell the routers how many passes make this step: an epoch's last may have fewer.
+
+        Args:
+            args: Training arguments.
+            state: The trainer's state.
+            control: The trainer's control.
+            model: The model.
+            **kwargs: Unused.
+        """
+        num_passes = passes_of_this_step(args)
+        for router in find_routers(model):
+            router.load.num_accumulation_steps = num_passes
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs: Any) -> None:
         """Update biases and shares.

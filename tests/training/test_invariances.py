@@ -36,14 +36,15 @@ def batch(rows=8, length=15):
     return torch.randint(3, 61, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def train(folder, callback=None, **arguments):
+def train(folder, callback=None, *, num_rows=8, settings=None, resume=None, **arguments):
     """Two steps of plain SGD on the same eight rows; the model and the load of its experts."""
-    model, callback = build(), callback or ExpertBalanceCallback()
-    rows = [{"input_ids": row, "labels": row} for row in batch()]
+    model, callback = build(**(settings or {})), callback or ExpertBalanceCallback()
+    rows = [{"input_ids": row, "labels": row} for row in batch(num_rows)]
     options = {"per_device_train_batch_size": 8, "max_steps": 2, "optim": "sgd", "learning_rate": 0.5, **arguments}
-    options |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no"}
+    options |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1}
+    options = {"save_strategy": "no", **options}
     arguments = TrainingArguments(folder, use_cpu=True, report_to=[], disable_tqdm=True, **options)
-    Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train(resume)
     return model, callback.tokens_per_expert
 
 
@@ -70,6 +71,32 @@ def whole(tmp_path_factory):
 def test_weights_biases_shares_and_counters(tmp_path, whole, arguments):
     assert_same(whole, train(tmp_path, **arguments))
     assert whole[1].sum() > 0 and all(router.e_score_correction_bias.any() for router in find_routers(whole[0]))
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_nextn_predict_layers": 1, "mtp_loss_coef": 2.0}], ids=["", "mtp"])
+@pytest.mark.parametrize("num_rows", [10, 14])
+def test_a_shorter_last_accumulation_of_an_epoch(tmp_path, num_rows, settings):
+    """Eight rows as four passes, then two or six as one or three; twice, so that a whole step follows a short one."""
+    options = {"num_rows": num_rows, "settings": settings, "max_steps": 4, "learning_rate": 0.02}
+    whole = train(tmp_path / "whole", **options)
+    assert_same(whole, train(tmp_path / "parts", **options, **ACCUMULATED))
+
+
+def test_a_resumed_epoch_knows_its_shorter_last_accumulation(tmp_path):
+    """Where the data are not skipped, the steps taken do not tell where in the epoch a step is."""
+    options = {
+        "num_rows": 10,
+        "learning_rate": 0.02,
+        "ignore_data_skip": True,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    found = []
+    for name, accumulation in (("whole", {}), ("parts", ACCUMULATED)):
+        train(tmp_path / name, **{**options, **accumulation, "max_steps": 1})
+        resume = tmp_path / name / "checkpoint-1"
+        found.append(train(tmp_path / name, **{**options, **accumulation, "max_steps": 3}, resume=resume))
+    assert_same(*found)
 
 
 class UpdatesAtEachPass(ExpertBalanceCallback):
