@@ -174,7 +174,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         return sequence_balance_loss(scores, topk_indices, is_used, layout)
 
     @torch.no_grad()
-    def finish_step(self, tokens_per_expert: torch.Tensor, num_tokens: float) -> None:
+    def finish_step(self, tokens_per_expert: torch.Tensor, num_tokens: float, speed: float | None = None) -> None:
         """Update bias and share once after an optimizer step, and begin to count anew.
 
         The bias moves against the load, centred so that its mean stays where it is::
@@ -184,6 +184,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         Args:
             tokens_per_expert: `[E]`, of all data-parallel ranks.
             num_tokens: Likewise, padding left out.
+            speed: In place of the configuration's `router_bias_update_speed`.
 
         Reference:
             Wang et al. 2024, arXiv 2408.15664, algorithm 1; DeepSeek-V3 uses a speed of 0.001.
@@ -191,7 +192,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         self.load.reset()
         if num_tokens == 0:
             return
-        speed = self.config.router_bias_update_speed
+        speed = self.config.router_bias_update_speed if speed is None else speed
         if speed > 0:
             load = tokens_per_expert.to(self.e_score_correction_bias)
             delta = speed * torch.sign(load.mean() - load)

@@ -27,8 +27,8 @@ class ExpertBalanceCallback(TrainerCallback):
     """Balances the experts of a `modeling_deepseek` model while it trains.
 
     Args:
-        bias_update_speed: Replaces the model's `router_bias_update_speed` for this run (DeepSeek-V3: 0.001); None
-            keeps it. A loaded checkpoint's is 0 unless asked for.
+        bias_update_speed: In place of the model's `router_bias_update_speed`, which it leaves as it is, also in what
+            is saved (DeepSeek-V3: 0.001); None takes the model's. A loaded checkpoint's is 0 unless asked for.
 
     Attributes:
         tokens_per_expert: `[L, E]` int64 on the CPU: the load of each MoE layer since the last log, over all ranks.
@@ -62,10 +62,8 @@ class ExpertBalanceCallback(TrainerCallback):
         for router in routers:
             router.load.reset()
             router.load.num_accumulation_steps = args.gradient_accumulation_steps
-            if self.bias_update_speed is not None:
-                router.config.router_bias_update_speed = self.bias_update_speed
         self._window = None
-        _warn_of_lost_state(model)
+        _warn_of_lost_state(model, self.bias_update_speed)
         _warn_of_fp16(args, model)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
@@ -159,7 +157,7 @@ class ExpertBalanceCallback(TrainerCallback):
             torch.distributed.all_reduce(counts)
         counts = counts.cpu()  # the step's only wait for the GPU
         for router, row in zip(routers, counts, strict=True):
-            router.finish_step(row[: router.num_experts], int(row[-1]))
+            router.finish_step(row[: router.num_experts], int(row[-1]), self.bias_update_speed)
         if self._window is None or self._window.shape != counts.shape:
             self._window = torch.zeros_like(counts)
         self._window += counts
@@ -184,13 +182,14 @@ def find_routers(model: nn.Module | None) -> list[nn.Module]:
     ]
 
 
-def _warn_of_lost_state(model: nn.Module) -> None:
+def _warn_of_lost_state(model: nn.Module, speed: float | None) -> None:
     """Say so if what moves in the routers is no part of the adapter that PEFT saves."""
     if not hasattr(model, "peft_config"):
         return
     names = {module: name for name, module in model.named_modules()}
     for router in find_routers(model):
-        is_moving = router.config.router_bias_update_speed > 0 or (router.share and router.share.target is not None)
+        has_moving_bias = (router.config.router_bias_update_speed if speed is None else speed) > 0
+        is_moving = has_moving_bias or (router.share and router.share.target is not None)
         if is_moving and ".modules_to_save." not in names[router]:
             logger.warning(
                 "ExpertBalanceCallback: balancing bias and expert share of the routers move, but are no part of the "

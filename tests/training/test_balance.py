@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 import subprocess
@@ -144,12 +145,18 @@ def run_trainer(folder, *, num_steps=3, callbacks=None, model=None, **arguments)
     """Steps of plain SGD through the stock Trainer on the same 8 rows each; the model it leaves."""
     model = build(**BALANCED) if model is None else model
     rows = [{"input_ids": row, "labels": row} for row in batch()]
-    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "optim": "sgd", **arguments}
+    options = {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "optim": "sgd",
+        "save_strategy": "no",
+    }
+    options |= arguments
     trainer = Trainer(
         model,
         TrainingArguments(
             folder, max_steps=num_steps, learning_rate=0.5, lr_scheduler_type="constant", use_cpu=True,
-            save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1, max_grad_norm=0.0, **options,
+            report_to=[], disable_tqdm=True, logging_steps=1, max_grad_norm=0.0, **options,
         ),
         train_dataset=rows,
         callbacks=[ExpertBalanceCallback()] if callbacks is None else callbacks,
@@ -245,3 +252,17 @@ def test_a_loaded_checkpoint_keeps_its_bias_unless_asked(tmp_path):
     assert asked.config.router_bias_update_speed == 0.003
     with pytest.raises(ValueError, match="bias_update_speed: -1 is not allowed"):
         ExpertBalanceCallback(bias_update_speed=-1)
+
+
+def test_the_callbacks_speed_is_the_runs_and_not_the_models(tmp_path):
+    """Neither the checkpoint saved on the way nor the model afterwards has it; a later run keeps the bias still."""
+    callback = ExpertBalanceCallback(bias_update_speed=0.05)
+    model, _ = run_trainer(tmp_path, callbacks=[callback], num_steps=2, save_strategy="steps", save_steps=1)
+    moved = [router.e_score_correction_bias.clone() for router in find_routers(model)]
+    assert all(0.05 < bias.max() - bias.min() < 0.21 for bias in moved), "two steps up to 0.05 to either side"
+    saved = json.loads((tmp_path / "checkpoint-1" / "config.json").read_text())
+    assert saved["router_bias_update_speed"] == model.config.router_bias_update_speed == 0.01
+    model.config.router_bias_update_speed = 0.0
+    run_trainer(tmp_path, model=model)
+    for router, bias in zip(find_routers(model), moved, strict=True):
+        assert torch.equal(router.e_score_correction_bias, bias)
