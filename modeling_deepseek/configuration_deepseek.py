@@ -294,6 +294,14 @@ class DeepseekConfig(DeepseekV3Config):
         _require(
             self.mtp_loss_coef == 0 or depths > 0, "num_nextn_predict_layers", depths, "1 or more with mtp_loss_coef"
         )
+        # The prediction loss is scaled by what the last layer's router knows of accumulation.
+        dense, last = self.first_k_dense_replace, self.num_hidden_layers + depths - 1
+        _require(
+            self.mtp_loss_coef == 0 or dense <= last,
+            "first_k_dense_replace",
+            dense,
+            f"at most {last} with mtp_loss_coef, so that the last prediction layer has experts",
+        )
 
 
 def _require(holds: bool, name: str, value: Any, allowed: str) -> None:

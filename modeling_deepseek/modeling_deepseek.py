@@ -389,10 +389,10 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
         """The layers' mean balance loss, for the logs of trainers that expect one; its gradient is in the layers."""
         routers = [layer.mlp.gate for layer in self.model.layers[: self.config.num_hidden_layers] if layer.is_moe]
         layout = None
-        if isinstance(attention_mask, torch.Tensor) and len(router_logits[0]) == attention_mask.numel():
+        if routers and isinstance(attention_mask, torch.Tensor) and len(router_logits[0]) == attention_mask.numel():
             layout = make_layout(attention_mask.shape, attention_mask.device, attention_mask, None)
         losses = [router.balance_loss(row, layout) for router, row in zip(routers, router_logits, strict=True)]
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean() if losses else torch.zeros((), device=self.device)
 
 
 class DeepseekForSequenceClassification(DeepseekPreTrainedModel, DeepseekV3ForSequenceClassification):
