@@ -1,19 +1,25 @@
 """``deepseek-moe bench``: side-by-side tables of the kernels, printed and saved.
 
-Writes ``results.json``, ``results.csv`` and ``plots/speedup.png`` into a run folder.
+Writes ``results.json``, ``results.csv`` and ``plots/speedup.png`` into a run folder. The mean is over ``forward`` and
+``forward+backward``; ``backward`` by itself is shown and left out of it, being part of the latter.
 """
 
 import argparse
 import csv
+import io
 import json
 import math
+import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 HELP = "Time the fused MoE layer against every experts implementation present."
 EXAMPLES = """
   deepseek-moe bench kernels
   deepseek-moe bench kernels --grid quick --output /tmp/bench
 """
+_MAX_SECONDS = 3600
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,61 +37,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print and save.
+    """Measure, print and save; a cell is saved as soon as it is measured, and an interrupted run is taken up.
 
     Args:
         args: The parsed options.
 
+    Returns:
+        0, or 1 when `fused_moe` failed in a cell or nobody else ran.
+
     Raises:
-        ValueError: The GPU grid or tuning is asked for where there is no GPU, or the time is not positive.
+        ValueError: The GPU grid or tuning is asked for where there is no GPU, or the time is out of range.
     """
     import torch
+    from tqdm import tqdm
 
-    from deepseek_cli import kernel_benchmark
+    from deepseek_cli.kernel_benchmark import measure_cell
+    from deepseek_cli.kernel_cells import GRIDS
+    from deepseek_cli.kernel_peers import find_implementations
     from deepseek_model_cards.run_folder import RunFolder
 
-    has_gpu = torch.cuda.is_available()
-    if args.grid == "gpu" and not has_gpu:
-        raise ValueError("grid: got gpu, wanted cpu or quick: torch sees no GPU on this machine")
-    if not args.seconds > 0:
-        raise ValueError(f"seconds: got {args.seconds}, wanted more than 0")
-    if args.tune and (not has_gpu or args.grid in ("cpu", "quick")):
-        raise ValueError(f"tune: got grid {args.grid}, wanted gpu on a machine with one: tiles are those of a GPU")
-    name = args.grid if args.grid != "auto" else ("gpu" if has_gpu else "cpu")
-    grid = {
-        "cpu": kernel_benchmark.CPU_GRID,
-        "gpu": kernel_benchmark.GPU_GRID,
-        "quick": kernel_benchmark.QUICK_GRID,
-    }[name]
+    name = _check(args, torch.cuda.is_available())
     device = "cuda" if name == "gpu" else "cpu"
     settings = {"grid": name, "seconds": args.seconds, "device": device, "num_threads": torch.get_num_threads()}
     folder = RunFolder.create(args.output, settings, command="bench kernels", seed=0, overwrite=args.overwrite)
-    begun, rows = time.time(), []
+    implementations, absent = find_implementations()
+    for other, reason in absent.items():
+        print(f"{other} is left out: {reason}")
+    begun, rows = time.time(), _read_rows(folder.path)
     if args.tune:
-        _tune(grid)
-    for cell in grid:
-        new = kernel_benchmark.measure_cell(cell, device, args.seconds)
+        _tune(GRIDS[name])
+    told = set()
+    for cell in tqdm(GRIDS[name], desc="cells", unit="cell", dynamic_ncols=True):
+        if any(all(row[key] == value for key, value in asdict(cell).items()) for row in rows):
+            continue
+        new = measure_cell(cell, device, args.seconds, implementations)
         rows += new
-        _print_rows(new)
+        _save(folder.path, rows, absent)
+        tqdm.write(_format_rows(cell.title, new, told))
     speedups = compute_speedups(rows)
-    (folder.path / "results.json").write_text(json.dumps({"rows": rows, "speedups": speedups}, indent=1))
-    _write_csv(folder.path / "results.csv", rows)
-    if not speedups:
-        raise ValueError(f"bench: fused_moe and another ran no shape in common; see {folder.path}/results.csv")
-    mean = math.exp(sum(math.log(entry["speedup"]) for entry in speedups) / len(speedups))
-    print(f"geometric mean of fused_moe over the best other: {mean:.2f}x; worst {_worst(speedups)}")
-    _draw(folder.path / "plots" / "speedup.png", speedups, settings)
-    folder.finish(
-        {
-            "stage": "bench",
-            "results": [
-                {"metric": "speedup_geometric_mean", "dataset": f"{name} grid", "value": mean, "n": len(speedups)}
-            ],
-            "seconds": time.time() - begun,
-        }
+    failure = _find_failure(rows, speedups)
+    if failure is not None:
+        print(f"deepseek-moe bench: {failure}; see {folder.path}/results.csv", file=sys.stderr)
+        return 1
+    whole = [entry for entry in speedups if entry["mode"] != "backward"]
+    mean = math.exp(sum(math.log(entry["speedup"]) for entry in whole) / len(whole))
+    print(
+        f"geometric mean of fused_moe over the best other: {mean:.2f}x in {len(whole)} rows; {_describe_worst(whole)}"
     )
+    _draw(folder.path / "plots" / "speedup.png", speedups, settings)
+    result = {"metric": "speedup_geometric_mean", "dataset": f"{name} grid", "value": mean, "n": len(whole)}
+    folder.finish({"stage": "bench", "results": [result], "seconds": time.time() - begun})
     print(f"written to {folder.path}")
     return 0
+
+
+def _check(args: argparse.Namespace, has_gpu: bool) -> str:
+    """Return the grid's name; raise for options that cannot be served here."""
+    if args.grid == "gpu" and not has_gpu:
+        raise ValueError("grid: got gpu, wanted cpu or quick: torch sees no GPU on this machine")
+    if not 0 < args.seconds <= _MAX_SECONDS:
+        raise ValueError(f"seconds: got {args.seconds}, wanted more than 0 and at most {_MAX_SECONDS}")
+    if args.tune and (not has_gpu or args.grid in ("cpu", "quick")):
+        raise ValueError(f"tune: got grid {args.grid}, wanted gpu on a machine with one: tiles are those of a GPU")
+    return args.grid if args.grid != "auto" else ("gpu" if has_gpu else "cpu")
+
+
+def _find_failure(rows: list[dict], speedups: list[dict]) -> str | None:
+    """What keeps the run from counting as a measurement."""
+    failed = [row for row in rows if row["implementation"] == "fused_moe" and "skipped" in row]
+    if failed:
+        return f"fused_moe failed in {len(failed)} rows, first: {failed[0]['skipped']}"
+    return None if speedups else "fused_moe and another ran no shape in common"
+
+
+def _read_rows(path: Path) -> list[dict]:
+    """Rows of a run that was interrupted."""
+    results = path / "results.json"
+    return json.loads(results.read_text(encoding="utf-8"))["rows"] if results.exists() else []
+
+
+def _save(path: Path, rows: list[dict], absent: dict[str, str]) -> None:
+    from deepseek_model_cards.run_folder import write_json, write_text
+
+    write_json(path / "results.json", {"rows": rows, "speedups": compute_speedups(rows), "absent": absent})
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path / "results.csv", table.getvalue())
 
 
 def _tune(grid: list) -> None:
@@ -114,7 +153,7 @@ def compute_speedups(rows: list[dict]) -> list[dict]:
     """Return, for every shape and mode that `fused_moe` and another ran, how many times faster it is than the best.
 
     Args:
-        rows: What `kernel_benchmark.measure_cell` returned.
+        rows: What `measure_cell` returned.
     """
     keys = ("T", "H", "I", "E", "K", "routing", "dtype", "mode")
     groups: dict[tuple, dict[str, float]] = {}
@@ -131,36 +170,44 @@ def compute_speedups(rows: list[dict]) -> list[dict]:
     return speedups
 
 
-def _print_rows(rows: list[dict]) -> None:
-    cell = rows[0]
-    shape = " ".join(f"{axis}={cell[axis]}" for axis in "THIEK")
-    print(f"\n{shape} {cell['routing']} {cell['dtype']} on {cell['device']}")
-    print(f"  {'mode':<17}{'implementation':<16}{'ms':>9}{'TFLOP/s':>9}{'of peak':>9}{'kept KiB/token':>16}")
+def _format_rows(title: str, rows: list[dict], told: set[tuple[str, str]]) -> str:
+    """One cell's table; why somebody is missing is said once a run for each reason.
+
+    Args:
+        title: The shape.
+        rows: What `measure_cell` returned.
+        told: What has been said so far; added to.
+    """
+    columns = ("ms", "TFLOP/s", "of peak", "kept KiB/token", "peak MiB", "of copy speed")
+    head = f"  {'mode':<17}{'implementation':<15}"
+    lines = [f"\n{title} on {rows[0]['device']}", head + "".join(f"{column:>15}" for column in columns)]
     for row in rows:
+        head = f"  {row['mode']:<17}{row['implementation']:<15}"
         if "skipped" in row:
-            print(f"  {row['mode']:<17}{row['implementation']:<16} skipped: {row['skipped']}")
+            key = (row["implementation"], row["skipped"])
+            lines += [] if key in told else [f"{head} skipped: {row['skipped']}"]
+            told.add(key)
             continue
-        kept = row["kept_bytes_per_token"]
-        print(
-            f"  {row['mode']:<17}{row['implementation']:<16}{row['ms']:>9.2f}{row['tflops']:>9.3f}"
-            f"{row['share_of_matmul_peak']:>9.0%}{'' if kept is None else f'{kept / 1024:.1f}':>16}",
-            flush=True,
+        cells = (
+            f"{row['ms']:.2f}",
+            f"{row['tflops']:.3f}",
+            f"{row['share_of_matmul_peak']:.0%}",
+            _in_units(row["kept_bytes_per_token"], 2**10),
+            _in_units(row["peak_memory_bytes"], 2**20),
+            f"{row['share_of_copy_peak']:.0%}" if "share_of_copy_peak" in row else "",
         )
+        lines.append(head + "".join(f"{cell:>15}" for cell in cells))
+    return "\n".join(lines)
 
 
-def _worst(speedups: list[dict]) -> str:
+def _in_units(num_bytes: float | None, unit: int) -> str:
+    return "" if num_bytes is None else f"{num_bytes / unit:.1f}"
+
+
+def _describe_worst(speedups: list[dict]) -> str:
     worst = min(speedups, key=lambda entry: entry["speedup"])
-    return f"{worst['speedup']:.2f}x at " + " ".join(
-        str(worst[key]) for key in ("T", "H", "I", "E", "K", "dtype", "mode")
-    )
-
-
-def _write_csv(path, rows: list[dict]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    shape = " ".join(str(worst[key]) for key in ("T", "H", "I", "E", "K", "routing", "dtype", "mode"))
+    return f"worst {worst['speedup']:.2f}x at {shape}"
 
 
 def _draw(path, speedups: list[dict], settings: dict) -> None:

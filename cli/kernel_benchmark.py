@@ -1,150 +1,172 @@
 """Times experts implementations side by side; ``deepseek-moe bench kernels`` prints what this measures.
 
 Every implementation runs in one process, in turn, on the same weights and the same routing, so that whatever else the
-machine does hits all alike; the figure is the median. Surprising: implementations are those registered with
-transformers' experts interface, plus ``eager``. Other projects register theirs there, and are measured if imported.
+machine does hits all alike; the figure is the median. Before that, output and gradients of each are held against
+``eager``: who computes something else is reported, not timed. Surprising: ``forward`` is timed without gradients, as
+in inference, while ``backward`` is the second part of the step that ``forward+backward`` is the whole of.
 
 T tokens, K slots a token, H hidden, I expert width, E experts.
 """
 
-import random
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 from transformers import DeepseekV3Config
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
-import modeling_deepseek  # noqa: F401  registers fused_moe
+from deepseek_cli.kernel_cells import Cell, make_routing
+from deepseek_cli.kernel_memory import kept_bytes, peak_memory
+from deepseek_cli.kernel_peers import SKIPS_UNUSED, Experts
+from deepseek_cli.kernel_timing import Mark, interleave, synchronize
 
-MODES = ("forward", "forward+backward")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One shape and kind of routing: ``balanced``, ``skewed`` or ``dynamic`` (two thirds to all slots used)."""
-
-    T: int
-    H: int
-    I: int  # noqa: E741
-    E: int
-    K: int
-    routing: str = "balanced"
-    dtype: str = "float32"
-
-    @property
-    def flops(self) -> int:
-        """Of a forward pass; forward and backward together take three times as many."""
-        return 6 * self.T * self.K * self.H * self.I
+_WORK = {"forward": 1, "backward": 2, "forward+backward": 3}  # in forward passes
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+_CAPTURABLE = ("fused_moe", "grouped_mm", "batched_mm", "scattermoe")
 
 
-CPU_SHAPES = [(2048, 512, 256, 128, 12), (2048, 512, 256, 16, 4), (4096, 256, 128, 32, 4), (1024, 1024, 512, 64, 8)]
-CPU_SHAPES += [(1, 1024, 512, 64, 8), (16, 1024, 512, 64, 8), (4096, 128, 96, 16, 4)]
-CPU_GRID = [Cell(*shape, dtype=dtype) for shape in CPU_SHAPES for dtype in ("float32", "bfloat16")]
-CPU_GRID += [Cell(4096, 256, 128, 32, 4, routing) for routing in ("skewed", "dynamic")]
-_LARGE = [(32768, 2048, 768, 128, 12), (8192, 2048, 768, 128, 12), (32768, 4096, 1536, 128, 8)]
-GPU_GRID = [Cell(*shape, dtype="bfloat16") for shape in _LARGE]
-GPU_GRID += [Cell(*_LARGE[1], routing, "bfloat16") for routing in ("skewed", "dynamic")]
-GPU_GRID += [Cell(T, 2048, 768, 128, 12, dtype="bfloat16") for T in (1, 4, 16, 64)]
-QUICK_GRID = [Cell(64, 64, 48, 8, 2), Cell(64, 64, 48, 8, 2, "dynamic"), Cell(1, 64, 48, 8, 2, dtype="bfloat16")]
-
-
-def make_routing(cell: Cell, device: str) -> tuple[Tensor, Tensor]:
-    """Return indices and weights [T, K] from a fixed seed; an unused slot has index E and weight 0.
-
-    Args:
-        cell: The shape.
-        device: Where to put them.
-    """
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(cell.T, cell.E, generator=generator)
-    if cell.routing == "skewed":  # Zipf: the first expert is chosen E times as often as the last
-        scores = scores ** torch.arange(1, cell.E + 1)
-    indices = scores.topk(cell.K).indices
-    weights = torch.rand(cell.T, cell.K, generator=generator)
-    if cell.routing == "dynamic":
-        used = torch.randint(-(-2 * cell.K // 3), cell.K + 1, (cell.T, 1), generator=generator)
-        is_unused = torch.arange(cell.K) >= used
-        indices, weights = indices.masked_fill(is_unused, cell.E), weights.masked_fill(is_unused, 0)
-    return indices.to(device), weights.to(device)
-
-
-def measure_cell(cell: Cell, device: str, seconds: float) -> list[dict]:
+def measure_cell(cell: Cell, device: str, seconds: float, implementations: dict[str, Experts]) -> list[dict]:
     """Return one row per implementation and mode.
 
     Args:
         cell: What to run.
         device: ``cpu`` or ``cuda``.
-        seconds: How long to go on, about, per mode.
+        seconds: How long to go on, about, for inference and again for training.
+        implementations: From `find_implementations`; ``eager`` has to come first.
     """
-    dtype = getattr(torch, cell.dtype)
-    config = DeepseekV3Config(
-        hidden_size=cell.H, moe_intermediate_size=cell.I, n_routed_experts=cell.E, num_experts_per_tok=cell.K
-    )
-    with torch.device(device):
-        experts = modeling_deepseek_v3.DeepseekV3Experts(config).to(dtype)
-        x = torch.randn(cell.T, cell.H, dtype=dtype)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    peak = _matmul_peak(dtype, device)
+    layer = _Layer(cell, device)
+    peaks = {"matmul": _matmul_peak(layer.x.dtype, device), "copy": _copy_peak(device)}
     rows = []
-    for mode in MODES:
-        if mode != "forward" and device == "cuda" and cell.T <= 64:
+    for is_training in (False, True):
+        if is_training and device == "cuda" and cell.is_decode:
             continue  # decoding has no backward pass
-        steps, skipped = {}, {}
-        for name in ("eager", *ALL_EXPERTS_FUNCTIONS.keys()):
-            step = _make_step(experts, cell, name, x, mode)
-            reason = _reason_to_skip(cell, name, dtype, device) or _first_failure(step)
-            if reason is None:
-                steps[name] = step
-            else:
-                skipped[name] = reason
-        times = _interleave(steps, seconds, device)
-        factor = 1 if mode == "forward" else 3
-        for name, milliseconds in times.items():
-            teraflops = factor * cell.flops / milliseconds / 1e9
-            rows.append(
-                {
-                    **asdict(cell),
-                    "device": device,
-                    "mode": mode,
-                    "implementation": name,
-                    "ms": milliseconds,
-                    "tflops": teraflops,
-                    "share_of_matmul_peak": teraflops / peak,
-                    "kept_bytes_per_token": None if mode == "forward" else _kept_bytes(steps[name], experts) / cell.T,
-                    "peak_memory_bytes": _peak_memory(steps[name], device),
-                }
-            )
-        rows += [
-            {**asdict(cell), "device": device, "mode": mode, "implementation": name, "skipped": reason}
-            for name, reason in skipped.items()
-        ]
-    return rows
+        steps, skipped = _steps_that_agree(layer, implementations, is_training)
+        graphs = _capture(steps) if device == "cuda" and cell.is_decode else {}
+        medians = interleave({**steps, **graphs}, seconds, device)
+        for name, (*parts, total) in medians.items():
+            memory = {
+                "kept_bytes_per_token": layer.kept_bytes(name, implementations[name]) / cell.T
+                if is_training
+                else None,
+                "peak_memory_bytes": layer.peak_memory(steps[name]),
+                "is_cuda_graph": name in graphs,
+            }
+            modes = {"backward": parts[1], "forward+backward": total} if is_training else {"forward": total}
+            for mode, milliseconds in modes.items():
+                speed = layer.describe_speed(milliseconds, mode, peaks)
+                rows.append({**layer.describe(mode, name), **speed, **memory})
+        mode = "forward+backward" if is_training else "forward"
+        rows += [{**layer.describe(mode, name), "skipped": reason} for name, reason in skipped.items()]
+    return sorted(rows, key=lambda row: list(_WORK).index(row["mode"]))
 
 
-def _make_step(experts, cell: Cell, name: str, x: Tensor, mode: str) -> Callable[[], Tensor]:
-    indices, weights = make_routing(cell, x.device)
-    if name not in ("eager", "fused_moe"):
-        # transformers' own implementations cannot take an unused slot; its models give it an expert and no weight.
-        indices = indices.where(indices < cell.E, 0)
+class _Layer:
+    """The experts of one cell with their input and routing."""
 
-    def step() -> Tensor:
-        experts.config._experts_implementation = name
-        if mode == "forward":
+    def __init__(self, cell: Cell, device: str):
+        config = DeepseekV3Config(
+            hidden_size=cell.H, moe_intermediate_size=cell.I, n_routed_experts=cell.E, num_experts_per_tok=cell.K
+        )
+        dtype = getattr(torch, cell.dtype)
+        with torch.device(device):
+            self.experts = modeling_deepseek_v3.DeepseekV3Experts(config).to(dtype)
+            self.x = torch.randn(cell.T, cell.H, dtype=dtype)
+        for parameter in self.experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        self.cell, self.device, self.routing = cell, device, make_routing(cell, device)
+
+    def indices_for(self, name: str) -> Tensor:
+        """[T, K] as an implementation can take them: not all can skip an unused slot."""
+        return self.routing.mask_unused(self.cell.E) if name in SKIPS_UNUSED else self.routing.indices
+
+    def kept_bytes(self, name: str, implementation: Experts) -> int:
+        """Bytes kept for the backward pass."""
+        x, weights = self.x.detach().requires_grad_(), self.routing.weights.detach().requires_grad_()
+        indices = self.indices_for(name)
+        return kept_bytes(lambda: implementation(self.experts, x, indices, weights), self.experts)
+
+    def peak_memory(self, step: Callable[[Mark], list[Tensor]]) -> int | None:
+        """Bytes a step takes at most; gradients of the step before are given up first."""
+        self.experts.zero_grad()
+        return peak_memory(lambda: step(_ignore), self.device)
+
+    def make_step(self, name: str, implementation: Experts, is_training: bool) -> Callable[[Mark], list[Tensor]]:
+        """A function that runs once, marks where its parts begin and end, and returns output and gradients."""
+        indices = self.indices_for(name)
+
+        def infer(mark: Mark) -> list[Tensor]:
             with torch.no_grad():
-                return experts(x, indices, weights)
-        experts.zero_grad()
-        leaf, router = x.detach().requires_grad_(), weights.detach().requires_grad_()
-        output = experts(leaf, indices, router)
-        output.backward(x)
-        return output
+                mark()
+                output = implementation(self.experts, self.x, indices, self.routing.weights)
+                mark()
+            return [output]
 
-    return step
+        def train(mark: Mark) -> list[Tensor]:
+            self.experts.zero_grad()
+            x, weights = self.x.detach().requires_grad_(), self.routing.weights.detach().requires_grad_()
+            mark()
+            output = implementation(self.experts, x, indices, weights)
+            mark()
+            output.backward(self.x)
+            mark()
+            # At an unused slot of weight 0 the derivative is a matter of convention.
+            weights.grad.masked_fill_(self.routing.is_unused, 0)
+            return [output.detach(), x.grad, weights.grad, *(p.grad for p in self.experts.parameters())]
+
+        return train if is_training else infer
+
+    def describe(self, mode: str, name: str) -> dict:
+        """What says which row it is."""
+        return {**asdict(self.cell), "device": self.device, "mode": mode, "implementation": name}
+
+    def describe_speed(self, milliseconds: float, mode: str, peaks: dict[str, float]) -> dict:
+        """Time and rates; work is that of the used slots, whoever computes the others too."""
+        c = self.cell
+        teraflops = _WORK[mode] * 6 * self.routing.num_used * c.H * c.I / milliseconds / 1e9
+        speed = {"ms": milliseconds, "tflops": teraflops, "share_of_matmul_peak": teraflops / peaks["matmul"]}
+        if c.is_decode and mode == "forward":
+            weights = 3 * self.routing.num_experts_used() * c.H * c.I * self.x.element_size()
+            gigabytes_per_s = (weights + 2 * self.x.numel() * self.x.element_size()) / milliseconds / 1e6
+            speed |= {"gb_per_s": gigabytes_per_s, "share_of_copy_peak": gigabytes_per_s / peaks["copy"]}
+        return speed
+
+
+def _steps_that_agree(layer: _Layer, implementations: dict[str, Experts], is_training: bool) -> tuple[dict, dict]:
+    """Run everybody once, as warm-up; return the steps that compute what `eager` does, and why not the others."""
+    steps, skipped, wanted = {}, {}, None
+    for name, implementation in implementations.items():
+        reason = _reason_to_skip(layer.cell, name, layer.x.dtype, layer.device)
+        if reason is None:
+            step = layer.make_step(name, implementation, is_training)
+            try:
+                results = step(_ignore)
+            except Exception as error:  # Whatever another project raises where it cannot run is the answer.
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            else:
+                wanted = results if wanted is None else wanted
+                reason = _difference(results, wanted, _TOLERANCE[layer.x.dtype])
+        if reason is None:
+            steps[name] = step
+        else:
+            skipped[name] = reason
+    return steps, skipped
+
+
+def _ignore() -> None:
+    """Marks nothing."""
+
+
+def _difference(results: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> str | None:
+    """What is wrong with the results, as relative root mean square, or None."""
+    for what, got, want in zip(
+        ("output", "grad of x", "grad of weights", "grad", "grad"), results, wanted, strict=False
+    ):
+        error = float((got.float() - want.float()).norm() / want.float().norm().clamp(min=1e-30))
+        if not error <= tolerance:
+            return f"differs from eager: {what} by {error:.1e}, allowed {tolerance:.0e}"
+    return None
 
 
 def _reason_to_skip(cell: Cell, name: str, dtype: torch.dtype, device: str) -> str | None:
@@ -155,75 +177,49 @@ def _reason_to_skip(cell: Cell, name: str, dtype: torch.dtype, device: str) -> s
     return None
 
 
-def _first_failure(step: Callable[[], Tensor]) -> str | None:
-    """Run once, as warm-up; the reason if the implementation cannot run here."""
-    try:
-        step()
-    except (ImportError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0][:160]
-    return None
+def _capture(steps: dict[str, Callable]) -> dict[str, Callable]:
+    """Steps replayed from a CUDA graph, as decoding is served, for whoever can be captured."""
+    graphs = {}
+    for name in set(_CAPTURABLE) & set(steps):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                steps[name](_ignore)
+        except RuntimeError:  # It asks the device for a value: timed as it is, and its row says so.
+            torch.cuda.synchronize()
+            continue
+
+        def replay(mark: Mark, graph=graph) -> None:
+            mark()
+            graph.replay()
+            mark()
+
+        graphs[name] = replay
+    return graphs
 
 
-def _interleave(steps: dict[str, Callable], seconds: float, device: str) -> dict[str, float]:
-    """Median milliseconds of each; the slow ones fewer times.
-
-    Every round has an order of its own: in a fixed one, whoever follows the copies of ``batched_mm`` always meets a
-    cold cache (0.87 instead of 0.95 of the best at one token in bf16).
-    """
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    order = random.Random(0)
-    begun, spent = time.perf_counter(), dict.fromkeys(steps, 0.0)
-    while True:
-        for name, step in order.sample(list(steps.items()), len(steps)):
-            # One run of an implementation that takes five times the whole allowance tells enough.
-            if (len(samples[name]) >= 3 and spent[name] > seconds / 2) or spent[name] > 5 * seconds:
-                continue
-            _synchronize(device)
-            start = time.perf_counter()
-            step()
-            _synchronize(device)
-            samples[name].append(time.perf_counter() - start)
-            spent[name] += samples[name][-1]
-        is_measured = all(len(times) >= 3 or spent[name] > 5 * seconds for name, times in samples.items())
-        if max(map(len, samples.values())) >= 200 or (is_measured and time.perf_counter() - begun > seconds):
-            return {name: 1e3 * statistics.median(times) for name, times in samples.items()}
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
+@functools.cache
 def _matmul_peak(dtype: torch.dtype, device: str) -> float:
     """TFLOP/s of a large square product on this machine."""
     size = 8192 if device == "cuda" else 1536
     left, right = torch.randn(2, size, size, device=device).to(dtype)
-    milliseconds = _interleave({"mm": lambda: left @ right}, 0.3, device)["mm"]
-    return 2 * size**3 / milliseconds / 1e9
+    return 2 * size**3 / _median_ms(lambda: left @ right, device) / 1e9
 
 
-def _kept_bytes(step: Callable, experts) -> int:
-    """Bytes kept from the forward to the backward pass, parameters left out."""
-    own = {parameter.data_ptr() for parameter in experts.parameters()}
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = max(kept.get(storage.data_ptr(), 0), tensor.numel() * tensor.element_size())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step()
-    return sum(kept.values())
+@functools.cache
+def _copy_peak(device: str) -> float:
+    """GB/s read and written together by a copy larger than any cache."""
+    source = torch.zeros(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _median_ms(lambda: target.copy_(source), device) / 1e6
 
 
-def _peak_memory(step: Callable, device: str) -> int | None:
-    """Highest allocation of a step beyond what was there before; GPUs only, a CPU allocator keeps no such count."""
-    if device != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def _median_ms(run: Callable[[], object], device: str) -> float:
+    def step(mark: Mark) -> None:
+        mark()
+        run()
+        mark()
+
+    step(_ignore)
+    synchronize(device)
+    return interleave({"": step}, 0.3, device)[""][-1]

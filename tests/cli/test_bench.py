@@ -28,6 +28,10 @@ def test_quick_grid_measures_prints_and_saves(tmp_path, capsys):
         if row["mode"] == "forward+backward" and row["T"] == 64 and row["routing"] == "balanced" and "ms" in row
     }
     assert kept["fused_moe"] < kept["grouped_mm"]
+    assert all(row["peak_memory_bytes"] >= 0 for row in saved["rows"] if "ms" in row)
+    times = {row["mode"]: row["ms"] for row in saved["rows"] if row["implementation"] == "eager" and row["T"] == 1}
+    assert 0 < times["backward"] < times["forward+backward"]
+    assert {entry["mode"] for entry in saved["speedups"]} == {"forward", "backward", "forward+backward"}
     with open(tmp_path / "run" / "results.csv") as file:
         assert len(list(csv.DictReader(file))) == len(saved["rows"])
     assert (tmp_path / "run" / "plots" / "speedup.png").stat().st_size > 1000
@@ -49,3 +53,54 @@ def test_a_gpu_grid_without_a_gpu_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="grid: got gpu, wanted cpu or quick"):
         bench.run(parse("kernels", "--grid", "gpu", "--output", str(tmp_path)))
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e9"])
+def test_a_time_out_of_range_is_one_line(seconds, tmp_path):
+    with pytest.raises(ValueError, match=r"seconds: got .*, wanted more than 0 and at most 3600"):
+        bench.run(parse("kernels", "--seconds", seconds, "--output", str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_keeps_its_cells_and_is_taken_up(tmp_path, monkeypatch, capsys):
+    from deepseek_cli import kernel_benchmark, kernel_cells
+
+    measured = []
+    original = kernel_benchmark.measure_cell
+
+    def interrupted(cell, *rest):
+        if len(measured) == 1:
+            raise KeyboardInterrupt
+        measured.append(cell)
+        return original(cell, *rest)
+
+    command = parse("kernels", "--grid", "quick", "--seconds", "0.02", "--output", str(tmp_path / "run"))
+    monkeypatch.setattr(kernel_benchmark, "measure_cell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(command)
+    kept = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert {row["T"] for row in kept} == {64} and not (tmp_path / "run" / "summary.json").exists()
+
+    def rest(cell, *others):
+        measured.append(cell)
+        return original(cell, *others)
+
+    monkeypatch.setattr(kernel_benchmark, "measure_cell", rest)
+    assert bench.run(command) == 0
+    assert measured == kernel_cells.QUICK_GRID
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"][: len(kept)] == kept
+
+
+def test_a_failing_fused_moe_is_no_measurement(tmp_path, monkeypatch, capsys):
+    from deepseek_cli import kernel_peers
+
+    present, absent = kernel_peers.find_implementations()
+
+    def failing(*arguments):
+        raise ZeroDivisionError("by design")
+
+    found = {"eager": present["eager"], "fused_moe": failing}, absent
+    monkeypatch.setattr(kernel_peers, "find_implementations", lambda: found)
+    assert bench.run(parse("kernels", "--grid", "quick", "--seconds", "0.02", "--output", str(tmp_path / "run"))) == 1
+    assert "fused_moe failed in 6 rows, first: ZeroDivisionError: by design" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "summary.json").exists()

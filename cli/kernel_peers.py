@@ -1,0 +1,115 @@
+"""The experts implementations that ``deepseek-moe bench kernels`` runs side by side.
+
+`find_implementations` returns those of transformers' experts interface, ours among them, and the projects installed
+beside it: Liger (``pip install liger-kernel``), ScatterMoE and SonicMoE (from their repositories). Surprising: each
+other project is called in the way its own code calls itself, with its own tuning; whether it computes the same thing
+is checked by ``kernel_benchmark`` before anything is timed.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+import modeling_deepseek  # noqa: F401  registers fused_moe
+
+Experts = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+SKIPS_UNUSED = ("eager", "fused_moe", "sonicmoe")
+
+
+def find_implementations() -> tuple[dict[str, Experts], dict[str, str]]:
+    """Return who is here, and for the others why not.
+
+    Returns:
+        Name to function of (experts module, hidden states [T, H], indices [T, K], weights [T, K]), and name to reason.
+    """
+    present = {name: _registered(name) for name in ("eager", *ALL_EXPERTS_FUNCTIONS.keys())}
+    absent = {}
+    for name, package, forward in (
+        ("liger", "liger_kernel", liger),
+        ("scattermoe", "scattermoe", scattermoe),
+        ("sonicmoe", "sonicmoe", sonicmoe),  # in place of the one transformers takes from the Hub
+    ):
+        if find_spec(package) is not None:
+            present[name] = forward
+        elif name not in present:
+            absent[name] = f"the package {package} is not installed"
+    return present, absent
+
+
+def _registered(name: str) -> Experts:
+    def forward(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        experts.config._experts_implementation = name
+        return experts(hidden_states, indices, weights)
+
+    return forward
+
+
+def liger(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Return the experts' sum by Liger, as its Qwen3-MoE model computes it.
+
+    Args:
+        experts: Holds `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+        hidden_states: [T, H].
+        indices: [T, K].
+        weights: [T, K].
+    """
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    return LigerFusedMoEFunction.apply(
+        hidden_states, experts.gate_up_proj, experts.down_proj, indices.int(), weights.to(hidden_states.dtype)
+    )
+
+
+def scattermoe(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Return the experts' sum by ScatterMoE, as its own `GLUMLP` computes it.
+
+    Args:
+        experts: Holds `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+        hidden_states: [T, H].
+        indices: [T, K].
+        weights: [T, K].
+    """
+    from scattermoe import flatten_sort_count, parallel_linear
+
+    order = flatten_sort_count(indices, num_experts=experts.gate_up_proj.shape[0])
+    products = parallel_linear(
+        hidden_states, experts.gate_up_proj.permute(0, 2, 1), indices.shape[1], *order, grouped_out=True
+    )
+    gate, up = products.chunk(2, dim=-1)
+    activated = nn.functional.silu(gate) * up
+    gates = weights.to(hidden_states.dtype)
+    return parallel_linear(activated, experts.down_proj.permute(0, 2, 1), 1, *order, grouped_in=True, gates=gates)
+
+
+def sonicmoe(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Return the experts' sum by an installed SonicMoE, as transformers calls the one from the Hub.
+
+    Args:
+        experts: Holds `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+        hidden_states: [T, H].
+        indices: [T, K].
+        weights: [T, K].
+    """
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import moe_general_routing_inputs
+
+    num_tokens, num_slots = indices.shape
+    tokens = torch.arange(num_tokens, device=indices.device, dtype=torch.int32).repeat_interleave(num_slots)
+    return moe_general_routing_inputs(
+        hidden_states,
+        weights.reshape(-1).to(hidden_states.dtype),
+        tokens,
+        indices.reshape(-1).int(),
+        experts.gate_up_proj.permute(1, 2, 0),
+        None,
+        experts.down_proj.permute(1, 2, 0),
+        None,
+        E=experts.gate_up_proj.shape[0],
+        activation_type=ActivationType.SWIGLU,
+        is_inference_mode_enabled=not torch.is_grad_enabled(),
+        concat_layout=True,
+        stream_id=None,
+    )[0]
