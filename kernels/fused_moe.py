@@ -26,6 +26,7 @@ except ImportError:  # no Triton on this system; the CPU path needs none
 MAX_SLOTS = 64
 _ALIGNED_INTS = 16
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_NAMES = ("hidden_states", "gate_up_proj", "down_proj", "topk_indices", "topk_weights")
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -55,7 +56,7 @@ def fused_moe(
         [T, H] in the dtype of `hidden_states` (under autocast: in autocast's dtype).
 
     Raises:
-        ValueError: Shapes, dtypes, devices or layout do not fit together.
+        ValueError: Shapes, dtypes, devices or layout do not fit together, or something is no tensor.
 
     Example:
         >>> import torch
@@ -64,8 +65,13 @@ def fused_moe(
         >>> fused_moe(x, w1, w2, ids, weights).shape
         torch.Size([2, 4])
     """
+    named = zip(_NAMES, (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights), strict=True)
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: got {type(tensor).__name__}, wanted a tensor")
     device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type):
+    # Not every device knows autocast: meta, on which shapes are worked out, raises when asked.
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden_states, gate_up_proj, down_proj = (t.to(dtype) for t in (hidden_states, gate_up_proj, down_proj))
     activation = canonical_activation(activation)
@@ -73,7 +79,8 @@ def fused_moe(
     floats = (hidden_states, gate_up_proj, down_proj, topk_weights)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
     # The dispatcher takes 0.1 ms, a tenth of what decoding one token takes; it is there for autograd and compilers.
-    is_direct = not keep and not torch.compiler.is_compiling() and all(type(t) in _PLAIN_TYPES for t in floats)
+    is_plain = not hidden_states.is_meta and all(type(t) in _PLAIN_TYPES for t in floats)
+    is_direct = not keep and is_plain and not torch.compiler.is_compiling()
     forward = _forward if is_direct else _forward_op
     return forward(
         hidden_states.contiguous(),
@@ -127,13 +134,7 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: T
     def wrong(name, got, wanted):
         raise ValueError(f"{name}: got {got}, wanted {wanted}")
 
-    for name, tensor, dims in (
-        ("hidden_states", x, 2),
-        ("gate_up_proj", gate_up, 3),
-        ("down_proj", down, 3),
-        ("topk_indices", indices, 2),
-        ("topk_weights", weights, 2),
-    ):
+    for name, tensor, dims in zip(_NAMES, (x, gate_up, down, indices, weights), (2, 3, 3, 2, 2), strict=True):
         if tensor.dim() != dims:
             wrong(name, f"{tensor.dim()} dimensions", f"{dims}")
         if tensor.device != x.device:

@@ -58,14 +58,16 @@ def fused_router(
         ``topk_indices`` [T, K] int64, E at unused slots, and ``topk_weights`` [T, K], 0 there.
 
     Raises:
-        ValueError: A setting is out of range.
+        ValueError: A setting is out of range, or a tensor's shape or device does not fit.
 
     Reference:
         DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2; Huang et al. 2024, arXiv 2403.07652 (varying K).
     """
-    num_experts = router_logits.shape[-1]
     _check(router_logits, top_k, num_groups, topk_groups, scoring, min_k, unused_share)
-    bias = router_logits.new_zeros(num_experts) if bias is None else bias.to(router_logits.dtype)
+    num_experts = router_logits.shape[1]
+    _check_tensor("bias", bias, num_experts, router_logits)
+    _check_tensor("unused_share", unused_share, 1, router_logits)
+    bias = router_logits.new_zeros(num_experts) if bias is None else bias.to(router_logits.dtype).contiguous()
     share = router_logits.new_zeros(1) if unused_share is None else unused_share.reshape(1).to(router_logits.dtype)
     minimum = top_k if min_k is None else min_k
     settings = (top_k, minimum, num_groups, topk_groups, scoring, normalize, scale)
@@ -117,6 +119,17 @@ def fused_router_reference(
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + _EPSILON)
     return indices.masked_fill(~is_used, num_experts), weights * scale
+
+
+def _check_tensor(name: str, tensor: Tensor | None, size: int, logits: Tensor) -> None:
+    """A kernel reads past the end of a shorter one, and across devices not at all."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor) or tensor.numel() != size or tensor.dim() > 1:
+        got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name}: got {got}, wanted a tensor of {size} {'element' if size == 1 else 'elements'}")
+    if tensor.device != logits.device:
+        raise ValueError(f"{name}: got device {tensor.device}, wanted that of router_logits, {logits.device}")
 
 
 def _check(logits, top_k, num_groups, topk_groups, scoring, min_k, unused_share) -> None:

@@ -127,6 +127,18 @@ def test_custom_operator_is_registered_soundly():
     torch.library.opcheck(operator, (x, gate_up, down, ids, weights, "silu", True))
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_meta_tensors_give_shapes_and_dtypes(is_training):
+    case = [t.detach().to("meta") for t in make_case(torch.bfloat16, T=16)]
+    for tensor in (case[0], case[1], case[2], case[4]):
+        tensor.requires_grad_(is_training)
+    output = fused_moe(*case)
+    assert output.is_meta and output.shape == case[0].shape and output.dtype == torch.bfloat16
+    if is_training:
+        output.sum().backward()
+        assert case[1].grad.is_meta and case[1].grad.shape == case[1].shape
+
+
 def test_autocast():
     case = make_case(torch.float32, T=16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -185,6 +197,7 @@ ERRORS = {
     "ids_dtype": (3, lambda t: t.float(), "topk_indices: got dtype torch.float32"),
     "ids_negative": (3, lambda t: t - 7, "topk_indices: got -7, wanted 0 or more"),
     "ids_tokens": (3, lambda t: t[:-1], "topk_weights: got shape"),
+    "no_tensor": (3, lambda t: t.tolist(), "topk_indices: got list, wanted a tensor"),
     "weights_dtype": (4, lambda t: t.int(), "topk_weights: got dtype torch.int32, wanted a float dtype"),
 }
 
