@@ -1,14 +1,22 @@
 """Words and n-grams, as the rewards count them.
 
 Chat messages (``[{"role": ..., "content": ...}]``, what GRPO and RLOO pass for conversational data) are read as the
-text of their last message, so each reward takes plain strings and conversations alike.
+text of their last message, so each reward takes plain strings and conversations alike. Surprising: Han characters are
+words by themselves, since Chinese puts no space between words; other scripts without spaces (Thai, Japanese kana) are
+cut at spaces only.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
-# Han characters are words by themselves: Chinese puts no space between words.
-_WORD = re.compile(r"[^\W_\u4e00-\u9fff]+(?:['\u2019][^\W\d_]+)*|[\u4e00-\u9fff]")
+# Vowel signs and accents that are characters by themselves (Hindi, decomposed Latin) belong to their word; `\w` lacks
+# them.
+_MARKS = "".join(chr(i) for i in range(0x300, 0x10000) if unicodedata.category(chr(i)).startswith("M"))
+_LETTER, _NO_DIGIT = r"[^\W_\u4e00-\u9fff]", r"[^\W\d_]"
+_ENDING = rf"['\u2019]{_NO_DIGIT}+(?:[{_MARKS}]+{_NO_DIGIT}*)*"  # 's, 't
+_WORD = re.compile(rf"{_LETTER}+(?:[{_MARKS}]+{_LETTER}*)*(?:{_ENDING})*|[\u4e00-\u9fff]")
 
 # The closed-class words of English: they carry the grammar of a sentence and hardly any of its topic.
 FUNCTION_WORDS = frozenset(
@@ -183,9 +191,19 @@ FUNCTION_WORDS = frozenset(
 )
 
 
-def text_of(item: str | Sequence[dict[str, str]]) -> str:
-    """Return a prompt's or completion's text, be it a string or chat messages."""
-    return item if isinstance(item, str) else (item[-1]["content"] if item else "")
+def text_of(item: str | Sequence[dict[str, Any]]) -> str:
+    """Return a prompt's or completion's text, be it a string or chat messages.
+
+    Args:
+        item: A string, or messages; a message's content is a string, None (a bare tool call) for no text, or parts
+            like ``{"type": "text", "text": ...}``, of which those without text (images) are passed over.
+    """
+    if isinstance(item, str):
+        return item
+    content = item[-1]["content"] if item else None
+    if content is None or isinstance(content, str):
+        return content or ""
+    return " ".join(part["text"] for part in content if part["type"] == "text")
 
 
 def split_words(text: str) -> list[str]:

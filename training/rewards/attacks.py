@@ -2,7 +2,8 @@
 
 ``python -m deepseek_training.rewards.attacks`` prints the table. Honest answers and prompts come from data on which
 nothing was built: MedQuAD's validation pages, PubMedQA's test questions and Self-Instruct's user-oriented tasks.
-Surprising: the honest answer is a person's, and often shorter than an attack stuffed with the words of the prompt.
+Surprising: the honest answer is a person's, and often shorter than an attack stuffed with the words of the prompt; each
+completion is scored alone, so of diversity only what it repeats within itself takes part, not self-BLEU.
 """
 
 import argparse
@@ -94,7 +95,7 @@ def make_attacks(case: Case, training_answers: list[str], rng: random.Random) ->
 def run_attacks(reward: Callable[..., list[float]], cases: list[Case]) -> list[dict[str, Any]]:
     """Return one row a case: the honest answer's score, each attack's, and whether the honest one is above all.
 
-    Every case is scored by itself with its attacks, so that the batch a reward compares with is the same for each.
+    Every completion is scored in a call of its own, without a bank: what it shares with others does not count.
 
     Args:
         reward: A single reward or the weighted sum.

@@ -1,8 +1,9 @@
 """The weighted sum of rewards, R = 0.7 relevance + 0.2 safety + 0.1 diversity in the article's setting.
 
-    R = clip(gate * sum of w_i x_i / sum of w_i over the parts that judged + sum of penalties, 0, 1)
+    R = clip(gate * sum of w_i x_i / sum of w_i over the parts that judged + sum of penalties, 0, 1)  (*)
     gate = min(1, x_gate / gate_threshold), or 1 without a gate
     x_i  = the part's score, or standardised: the share of earlier scores a normal curve puts below it
+    (*) clipped only where penalties are given
 
 Called like its parts, by PPO, GRPO and RLOO. Surprising: a part may answer None for a completion it cannot judge; the
 other weights are then renormalised, where TRL's own `reward_weights` would let the sum shrink.
@@ -25,15 +26,16 @@ class WeightedReward:
     spreads alike, so that the weights and not the parts' variances say what counts.
 
     Args:
-        rewards: Callables with the shared signature.
+        rewards: Callables with the shared signature, each with a ``__name__`` of its own.
         weights: One a reward, none negative, not all zero; only their ratios matter.
         gate: Name of the reward that gates, for example ``safety``; None leaves the plain sum.
         gate_threshold: From this score on the gate is open, in (0, 1].
-        penalties: Callables with the shared signature and values of at most 0, for example from `trl.rewards`.
+        penalties: Callables with the shared signature and values of at most 0, for example from `trl.rewards`; None
+            takes nothing off.
         is_standardized: Replace each score by its place among the part's earlier scores.
 
     Raises:
-        ValueError: Weights, gate or threshold out of range.
+        ValueError: Weights, gate or threshold out of range, or a reward without a name of its own.
 
     Example:
         >>> from deepseek_training.rewards import Diversity, WeightedReward
@@ -60,7 +62,7 @@ class WeightedReward:
         self.__name__ = "weighted_reward"
         self.rewards = list(rewards)
         self.weights = [weight / sum(weights) for weight in weights]
-        self.names = [reward.__name__ for reward in rewards]
+        self.names = _names_of(rewards)
         if gate is not None and gate not in self.names:
             raise ValueError(f"gate={gate!r}: allowed are {', '.join(self.names)}")
         if not 0 < gate_threshold <= 1:
@@ -94,10 +96,10 @@ class WeightedReward:
         if self.gate is not None:
             gates = [1.0 if score is None else min(1.0, score / self.gate_threshold) for score in parts[self.gate]]
             totals = [None if total is None else total * gate for total, gate in zip(totals, gates, strict=True)]
-        for penalty in self.penalties:
-            values = penalty(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs)
-            pairs = zip(totals, values, strict=True)
-            totals = [None if total is None else min(1.0, max(0.0, total + (value or 0.0))) for total, value in pairs]
+        if self.penalties:
+            off = self._penalize(prompts, completions, completion_ids, kwargs)
+            pairs = zip(totals, off, strict=True)
+            totals = [None if total is None else min(1.0, max(0.0, total + value)) for total, value in pairs]
         return totals
 
     def components(
@@ -110,13 +112,23 @@ class WeightedReward:
         """
         parts = {}
         for name, reward in zip(self.names, self.rewards, strict=True):
-            scores = list(reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs))
-            if len(scores) != len(completions):
-                raise ValueError(f"reward {name}: {len(scores)} scores for {len(completions)} completions")
-            if any(score is not None and not math.isfinite(score) for score in scores):
-                raise ValueError(f"reward {name}: a score is not a finite number; return None where it cannot judge")
-            parts[name] = scores
+            scores = reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs)
+            parts[name] = _check_scores(f"reward {name}", scores, len(completions))
         return parts
+
+    def _penalize(
+        self, prompts: list[Any], completions: list[Any], completion_ids: Any, kwargs: dict[str, Any]
+    ) -> list[float]:
+        """The sum of the penalties of each completion."""
+        sums = [0.0] * len(completions)
+        for penalty in self.penalties:
+            name = f"penalty {penalty.__name__ if hasattr(penalty, '__name__') else type(penalty).__name__}"
+            values = penalty(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs)
+            values = [value or 0.0 for value in _check_scores(name, values, len(completions))]
+            if max(values, default=0.0) > 0:
+                raise ValueError(f"{name}: {max(values)} would be added to a score; allowed are 0 and less")
+            sums = [total + value for total, value in zip(sums, values, strict=True)]
+        return sums
 
     def _standardize(self, parts: dict[str, list], kwargs: dict[str, Any]) -> dict[str, list]:
         """Each score's place under a normal curve with the part's running mean and variance."""
@@ -161,17 +173,38 @@ class WeightedReward:
         self.moments = {name: tuple(pair) for name, pair in state["moments"].items()}
 
 
+def _names_of(rewards: Sequence[Reward]) -> list[str]:
+    """The rewards' names, under which their scores are kept and logged."""
+    for i, reward in enumerate(rewards):
+        if not hasattr(reward, "__name__"):
+            raise ValueError(f"rewards: number {i} ({type(reward).__name__}) has no __name__; wanted one of its own")
+    names = [reward.__name__ for reward in rewards]
+    if len(set(names)) < len(names):
+        raise ValueError(f"rewards: named {', '.join(names)}; wanted a __name__ of its own for each")
+    return names
+
+
+def _check_scores(name: str, scores: Sequence[float | None], num_completions: int) -> list[float | None]:
+    """The scores as a list, one a completion, each finite or None."""
+    scores = list(scores)
+    if len(scores) != num_completions:
+        raise ValueError(f"{name}: {len(scores)} scores for {num_completions} completions")
+    if any(score is not None and not math.isfinite(score) for score in scores):
+        raise ValueError(f"{name}: a score is not a finite number; return None where it cannot judge")
+    return scores
+
+
 class MissingEosPenalty:
     """A penalty for completions that do not end by themselves, for GRPO and RLOO; PPO has its own setting.
 
     Args:
         eos_token_id: The token that ends a completion.
-        penalty: What is taken off, 0 or more.
+        penalty: What is taken off, finite and 0 or more.
     """
 
     def __init__(self, eos_token_id: int, penalty: float):
-        if penalty < 0:
-            raise ValueError(f"penalty={penalty}: allowed is 0 or more")
+        if not 0 <= penalty < math.inf:
+            raise ValueError(f"penalty={penalty}: allowed is a finite number of 0 or more")
         self.__name__ = "missing_eos_penalty"
         self.eos_token_id, self.penalty = eos_token_id, penalty
 

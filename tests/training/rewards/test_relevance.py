@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from deepseek_training.rewards import Relevance
+from deepseek_training.rewards import Diversity, Relevance, Safety
 from deepseek_training.rewards.empty_answers import EMPTY_ANSWERS
 from deepseek_training.rewards.relevance import coverage, guard
 from deepseek_training.text_embedder import NUM_PIECES, TextEmbedder
-from deepseek_training.words import content_words, split_words, stem
+from deepseek_training.words import content_words, split_words, stem, text_of
 
 PROMPT = "What are the symptoms of Giant Axonal Neuropathy?"
 HONEST = "Children with GAN walk with an unsteady gait, their hair is tightly curled, and the nerves waste away."
@@ -132,6 +132,27 @@ def test_scores_are_bounded_and_in_order():
 def test_reads_chat_messages():
     chat = Relevance()([[{"role": "user", "content": PROMPT}]], [[{"role": "assistant", "content": HONEST}]])
     assert chat == Relevance()([PROMPT], [HONEST])
+
+
+def test_reads_messages_of_parts_and_without_text():
+    parts = [{"type": "text", "text": "Boil water,"}, {"type": "image"}, {"type": "text", "text": "add the rice."}]
+    assert text_of([{"role": "user", "content": parts}]) == "Boil water, add the rice."
+    assert text_of([{"role": "assistant", "content": None}]) == text_of([]) == ""
+    for reward in (Relevance(), Safety(), Diversity(0)):
+        asked = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
+        answered = [{"role": "assistant", "content": [{"type": "text", "text": HONEST}]}]
+        silent = [{"role": "assistant", "content": None, "tool_calls": []}]
+        assert reward([asked, asked], [answered, silent]) == reward([PROMPT, PROMPT], [HONEST, ""])
+
+
+def test_marks_belong_to_their_words():
+    assert split_words("\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e!") == [
+        "\u0928\u092e\u0938\u094d\u0924\u0947",
+        "\u0926\u0941\u0928\u093f\u092f\u093e",
+    ]  # Hindi: "hello world", two words and not nine pieces
+    # accents that are characters by themselves
+    assert split_words("Cafe\u0301 l'e\u0301te\u0301") == ["cafe\u0301", "l'e\u0301te\u0301"]
+    assert split_words("x_y \u4ec0\u4e48") == ["x", "y", "\u4ec0", "\u4e48"]
 
 
 @pytest.mark.parametrize(("middle", "width"), [(0.6, 0.0), (0.7, -0.2), (-2, 0.5), (0.1, float("nan"))])

@@ -1,5 +1,6 @@
 """The weighted sum: renormalising, gating, standardising, penalties, and its use by GRPO's own code path."""
 
+import functools
 import math
 
 import pytest
@@ -48,6 +49,41 @@ def test_penalties_come_off_and_the_sum_stays_bounded():
     # and its punishment of length: free up to 6 tokens, in proportion up to 10, then everything
     length = WeightedReward([fixed("x", [0.5] * 3)], [1], penalties=[get_soft_overlong_punishment(10, 4)])
     assert length(P, C, [[1] * 6, [1] * 7, [1] * 12]) == pytest.approx([0.5, 0.25, 0.0])
+
+
+def test_penalties_are_summed_before_the_sum_is_clipped():
+    # clipped in between, the middle one would end at 0.7: 1.4 - 0.3 is above 1
+    first, second = fixed("first", [-1.2, -0.3, None]), fixed("second", [0, -0.3, None])
+    outside = WeightedReward([fixed("x", [0.9, 1.4, 1.4])], [1], penalties=[first, second])
+    assert outside(P, C) == pytest.approx([0.0, 0.8, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([-0.1, 0], "penalty pen: 2 scores for 3 completions"),
+        ([-0.1, math.nan, 0], "penalty pen: a score is not a finite number"),
+        ([-0.1, -math.inf, 0], "penalty pen: a score is not a finite number"),
+        ([-0.1, 0.2, 0], "penalty pen: 0.2 would be added to a score; allowed are 0 and less"),
+    ],
+)
+def test_refuses_bad_penalties(values, message):
+    with pytest.raises(ValueError, match=message):
+        WeightedReward([fixed("x", [0.5] * 3)], [1], penalties=[fixed("pen", values)])(P, C)
+
+
+@pytest.mark.parametrize("penalty", [-0.1, math.nan, math.inf])
+def test_refuses_a_missing_eos_penalty_that_is_none(penalty):
+    with pytest.raises(ValueError, match=f"penalty={penalty}: allowed is a finite number of 0 or more"):
+        MissingEosPenalty(1, penalty)
+
+
+def test_rewards_need_names_of_their_own():
+    with pytest.raises(ValueError, match=r"rewards: named relevance, x, relevance; wanted a __name__ of its own"):
+        WeightedReward([Relevance(), fixed("x", [1]), Relevance()], [1, 1, 1])
+    nameless = functools.partial(fixed("x", [1]))
+    with pytest.raises(ValueError, match=r"rewards: number 1 \(partial\) has no __name__"):
+        WeightedReward([fixed("y", [1]), nameless], [1, 1])
 
 
 def test_standardising_gives_each_part_the_same_spread():
