@@ -1,9 +1,9 @@
 """What one sees of a model while it trains: speed, memory, share of the matmul peak, and its routers' figures.
 
-`TrainingFigures` works with any `transformers.Trainer` and any model whose routers transformers can record (ours,
-DeepSeek-V3, Mixtral, Qwen and others). It adds its figures to the trainer's own log, so whatever `report_to` names
-gets them. Surprising: beside an `ExpertBalanceCallback` it leaves the routers to that one, whose counts are exact:
-over all ranks, without padding, and a layer that is recomputed counted once.
+`TrainingFigures` works with any `transformers.Trainer` and any model; that of its routers needs some that transformers
+can record and that return which experts they choose (`recorded_routers.py`). It adds its figures to the trainer's own
+log, so whatever `report_to` names gets them. Surprising: beside an `ExpertBalanceCallback` it leaves the routers to
+that one, whose counts are exact: over all ranks, without padding, and a layer that is recomputed counted once.
 """
 
 import math
@@ -13,13 +13,17 @@ import time
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
 from deepseek_training.balance import TRAINING_KEYS, ExpertBalanceCallback
 from deepseek_training.balance import find_routers as find_balanced
 from deepseek_training.callback_order import move_before_trackers
+from deepseek_training.recorded_routers import entropy_sum, find_routers, read_choice
 from deepseek_training.router_figures import RouterWindow, router_figures
 from modeling_deepseek import DeepseekConfig
 from modeling_deepseek.parameter_count import count_parameters
+
+logger = logging.get_logger(__name__)
 
 
 class TrainingFigures(TrainerCallback):
@@ -56,7 +60,7 @@ class TrainingFigures(TrainerCallback):
         others = move_before_trackers(self)
         self._balance = next((other for other in others if isinstance(other, ExpertBalanceCallback)), None)
         is_counted = self._balance is not None and bool(find_balanced(model))
-        self._routers = [] if is_counted else [_HookedRouter(module) for module in find_routers(model)]
+        self._routers = [] if is_counted else [_HookedRouter(*found) for found in find_routers(model)]
         self._handles = [router.hook() for router in self._routers]
         self._handles.append(model.register_forward_pre_hook(self._count_tokens, with_kwargs=True))
         self._config = model.config
@@ -107,12 +111,12 @@ class TrainingFigures(TrainerCallback):
 class _HookedRouter:
     """Counts of one router since the last log line, by a hook."""
 
-    def __init__(self, module: nn.Module):
-        self.module = module
+    def __init__(self, module: nn.Module, place: int):
+        self.module, self.place = module, place
         self._reset()
 
     def _reset(self) -> None:
-        self.tokens_per_expert, self.entropy, self.num_tokens = None, 0.0, 0
+        self.tokens_per_expert, self.entropy, self.num_tokens = 0, 0.0, 0
 
     def take(self) -> RouterWindow:
         """Return the window and begin another."""
@@ -126,35 +130,20 @@ class _HookedRouter:
 
     def _record(self, module, args, output):
         if module.training and torch.is_grad_enabled():
-            self._count(*output)
+            self._count(type(module).__name__, output)
 
     @torch.no_grad()
-    def _count(self, router_logits, topk_weights, topk_indices):
-        num_experts = router_logits.shape[-1]
-        if self.tokens_per_expert is None:
-            self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=router_logits.device)
-        # An unused slot has weight 0 or the index E. No bincount or boolean index: they wait for the GPU.
-        is_used = (topk_weights != 0) & (topk_indices < num_experts)
-        indices = topk_indices.clamp(max=num_experts - 1)
-        self.tokens_per_expert.scatter_add_(0, indices.flatten(), is_used.flatten().long())
-        shares = router_logits.float().softmax(-1).flatten(0, -2)
-        self.entropy = self.entropy + torch.special.entr(shares).sum()
-        self.num_tokens += len(shares)
-
-
-def find_routers(model: nn.Module) -> list[nn.Module]:
-    """Return the modules whose output `transformers` records as router logits and which choose experts.
-
-    Args:
-        model: A model, possibly wrapped for distributed training.
-    """
-    classes = set()
-    for module in model.modules():
-        recorder = getattr(module, "_can_record_outputs", None) or {}
-        target = recorder.get("router_logits")
-        classes.add(getattr(target, "target_class", target))
-    classes.discard(None)
-    return [module for module in model.modules() if isinstance(module, tuple(classes))]
+    def _count(self, name: str, output: object) -> None:
+        choice = read_choice(output, self.place)
+        if choice is None:
+            logger.warning_once(
+                f"TrainingFigures: {name} does not return which experts it chooses; the log has no figures of them"
+            )
+            return
+        router_logits, load = choice
+        self.tokens_per_expert = self.tokens_per_expert + load
+        self.entropy = self.entropy + entropy_sum(router_logits)
+        self.num_tokens += len(router_logits)
 
 
 def peak_memory_gib() -> float:

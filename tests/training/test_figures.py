@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+import transformers
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from deepseek_training import figures as figures_module
 from deepseek_training.balance import ExpertBalanceCallback, find_routers
 from deepseek_training.figures import TrainingFigures
 from deepseek_training.load_plot import plot_expert_load
+from deepseek_training.recorded_routers import find_routers as find_recorded
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 NUM_STEPS, WINDOW, BATCH, LENGTH, NUM_PADDING = 4, 2, 4, 16, 5
@@ -125,6 +128,93 @@ def test_a_fixed_number_has_no_shares(tmp_path):
     _, logged = train(build(**fixed), tmp_path, [ExpertBalanceCallback()])
     for row in logged:
         assert row["mean_experts_per_tok"] == 3 and not any(key.startswith("share_of_tokens") for key in row)
+
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def jetmoe():
+    return transformers.JetMoeConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_key_value_heads=2,
+        kv_channels=16, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+
+
+def llama4():
+    return transformers.Llama4TextConfig(
+        **SMALL, intermediate_size_mlp=24, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        interleave_moe_layer_step=1, attention_chunk_size=64,
+    )  # fmt: skip
+
+
+def switch():
+    return transformers.SwitchTransformersConfig(
+        vocab_size=97, d_model=32, d_kv=16, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2, num_experts=4,
+        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, decoder_start_token_id=0,
+    )  # fmt: skip
+
+
+def gemma4():
+    return transformers.Gemma4TextConfig(
+        **SMALL, head_dim=16, global_head_dim=16, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=4,
+        top_k_experts=2, moe_intermediate_size=16, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+
+
+# By name: the configuration, its model class, experts a token, and the routers; JetMoe's attention has its own.
+OTHERS = {
+    "JetMoe": (jetmoe, "JetMoeForCausalLM", 2, 4),
+    "Llama 4": (llama4, "Llama4ForCausalLM", 2, 2),
+    "Switch": (switch, "SwitchTransformersForConditionalGeneration", 1, 4),
+    "Gemma 4": (gemma4, "Gemma4ForCausalLM", 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_routers_that_report_their_choice_otherwise(tmp_path, name):
+    """Witness: the k best of the logits that transformers itself records."""
+    make_config, model_class, k, num_routers = OTHERS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(make_config())
+    routers = find_recorded(model)
+    assert len(routers) == num_routers
+    seen = [[] for _ in routers]
+    for rows, (router, place) in zip(seen, routers, strict=True):
+        router.register_forward_hook(
+            lambda _m, _a, out, rows=rows, place=place: rows.append(out[place].flatten(0, -2))
+        )
+    figures = TrainingFigures()
+    _, logged = train(model, tmp_path, [figures])
+    for number, rows in enumerate(seen):
+        logits = torch.cat(rows[-WINDOW:]).float()  # Of the last log line.
+        load = torch.bincount(logits.topk(k).indices.flatten(), minlength=4).tolist()
+        assert figures.tokens_per_expert[number] == load
+        shares = logits if name == "Gemma 4" else logits.softmax(-1)
+        entropy = torch.special.entr(shares).sum(-1).mean().item()
+        assert logged[-1][f"router_entropy_layer_{number}"] == pytest.approx(entropy, abs=1e-5)
+    assert logged[-1]["mean_experts_per_tok"] == k
+
+
+def test_routers_that_do_not_report_their_choice_are_named_once(tmp_path, caplog):
+    type(figures_module.logger).warning_once.cache_clear()
+    torch.manual_seed(0)
+    config = transformers.DbrxConfig(
+        d_model=32, n_heads=2, n_layers=2, max_seq_len=64, vocab_size=97,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    )  # fmt: skip
+    _, logged = train(transformers.DbrxForCausalLM(config), tmp_path, [TrainingFigures()])
+    assert all(row["tokens_per_second"] > 0 and "load_imbalance" not in row for row in logged)
+    named = [
+        record.getMessage() for record in caplog.records if "does not return which experts" in record.getMessage()
+    ]
+    assert named == [
+        "TrainingFigures: DbrxRouter does not return which experts it chooses; the log has no figures of them"
+    ]
 
 
 def test_any_other_moe_has_figures_too(tmp_path):
