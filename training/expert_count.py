@@ -21,7 +21,7 @@ from deepseek_model_cards.loading import load_tokenizer
 from deepseek_model_cards.run_folder import RunFolder, write_json
 from deepseek_training.balance import find_routers
 from deepseek_training.packing import PackedDataset, cut_to_share, encode_documents
-from deepseek_training.pretrain import PretrainRecipe, pretrain
+from deepseek_training.pretrain import PretrainRecipe, model_config, pretrain
 from deepseek_training.recipe import load_recipe, recipe_settings
 from deepseek_training.step_cost import median_step_times
 from deepseek_training.text_data import load_texts
@@ -39,10 +39,11 @@ def parse_count(count: str) -> dict[str, Any]:
         count: One whole number, or two joined by a hyphen.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is neither, or the range goes down.
     """
     low, hyphen, high = count.partition("-")
-    if not low.isdigit() or (hyphen and not high.isdigit()):
+    is_whole = low.isdecimal() and (high.isdecimal() or not hyphen)
+    if not is_whole or not 1 <= int(low) <= int(high or low):
         raise ValueError(f"counts: {count!r} is not allowed, want a number such as 8 or a range such as 8-12")
     low, high = int(low), int(high or low)
     settings = {"min_experts_per_tok": low, "num_experts_per_tok": high, "target_experts_per_tok": (low + high) / 2}
@@ -52,6 +53,22 @@ def parse_count(count: str) -> dict[str, Any]:
 def variant_recipe(recipe: PretrainRecipe, count: str, seed: int) -> PretrainRecipe:
     """Return the recipe with its seed and number of experts replaced."""
     return dataclasses.replace(recipe, seed=seed, model={**recipe.model, **parse_count(count)})
+
+
+def check_options(args: argparse.Namespace, recipe: PretrainRecipe) -> None:
+    """Raise a one-line ValueError at what would else stop the command after hours.
+
+    Args:
+        args: The command's options.
+        recipe: What the variants are made of.
+    """
+    for name in ("seeds", "timing_rounds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}: {getattr(args, name)} is not allowed, want at least 1")
+    for count in args.counts:
+        if args.counts.count(count) > 1:
+            raise ValueError(f"counts: {count!r} is there {args.counts.count(count)} times, want each once")
+        model_config(variant_recipe(recipe, count, seed=0), {"vocab_size": recipe.vocab_size})
 
 
 def train_variant(recipe: PretrainRecipe, folder: Path) -> RunFolder:
@@ -143,16 +160,19 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def format_table(table: dict[str, dict[str, Any]]) -> str:
     """Return the table as Markdown."""
     first = next(iter(table))
+    num_seeds = len(table[first]["differences"])
+    seeds = f"its {num_seeds} seeds" if num_seeds > 1 else "its seed"
     lines = [
-        f"| experts a token | mean k, held-out | bits per byte | against {first}, paired | active parameters | "
-        "step time |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| experts a token | mean k, held-out | bits per byte | against {first}, paired | {seeds} | "
+        "active parameters | step time |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for count, row in table.items():
         (k, k_error), (bits, error) = row["mean_experts"], row["bits_per_byte"]
         change = "" if count == first else "{:+.4f} ± {:.4f}".format(*row["difference"])
+        by_seed = "" if count == first else ", ".join(f"{difference:+.4f}" for difference in row["differences"])
         lines.append(
-            f"| {count} | {k:.2f} ± {k_error:.2f} | {bits:.4f} ± {error:.4f} | {change} | "
+            f"| {count} | {k:.2f} ± {k_error:.2f} | {bits:.4f} ± {error:.4f} | {change} | {by_seed} | "
             f"{row['active_parameters'][0] / 1e3:.0f} k | {row['relative_step_time']:.2f} |"
         )
     return "\n".join(lines)
@@ -193,9 +213,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", default=RECIPE, help="name or YAML file of a pretrain recipe")
     parser.add_argument("--timing-rounds", type=int, default=40, help="timed steps of each variant")
     args = parser.parse_args(argv)
-    recipe, output = load_recipe(args.recipe, PretrainRecipe), Path(args.output)
-    if args.seeds < 1:
-        parser.error(f"--seeds {args.seeds} must be at least 1")
+    try:
+        recipe, output = load_recipe(args.recipe, PretrainRecipe), Path(args.output)
+        check_options(args, recipe)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
     measured: dict[str, list[dict[str, float]]] = {count: [] for count in args.counts}
     runs: dict[str, RunFolder] = {}
     for seed in range(args.seeds):

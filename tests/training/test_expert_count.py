@@ -9,9 +9,28 @@ def test_a_count_is_a_number_or_a_range():
     fixed = {"min_experts_per_tok": 8, "num_experts_per_tok": 8, "target_experts_per_tok": 8.0}
     assert parse_count("8") == fixed
     assert parse_count("8-12") == {**fixed, "num_experts_per_tok": 12, "target_experts_per_tok": 10.0}
-    for wrong in ("", "8-", "-8", "8..12", "eight"):
+    for wrong in ("", "8-", "-8", "8..12", "eight", "12-8", "0", "0-8"):
         with pytest.raises(ValueError, match="want a number such as 8 or a range such as 8-12"):
             parse_count(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--timing-rounds", "0"], "timing_rounds: 0 is not allowed, want at least 1"),
+        (["--seeds", "0"], "seeds: 0 is not allowed, want at least 1"),
+        (["--counts", "8", "eight"], "counts: 'eight' is not allowed, want a number such as 8"),
+        (["--counts", "8", "12-8"], "counts: '12-8' is not allowed, want a number such as 8 or a range such as 8-12"),
+        (["--counts", "8", "12", "8"], "counts: '8' is there 2 times, want each once"),
+        (["--counts", "8", "65"], "num_experts_per_tok: 65 is not allowed, want at most n_routed_experts=64"),
+        (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_options_are_checked_before_anything_is_trained(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        main([*options, "--output", str(tmp_path / "runs")])
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and message in lines[-1] and not (tmp_path / "runs").exists()
 
 
 def test_differences_are_paired_by_seed():
@@ -27,7 +46,11 @@ def test_differences_are_paired_by_seed():
     assert change == pytest.approx(-0.1) and error == pytest.approx(0, abs=1e-9)
     for row in table.values():
         row["relative_step_time"] = 1.0
-    assert "| 8-12 | 9.50 ± 0.00 | 2.9000 ± 0.5774 | -0.1000 ± 0.0000 | 1 k | 1.00 |" in format_table(table)
+    assert "| against 8, paired | its 3 seeds | active" in format_table(table)
+    assert (
+        "| 8-12 | 9.50 ± 0.00 | 2.9000 ± 0.5774 | -0.1000 ± 0.0000 | -0.1000, -0.1000, -0.1000 | 1 k | 1.00 |"
+        in format_table(table)
+    )
 
 
 @pytest.mark.slow
