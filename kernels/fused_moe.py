@@ -205,8 +205,8 @@ def _forward(
         if keep:  # Without, few tokens are decoded, and nothing is sorted.
             lists = (m.row_slot, m.slot_row, m.expert_start, m.tile_start)
     else:
-        routing = fused_moe_cpu.route(topk_indices, num_experts) if keep or num_rows > decode.MAX_SLOTS else None
-        if num_rows <= decode.MAX_SLOTS:
+        routing = fused_moe_cpu.route(topk_indices, num_experts) if keep or num_rows > decode.MAX_ROWS else None
+        if num_rows <= decode.MAX_ROWS:
             row_slot = routing.row_slot if keep else None
             output, preactivation = decode.forward(*inputs, topk_indices, topk_weights, activation, row_slot)
         else:

@@ -1,6 +1,6 @@
 """The forward pass of the routed experts on a CPU for a handful of tokens: decoding.
 
-``fused_moe`` comes here where at most `MAX_SLOTS` slots are computed. Each expert's weights are read once for one
+``fused_moe`` comes here where at most `MAX_ROWS` slots are computed. Each expert's weights are read once for one
 to a few rows, so what counts is how fast they stream and how little runs in between.
 
 Surprising: two or more experts are multiplied as one batch where that pays, shorter ones padded with a copy of one of
@@ -22,7 +22,7 @@ from torch import Tensor
 from deepseek_kernels.activations import apply_activation
 from deepseek_kernels.cpu_products import accumulation_dtype, linear_into
 
-MAX_SLOTS = 256
+MAX_ROWS = 256
 _MAX_PADDED_ROWS = {torch.float32: 3, torch.bfloat16: 4}
 _MAX_BATCH = {torch.float32: 2, torch.bfloat16: 8}
 

@@ -80,17 +80,21 @@ class Tiles:
         """
         if dtype.itemsize <= 2:
             return self
-        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        cut = {
-            name: dataclasses.replace(
-                tile,
-                # Accumulators of a float64 product, or of a float32 one without tensor cores, fill the registers.
-                block_n=min(tile.block_n, 512 // dtype.itemsize),
-                block_k=max(16, tile.block_k * 2 // dtype.itemsize),
-            )
-            for name, tile in parts.items()
-        }
-        return Tiles(**cut)
+        return Tiles(**{f.name: _cut(f.name, getattr(self, f.name), dtype.itemsize) for f in dataclasses.fields(self)})
+
+
+def _cut(name: str, tile: Tile, itemsize: int) -> Tile:
+    """A tile for elements of 4 or 8 bytes, which no tensor core multiplies: accumulators fill the registers.
+
+    `gate_up` has two of them: of 64 rows with 4 warps it spilled, and so did fp64 of 64 columns (compiled for sm_90).
+    """
+    is_double = name == "gate_up"
+    return dataclasses.replace(
+        tile,
+        block_n=min(tile.block_n, (256 if is_double and itemsize == 8 else 512) // itemsize),
+        block_k=max(16, tile.block_k * 2 // itemsize),
+        num_warps=8 if is_double and tile.block_m >= 64 else tile.num_warps,
+    )
 
 
 # Under 64 KiB of shared memory in bf16 and under 128 accumulators a thread: runs on anything Triton compiles for.

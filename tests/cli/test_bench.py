@@ -104,3 +104,15 @@ def test_a_failing_fused_moe_is_no_measurement(tmp_path, monkeypatch, capsys):
     assert bench.run(parse("kernels", "--grid", "quick", "--seconds", "0.02", "--output", str(tmp_path / "run"))) == 1
     assert "fused_moe failed in 6 rows, first: ZeroDivisionError: by design" in capsys.readouterr().err
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_tuning_asks_once_for_each_size_and_rows_per_expert(monkeypatch, capsys):
+    from deepseek_cli.kernel_cells import Cell
+    from deepseek_kernels import tune
+
+    asked = []
+    monkeypatch.setattr(tune, "tune", lambda **shape: asked.append(shape))
+    grid = [Cell(T, 64, 32, 8, 2, dtype="bfloat16") for T in (4, 8, 4096)] + [Cell(4, 64, 48, 8, 2, dtype="bfloat16")]
+    bench._tune(grid)
+    assert [(shape["num_tokens"], shape["width"]) for shape in asked] == [(4, 48), (4096, 32), (4, 32)]
+    assert "tuning H=64 I=48, as for T=4 E=8 K=2" in capsys.readouterr().out

@@ -1,8 +1,10 @@
 """Every kernel, with every shipped tile, compiles for GPUs that are not here, fits them and does not spill."""
 
 import dataclasses
+import itertools
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -42,6 +44,31 @@ def test_compiles_quick(entry):
 @pytest.mark.parametrize("entry", EVERYTHING, ids=name_of)
 def test_compiles(entry):
     check(*entry[1:])
+
+
+OTHER_DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def other_dtypes():
+    """The five products in every dtype but bf16, with the tiles `for_dtype` makes of each that ships."""
+    seen = set()
+    shipped = [(gpu, tiles) for (gpu, *_), tiles in SHIPPED.items()] + [(gpu, SAFE) for gpu in TARGETS]
+    for (gpu, tiles), (name, dtype) in itertools.product(shipped, OTHER_DTYPES.items()):
+        for compilation in compile_check.row_kernels(tiles.for_dtype(dtype), dtype):
+            key = (TARGETS[gpu], name, compilation.kernel, str(compilation.constants), str(compilation.options))
+            if key not in seen:
+                seen.add(key)
+                yield pytest.param(
+                    TARGETS[gpu], name, compilation, id=f"{name}-{name_of((gpu, TARGETS[gpu], compilation))}"
+                )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target,dtype,compilation", other_dtypes())
+def test_other_dtypes_compile_fit_and_do_not_spill(target, dtype, compilation):
+    usage = compile_check.compile_for(compilation, target, dtype)
+    assert usage.shared <= compile_check.SHARED_LIMIT[target[1]] and usage.spills == 0
+    assert usage.has_matrix_instruction or dtype != "fp16"
 
 
 def candidates():

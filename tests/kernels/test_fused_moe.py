@@ -15,7 +15,7 @@ PATTERNS = ["some_unused", "empty_experts", "one_expert", "all_unused"]
 def either_path(request, monkeypatch):
     """Few slots take the decoding path, small batches the staged one, large ones the loop; run all at small shapes."""
     if request.param != "few":
-        monkeypatch.setattr(fused_moe_cpu_decode, "MAX_SLOTS", -1)
+        monkeypatch.setattr(fused_moe_cpu_decode, "MAX_ROWS", -1)
     if request.param == "large":
         monkeypatch.setattr(fused_moe_cpu_staged, "MAX_BYTES", -1)
 

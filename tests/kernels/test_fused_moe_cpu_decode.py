@@ -83,6 +83,6 @@ def test_a_bad_token_stays_its_own():
 
 
 def test_more_slots_take_another_path(plans):
-    case = [t.detach() for t in make_case(torch.float32, T=decode.MAX_SLOTS // 3 + 1)]
+    case = [t.detach() for t in make_case(torch.float32, T=decode.MAX_ROWS // 3 + 1)]
     fused_moe(*case)
     assert plans == []
