@@ -225,10 +225,25 @@ def _load_section(stages: dict[str, Stage]) -> Section:
             source = charts.heatmap(loads, [f"MoE layer {i + 1}" for i in range(len(loads))])
             alt = f"Load of each expert by layer: {json.dumps(loads)[:400]}"
             found.append({"title": STAGE_TITLES.get(stage.name, stage.name), "source": source, "alt": alt})
-    series = [(stage.name, *stage.series("load_imbalance")) for stage in stages.values()]
-    lines = [line for line in series if len(line[1]) > 1]
-    if lines:
-        panel = {"title": "Imbalance", "ylabel": "busiest expert / mean", "lines": lines}
-        found.append({"source": charts.line_charts([panel]), "alt": "Load imbalance over steps"})
-    note = "How the router spreads tokens: 1 is an even share, 0 an expert that is never chosen."
+    panels = [panel for panel in (_router_panel(stages, *figure) for figure in _ROUTER_FIGURES) if panel["lines"]]
+    if panels:
+        alt = ", ".join(panel["title"] for panel in panels) + " over steps"
+        found.append({"source": charts.line_charts(panels), "alt": alt})
+    note = (
+        "How the router spreads tokens: 1 is an even share, 0 an expert that is never chosen. Curves are means over "
+        "the layers; the entropy of an even router is the logarithm of the number of experts."
+    )
     return _section("Expert load", note, found, _absent(stages, "pretrain", "the experts' load", found))
+
+
+# What the curves beside the heatmaps show: metric, title, unit.
+_ROUTER_FIGURES = (
+    ("load_imbalance", "Imbalance", "busiest expert / mean"),
+    ("router_entropy", "Router entropy", "nats a token"),
+    ("mean_experts_per_tok", "Experts a token", "mean number used"),
+)
+
+
+def _router_panel(stages: dict[str, Stage], key: str, title: str, unit: str) -> dict[str, Any]:
+    series = [(stage.name, *stage.series(key)) for stage in stages.values()]
+    return {"title": title, "ylabel": unit, "lines": [line for line in series if len(line[1]) > 1]}

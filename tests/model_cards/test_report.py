@@ -62,6 +62,28 @@ def test_the_load_of_an_expert_is_relative_to_an_even_share(html):
     assert all(share in words for share in ("1.10", "0.90", "1.30", "0.70"))
 
 
+@pytest.mark.parametrize(
+    ("key", "title"),
+    [
+        ("load_imbalance", "Imbalance"),
+        ("router_entropy", "Router entropy"),
+        ("mean_experts_per_tok", "Experts a token"),
+    ],
+)
+def test_what_a_stage_logs_of_its_router_is_drawn(tmp_path, builders, key, title):
+    run = builders["pretrain"](tmp_path)
+    plain = write_report(tmp_path, tmp_path / "report.html").read_text()
+    assert not any(title in drawing.itertext() for drawing in drawings(plain))
+    for step, value in ((10, 1.25), (20, 1.5), (30, 1.875)):
+        run.log({"step": step, key: value, f"{key}_layer_0": 99.0})
+    html = write_report(tmp_path, tmp_path / "report.html").read_text()
+    found = [drawing for drawing in drawings(html) if title in drawing.itertext()]
+    assert len(found) == 1 and "pretrain" in found[0].itertext() and f"{title} over steps" in html
+    points = [path.get("d") for path in found[0].iter("{http://www.w3.org/2000/svg}path")]
+    heights = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", next(d for d in points if d.count("L") == 2))]
+    assert (heights[0] - heights[1]) / (heights[0] - heights[2]) == pytest.approx(0.25 / 0.625, rel=1e-3)
+
+
 def test_generations_are_text_not_markup(html):
     assert "there was a fox &amp; a &lt;crow&gt;." in html and "<crow>" not in html
 
