@@ -144,6 +144,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--tasks: got no name, wanted at least one, for example mmlu,humaneval")
     if sum(source is not None for source in (args.model, args.samples, args.compare)) != 1:
         raise ValueError("evaluate: give one of MODEL, --samples FILE and --compare RUN RUN")
+    _refuse_unused(args)
     if args.compare:
         from deepseek_eval.comparison import format_comparison
 
@@ -160,6 +161,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+# Options without effect where no model is run, and those that a comparison has no use for either.
+_OF_MODELS = [
+    *("num_fewshot", "batch_size", "max_new_tokens", "num_samples", "temperature", "top_p", "prompt_style", "seed"),
+    *("dtype", "device", "adapter", "experts_implementation", "trust_remote_code"),
+]
+_OF_RUNS = ["tasks", "limit", "data", "output", "overwrite", "allow_weak_sandbox"]
+
+
+def _refuse_unused(args: argparse.Namespace) -> None:
+    """Raise a one-line ValueError at an option that changes nothing in place of ignoring it."""
+    source = "--compare" if args.compare else "--samples" if args.samples is not None else None
+    unused = {"--compare": [*_OF_RUNS, *_OF_MODELS], "--samples": _OF_MODELS}.get(source, ())
+    given = [name for name in unused if getattr(args, name) != args.subparser.get_default(name)]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{options}: without effect with {source}, which runs no model")
+
+
 def _score_samples(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict:
     from deepseek_eval.samples_file import score_samples
 
@@ -167,17 +186,13 @@ def _score_samples(args: argparse.Namespace, tasks: list[str], limit: int | dict
         raise ValueError(f"tasks: {','.join(tasks)} with --samples, wanted exactly one, such as humaneval")
     limit = limit.get(tasks[0]) if isinstance(limit, dict) else limit
     options = {name: vars(args)[name] for name in ("output", "overwrite", "allow_weak_sandbox")}
-    return score_samples(args.samples, tasks[0], limit=limit, data_path=args.data, **options)
+    return score_samples(args.samples, tasks[0], limit=limit, data_path=parse_data(args.data), **options)
 
 
 def _evaluate_model(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict:
     from deepseek_eval.harness import evaluate_model
 
-    names = (
-        "num_fewshot batch_size output overwrite max_new_tokens num_samples temperature top_p prompt_style seed "
-        "allow_weak_sandbox dtype device adapter experts_implementation trust_remote_code"
-    )
-    options = {name: vars(args)[name] for name in names.split()}
+    options = {name: vars(args)[name] for name in (*_OF_MODELS, "output", "overwrite", "allow_weak_sandbox")}
     return evaluate_model(args.model, tasks=tasks, limit=limit, data_path=parse_data(args.data), **options)
 
 

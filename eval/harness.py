@@ -92,8 +92,7 @@ def evaluate_model(
     chosen = [find_task(name) for name in dict.fromkeys(tasks)]
     settings = {key: value for key, value in locals().items() if key not in ("chosen", "overwrite", "output")}
     settings |= {"tasks": [task.name for task in chosen], "model_name_or_path": str(model_name_or_path)}
-    is_by_task = isinstance(data_path, dict)
-    settings["data_path"] = {k: str(v) for k, v in data_path.items()} if is_by_task else data_path and str(data_path)
+    settings["data_path"] = name_data(data_path)
     _check_settings(settings)
     check_style(prompt_style, chosen)
     _check_data(chosen, settings)
@@ -109,6 +108,26 @@ def evaluate_model(
         write_json(run.path / "results.json", results)
     run.finish(_summarise(chosen, results, settings, time.monotonic() - started))
     return results
+
+
+def name_data(data_path: str | Path | dict[str, str] | None) -> str | dict[str, str] | None:
+    """Return the user's data as a run folder keeps it.
+
+    Args:
+        data_path: As for `evaluate_model`.
+    """
+    if isinstance(data_path, dict):
+        return {name: str(source) for name, source in data_path.items()}
+    return None if data_path is None else str(data_path)
+
+
+def choose_k(num_samples: int) -> list[int]:
+    """Return the k for which pass@k is asked for: where each problem has one sample, only pass@1.
+
+    Args:
+        num_samples: The most samples that a problem has.
+    """
+    return [1, 10, 100] if num_samples > 1 else [1]
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
@@ -129,7 +148,17 @@ def _check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"num_samples = {settings['num_samples']} with temperature = 0 would repeat one completion")
 
 
-def _build_items(task: Task, settings: dict[str, Any]) -> list:
+def build_items(task: Task, settings: dict[str, Any]) -> list:
+    """Return a task's items.
+
+    Args:
+        task: The task.
+        settings: ``num_fewshot``, ``limit`` and ``data_path``, as `evaluate_model` takes them.
+
+    Raises:
+        FileNotFoundError: The data are not there.
+        ValueError: They are empty, or not such as the task reads, or given for a task that is none.
+    """
     limit = settings["limit"]
     if isinstance(limit, dict):
         limit = limit.get(task.name)
@@ -149,14 +178,14 @@ def _iterate_items(task: Task, settings: dict[str, Any], limit: int | None) -> I
 def _data_source(task: Task, settings: dict[str, Any]) -> str | Path | None:
     source = settings["data_path"]
     if isinstance(source, dict):
+        for name in source:
+            find_task(name)
         source = source.get(task.name)
     return None if source is None else find_source(source)
 
 
 def _check_data(tasks: Sequence[Task], settings: dict[str, Any]) -> None:
     """Fail for data that is not there before a model is loaded, not when its task comes up."""
-    for name in settings["data_path"] if isinstance(settings["data_path"], dict) else ():
-        find_task(name)
     for task in tasks:
         next(_iterate_items(task, settings, 1), None)
 
@@ -181,11 +210,11 @@ def _run_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: dict[st
     if task.kind == "program":
         return _run_program_task(run, loaded, task, settings)
     run_task = run_continuation_task if task.kind == "continuation" else run_completion_task
-    return run_task(run, loaded, task, _build_items(task, settings), settings)
+    return run_task(run, loaded, task, build_items(task, settings), settings)
 
 
 def _run_choice_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
-    items = _build_items(task, settings)
+    items = build_items(task, settings)
     samples = AnswerFile(run, task)
     encoded = encode_items(loaded, items)
     can_share = _num_fewshot(task, settings) > 0 and supports_shared_prefix(loaded)
@@ -235,7 +264,7 @@ def _choice_row(row, scores: list[float]) -> dict[str, Any]:
 
 def _run_program_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
     style = settings["prompt_style"]
-    items = apply_style(style, _build_items(task, settings), loaded.tokenizer, settings["model_name_or_path"])
+    items = apply_style(style, build_items(task, settings), loaded.tokenizer, settings["model_name_or_path"])
     samples = AnswerFile(run, task)
     sampling = SamplingSettings(
         max_new_tokens=settings["max_new_tokens"] or task.max_new_tokens,
@@ -276,7 +305,7 @@ def _run_tests(samples, items, task: Task, sampling: SamplingSettings, settings:
         scores = load_metric("pass_at_k").compute(
             predictions=[[item.program(text) for text in row] for item, row in zip(items, texts, strict=True)],
             references=[item.tests for item in items],
-            k=[1, 10, 100],
+            k=choose_k(n),
             allow_weak_sandbox=settings["allow_weak_sandbox"],
             on_result=bar.update,
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from deepseek_eval.harness import load_metric
+from deepseek_eval.harness import build_items, choose_k, load_metric, name_data
 from deepseek_eval.prompt_style import write_prompts
 from deepseek_eval.sandbox import describe_protection
 from deepseek_eval.tasks.catalogue import find_task
@@ -33,16 +33,19 @@ def read_samples(path: str | Path, items: list[ProgramItem], beyond_limit: Colle
 
     Raises:
         FileNotFoundError: There is no such file.
+        IsADirectoryError: It is a folder.
         ValueError: A line is no sample, a problem is missing or unknown, or one sample occurs twice.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"samples: {path} is a folder, wanted a file of JSON lines")
     if not path.is_file():
         raise FileNotFoundError(f"samples: {path} does not exist")
     known = {item.id for item in items}
     completions: dict[str, list[str]] = defaultdict(list)
     seen = set()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"samples: {path} is no UTF-8 text (byte {error.start})") from None
     # Not splitlines: a completion may hold characters it takes for line ends, as JSON leaves them in place.
@@ -70,14 +73,34 @@ def read_samples(path: str | Path, items: list[ProgramItem], beyond_limit: Colle
 
 
 def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    where = f"samples: {path}, line {number}"
     try:
         row = json.loads(line)
-        row["completion"].encode()  # Half a surrogate pair is JSON, but no text that a program could hold.
-        if isinstance(row["task_id"], str) and isinstance(row.get("sample", 0), int):
-            return row
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeEncodeError, RecursionError):
-        pass
-    raise ValueError(f"samples: {path}, line {number} is no JSON object with the texts task_id and completion")
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{where} is no JSON ({reason})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is {_json_type(row)}, wanted an object with task_id and completion")
+    for name in ("task_id", "completion"):
+        if name not in row:
+            raise ValueError(f"{where} has no {name}")
+        if not isinstance(row[name], str):
+            raise ValueError(f"{where}: {name} is {_json_type(row[name])}, wanted text")
+        try:
+            row[name].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: {name} has half a surrogate pair at character {error.start}, which no text can hold"
+            ) from None
+    if not isinstance(row.get("sample", 0), int) or isinstance(row.get("sample"), bool):
+        raise ValueError(f"{where}: sample is {_json_type(row['sample'])}, wanted a whole number")
+    return row
+
+
+def _json_type(value: Any) -> str:
+    """What JSON calls a value, with an article."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def score_samples(
@@ -85,9 +108,9 @@ def score_samples(
     task_name: str,
     *,
     output: str | Path,
-    k: tuple[int, ...] = (1, 10, 100),
+    k: tuple[int, ...] | None = None,
     limit: int | None = None,
-    data_path: str | Path | None = None,
+    data_path: str | Path | dict[str, str] | None = None,
     allow_weak_sandbox: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -97,9 +120,9 @@ def score_samples(
         path: The samples file.
         task_name: A task whose answers are programs.
         output: The run folder to write.
-        k: Values of k for pass@k.
+        k: Values of k for pass@k; None takes 1, or 1, 10 and 100 where a problem has several samples.
         limit: Only the task's first problems.
-        data_path: A folder with the user's own data files.
+        data_path: As for `evaluate_model`.
         allow_weak_sandbox: Run programs even where the machine offers less than the sandbox's minimum.
         overwrite: Replace a run that is in the way.
 
@@ -114,12 +137,19 @@ def score_samples(
         raise ValueError(f"samples: task {task.name} is not answered by programs")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: must be at least 1, or none for all")
-    if any(value < 1 for value in k):
+    if any(value < 1 for value in k or ()):
         raise ValueError(f"k={min(k)}: must be at least 1")
-    every = list(task.build_items(task.num_fewshot, None, None if data_path is None else Path(data_path)))
+    every = build_items(task, {"num_fewshot": None, "limit": None, "data_path": data_path})
     items = every[:limit]
     rows = read_samples(path, items, {item.id for item in every} - {item.id for item in items})
-    settings = {"samples": str(path), "task": task.name, "k": list(k), "limit": limit}
+    k = choose_k(max(map(len, rows))) if k is None else k
+    settings = {
+        "samples": str(path),
+        "task": task.name,
+        "k": list(k),
+        "limit": limit,
+        "data_path": name_data(data_path),
+    }
     run = RunFolder.create(output, settings, command="evaluate", overwrite=overwrite)
     with tqdm(total=sum(map(len, rows)), desc=f"evaluate {task.name}: run", unit="program") as bar:
         scores = load_metric("pass_at_k").compute(

@@ -47,6 +47,11 @@ def test_a_run_ends_with_table_files_and_a_report_of_every_item(tmp_path, capsys
         (("--samples", "nowhere.jsonl", "--tasks", "humaneval"), "samples: nowhere.jsonl does not exist"),
         (("--samples", "nowhere.jsonl"), "tasks: mmlu,humaneval with --samples, wanted exactly one"),
         ((MODEL, "--tasks", "mmlu", "--prompt-style", "chat"), "task mmlu has base only"),
+        (
+            ("--samples", "nowhere.jsonl", "--tasks", "humaneval", "--num-samples", "5", "--num-fewshot", "0"),
+            "--num-fewshot, --num-samples: without effect with --samples, which runs no model",
+        ),
+        (("--compare", MODEL, MODEL, "--tasks", "mmlu"), "--tasks, --output: without effect with --compare"),
     ],
 )
 def test_what_cannot_be_run_is_told_in_one_line(tmp_path, words, message, capsys):

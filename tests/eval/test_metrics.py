@@ -97,6 +97,31 @@ def test_a_problem_without_samples_is_refused(pass_at_k):
         pass_at_k.compute(references=["", ""], predictions=[["pass"], []])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k=0: must be at least 1"),
+        ({"k": [1, -2]}, "k=-2: must be at least 1"),
+        ({"k": [1.5]}, "k=1.5: must be at least 1, and a whole number"),
+        ({"predictions": [], "references": []}, "predictions: no problem"),
+    ],
+)
+def test_what_has_no_answer_is_refused_before_anything_runs(pass_at_k, options, message):
+    def ran():
+        raise AssertionError("a program ran")
+
+    with pytest.raises(ValueError, match=message):
+        pass_at_k.compute(**{"predictions": [["x = 1"]], "references": ["assert x"], "on_result": ran, **options})
+
+
+def test_k_beyond_the_fewest_samples_is_named_once(pass_at_k, caplog):
+    rows = [["x = 1", "x = 2", "x = 1"], ["x = 1", "x = 2"]]
+    result = pass_at_k.compute(predictions=rows, references=["assert x == 1"] * 2, k=[5, np.int64(2), 1, 3])
+    assert set(result) == {"pass@1", "pass@1_stderr", "pass@2", "pass@2_stderr", "n", "samples"}
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["pass@3, pass@5 left out: a problem has only 2 samples"]
+
+
 def test_results_keep_their_order_under_any_timing(pass_at_k):
     delays = [random.Random(0).choice((0.0, 0.1)) for _ in range(24)]
     programs = [f"import time\ntime.sleep({delay})\nx = {index % 2}" for index, delay in enumerate(delays)]

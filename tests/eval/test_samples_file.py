@@ -68,13 +68,19 @@ def test_verdicts_equal_openai_on_the_same_file_both_ways(tmp_path, num_problems
     assert again == theirs
 
 
-def test_an_uneven_number_of_samples_is_fine(tmp_path):
+def test_an_uneven_number_of_samples_is_fine(tmp_path, caplog):
     rows = [{"task_id": item.id, "completion": item.target} for item in ITEMS[:2]]
     rows += [{"task_id": ITEMS[0].id, "completion": "    return None\n"}]
     path = write_lines(tmp_path / "samples.jsonl", rows)
     scores = score_samples(path, "humaneval", output=tmp_path / "run", limit=2)["tasks"]["humaneval"]
     assert math.isclose(scores["pass@1"], (0.5 + 1) / 2)
-    assert "pass@10" not in scores
+    assert {name for name in scores if name.startswith("pass@")} == {"pass@1", "pass@1_stderr"}
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["pass@10, pass@100 left out: a problem has only 1 sample"]
+    assert "pass@10" not in (tmp_path / "run/results.json").read_text()
+    caplog.clear()
+    score_samples(write_lines(path, rows[:2]), "humaneval", output=tmp_path / "single", limit=2)
+    assert not caplog.records, "who writes one sample each asks for pass@1"
 
 
 @pytest.mark.parametrize(
@@ -84,10 +90,22 @@ def test_an_uneven_number_of_samples_is_fine(tmp_path):
         (lambda rows: [], r"lacks 3 of 3 problems \(HumanEval/0, HumanEval/1, HumanEval/2\)"),
         (lambda rows: [*rows, {"task_id": "HumanEval/999", "completion": ""}], "line 4 has task_id 'HumanEval/999'"),
         (lambda rows: [{**row, "sample": 0} for row in [*rows, rows[0]]], "line 4 repeats sample 0 of HumanEval/0"),
-        (lambda rows: [*rows, {**rows[0], "sample": [1]}], "line 4 is no JSON object"),
-        (lambda rows: [*rows, {**rows[0], "completion": "\ud800"}], "line 4 is no JSON object"),
-        (lambda rows: [*rows, {"completion": "x"}], "line 4 is no JSON object with the texts task_id and completion"),
-        (lambda rows: [*rows, {"task_id": "HumanEval/0", "completion": 3}], "line 4 is no JSON object"),
+        (lambda rows: [*rows, {**rows[0], "sample": [1]}], "line 4: sample is a list, wanted a whole number"),
+        (lambda rows: [*rows, {**rows[0], "sample": True}], "line 4: sample is true or false, wanted a whole number"),
+        (lambda rows: [*rows, {**rows[0], "sample": 1.5}], "line 4: sample is a number, wanted a whole number"),
+        (
+            lambda rows: [*rows, {**rows[0], "completion": "ab\ud800"}],
+            "line 4: completion has half a surrogate pair at",
+        ),
+        (lambda rows: [*rows, {**rows[0], "task_id": "\udc00"}], "line 4: task_id has half a surrogate pair at"),
+        (lambda rows: [*rows, {"completion": "x"}], "line 4 has no task_id"),
+        (lambda rows: [*rows, {"task_id": "HumanEval/0"}], "line 4 has no completion"),
+        (
+            lambda rows: [*rows, {"task_id": "HumanEval/0", "completion": 3}],
+            "line 4: completion is a number, wanted text",
+        ),
+        (lambda rows: [*rows, {"task_id": None, "completion": ""}], "line 4: task_id is null, wanted text"),
+        (lambda rows: [*rows, ["HumanEval/0", ""]], "line 4 is a list, wanted an object with task_id and completion"),
     ],
 )
 def test_bad_files_are_told_in_one_line(tmp_path, change, message):
@@ -98,7 +116,41 @@ def test_bad_files_are_told_in_one_line(tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"task_id": ', r"line 2 is no JSON \(Expecting value"),
+        ("[" * 100_000, r"line 2 is no JSON \(nested too deeply\)"),
+        ('{"task_id": ' + "9" * 5000 + "}", r"line 2 is no JSON \(Exceeds the limit"),
+    ],
+)
+def test_lines_that_are_no_json(tmp_path, line, reason):
+    (tmp_path / "samples.jsonl").write_text("\ufeff\n" + line, encoding="utf-8")
+    with pytest.raises(ValueError, match=reason):
+        read_samples(tmp_path / "samples.jsonl", ITEMS[:1])
+
+
+def test_own_problems_in_a_single_file_as_elsewhere(tmp_path):
+    """One task's data may be a file, by the task's name; a folder serves them all."""
+    problem = {"task_id": "mine/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    return 1\n"}
+    data = write_lines(tmp_path / "problems.jsonl", [{**problem, "test": "def check(f):\n    assert f() == 1\n"}])
+    samples = write_lines(tmp_path / "samples.jsonl", [{"task_id": "mine/0", "completion": "    return 1\n"}])
+    for number, source in enumerate(({"humaneval": str(data)}, str(data))):
+        scores = score_samples(samples, "humaneval", output=tmp_path / f"run{number}", data_path=source)
+        assert scores["tasks"]["humaneval"]["pass@1"] == 1.0 and scores["tasks"]["humaneval"]["n"] == 1
+    with pytest.raises(ValueError, match="unknown task 'human_eval'"):
+        score_samples(samples, "humaneval", output=tmp_path / "other", data_path={"human_eval": str(data)})
+    with pytest.raises(FileNotFoundError, match=r"data: nowhere does not exist and is no Hub id"):
+        score_samples(samples, "humaneval", output=tmp_path / "other", data_path="nowhere")
+    write_lines(data, [{"task_id": "mine/0"}])
+    with pytest.raises(ValueError, match="data: a row of humaneval has no column"):
+        score_samples(samples, "humaneval", output=tmp_path / "other", data_path=str(data))
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_missing_file_and_a_task_without_programs(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder, wanted a file of JSON lines"):
+        read_samples(tmp_path, ITEMS)
     with pytest.raises(FileNotFoundError, match=r"absent.jsonl does not exist"):
         read_samples(tmp_path / "absent.jsonl", ITEMS)
     with pytest.raises(ValueError, match="task mmlu is not answered by programs"):

@@ -5,12 +5,16 @@ Loaded offline by ``evaluate.load(<this folder>)``; inputs are those of ``code_e
 Formula, for n samples a problem of which c pass: pass@k = 1 - C(n - c, k) / C(n, k), averaged over problems.
 """
 
+import logging
 import math
+import numbers
 
 import datasets
 import evaluate
 
 from deepseek_eval.sandbox import run_programs
+
+logger = logging.getLogger(__name__)
 
 _CITATION = """\
 @article{chen2021codex, title={Evaluating Large Language Models Trained on Code}, author={Chen et al.}, year={2021},
@@ -23,7 +27,7 @@ _INPUTS = """
 Args:
     predictions: for each problem a list of candidate programs.
     references: for each problem the code that tests it; it must raise when the candidate is wrong.
-    k: values of k; those above the smallest number of samples are left out.
+    k: values of k; those above the smallest number of samples are left out, and a warning says so.
     timeout_s: seconds each program may run.
     num_workers: programs run at once; by default one a processor.
     allow_weak_sandbox: run even when the machine offers less than the sandbox's stated minimum.
@@ -57,10 +61,10 @@ class PassAtK(evaluate.Metric):
         allow_weak_sandbox=False,
         on_result=None,
     ) -> dict:
+        ks = [k] if isinstance(k, numbers.Number) else list(k)
+        _check(ks, predictions)
         sources, owners = [], []
         for index, (candidates, tests) in enumerate(zip(predictions, references, strict=True)):
-            if not candidates:
-                raise ValueError(f"predictions: problem {index} has no sample, wanted at least one")
             sources += [f"{candidate}\n{tests}" for candidate in candidates]
             owners += [index] * len(candidates)
         samples: list[list[dict]] = [[] for _ in references]
@@ -72,12 +76,26 @@ class PassAtK(evaluate.Metric):
             if on_result is not None:
                 on_result()
         counts = [(len(rows), sum(row["passed"] for row in rows)) for rows in samples]
-        return {**_estimate(counts, [k] if isinstance(k, int) else k), "n": len(counts), "samples": samples}
+        return {**_estimate(counts, ks), "n": len(counts), "samples": samples}
 
 
-def _estimate(counts: list[tuple[int, int]], ks) -> dict:
-    if any(k < 1 for k in ks):
-        raise ValueError(f"k={min(ks)}: must be at least 1")
+def _check(ks: list[int], predictions: list[list[str]]) -> None:
+    """Before any program runs: refuse what has no answer, and name the k that will be left out."""
+    for k in ks:
+        if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 1:
+            raise ValueError(f"k={k!r}: must be at least 1, and a whole number")
+    if not predictions:
+        raise ValueError("predictions: no problem, wanted at least one")
+    sizes = [len(candidates) for candidates in predictions]
+    fewest = min(sizes)
+    if fewest == 0:
+        raise ValueError(f"predictions: problem {sizes.index(0)} has no sample, wanted at least one")
+    beyond = [f"pass@{k}" for k in sorted(set(ks)) if k > fewest]
+    if beyond:
+        logger.warning("%s left out: a problem has only %d sample%s", ", ".join(beyond), fewest, "s"[: fewest > 1])
+
+
+def _estimate(counts: list[tuple[int, int]], ks: list[int]) -> dict:
     smallest = min(total for total, _ in counts)
     scores = {}
     for k in ks:
