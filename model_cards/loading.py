@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_deepseek  # noqa: F401  (registers our model type with the Auto classes)
+from modeling_deepseek.checkpoint_check import check_index
 
 _CONFIG_FILES = ("config.json", "adapter_config.json")
 
@@ -36,6 +37,7 @@ def load_model(
         ValueError: The checkpoint is damaged, or a Hub id cannot be fetched.
     """
     source = resolve_checkpoint(name_or_path)
+    check_index(source)
     model, found = _load(
         auto_class, "model", source, trust_remote_code=trust_remote_code, output_loading_info=True, **options
     )

@@ -17,6 +17,7 @@ from deepseek_model_cards.leaks import find_leaks
 from deepseek_model_cards.report import write_report
 from deepseek_model_cards.stages import final_model_path, read_stages
 from deepseek_model_cards.wording import format_bytes
+from modeling_deepseek.checkpoint_check import read_weight_map
 
 MODEL_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py"),
@@ -158,7 +159,7 @@ def check_weights(model_path: Path) -> None:
     present = {path.name for path in model_path.glob("*.safetensors")}
     wanted: set[str] = set()
     for index in model_path.glob("*.safetensors.index.json"):
-        wanted |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        wanted |= set(read_weight_map(index).values())
     if missing := sorted(wanted - present):
         raise FileNotFoundError(f"run: {model_path} lacks {missing[0]}, which its index names")
     if not present:

@@ -67,6 +67,47 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def check_index(folder: str | Path) -> None:
+    """Raise ValueError, in one line, if a folder's weights are in shards and the index of these cannot be used.
+
+    transformers' own errors there are those of the JSON parser and of missing keys, and name no file.
+
+    Args:
+        folder: A checkpoint's; one that does not exist, or holds no index, is none of this check's business.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (Path(folder) / name).is_file():  # Then transformers passes the index over.
+            return
+        index = Path(folder) / f"{name}.index.json"
+        if index.is_file():
+            read_weight_map(index)
+            return
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return each tensor's file name.
+
+    Args:
+        index: The file, ``model.safetensors.index.json`` for example.
+
+    Raises:
+        ValueError: It is cut short or no index.
+    """
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"index: {index} is no JSON ({error})") from None
+    for key in ("metadata", "weight_map"):
+        if not isinstance(entries, dict) or not isinstance(entries.get(key), dict):
+            raise ValueError(f"index: {index} has no {key}, want an object")
+    weight_map = entries["weight_map"]
+    wrong = next((name for name, shard in weight_map.items() if not isinstance(shard, str) or not shard), None)
+    if wrong is not None or not weight_map:
+        where = "an empty weight_map" if wrong is None else f"{weight_map[wrong]!r} for {wrong!r}"
+        raise ValueError(f"index: {index} has {where}, want a file name for each tensor")
+    return weight_map
+
+
 def check_tensors(tensors: dict[str, StoredTensor], weight_map: dict[str, str], num_experts: int) -> None:
     """Raise ValueError, in one line, if the files contradict the index or hold half of what belongs together.
 

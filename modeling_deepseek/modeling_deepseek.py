@@ -10,6 +10,7 @@ The experts are transformers' own; transformers lets `experts_implementation` be
 
 import functools
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,7 +35,15 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .auxiliary_loss import AttachLoss
 from .carried_mtp import mtp_part, read_carried, with_carried
-from .checkpoint_check import check_scales, check_shapes, check_tensors, read_headers, refuse_fp8, refuse_missing
+from .checkpoint_check import (
+    check_index,
+    check_scales,
+    check_shapes,
+    check_tensors,
+    read_headers,
+    refuse_fp8,
+    refuse_missing,
+)
 from .configuration_deepseek import DeepseekConfig
 from .conversion import fuse_expert_names, register_conversion
 from .fp8_checkpoint import METHOD
@@ -186,6 +195,20 @@ class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
     # What a checkpoint holds of multi-token prediction and this kind of model has no layers for.
     _carries_mtp = True
     _carried_mtp: dict[str, torch.Tensor] = {}  # noqa: RUF012
+
+    @classmethod
+    @functools.wraps(PreTrainedModel.from_pretrained.__func__)
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a checkpoint as `transformers.PreTrainedModel.from_pretrained` does, its index checked before.
+
+        Args:
+            pretrained_model_name_or_path: A folder or a Hub id.
+            *model_args: As for `transformers.PreTrainedModel.from_pretrained`.
+            **kwargs: Likewise.
+        """
+        if pretrained_model_name_or_path is not None:
+            check_index(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):

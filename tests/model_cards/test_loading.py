@@ -55,6 +55,14 @@ def test_a_folder_without_a_checkpoint(tmp_path):
     one_line(caught)
 
 
+def test_a_broken_index_of_any_model(copy):
+    index = copy / "model.safetensors.index.json"
+    index.write_text(index.read_text()[:-40])
+    with pytest.raises(ValueError, match=rf"^index: {index} is no JSON \(") as caught:
+        load_model(copy)
+    one_line(caught)
+
+
 def test_a_file(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(FileNotFoundError, match="is a file; wanted a checkpoint folder") as caught:

@@ -55,6 +55,30 @@ def test_a_shard_cut_short(folder, size, message):
     assert shard.name in refused(folder) and message in refused(folder)
 
 
+BROKEN = {
+    "cut short": (lambda text: text[:100], "is no JSON (Expecting"),
+    "empty": (lambda text: "", "is no JSON (Expecting value"),
+    "a list": (lambda text: "[]", "has no metadata, want an object"),
+    "no map": (lambda text: '{"metadata": {}}', "has no weight_map, want an object"),
+    "no metadata": (lambda text: json.dumps({"weight_map": json.loads(text)["weight_map"]}), "has no metadata"),
+    "an empty map": (lambda text: '{"metadata": {}, "weight_map": {}}', "has an empty weight_map"),
+    "a number": (lambda text: '{"metadata": {}, "weight_map": {"a": 3}}', "has 3 for 'a', want a file name"),
+    "nested": (lambda text: "[" * 100_000, "is no JSON (maximum recursion depth"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_index_is_named(folder, kind):
+    change, message = BROKEN[kind]
+    (folder / INDEX).write_text(change((folder / INDEX).read_text()))
+    assert refused(folder).startswith(f"index: {folder / INDEX} {message}")
+    for loader in (DeepseekForCausalLM, DeepseekModel):
+        with pytest.raises(ValueError, match=r"^index: "):
+            loader.from_pretrained(folder.parent, subfolder=folder.name)
+    (folder / INDEX).write_bytes(bytes(range(256)))
+    assert "is no JSON ('utf-8' codec can't decode" in refused(folder)
+
+
 def test_another_file_under_a_shards_name(folder):
     shards(folder)[1].write_bytes(b"<html>not found</html>" * 9)
     assert refused(folder).endswith("model-00002" + shards(folder)[1].name[11:] + " is no safetensors file")
