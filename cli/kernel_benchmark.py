@@ -19,7 +19,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 from deepseek_cli.kernel_cells import Cell, make_routing
 from deepseek_cli.kernel_memory import kept_bytes, peak_memory
-from deepseek_cli.kernel_peers import SKIPS_UNUSED, Experts
+from deepseek_cli.kernel_peers import Experts, skips_unused
 from deepseek_cli.kernel_timing import Mark, interleave, synchronize
 
 _WORK = {"forward": 1, "backward": 2, "forward+backward": 3}  # in forward passes
@@ -79,7 +79,7 @@ class _Layer:
 
     def indices_for(self, name: str) -> Tensor:
         """[T, K] as an implementation can take them: not all can skip an unused slot."""
-        return self.routing.mask_unused(self.cell.E) if name in SKIPS_UNUSED else self.routing.indices
+        return self.routing.mask_unused(self.cell.E) if skips_unused(name) else self.routing.indices
 
     def kept_bytes(self, name: str, implementation: Experts) -> int:
         """Bytes kept for the backward pass."""

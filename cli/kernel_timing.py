@@ -44,7 +44,7 @@ def interleave(steps: dict[str, Callable[[Mark], object]], seconds: float, devic
                 continue
             samples[name].append(_time(step, device))
             spent[name] += sum(samples[name][-1]) / 1e3
-        if max(map(len, samples.values())) >= _MAX_ROUNDS:
+        if max(map(len, samples.values()), default=0) >= _MAX_ROUNDS:
             break
         if all(map(is_done, steps)) and time.perf_counter() - begun > seconds:
             break

@@ -70,8 +70,8 @@ def fused_moe(
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: got {type(tensor).__name__}, wanted a tensor")
     device_type = hidden_states.device.type
-    # Not every device knows autocast: meta, on which shapes are worked out, raises when asked.
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    # The meta device, on which shapes are worked out, knows no autocast and raises when asked.
+    if not hidden_states.is_meta and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden_states, gate_up_proj, down_proj = (t.to(dtype) for t in (hidden_states, gate_up_proj, down_proj))
     activation = canonical_activation(activation)

@@ -4,20 +4,35 @@
 # processes compile kernels at a time, without it one):
 #
 #   bash kernels/measure_on_gpu.sh [OUTPUT]
+#
+# With DRY_RUN=1 the same steps run without a GPU, by Triton's interpreter and on the smallest grid.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 output=${1:-runs/bench-kernels-gpu}
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+if ! "$python" -c "import deepseek_cli" 2> /dev/null; then  # not installed: by links under the import names
+    links=$(mktemp -d)
+    trap 'rm -r "$links"' EXIT
+    ln -s "$PWD/modeling_deepseek" "$links/modeling_deepseek"
+    for folder in kernels model_cards cli; do ln -s "$PWD/$folder" "$links/deepseek_$folder"; done
+    export PYTHONPATH="$links${PYTHONPATH:+:$PYTHONPATH}"
+fi
 pytest=("$python" -m pytest -p no:cacheprovider -x)
 workers=()
+grid=gpu
+if [ "${DRY_RUN:-0}" = 1 ]; then
+    export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
+    grid=quick
+fi
 "$python" -c "import xdist" 2> /dev/null && workers=(-n 8)
 
 # Every dtype and shape is compiled anew, so time may run out before the tests do: said, and no failure.
 check() {
-    local seconds=$1 status=0
+    local seconds=$1 status=0 begun=$SECONDS
     shift
     timeout --signal INT --kill-after 10 "$seconds" "$@" || status=$?
-    if [ "$status" -eq 124 ]; then
+    # 137: not ended by itself within ten seconds after the interrupt.
+    if [ "$status" -eq 124 ] || { [ "$status" -eq 137 ] && [ $((SECONDS - begun)) -ge "$seconds" ]; }; then
         echo "stopped after $seconds s without a failure, and without having run every test: $*"
     elif [ "$status" -ne 0 ]; then
         exit "$status"
@@ -31,4 +46,4 @@ if command -v compute-sanitizer > /dev/null; then
     check 60 compute-sanitizer --error-exitcode 1 "${pytest[@]}" tests/kernels/test_triton_layer.py \
         -k "test_routing_patterns and some_unused-7"
 fi
-timeout 240 "$python" -m deepseek_cli.main bench kernels --grid gpu --seconds 1 --output "$output" --overwrite
+timeout 240 "$python" -m deepseek_cli.main bench kernels --grid "$grid" --seconds 1 --output "$output" --overwrite
