@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,8 @@ def _read_file(path: Path) -> Iterator[dict]:
         yield from _read_parquet(path)
     elif _suffix(path) in (".jsonl", ".ndjson"):
         yield from _read_jsonl(path)
+    elif _suffix(path) in (".csv", ".tsv", ".json"):  # whoever has one means its rows, not its commas and brackets
+        raise ValueError(f"data: {path} is no plain text; write its rows as .jsonl, an object a line, or as .parquet")
     else:
         for passage in _cut_passages(_read_text(path)):
             yield {"text": passage}
@@ -205,7 +208,7 @@ def _read_text(path: Path) -> str:
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {path} is not UTF-8 text (byte {error.start})") from None
-    except (gzip.BadGzipFile, EOFError):
+    except (gzip.BadGzipFile, EOFError, zlib.error):
         raise ValueError(f"data: {path} is not a whole gzip file") from None
     if "\0" in text:
         raise ValueError(f"data: {path} is not text (it holds zero bytes)")
@@ -219,11 +222,21 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also a number of too many digits, and lists too deep
             raise ValueError(f"data: {path} line {number} is not JSON") from None
+        if "\\ud" in line.lower() and not _is_encodable(row):
+            raise ValueError(f"data: {path} line {number} holds half a surrogate pair, which is no text")
         if not isinstance(row, dict):
             raise ValueError(f"data: {path} line {number} is not a JSON object with a text column")
         yield row
+
+
+def _is_encodable(row: Any) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path) -> Iterator[dict]:

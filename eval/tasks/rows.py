@@ -8,6 +8,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,28 +101,40 @@ def find_file(names: str | Sequence[str], source: Path | None = None) -> Path | 
 
 
 def _parse_csv(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        yield from csv.DictReader(file)
+    try:
+        yield from csv.DictReader(_read_lines(path))
+    except csv.Error as error:
+        raise ValueError(f"data: {path} is no CSV file ({error})") from None
 
 
 def _parse_text(path: Path) -> Iterator[dict[str, Any]]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        yield from ({"text": line} for line in file)
+    yield from ({"text": line} for line in _read_lines(path))
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    # A CSV reader wants line ends as they are.
+    options = {"encoding": "utf-8-sig", "newline": "" if path.suffix == ".csv" else None}
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", **options) as file:
+        try:
+            yield from file
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data: {path} is no UTF-8 text ({error.reason})") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error):
+            raise ValueError(f"data: {path} is no whole gzip file") from None
 
 
 def _parse_lines(path: Path) -> Iterator[dict[str, Any]]:
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"data: {path}, line {number} is no JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"data: {path}, line {number} is {type(row).__name__}, wanted an object")
-            yield row
+    for number, line in enumerate(_read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"data: {path}, line {number} is no JSON ({reason})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"data: {path}, line {number} is {type(row).__name__}, wanted an object")
+        yield row
 
 
 def _read_hub(source: str, name: str) -> Iterator[dict[str, Any]]:

@@ -105,7 +105,17 @@ def test_embedded_data_has_disjoint_splits_and_a_licence():
         ("a.jsonl", b'{"body": "a", "title": "b"}\n', "has no column 'text' (it has: body, title)"),
         ("a.jsonl", b'{"text": 3}\n', "holds int, not text"),
         ("a.jsonl", b'{"text": "a", "split": "dev2"}\n', "has no row with split 'train'"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", b'\n{"text": "a", "note": ["b \\uD800 c"]}\n', "line 2 holds half a surrogate pair"),
+        ("a.csv", b"text\nabc\n", "is no plain text; write its rows as .jsonl"),
+        ("a.json", b'[{"text": "abc"}]', "is no plain text; write its rows as .jsonl"),
         ("a.parquet", b"PAR1 not really", "is not a Parquet file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"{}", mtime=0)[:10] + b"\xff" * 30,
+            "is not a whole gzip file",
+        ),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "is not a whole gzip file"),
     ],
 )
@@ -114,6 +124,11 @@ def test_bad_files_fail_in_one_line(tmp_path, name, content, message):
     with pytest.raises(ValueError) as error:
         load_texts(tmp_path / name)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\ud83d\\ude00"}\n')
+    assert load_texts(tmp_path / "a.jsonl", "all") == ["\N{GRINNING FACE}"]
 
 
 def test_missing_files_and_empty_folders(tmp_path):
