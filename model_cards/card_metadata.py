@@ -6,7 +6,6 @@ what that validator would refuse. Surprising: neither format has a field for a s
 metric's ``args`` there and in ``notes`` here.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from deepseek_model_cards.benchmarks import benchmark_of, chance_level
+from deepseek_model_cards.json_files import read_object
 from deepseek_model_cards.stages import Stage, final_stage, is_number
 from deepseek_model_cards.wording import label_metric
 
@@ -256,4 +256,4 @@ def read_config(model_path: Path | None) -> dict[str, Any]:
     Args:
         model_path: The model's folder or None.
     """
-    return json.loads((model_path / "config.json").read_text(encoding="utf-8")) if model_path else {}
+    return read_object(model_path / "config.json", "model") if model_path else {}

@@ -7,7 +7,6 @@ transposed, so that scores are taken in the latent), and our attention over expe
 folds exactly into a plain gate.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from deepseek_model_cards.gguf_tokenizer import write_tokenizer
+from deepseek_model_cards.json_files import read_object
 from deepseek_model_cards.loading import resolve_checkpoint
 
 _GATING = {"softmax": "SOFTMAX", "sigmoid": "SIGMOID"}
@@ -112,7 +112,7 @@ def export_gguf(model_path: str | Path, output: str | Path, *, fixed_experts: in
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"model: {source} holds no config.json; pass a checkpoint's folder")
     target = _target(Path(output))
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_object(source / "config.json", "model")
     obstacles = obstacles_to_gguf(config)
     if obstacles:
         raise ValueError(f"model: {source} is outside what llama.cpp computes: {', '.join(obstacles)}")

@@ -5,9 +5,10 @@ before merging, each way written out in its source. A tokenizer whose split has 
 load and cut numbers or words in other places.
 """
 
-import json
 from pathlib import Path
 from typing import Any
+
+from deepseek_model_cards.json_files import read_object
 
 # Our steps before merging -> llama.cpp's name of an equal: gpt-2's expression alone, or every digit apart before it.
 PRE_TOKENIZERS = {"ByteLevel": "gpt-2", "Digits+ByteLevel": "smollm"}
@@ -30,7 +31,7 @@ def write_tokenizer(writer: Any, model_path: Path, vocab_size: int) -> None:
     path = model_path / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"model: {model_path} holds no tokenizer.json, which a GGUF file needs")
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state = read_object(path, "tokenizer")
     if state["model"]["type"] != "BPE" or state.get("normalizer"):
         raise ValueError(
             f"tokenizer: {state['model']['type']} with normalizer {state.get('normalizer')} is not handled"

@@ -8,13 +8,17 @@ checkpoint (its ``model/`` subfolder is taken).
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_deepseek  # noqa: F401  (registers our model type with the Auto classes)
+from deepseek_model_cards.json_files import read_object
 from modeling_deepseek.checkpoint_check import check_index
 
 _CONFIG_FILES = ("config.json", "adapter_config.json")
+# Of every kind of tokenizer in transformers at least one.
+_TOKENIZER_FILES = ("*token*", "*.model", "*vocab*", "*.bpe", "*.tiktoken", "*tekken*")
 
 
 def load_model(
@@ -37,6 +41,7 @@ def load_model(
         ValueError: The checkpoint is damaged, or a Hub id cannot be fetched.
     """
     source = resolve_checkpoint(name_or_path)
+    _check_json("model", source, ("config.json",))
     check_index(source)
     model, found = _load(
         auto_class, "model", source, trust_remote_code=trust_remote_code, output_loading_info=True, **options
@@ -57,9 +62,12 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
 
     Raises:
         FileNotFoundError: A local path is absent or holds no tokenizer.
-        ValueError: A Hub id cannot be fetched.
+        ValueError: A file is damaged, or a Hub id cannot be fetched.
     """
     source = resolve_checkpoint(name_or_path, marks=(*_CONFIG_FILES, "tokenizer.json", "tokenizer_config.json"))
+    _check_json("tokenizer", source, ("config.json", "tokenizer.json", "tokenizer_config.json"))
+    if Path(source).is_dir() and not any(list(Path(source).glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise FileNotFoundError(f"tokenizer: {source} holds none; wanted tokenizer.json or a vocabulary")
     return _load(AutoTokenizer, "tokenizer", source, trust_remote_code=trust_remote_code)
 
 
@@ -88,6 +96,13 @@ def resolve_checkpoint(name_or_path: str | Path, *, marks: tuple[str, ...] = _CO
     return name
 
 
+def _check_json(what: str, source: str, names: tuple[str, ...]) -> None:
+    """Name the file that is cut short or no JSON object, where transformers' errors name a line and column only."""
+    for path in (Path(source, name) for name in names):
+        if path.is_file():
+            read_object(path, what)
+
+
 def _load(auto_class: type, what: str, source: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(source, **options)
@@ -102,6 +117,10 @@ def _load(auto_class: type, what: str, source: str, **options: Any) -> Any:
         raise ValueError(
             f"{what}: {source} is no local folder and could not be fetched from the Hub; pass a checkpoint folder, or "
             f"download it first ({first_line(error)})"
+        ) from None
+    except StrictDataclassError as error:  # a setting of the wrong type
+        raise ValueError(
+            f"{what}: {source} has a config.json that is refused ({' '.join(str(error).split())})"
         ) from None
     except ValueError as error:  # Upstream's are long: an unknown architecture, no usable tokenizer file.
         hint = "; trust_remote_code (--trust-remote-code) runs it" if "trust_remote_code" in str(error) else ""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek_model_cards.json_files import read_object
+
 PARTS = ("embedding", "attention", "routed experts", "shared experts", "router", "dense feed-forward", "norm", "other")
 # Saved with the weights, but steered by load counts instead of gradients, so no parameters.
 BUFFERS = (".e_score_correction_bias", ".share.state")
@@ -51,7 +53,7 @@ def count_checkpoint(model_path: str | Path) -> ParameterTable:
         ValueError: A file is cut short or no safetensors file.
     """
     path = Path(model_path)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_object(path / "config.json", "model")
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"model: {path} holds no *.safetensors file")
@@ -90,8 +92,12 @@ def read_header(file: Path) -> dict[str, Any]:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
         if not 0 < length <= file.stat().st_size - 8:
             raise ValueError(f"model: {file} is cut short or no safetensors file")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+    except (ValueError, AttributeError, RecursionError):
+        raise ValueError(f"model: {file} is cut short or no safetensors file") from None
     return header
 
 

@@ -27,6 +27,8 @@ from typing import Any
 
 import yaml
 
+from deepseek_model_cards.json_files import read_object
+
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
@@ -137,17 +139,23 @@ class RunFolder:
     @property
     def settings(self) -> dict[str, Any]:
         """The resolved settings as written at the start."""
-        return yaml.safe_load(self._read(RECIPE_FILE)) or {}
+        try:
+            settings = yaml.safe_load(self._read(RECIPE_FILE)) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"run: {self.path / RECIPE_FILE} is no YAML ({error})") from None
+        if not isinstance(settings, dict):
+            raise ValueError(f"run: {self.path / RECIPE_FILE} holds {type(settings).__name__}, wanted settings")
+        return settings
 
     @property
     def environment(self) -> dict[str, Any]:
         """Versions, seed, commit, command line and machine."""
-        return json.loads(self._read(ENVIRONMENT_FILE))
+        return self._read_object(ENVIRONMENT_FILE)
 
     @property
     def summary(self) -> dict[str, Any]:
         """What the run ended with. See `finish` for its keys."""
-        return json.loads(self._read(SUMMARY_FILE))
+        return self._read_object(SUMMARY_FILE)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -155,16 +163,32 @@ class RunFolder:
         rows = []
         for line in self._read(METRICS_FILE).splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"run: {self.path / METRICS_FILE} holds {type(row).__name__} in a line, wanted objects"
+                )
+            rows.append(row)
         return rows
 
     def _read(self, name: str) -> str:
         try:
             return (self.path / name).read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise FileNotFoundError(f"run: {self.path} has no {name}; it is no run folder or not finished") from None
+            raise self._lacks(name) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"run: {self.path / name} is no UTF-8 text (byte {error.start})") from None
+
+    def _read_object(self, name: str) -> dict[str, Any]:
+        try:
+            return read_object(self.path / name, "run")
+        except FileNotFoundError:
+            raise self._lacks(name) from None
+
+    def _lacks(self, name: str) -> FileNotFoundError:
+        return FileNotFoundError(f"run: {self.path} has no {name}; it is no run folder or not finished")
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""

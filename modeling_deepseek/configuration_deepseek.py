@@ -135,7 +135,7 @@ class DeepseekConfig(DeepseekV3Config):
         try:
             return cls(**{**settings, **overrides})
         except StrictDataclassFieldValidationError as error:
-            raise ValueError(" ".join(str(error.__cause__ or error).split())) from None
+            raise ValueError(_one_line(error)) from None
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -174,7 +174,11 @@ class DeepseekConfig(DeepseekV3Config):
             config_dict: The settings.
             **kwargs: As for `transformers.PreTrainedConfig.from_dict`.
         """
-        return super().from_dict({**config_dict, "router_bias_update_speed": 0.0, "mtp_loss_coef": 0.0}, **kwargs)
+        settings = {**config_dict, "router_bias_update_speed": 0.0, "mtp_loss_coef": 0.0}
+        try:
+            return super().from_dict(settings, **kwargs)
+        except StrictDataclassFieldValidationError as error:
+            raise ValueError(_one_line(error)) from None
 
     @property
     def has_dynamic_experts(self) -> bool:
@@ -302,6 +306,10 @@ class DeepseekConfig(DeepseekV3Config):
             dense,
             f"at most {last} with mtp_loss_coef, so that the last prediction layer has experts",
         )
+
+
+def _one_line(error: StrictDataclassFieldValidationError) -> str:
+    return " ".join(str(error.__cause__ or error).split())
 
 
 def _require(holds: bool, name: str, value: Any, allowed: str) -> None:

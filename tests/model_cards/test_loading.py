@@ -105,6 +105,33 @@ def test_a_broken_config(copy):
     assert "config.json" in one_line(caught)
 
 
+BROKEN = [
+    ("", "is no JSON"),
+    ("[1]", "holds list, wanted an object"),
+    ("[" * 100_000, "is no JSON"),
+    ("\xff", "is no JSON"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN, ids=["empty", "list", "nested", "binary"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_json_file_is_named(copy, name, content, message):
+    (copy / name).write_bytes(content.encode("latin-1"))
+    for load in (load_tokenizer, load_model) if name == "config.json" else (load_tokenizer,):
+        with pytest.raises(ValueError, match=f"{copy / name} {message}") as caught:
+            load(copy)
+        one_line(caught)
+
+
+def test_a_setting_of_the_wrong_type(copy):
+    config = json.loads((copy / "config.json").read_text())
+    for model_type in ("llama", "deepseek_moe"):
+        (copy / "config.json").write_text(json.dumps({**config, "model_type": model_type, "hidden_size": "x"}))
+        with pytest.raises(ValueError, match=f"model: {copy} .*hidden_size") as caught:
+            load_model(copy)
+        one_line(caught)
+
+
 def test_an_unknown_architecture(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "model_type": "nothing_known"}))
@@ -114,6 +141,6 @@ def test_an_unknown_architecture(copy):
 
 
 def test_no_tokenizer(copy):
-    with pytest.raises((ValueError, FileNotFoundError), match="tokenizer: ") as caught:
+    with pytest.raises(FileNotFoundError, match=f"tokenizer: {copy} holds none; wanted tokenizer.json") as caught:
         load_tokenizer(copy)
     one_line(caught)

@@ -98,3 +98,25 @@ def test_a_run_that_only_began_is_replaced(tmp_path):
     run.log({"step": 1})
     with pytest.raises(FileExistsError, match="it differs in k"):
         RunFolder.create(tmp_path / "run", {"k": 3}, command="pretrain")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", b'{"stage": ', "summary.json is no JSON (Expecting value"),
+        ("summary.json", b"[]", "summary.json holds list, wanted an object"),
+        ("environment.json", b"\xff", "environment.json is no JSON ('utf-8' codec"),
+        ("recipe.yaml", b"a: [", "recipe.yaml is no YAML"),
+        ("recipe.yaml", b"- a", "recipe.yaml holds list, wanted settings"),
+        ("recipe.yaml", b"\xff", "recipe.yaml is no UTF-8 text (byte 0)"),
+        ("metrics.jsonl", b"[1]\n", "metrics.jsonl holds list in a line, wanted objects"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, content, message):
+    run = RunFolder.create(tmp_path / "run", {"a": 1}, command="test")
+    run.log({"step": 1})
+    run.finish({"stage": "test"})
+    (run.path / name).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        _ = run.settings, run.environment, run.summary, run.metrics
+    assert message in " ".join(str(caught.value).split())

@@ -1,0 +1,28 @@
+"""Reads a JSON file that must hold an object, and names the file where it does not.
+
+Used where this package reads a checkpoint or a run; the JSON parser names a line and a column only.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Args:
+        path: The file.
+        what: What it belongs to, for the error: ``model``, ``tokenizer`` or ``run``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is cut short, no text, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: {path} is no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{what}: {path} holds {type(value).__name__}, wanted an object")
+    return value
