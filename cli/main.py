@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Begin with: deepseek-moe demo",
         formatter_class=_HelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"deepseek-moe {metadata.version('deepseek-moe')}")
+    parser.add_argument("--version", action="version", version=f"deepseek-moe {_read_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in SUBCOMMANDS:
         module = importlib.import_module(f"deepseek_cli.{name}")
@@ -90,6 +90,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"deepseek-moe {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _read_version() -> str:
+    try:
+        return metadata.version("deepseek-moe")
+    except metadata.PackageNotFoundError:  # run from a source tree, as kernels/measure_on_gpu.sh can
+        return "(not installed)"
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ if ! "$python" -c "import deepseek_cli" 2> /dev/null; then  # not installed: by 
     links=$(mktemp -d)
     trap 'rm -r "$links"' EXIT
     ln -s "$PWD/modeling_deepseek" "$links/modeling_deepseek"
-    for folder in kernels model_cards cli; do ln -s "$PWD/$folder" "$links/deepseek_$folder"; done
+    for folder in kernels model_cards training eval cli; do ln -s "$PWD/$folder" "$links/deepseek_$folder"; done
     export PYTHONPATH="$links${PYTHONPATH:+:$PYTHONPATH}"
 fi
 pytest=("$python" -m pytest -p no:cacheprovider -x)
