@@ -62,7 +62,7 @@ class AlignRecipe:
     num_eval_samples: int = setting(1, help="completions of each held-out prompt, whose mean counts; at least 1")
     weights: list[float] = setting([0.7, 0.2, 0.1], help="of relevance, safety, diversity; 0 or more")  # noqa: RUF009
     gate_threshold: float | None = setting(
-        0.7, help="below this safety the whole reward shrinks in proportion, in (0, 1]; null: no gate"
+        1.0, help="below this safety the whole reward shrinks in proportion, in (0, 1]; null: no gate"
     )
     repetition_penalty: float = setting(
         0.0, help="most that repeated token triples take off the reward, 0 or more (trl.rewards)"

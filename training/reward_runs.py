@@ -21,7 +21,6 @@ from deepseek_training.rewards.relevance import guard
 from deepseek_training.words import FUNCTION_WORDS, content_words, split_words
 
 WEIGHTS = [0.7, 0.2, 0.1]
-GATE_THRESHOLD = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,6 @@ def build_sum(has_guards: bool) -> WeightedReward:
         [Relevance(has_guards=has_guards), Safety(), Diversity()],
         weights=WEIGHTS,
         gate="safety" if has_guards else None,
-        gate_threshold=GATE_THRESHOLD,
     )
 
 

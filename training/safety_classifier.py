@@ -2,10 +2,10 @@
 
     p_unsafe = sigmoid(bias + sum over distinct features f of weight[hash(f)] / sqrt(number of distinct features))
 
-Small enough to ship (64 KiB of 8-bit weights) and to score thousands of texts a second on one core; what it can and
-cannot tell is measured in ``data/safety_classifier.json``. Trained by `deepseek_training.train_safety_classifier`.
-Surprising: a text is as unsafe as its worst sentence, for a harmless context would dilute an
-abusive one; and hashing is CRC-32, because Python's own hash differs between processes.
+Small enough to ship (262,144 8-bit weights, of which three in four are 0) and to score thousands of texts a second on
+one core; what it can and cannot tell is measured in ``data/safety_classifier.json``. Trained by
+`deepseek_training.train_safety_classifier`. Surprising: a text is as unsafe as its worst sentence, for a harmless
+context would dilute an abusive one; and hashing is CRC-32, because Python's own hash differs between processes.
 """
 
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 
 from deepseek_training.words import ngrams, split_words
 
-NUM_BUCKETS = 1 << 16
+NUM_BUCKETS = 1 << 18
 MAX_WORDS = 30  # a longer sentence is cut into stretches of this many words
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 EMBEDDED_PATH = Path(__file__).parent / "data" / "safety_classifier.npz"

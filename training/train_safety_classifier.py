@@ -1,21 +1,22 @@
 """Train the embedded safety classifier and write it with its card.
 
-Run once by hand: ``python -m deepseek_training.train_safety_classifier SOURCE OUT``; about 20 s on one core.
+Run once by hand: ``python -m deepseek_training.train_safety_classifier SOURCE OUT``; about 25 s on one core.
 Unsafe: tweets labelled hateful or offensive (Davidson et al., MIT), ToxiGen statements labelled hateful (MIT, data
-CDLA-Permissive-2.0), AdvBench requests and their openings (MIT), the plain threats of `make_threats`, and at a small
-weight, because their labels are guessed, what people say to provoke in HH-RLHF's harmless set (MIT). Safe: the tweets
-labelled neither, ToxiGen's neutral statements, the embedded dialogues (not HH-RLHF's), books and medicine,
-Self-Instruct's seed tasks, P3's prompts and answers (Apache-2.0), ChatterBot's conversations (BSD-3-Clause), a sample
-of C4 (ODC-BY) and US speeches (public domain). Held out: one in five of each by the hash of its text. XSTest (CC BY
-4.0) is never trained on; its safe prompts measure over-refusal. Surprising: harmful texts get less than half of the
-weight, else every sentence in unfamiliar words is held to be as likely harmful as not.
+CDLA-Permissive-2.0), AdvBench requests (MIT), the sentences of `made_sentences`, and at a small weight, because their
+labels are guessed, what people say to provoke in HH-RLHF's harmless set (MIT). Safe: the tweets labelled neither,
+ToxiGen's neutral statements, the embedded dialogues (not HH-RLHF's), books and medicine, Self-Instruct's seed tasks,
+P3's prompts and answers (Apache-2.0), ChatterBot's conversations (BSD-3-Clause), TAT-QA's annual reports (MIT), a
+sample of C4 (ODC-BY), US speeches (public domain). Held out: one in five of each by the hash of its text. XSTest (CC
+BY 4.0) is never trained on; its safe prompts measure over-refusal. Surprising: harmful texts get less than half of the
+weight, else every sentence in unfamiliar words is held to be as likely harmful as not; and AdvBench's answers are left
+out, as they teach that "Sure, here is" is harm.
 """
 
 import csv
 import gzip
 import hashlib
-import itertools
 import json
+import random
 import re
 import sys
 from collections import Counter
@@ -25,43 +26,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from deepseek_training.made_sentences import make_abuse, make_openings, make_orders, make_threats
 from deepseek_training.safety_classifier import NUM_BUCKETS, SafetyClassifier, hash_features, split_stretches
 from deepseek_training.text_data import read_rows
 from deepseek_training.words import split_words
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, SEED = 4, 256, 0.05, 1e-5, 0
-UNSAFE_SHARE = 0.3  # of the weight; by XSTest's over-refusal and the answers that are flagged
+UNSAFE_SHARE = 0.25  # of the weight; by XSTest's over-refusal and the answers that are flagged
 GUESSED_WEIGHT = {"hh": 0.15}
+MADE = {"threats": make_threats, "abuse": make_abuse, "orders": make_orders, "openings": make_openings}
+PROSE = ("dialogues", "c4", "medicine", "books", "speeches", "p3", "seeds", "tatqa")
+NUM_HIDDEN, HIDDEN_WORDS, CONTEXT_WORDS, BEHIND_SHARE = 2000, 20, (8, 25), 0.7
 Row = tuple[str, str, int]  # set, text, 1 = unsafe
-HARMING = (
-    *("kill", "hurt", "beat", "stab", "shoot", "burn", "strangle"),
-    *("murder", "torture", "destroy", "attack", "poison", "crush", "punch"),
-)
-KIND = (
-    *("call", "thank", "help", "visit", "meet", "teach", "feed"),
-    *("invite", "remember", "drive", "paint", "support", "hug", "follow"),
-)
-WHOM = ("you", "him", "them", "her", "your family", "your children", "your wife", "that man", "every one of you")
-WHAT = (
-    *("the bacteria", "the weeds", "an egg", "the wood", "the fever", "the candle"),
-    *("calories", "time", "the virus", "a process", "the cancer cells", "the lights"),
-)
-THREAT_FORMS = (
-    "I will {verb} {whom}.",
-    "I'm going to {verb} {whom}.",
-    "We should {verb} {whom} tonight.",
-    "Somebody ought to {verb} {whom}.",
-    "If you tell anyone I will {verb} {whom}.",
-    "One day I'll {verb} {whom}.",
-    "Go and {verb} {whom}.",
-)
-HARMLESS_FORMS = (
-    "This will {verb} {whom}.",
-    "The drug can {verb} {whom}.",
-    "You can {verb} {whom}.",
-    "Use it to {verb} {whom}.",
-)
-# Written before the forms above, and only measured.
+# Written before `make_threats`, and only measured.
 UNSEEN_THREATS = (
     "I will kill you.",
     "I'm going to find out where you live and hurt you.",
@@ -104,12 +81,14 @@ def main(source: str, output: str) -> None:
     """Train, measure and write ``safety_classifier.npz`` and ``safety_classifier.json``.
 
     Args:
-        source: Folder with the upstream files under ``safety/`` and ``sft/``.
+        source: Folder with the upstream files under ``safety/``, ``sft/``, ``hh_rlhf/``, ``pretrain/`` and
+            ``domain_finance/``.
         output: Folder to write into.
     """
     rows = list(dict.fromkeys(read_sets(Path(source))))
-    train = [row for row in rows if not is_held_out(row[1])]
-    held_out = [row for row in rows if is_held_out(row[1])]
+    train = [row for row in rows if row[0] in MADE or not is_held_out(row[1])]
+    train += hide(train, random.Random(SEED))
+    held_out = [row for row in rows if row[0] not in MADE and is_held_out(row[1])]
     classifier = fit(train)
     path = Path(output) / "safety_classifier.npz"
     classifier.save(path)
@@ -131,8 +110,8 @@ def read_sets(source: Path) -> Iterator[Row]:
     with open(folder / "advbench_harmful_behaviors.csv", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             yield "advbench", row["goal"], 1
-            yield "advbench", row["target"], 1
-    yield from make_threats()
+    for name, make in MADE.items():
+        yield from ((name, text, label) for text, label in make())
     for row in _read_jsonl(source / "hh_rlhf/harmless-base-test.jsonl.gz"):
         for turn in re.findall(r"\n\nHuman: (.*?)(?=\n\nAssistant: |\Z)", row["chosen"], re.DOTALL):
             yield "hh", " ".join(turn.split()), 1
@@ -156,6 +135,8 @@ def read_safe_sets(source: Path) -> Iterator[Row]:
             yield "p3", row["prompt"], 0
             if len(row["completion"].split()) >= 3:
                 yield from (("p3", " ".join(words), 0) for words in split_stretches(row["completion"]))
+    for name in ("dev", "test_gold"):
+        yield from (("tatqa", text, 0) for text in _read_tatqa(source / f"domain_finance/tatqa_{name}.json.gz"))
     web = (row for row in _read_jsonl(source / "pretrain/wiki_c4_demo_en.jsonl.gz") if row["source"] == "c4")
     speeches = _read_jsonl(source / "pretrain/us_speeches_en.jsonl.gz")
     every = {"books": (read_rows("books"), 12), "medicine": (read_rows("medicine"), 12)}
@@ -166,14 +147,27 @@ def read_safe_sets(source: Path) -> Iterator[Row]:
                 yield from ((name, " ".join(words), 0) for words in split_stretches(row["text"])[::step])
 
 
-def make_threats() -> Iterator[Row]:
-    """Yield plain threats, and the same verbs and sentence forms without harm; no data set at hand has them."""
-    for form, verb, whom in itertools.product(THREAT_FORMS, HARMING, WHOM):
-        yield "threats", form.format(verb=verb, whom=whom), 1
-    for form, verb, whom in itertools.product(THREAT_FORMS, KIND, WHOM[:3]):
-        yield "threats", form.format(verb=verb, whom=whom), 0
-    for form, verb, what in itertools.product(HARMLESS_FORMS, HARMING, WHAT):
-        yield "threats", form.format(verb=verb, whom=what), 0
+def hide(rows: list[Row], rng: random.Random) -> list[Row]:
+    """Return unsafe texts hidden before or behind a harmless one, and as many harmless texts joined alike.
+
+    Without them the harmless words of a sentence outvote the others.
+
+    Args:
+        rows: The training rows; every set of unsafe ones is drawn from alike, but for those with guessed labels.
+        rng: Draws.
+    """
+    safe = [text.split() for name, text, label in rows if label == 0 and name in PROSE]
+    unsafe: dict[str, list[list[str]]] = {}
+    for name, text, label in rows:
+        if label == 1 and name not in GUESSED_WEIGHT:
+            unsafe.setdefault(name, []).append(text.split())
+    hidden = []
+    for i in range(2 * NUM_HIDDEN):
+        other = rng.choice(unsafe[rng.choice(sorted(unsafe))] if i % 2 else safe)[:HIDDEN_WORDS]
+        context = rng.choice(safe)[: rng.randint(*CONTEXT_WORDS)]
+        words = context + other if rng.random() < BEHIND_SHARE else other + context
+        hidden.append(("hidden", " ".join(words), i % 2))
+    return hidden
 
 
 def is_held_out(text: str) -> bool:
@@ -191,6 +185,9 @@ def fit(rows: list[Row]) -> SafetyClassifier:
     torch.nn.init.zeros_(bag.weight)
     bias = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.Adam([*bag.parameters(), bias], lr=LEARNING_RATE)
+    num_steps = EPOCHS * -(-len(rows) // BATCH_SIZE)
+    # without it the last batches decide
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=num_steps)
     for _ in range(EPOCHS):
         for batch in torch.randperm(len(rows)).split(BATCH_SIZE):
             chosen = [features[i] for i in batch]
@@ -202,6 +199,7 @@ def fit(rows: list[Row]) -> SafetyClassifier:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
     return SafetyClassifier(bag.weight.detach().squeeze(-1).numpy(), float(bias.detach()))
 
 
@@ -224,7 +222,19 @@ def describe(classifier: SafetyClassifier, train: list[Row], held_out: list[Row]
         scores = classifier.predict([text for _, text, _ in rows])
         labels = np.array([label for _, _, label in rows])
         measured[f"{name}_held_out_auc"] = {"value": round(auc(scores, labels), 4), "n": len(rows)}
-    for name in ("advbench", "hh", "dialogues", "seeds", "p3", "chatterbot", "books", "medicine", "c4", "speeches"):
+    for name in (
+        "advbench",
+        "hh",
+        "dialogues",
+        "seeds",
+        "p3",
+        "chatterbot",
+        "books",
+        "medicine",
+        "c4",
+        "speeches",
+        "tatqa",
+    ):
         scores = classifier.predict([text for kind, text, _ in held_out if kind == name])
         measured[f"{name}_held_out_flagged"] = {"value": round(float((scores > 0.5).mean()), 4), "n": len(scores)}
     for name, texts in (("threats", UNSEEN_THREATS), ("harmless_uses", UNSEEN_HARMLESS)):
@@ -244,7 +254,7 @@ def describe(classifier: SafetyClassifier, train: list[Row], held_out: list[Row]
         "n": int(sum(unsafe)),
     }
     return {
-        "model": "logistic regression over hashed word and character n-grams, 65,536 8-bit weights",
+        "model": f"logistic regression over hashed word and character n-grams, {NUM_BUCKETS:,} 8-bit weights",
         "trained_by": "python -m deepseek_training.train_safety_classifier",
         "num_train": len(train),
         "licences": {
@@ -256,6 +266,7 @@ def describe(classifier: SafetyClassifier, train: list[Row], held_out: list[Row]
             "c4": "ODC-BY",
             "us speeches": "public domain",
             "chatterbot": "BSD-3-Clause",
+            "tat-qa": "MIT",
             "dialogues, books, medicine": "see SOURCES.md",
             "xstest (measured only)": "CC BY 4.0",
         },
@@ -272,6 +283,15 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     positive = labels[order].astype(bool)
     num_positive, num_negative = positive.sum(), (~positive).sum()
     return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+def _read_tatqa(path: Path) -> Iterator[str]:
+    """Every third stretch of each report's paragraphs, and every second question."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for report in json.load(file):
+            for paragraph in report["paragraphs"]:
+                yield from (" ".join(words) for words in split_stretches(paragraph["text"])[::3])
+            yield from (question["question"] for question in report["questions"][::2])
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:

@@ -211,6 +211,11 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text.lower().replace("\u2019", "'"))
 
 
+def find_words(text: str) -> list[tuple[str, int, int]]:
+    """Return the words as `split_words` does, each with where it begins and ends in the text."""
+    return [(m.group().lower().replace("\u2019", "'"), m.start(), m.end()) for m in _WORD.finditer(text)]
+
+
 def content_words(words: Sequence[str]) -> list[str]:
     """Return the words that are not function words, each cut to its stem."""
     return [stem(word) for word in words if word not in FUNCTION_WORDS]

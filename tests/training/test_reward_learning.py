@@ -40,7 +40,7 @@ def test_gauges_tell_a_hack_from_an_answer():
     assert columns["guard"][0] > 0.9 and max(columns["guard"][1:]) < 0.1
     assert columns["distinct_words"][2] == pytest.approx(4 / 20)
     assert Gauges().read(["Why?"], [""])["reward"][0] == pytest.approx(
-        Gauges().read(["Why?"], [""])["safety"][0] * 0.2
+        Gauges().read(["Why?"], [""])["safety"][0] ** 2 * 0.2  # weighed, and gated
     )
 
 

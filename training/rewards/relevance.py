@@ -1,22 +1,27 @@
 """Relevance: does the completion speak about what the prompt asks, in words of its own?
 
-    relevance  = similarity * novelty * prose
-    similarity = max(1 / (1 + exp(-(cosine - emptiness - middle) / width)), min(1, coverage / 0.6))
+    relevance  = similarity * max(novelty, given) * prose, of the completion without the prompt if that is quoted whole
+    similarity = max(1 / (1 + exp(-(cosine - emptiness - commonness - middle) / width)), min(1, coverage / 0.6))
     cosine     = embed(prompt) . embed(completion)
     emptiness  = max(0, mean of the completion's 3 largest cosines with `EMPTY_ANSWERS` - 0.3)
+    commonness = the completion's mean cosine with other prompts (every eighth of the embedded training dialogues)
     coverage   = share of the prompt's content words, weighted by rarity, that the completion names (also by initials)
     novelty    = min(1, share of the completion's distinct content words that the prompt lacks / 0.5)
+    given      = 0.5 where the completion leaves out a sentence of the prompt and may treat another, else 0
     prose      = max(min(1, share of function words / 0.25), list) * min(1, share of distinct content words / 0.6)
-    list       = 0.5 * min(1, separators (commas, dashes, bars, line breaks) a word / (1 / 6))
+    list       = 0.5 * min(1, separators (commas, dashes, bars, numbers "1.", line breaks) a word / (1 / 6))
 
 Similarity alone is hacked at once: repeating the prompt maximises it. `novelty` takes an echo to 0 and lets an answer
-name its subject freely; `prose` takes keywords strung together and a word said over and over to 0, and lets a list
-that is written as one earn half; `emptiness` takes down what would go with any question. The embedder is the
-small one that ships (`deepseek_training.text_embedder`) or any sentence-embedding model (`SentenceEncoder`).
+name its subject freely; a prompt quoted whole is taken out first, else praise beside an echo would bring the new
+words; `given` lets a text that was to be corrected or sorted earn half; `prose` takes keywords strung together and a
+word said over and over to 0, and lets a list that is written as one earn half; `emptiness` and `commonness` take down
+what would go with any question. The embedder is the small one that ships (`deepseek_training.text_embedder`) or any
+sentence-embedding model (`SentenceEncoder`).
 
 Failure modes: a bag of words knows no truth and no grammar, so a false statement on the topic earns as much as a true
-one; an honest answer that shares no topic word with its prompt ("About one in ten") earns little; the function words
-are English, so for text in other scripts `prose` only counts repetition.
+one; an honest answer that shares no topic word with its prompt ("About one in ten") earns little; one sentence of
+several that the prompt has, said again, earns half; the function words are English, so for text in other scripts
+`prose` only counts repetition.
 """
 
 import math
@@ -25,7 +30,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from deepseek_training.rewards.copied_text import treats_given_text, without_quoted_prompt
 from deepseek_training.rewards.empty_answers import EMPTY_ANSWERS
+from deepseek_training.text_data import read_rows
 from deepseek_training.text_embedder import TextEmbedder
 from deepseek_training.words import FUNCTION_WORDS, content_words, split_words, text_of
 
@@ -34,8 +41,9 @@ from deepseek_training.words import FUNCTION_WORDS, content_words, split_words, 
 MIDDLE_COSINE, COSINE_WIDTH = 0.25, 0.08
 LEAST_EMPTINESS, NUM_EMPTY = 0.3, 3
 FULL_COVERAGE, FULL_NOVELTY, FULL_FUNCTION_SHARE, FULL_DISTINCT_SHARE = 0.6, 0.5, 0.25, 0.6
-FULL_SEPARATORS, LIST_SHARE = 1 / 6, 0.5
-_SEPARATOR = re.compile(r"[,;|\n\u2022]|(?:^|\s)[-+*](?=\s)")
+FULL_SEPARATORS, LIST_SHARE, GIVEN_SHARE = 1 / 6, 0.5, 0.5
+OTHER_PROMPTS_STEP = 8
+_SEPARATOR = re.compile(r"[,;|\n\u2022]|(?:^|\s)(?:[-+*]|\d{1,2}[.)])(?=\s)")
 _CAPITALS = re.compile(r"\b[A-Z]{2,6}\b")
 _CASED_WORD = re.compile(r"[^\W\d_][\w'-]*")
 
@@ -71,7 +79,8 @@ class Relevance:
         self.lexicon = TextEmbedder.load()
         self.embedder = self.lexicon if embedder is None else embedder
         self.middle, self.width, self.has_guards = middle, width, has_guards
-        self._empty_rows: np.ndarray | None = None  # embedded at the first call
+        self._empty_rows: np.ndarray | None = None  # embedded at the first call, as is the next
+        self._other_prompts: np.ndarray | None = None
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any
@@ -85,28 +94,44 @@ class Relevance:
             kwargs: Not used.
         """
         asked, answered = [text_of(item) for item in prompts], [text_of(item) for item in completions]
+        said = [without_quoted_prompt(*pair) for pair in zip(asked, answered, strict=True)]
+        said = said if self.has_guards else answered
+        near = self._match(asked, said)
+        return [self._score(*row) for row in zip(asked, answered, said, near, strict=True)]
+
+    def _match(self, asked: list[str], said: list[str]) -> list[float]:
+        """How near each completion is to its prompt, in [0, 1]."""
         if hasattr(self.embedder, "match"):
-            near = [float(p) for p in self.embedder.match(asked, answered)]
-            return [self._score(*row) for row in zip(asked, answered, near, strict=True)]
+            return [float(p) for p in self.embedder.match(asked, said)]
         distinct = list(dict.fromkeys(asked))  # GRPO repeats a prompt for each of its completions
         rows = dict(zip(distinct, self.embedder.embed(distinct), strict=True))
-        answers = self.embedder.embed(answered)
-        cosines = [float(rows[p] @ c) for p, c in zip(asked, answers, strict=True)]
-        if self.has_guards:
-            cosines = [near - empty for near, empty in zip(cosines, self._emptiness(answers), strict=True)]
-        near = [1 / (1 + math.exp((self.middle - cosine) / self.width)) for cosine in cosines]
-        return [self._score(*row) for row in zip(asked, answered, near, strict=True)]
+        answers = self.embedder.embed(said)
+        cosines = np.array([float(rows[p] @ c) for p, c in zip(asked, answers, strict=True)])
+        if self.has_guards and len(said):
+            cosines = cosines - self._emptiness(answers) - self._commonness(answers)
+        return [1 / (1 + math.exp((self.middle - cosine) / self.width)) for cosine in cosines]
 
-    def _emptiness(self, answers: np.ndarray) -> list[float]:
+    def _emptiness(self, answers: np.ndarray) -> np.ndarray:
         """How much each answer is like one that would go with any question, in [0, 0.7]."""
         if self._empty_rows is None:
             self._empty_rows = self.embedder.embed(list(EMPTY_ANSWERS))
         nearest = np.sort(answers @ self._empty_rows.T, axis=1)[:, -NUM_EMPTY:].mean(axis=1)
-        return [max(0.0, float(cosine) - LEAST_EMPTINESS) for cosine in nearest]
+        return np.maximum(0.0, nearest - LEAST_EMPTINESS)
 
-    def _score(self, asked: str, answered: str, near: float) -> float:
-        similarity = min(1.0, max(near, coverage(asked, answered, self.lexicon) / FULL_COVERAGE))
-        return similarity * (guard(asked, answered) if self.has_guards else 1.0)
+    def _commonness(self, answers: np.ndarray) -> np.ndarray:
+        """Each answer's mean cosine with prompts it does not answer."""
+        if self._other_prompts is None:
+            prompts = [row["prompt"] for row in read_rows("dialogues") if row["split"] == "train"]
+            self._other_prompts = self.embedder.embed(prompts[::OTHER_PROMPTS_STEP]).mean(axis=0)
+        return answers @ self._other_prompts
+
+    def _score(self, asked: str, answered: str, said: str, near: float) -> float:
+        similarity = min(1.0, max(near, coverage(asked, said, self.lexicon) / FULL_COVERAGE))
+        if not self.has_guards:
+            return similarity
+        # what is left beside a quoted prompt may leave out whatever it likes
+        is_given = said == answered and treats_given_text(asked, answered)
+        return similarity * guard(asked, said, GIVEN_SHARE if is_given else 0.0)
 
 
 def coverage(asked: str, answered: str, lexicon: TextEmbedder) -> float:
@@ -140,23 +165,24 @@ def _named_by_initials(asked: str, capitals: set[str]) -> set[str]:
     return found
 
 
-def guard(asked: str, answered: str) -> float:
+def guard(asked: str, answered: str, least_novelty: float = 0.0) -> float:
     """Return novelty times prose, in [0, 1].
 
     Args:
         asked: The prompt.
         answered: The completion.
+        least_novelty: What novelty counts at least.
     """
     words = split_words(answered)
     content = content_words(words)
     if not content:
         return 0.0
     kinds = set(content)
-    novelty = len(kinds - set(content_words(split_words(asked)))) / len(kinds)
+    novelty = min(1.0, len(kinds - set(content_words(split_words(asked)))) / len(kinds) / FULL_NOVELTY)
     prose = min(1.0, len(kinds) / len(content) / FULL_DISTINCT_SHARE)
     if sum(word.isascii() for word in words) > len(words) / 2:
         function_share = sum(word in FUNCTION_WORDS for word in words) / len(words)
         separators = len(_SEPARATOR.findall(answered)) / len(words)
         is_list = LIST_SHARE * min(1.0, separators / FULL_SEPARATORS)
         prose *= max(min(1.0, function_share / FULL_FUNCTION_SHARE), is_list)
-    return min(1.0, novelty / FULL_NOVELTY) * prose
+    return max(novelty, least_novelty) * prose

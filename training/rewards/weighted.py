@@ -29,7 +29,7 @@ class WeightedReward:
         rewards: Callables with the shared signature, each with a ``__name__`` of its own.
         weights: One a reward, none negative, not all zero; only their ratios matter.
         gate: Name of the reward that gates, for example ``safety``; None leaves the plain sum.
-        gate_threshold: From this score on the gate is open, in (0, 1].
+        gate_threshold: From this score on the gate is open, in (0, 1]; at 1 every doubt counts.
         penalties: Callables with the shared signature and values of at most 0, for example from `trl.rewards`; None
             takes nothing off.
         is_standardized: Replace each score by its place among the part's earlier scores.
@@ -49,7 +49,7 @@ class WeightedReward:
         weights: Sequence[float],
         *,
         gate: str | None = None,
-        gate_threshold: float = 0.7,
+        gate_threshold: float = 1.0,
         penalties: Sequence[Reward] = (),
         is_standardized: bool = False,
     ):

@@ -14,13 +14,13 @@ HONEST = "Children with GAN walk with an unsteady gait, their hair is tightly cu
 
 
 class TableEmbedder:
-    """Gives each text the vector written down for it."""
+    """Gives each text the vector written down for it, and others one."""
 
-    def __init__(self, table):
-        self.table = table
+    def __init__(self, table, others=(0.0, 0.0)):
+        self.table, self.others = table, others
 
     def embed(self, texts):
-        return np.array([self.table.get(text, [0.0, 0.0]) for text in texts])
+        return np.array([self.table.get(text, self.others) for text in texts])
 
 
 def test_follows_its_formula():
@@ -33,6 +33,18 @@ def test_follows_its_formula():
     lowered = 1 / (1 + np.exp((2 / 3 - 0.3) / 0.08))
     assert Relevance(TableEmbedder(rows))(["zebra crossing"], [answer]) == pytest.approx([lowered])
     assert Relevance(TableEmbedder(rows), has_guards=False)(["zebra crossing"], [answer]) == pytest.approx([0.5])
+
+
+def test_nearness_to_any_prompt_does_not_count():
+    # all other prompts (and empty answers) lie in one direction, which prompt and answer share in part
+    answer = "the liver was a healthy organ"
+    rows = {"zebra crossing": [0.6, 0.8], answer: [0.25, (1 - 0.25**2) ** 0.5]}
+    cosine = 0.6 * 0.25 + 0.8 * rows[answer][1]
+    lowered = 1 / (1 + np.exp((0.25 - (cosine - 0.25)) / 0.08))
+    assert Relevance(TableEmbedder(rows, [1.0, 0.0]))(["zebra crossing"], [answer]) == pytest.approx([lowered])
+    bare = 1 / (1 + np.exp((0.25 - cosine) / 0.08))
+    unguarded = Relevance(TableEmbedder(rows, [1.0, 0.0]), has_guards=False)
+    assert unguarded(["zebra crossing"], [answer]) == pytest.approx([bare])
 
 
 def test_a_cross_encoders_probability_stands_in_the_cosines_place():
@@ -84,6 +96,8 @@ def test_a_list_earns_half_of_prose_and_words_strung_together_nothing():
     dishes = ["Chicken Stir-Fry", "Classic Noodle Soup", "Eggplant Lasagna", "Avocado Lime Salmon"]
     assert guard(prompt, "- " + " - ".join(dishes)) == pytest.approx(0.5)
     assert guard(prompt, "\n".join(f"* {dish}" for dish in dishes)) == pytest.approx(0.5)
+    numbered = "\n".join(f"{i}. {dish}" for i, dish in enumerate(dishes, 1))
+    assert guard(prompt, numbered) == guard(prompt, numbered.replace("\n", " ")) == pytest.approx(0.5)
     assert guard(prompt, " ".join(dishes)) == 0.0
     assert guard(prompt, "dinner, healthy, easy, ideas, weeknights") == 0.0  # the prompt's own words, listed
 

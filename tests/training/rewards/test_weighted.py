@@ -34,7 +34,10 @@ def test_a_missing_score_renormalises():
 
 def test_the_gate_closes_in_proportion():
     parts = [fixed("relevance", [1, 1, 1]), fixed("safety", [0.9, 0.35, 0])]
-    assert WeightedReward(parts, [0.7, 0.3], gate="safety")(P, C) == pytest.approx([0.97, 0.805 * 0.5, 0.0])
+    half_open = WeightedReward(parts, [0.7, 0.3], gate="safety", gate_threshold=0.7)
+    assert half_open(P, C) == pytest.approx([0.97, 0.805 * 0.5, 0.0])
+    always = WeightedReward(parts, [0.7, 0.3], gate="safety")
+    assert always(P, C) == pytest.approx([0.97 * 0.9, 0.805 * 0.35, 0.0])
     assert WeightedReward(parts, [0.7, 0.3])(P, C)[2] == pytest.approx(0.7)  # without it 0.7 of relevance is kept
 
 

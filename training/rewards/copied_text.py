@@ -1,0 +1,59 @@
+"""What a completion copies from its prompt: the prompt itself, which earns nothing, or a text the prompt gives.
+
+`deepseek_training.rewards.relevance` asks both. Surprising: "The question is: ..." and praise before an echo bring new
+words, so a guard that counts new words alone lets the echo pass; and a corrected, sorted or shortened text hardly has
+any, though that is what was asked for.
+"""
+
+import re
+
+from deepseek_training.words import content_words, find_words, ngrams, split_words
+
+RUN_WORDS, QUOTED_SHARE = 3, 0.9
+NAMED_SHARE = 1 / 3  # of a sentence's content words; an answer that names no more leaves the sentence out
+_SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|\n+")
+
+
+def without_quoted_prompt(asked: str, answered: str) -> str:
+    """Return the completion without the prompt, where it repeats the prompt whole, else as it is.
+
+    Whole means that runs of three words and more cover nine tenths of the prompt's words; what lies in such runs is
+    taken out. A prompt of fewer words than a run is its subject's name and stays.
+
+    Args:
+        asked: The prompt.
+        answered: The completion.
+    """
+    prompt, spans = split_words(asked), find_words(answered)
+    words = [word for word, _, _ in spans]
+    at: dict[tuple[str, ...], list[int]] = {}
+    for i, run in enumerate(ngrams(prompt, RUN_WORDS)):
+        at.setdefault(run, []).append(i)
+    is_copied, is_repeated = [False] * len(words), [False] * len(prompt)
+    for i, run in enumerate(ngrams(words, RUN_WORDS)):
+        for start in at.get(run, ()):
+            is_copied[i : i + RUN_WORDS] = is_repeated[start : start + RUN_WORDS] = [True] * RUN_WORDS
+    if not prompt or sum(is_repeated) < QUOTED_SHARE * len(prompt):
+        return answered
+    kept, end = [], 0
+    for (_, start, stop), copied, follows in zip(spans, is_copied, [False, *is_copied[:-1]], strict=True):
+        if copied:
+            kept.append("" if follows else answered[end:start])
+            end = stop
+    return "".join([*kept, answered[end:]])
+
+
+def treats_given_text(asked: str, answered: str) -> bool:
+    """Return whether the completion leaves out a sentence of the prompt, so it may be the other's text treated.
+
+    Of "Correct this: I goes home." an answer names the second sentence (a colon ends one) and not the first; an echo
+    names both.
+
+    Args:
+        asked: The prompt.
+        answered: The completion.
+    """
+    sentences = [set(content_words(split_words(part))) for part in _SENTENCE_END.split(asked)]
+    sentences = [kinds for kinds in sentences if kinds]
+    named = set(content_words(split_words(answered)))
+    return len(sentences) > 1 and any(len(kinds & named) <= NAMED_SHARE * len(kinds) for kinds in sentences)
