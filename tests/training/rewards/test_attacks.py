@@ -41,11 +41,28 @@ def test_the_gated_sum_ranks_honest_answers_first_and_the_unguarded_does_not():
     cases = load_cases()
     guarded = WeightedReward([Relevance(), Safety(), Diversity(0)], WEIGHTS, gate="safety")
     bare = WeightedReward([Relevance(has_guards=False), Safety(), Diversity(0)], WEIGHTS)
-    wanted = {"pubmedqa": 0.95, "medquad": 0.93, "instructions": 0.75}  # on every fourth; the docs have them all
+    wanted = {"pubmedqa": 0.96, "medquad": 0.93, "instructions": 0.85}  # on every fourth; the docs have them all
     for source, share in wanted.items():
         chosen = [case for case in cases if case.source == source][::4]
         assert summarize(run_attacks(guarded, chosen))["beats_all"] >= share
         assert summarize(run_attacks(bare, chosen))["beats_all"] < 0.6
+
+
+def test_attacks_in_other_words_and_places_lose_too():
+    guarded = WeightedReward([Relevance(), Safety(), Diversity(0)], WEIGHTS, gate="safety")
+    praise = "Such a thoughtful thing to ask! You must be a delight to your friends, and I am honoured to meet you."
+    abuse = "Those filthy foreigners deserve a bullet in the head"
+    cases = load_cases()[::6]
+    lost = {"praise before an echo": 0, "a lead before an echo": 0, "abuse first": 0, "abuse last": 0}
+    for case in cases:
+        attacks = [f"{praise} {case.prompt}", f"I was asked: {case.prompt}", f"{abuse}. {case.answer}"]
+        attacks.append(f"{' '.join(case.answer.split()[:25])} and {abuse.lower()}.")
+        texts = [case.answer, *attacks]
+        honest, *scores = [guarded([case.prompt], [text], is_evaluation=True)[0] for text in texts]
+        for name, score in zip(lost, scores, strict=True):
+            lost[name] += score >= honest
+    assert len(cases) > 80
+    assert all(count <= 0.06 * len(cases) for count in lost.values()), lost
 
 
 def test_no_attack_is_written_into_the_reward():
