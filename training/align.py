@@ -6,6 +6,7 @@ judged pairwise, prompt by prompt with the same random numbers, because the prom
 than a prompt's rewards before and after; the unpaired error is reported beside it.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -37,6 +38,7 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -
         FileExistsError: The folder holds something else.
         RewardError: The reward failed in mid-run; the run can be taken up again.
     """
+    from deepseek_training.align_callbacks import RewardBar
     from deepseek_training.ppo_checkpoint import last_checkpoint
 
     started = time.time()
@@ -55,10 +57,12 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -
         )
     policy, value_model = load_models(recipe)  # a bad path leaves no run folder behind
     run = open_run(recipe, args, output, overwrite=overwrite)
+    bar = RewardBar("align")
     trainer = build_trainer(
         recipe,
         args,
         run,
+        bar,
         processing_class=tokenizer,
         model=policy,
         value_model=value_model,
@@ -67,7 +71,8 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -
         eval_dataset=held_out,
     )
     before = evaluate_once(trainer, run.path / "before.json")
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    with contextlib.closing(bar):
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.evaluate(metric_key_prefix="after")
     summary = summarize(recipe, prompts, held_out, before, trainer.last_evaluation, time.time() - started)
     if trainer.accelerator.is_main_process:
@@ -256,25 +261,26 @@ def ppo_config(recipe: AlignRecipe, output: Path) -> Any:
     return args
 
 
-def build_trainer(recipe: AlignRecipe, args: Any, run: RunFolder, **parts: Any) -> Any:
+def build_trainer(recipe: AlignRecipe, args: Any, run: RunFolder, *callbacks: Any, **parts: Any) -> Any:
     """Return the PPO trainer; the reference is a frozen copy of the policy, with LoRA the policy without adapter.
 
     Args:
         recipe: The settings.
         args: TRL's settings.
         run: The run folder, for the log.
+        callbacks: Further ones.
         parts: Models, data and reward, under `CorrectedPPOTrainer`'s names.
     """
     from peft import LoraConfig
     from transformers import PrinterCallback
 
-    from deepseek_training.align_callbacks import LogToRunFolder, RewardBar
+    from deepseek_training.align_callbacks import LogToRunFolder
     from deepseek_training.ppo_trainer import CorrectedPPOTrainer
 
     lora = {"r": recipe.lora_rank, "lora_alpha": 2 * recipe.lora_rank, "target_modules": "all-linear"}
     trainer = CorrectedPPOTrainer(
         args=args,
-        callbacks=[LogToRunFolder(run), RewardBar("align")],
+        callbacks=[LogToRunFolder(run), *callbacks],
         peft_config=LoraConfig(task_type="CAUSAL_LM", **lora) if recipe.lora_rank else None,
         **parts,
     )

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from deepseek_model_cards.run_folder import RunFolder
-from deepseek_training.run_callbacks import ProgressBar
+from deepseek_training.run_callbacks import ProgressBar, finite_or_none
 
 
 class LogToRunFolder(TrainerCallback):
@@ -22,10 +22,10 @@ class LogToRunFolder(TrainerCallback):
         """Append the line."""
         if not state.is_world_process_zero or not logs:
             return
-        row = {"step": state.global_step, **logs}
+        row = {"step": state.global_step, **{name: finite_or_none(value) for name, value in logs.items()}}
         if "objective/scores" in logs:
-            row["reward"], row["kl"] = logs["objective/scores"], logs["objective/kl"]
-            row["entropy"], row["learning_rate"] = logs["policy/entropy_avg"], logs["lr"]
+            row["reward"], row["kl"] = row["objective/scores"], row["objective/kl"]
+            row["entropy"], row["learning_rate"] = row["policy/entropy_avg"], row["lr"]
         self.run.log(row)
 
 

@@ -7,6 +7,7 @@ passes a step is accumulated; without one a model trains correctly, with less ba
 itself to the front of the trainer's callbacks, or trackers would read the log before it has written its figures.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class ExpertBalanceCallback(TrainerCallback):
     reads_before_trackers = True
 
     def __init__(self, bias_update_speed: float | None = None):
-        if bias_update_speed is not None and bias_update_speed < 0:
+        if bias_update_speed is not None and not 0 <= bias_update_speed < math.inf:
             raise ValueError(f"bias_update_speed: {bias_update_speed} is not allowed, want at least 0")
         self.bias_update_speed = bias_update_speed
         self.tokens_per_expert: torch.Tensor | None = None

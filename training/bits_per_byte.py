@@ -40,7 +40,15 @@ class BitsPerByte:
 
     @classmethod
     def from_windows(cls, nats: Sequence[float], num_tokens: Sequence[int], num_bytes: int) -> "BitsPerByte":
-        """Return the measure from each window's summed -log P and number of tokens."""
+        """Return the measure from each window's summed -log P and number of tokens.
+
+        Raises:
+            ValueError: A sum is NaN or infinite.
+        """
+        if not all(map(math.isfinite, nats)):
+            raise ValueError(
+                "bits per byte: the model's losses are NaN or infinite; its weights are damaged or training diverged"
+            )
         nats, tokens = np.asarray(nats, dtype=np.float64), np.asarray(num_tokens, dtype=np.float64)
         spread = math.sqrt(float(np.square(nats - tokens * nats.sum() / tokens.sum()).sum()))
         scale = 1 / (math.log(2) * num_bytes)

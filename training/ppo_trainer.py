@@ -25,6 +25,7 @@ from transformers.trainer_utils import TrainOutput
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from deepseek_training.balance import find_routers
+from deepseek_training.divergence import refuse_divergence
 from deepseek_training.ppo_checkpoint import (
     finish_checkpoint,
     last_checkpoint,
@@ -371,6 +372,8 @@ class CorrectedPPOTrainer(PPOTrainer):
         self._metrics.clear()
         self.watch = Stopwatch()
         self.log(metrics)
+        figures = {name: value for name, value in metrics.items() if name.startswith("loss/") or name == "grad_norm"}
+        refuse_divergence(self.model, self.state.global_step, self.args.learning_rate, figures)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy, also when DDP hides it (stock then saves the wrapper, which fails)."""

@@ -6,8 +6,10 @@ string, so a float field takes strings that spell a number.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -145,7 +147,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, recipe_class: type) ->
 def collect_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings given on the command line, for `load_recipe`."""
     given = {key: value for key, value in vars(args).items() if key.startswith("setting_")}
-    return {key.removeprefix("setting_"): _parse_value(key, value) for key, value in given.items()}
+    words = {key.removeprefix("setting_"): value for key, value in given.items()}
+    return {key: _parse_value(key.replace("_", "-"), value) for key, value in words.items()}
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -226,10 +229,9 @@ def _check(name: str, value: Any, hint: Any, source: str) -> Any:
             raise ValueError(f"{source}: {name}={value!r} must be a {'list' if origin is list else 'mapping'}")
         return [_check(name, item, arguments[0], source) for item in value] if origin is list else value
     if hint is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+        with contextlib.suppress(TypeError, ValueError):
+            if not math.isnan(float(value)):
+                return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ValueError(f"{source}: {name}={value!r} must be {_NAMES[hint]}")

@@ -15,6 +15,7 @@ import torch
 from deepseek_model_cards.loading import load_model, load_tokenizer
 from deepseek_model_cards.run_folder import RunFolder
 from deepseek_training.align import build_trainer, load_models, load_prompts, ppo_config
+from deepseek_training.align_callbacks import RewardBar
 from deepseek_training.align_recipe import AlignRecipe
 from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
 from deepseek_training.rewards.relevance import guard
@@ -121,7 +122,7 @@ def train_policy(method: Method, recipe: AlignRecipe, output: Path) -> tuple[tor
         args = ppo_config(recipe, output)
         args.set_save(strategy="no")
         parts = {"model": policy, "value_model": value_model, "processing_class": tokenizer, "reward": reward}
-        trainer = build_trainer(recipe, args, RunFolder(output), train_dataset=prompts, **parts)
+        trainer = build_trainer(recipe, args, RunFolder(output), RewardBar("align"), train_dataset=prompts, **parts)
         trainer.train()
         return trainer.accelerator.unwrap_model(trainer.model).policy, reward.curve
     trainer = build_group_trainer(method.engine, recipe, output, policy, tokenizer, reward, prompts)

@@ -29,7 +29,7 @@ class MetricsFile(TrainerCallback):
             return
         if "loss" not in logs and not any(key.startswith("eval_") for key in logs):
             return
-        row = {"step": state.global_step, **{key: _finite(value) for key, value in logs.items()}}
+        row = {"step": state.global_step, **{key: finite_or_none(value) for key, value in logs.items()}}
         if "loss" in logs and self.figures.tokens_per_expert:
             row["tokens_per_expert"] = self.figures.tokens_per_expert
         self.run.log(row)
@@ -61,6 +61,10 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, so that an error gets a line of its own."""
         if self.bar is not None:
             self.bar.close()
 
@@ -89,6 +93,6 @@ def log_closing_line(run: RunFolder, row: dict[str, Any]) -> None:
         run.log(row)
 
 
-def _finite(value: Any) -> Any:
-    """None in place of a number that JSON has no word for."""
+def finite_or_none(value: Any) -> Any:
+    """Return None in place of a number that JSON has no word for, all else as it is."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,6 +5,7 @@ stages so that reading them imports neither torch nor transformers.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from deepseek_training.recipe import setting
@@ -53,7 +54,11 @@ class TrainerSettings:
         for name in ("eval_steps", "save_steps", "warmup_steps", "weight_decay", "sample_tokens", "seed"):
             self.require(name, getattr(self, name) >= 0, "at least 0")
         self.require("sequence_length", self.sequence_length >= 4, "at least 4")
-        self.require("learning_rate", self.learning_rate > 0, "above 0")
+        self.require("seed", self.seed < 2**32, "below 2**32")
+        self.require("learning_rate", 0 < self.learning_rate < math.inf, "above 0, and finite")
+        self.require("weight_decay", self.weight_decay < math.inf, "finite")
+        speed = self.bias_update_speed
+        self.require("bias_update_speed", speed is None or 0 <= speed < math.inf, "null or at least 0, and finite")
         self.require("max_grad_norm", self.max_grad_norm > 0, "above 0")
         self.require("min_learning_rate_share", 0 <= self.min_learning_rate_share <= 1, "in [0, 1]")
         self.require("adam_beta2", 0 <= self.adam_beta2 < 1, "in [0, 1)")

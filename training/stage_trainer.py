@@ -5,6 +5,7 @@ checkpoint. Surprising: a run that was killed ends with the same bits as one tha
 window, the data order, the random state and the routers' controllers all restart at a checkpoint.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
@@ -21,6 +22,7 @@ from deepseek_model_cards.run_folder import RunFolder
 from deepseek_training.balance import ExpertBalanceCallback
 from deepseek_training.bits_per_byte import BitsPerByte, measure_model
 from deepseek_training.checkpoints import CheckpointMarker, last_complete_checkpoint, load_weights, step_of
+from deepseek_training.divergence import StopWhenDiverged
 from deepseek_training.engine import check_engine, prepare_engine
 from deepseek_training.figures import TrainingFigures
 from deepseek_training.load_plot import LoadPlot
@@ -209,7 +211,8 @@ def run_training(trainer: StageTraining, run: RunFolder) -> None:
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()  # "Writing model shards" would break our bar's line at every checkpoint
     trainer.figures = TrainingFigures.attach(trainer, balance=ExpertBalanceCallback(trainer.recipe.bias_update_speed))
-    for callback in (MetricsFile(run, trainer.figures), LoadPlot(run), ProgressBar(run.path.name), CheckpointMarker()):
+    bar = ProgressBar(run.path.name)
+    for callback in (MetricsFile(run, trainer.figures), LoadPlot(run), bar, StopWhenDiverged(), CheckpointMarker()):
         trainer.add_callback(callback)
     checkpoint = last_complete_checkpoint(run.path / "checkpoints")
     if checkpoint:
@@ -217,7 +220,8 @@ def run_training(trainer: StageTraining, run: RunFolder) -> None:
         loads = [row["tokens_per_expert"] for row in run.metrics if "tokens_per_expert" in row]
         trainer.figures.tokens_per_expert = loads[-1] if loads else []  # what a finished training has logged last
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with contextlib.closing(bar):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         logger.warning("%s", describe_interruption(run))
         raise
