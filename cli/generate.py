@@ -85,9 +85,13 @@ def _draft(model: Any, **options: Any) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):  # How Python reads such bytes.
+        raise ValueError("--prompt: got bytes that are no UTF-8 text")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed: got {args.seed}, wanted 0 to 2**32 - 1")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens: got {args.max_new_tokens}, wanted at least 1")
-    if args.temperature < 0:
+    if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature: got {args.temperature}, wanted 0 or more")
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p: got {args.top_p}, wanted above 0 and at most 1")

@@ -8,6 +8,7 @@ is a defect of ours and keeps its traceback.
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -85,11 +86,28 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ndeepseek-moe {args.command}: interrupted; nothing half-written counts as finished", file=sys.stderr)
         return 130
-    except _USER_ERRORS as error:
-        if args.traceback:
+    except (*_USER_ERRORS, OSError, MemoryError, RuntimeError) as error:
+        message = _message_for_users(error)
+        if args.traceback or message is None:
             raise
-        print(f"deepseek-moe {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"deepseek-moe {args.command}: error: {message}", file=sys.stderr)
         return 2
+
+
+def _message_for_users(error: Exception) -> str | None:
+    """One line on what the user can mend; None for a defect of ours."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno and error.filename is not None:
+        # The system's own: "[Errno 28] No space left on device: 'runs/x'".
+        return f"{error.filename}: {error.strerror}" if _is_of_the_machine(error) else None
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"not enough memory ({text[:200]}); take a smaller model, batch or length"
+    return text if isinstance(error, _USER_ERRORS) else None
+
+
+def _is_of_the_machine(error: OSError) -> bool:
+    mended = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+    return isinstance(error, _USER_ERRORS) or error.errno in mended
 
 
 def _read_version() -> str:

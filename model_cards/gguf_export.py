@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from deepseek_model_cards.gguf_tokenizer import write_tokenizer
 from deepseek_model_cards.json_files import read_object
 from deepseek_model_cards.loading import resolve_checkpoint
+from modeling_deepseek import DeepseekConfig
 
 _GATING = {"softmax": "SOFTMAX", "sigmoid": "SIGMOID"}
 
@@ -43,7 +44,7 @@ class Tensors:
             ValueError: A file is cut short.
         """
         files = {}
-        for path in sorted(model_path.glob("*.safetensors")):
+        for path in filter(Path.is_file, sorted(model_path.glob("*.safetensors"))):
             try:
                 with safe_open(path, "pt") as opened:
                     files.update(dict.fromkeys(opened.keys(), path))
@@ -116,6 +117,7 @@ def export_gguf(model_path: str | Path, output: str | Path, *, fixed_experts: in
     obstacles = obstacles_to_gguf(config)
     if obstacles:
         raise ValueError(f"model: {source} is outside what llama.cpp computes: {', '.join(obstacles)}")
+    DeepseekConfig.from_pretrained(source)  # refuses values of a wrong type or size
     num_experts = _fixed_number(config, fixed_experts)
     tensors = Tensors.of(source)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,9 @@ def write_tokenizer(writer: Any, model_path: Path, vocab_size: int) -> None:
     if not path.is_file():
         raise ValueError(f"model: {model_path} holds no tokenizer.json, which a GGUF file needs")
     state = read_object(path, "tokenizer")
+    settings = model_path / "tokenizer_config.json"
+    if settings.is_file():
+        read_object(settings, "tokenizer")
     if state["model"]["type"] != "BPE" or state.get("normalizer"):
         raise ValueError(
             f"tokenizer: {state['model']['type']} with normalizer {state.get('normalizer')} is not handled"

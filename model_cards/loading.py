@@ -18,7 +18,7 @@ from modeling_deepseek.checkpoint_check import check_index
 
 _CONFIG_FILES = ("config.json", "adapter_config.json")
 # Of every kind of tokenizer in transformers at least one.
-_TOKENIZER_FILES = ("*token*", "*.model", "*vocab*", "*.bpe", "*.tiktoken", "*tekken*")
+_TOKENIZER_FILES = ("tokeniz*", "*.tokenizer", "*.model", "*vocab*", "*.bpe", "*.tiktoken", "*tekken*")
 
 
 def load_model(

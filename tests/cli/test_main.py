@@ -87,6 +87,14 @@ def pretrain_arguments(tmp_path, *more: str) -> list[str]:
         (["--preset", "huge"], "154b"),
         (["--model", "{routed_scaling_factor: a}"], "routed_scaling_factor"),
         (["--model", "{hidden_act: foo}"], "hidden_act"),
+        (["--model", "{"], "--model '{' is not a YAML value"),
+        (["--learning-rate", "nan"], "learning_rate='nan' must be a number"),
+        (["--learning-rate", "1e400"], "learning_rate=inf must be above 0, and finite"),
+        (["--bias-update-speed", "-1"], "bias_update_speed=-1.0 must be null or at least 0"),
+        (["--seed", "4294967296"], "seed=4294967296 must be below 2**32"),
+        (["--output", "x" * 300], f"{'x' * 300}: File name too long"),
+        (["--output", "/proc/nowhere/run"], "/proc/nowhere: No such file or directory"),
+        (["--model", "{n_routed_experts: 1000000000000}"], "not enough memory ("),
     ],
 )
 def test_wrong_settings(capsys, tmp_path, arguments, expected):
@@ -135,6 +143,35 @@ def test_output_that_holds_someone_elses_files(capsys, tmp_path):
 def test_a_prompt_longer_than_the_context(capsys, checkpoint):
     line = error_line(capsys, "generate", str(checkpoint), "--prompt", "many words " * 600)
     assert "512" in line and "--prompt" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--temperature", "nan", "--temperature: got nan"),
+        ("--temperature", "inf", "--temperature: got inf"),
+        ("--seed", "-1", "--seed: got -1, wanted 0 to 2**32 - 1"),
+        ("--prompt", "caf\udce9", "--prompt: got bytes that are no UTF-8 text"),
+    ],
+)
+def test_what_generate_cannot_use(capsys, checkpoint, option, value, expected):
+    assert expected in error_line(capsys, "generate", str(checkpoint), "--prompt", "hello", option, value)
+
+
+@pytest.mark.parametrize("command", ["params", "generate", "gguf"])
+@pytest.mark.parametrize(
+    ("content", "expected"), [("[1]", "holds list, wanted an object"), ("{", "is no JSON"), (None, "hidden_size")]
+)
+def test_a_broken_config(capsys, checkpoint, tmp_path, command, content, expected):
+    folder = shutil.copytree(checkpoint, tmp_path / "broken")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(content or json.dumps({**settings, "hidden_size": "x"}))
+    arguments = {
+        "params": ["params", str(folder)],
+        "generate": ["generate", str(folder), "--prompt", "hello"],
+        "gguf": ["export", str(folder), str(tmp_path / "model.gguf"), "--to", "gguf"],
+    }[command]
+    assert expected in error_line(capsys, *arguments)
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "export", "align", "adapt"])
