@@ -7,7 +7,6 @@ Writes ``results.json``, ``results.csv`` and ``plots/speedup.png`` into a run fo
 import argparse
 import csv
 import io
-import json
 import math
 import sys
 import time
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         _tune(GRIDS[name])
     told = set()
     for cell in tqdm(GRIDS[name], desc="cells", unit="cell", dynamic_ncols=True):
-        if any(all(row[key] == value for key, value in asdict(cell).items()) for row in rows):
+        if any(all(row.get(key) == value for key, value in asdict(cell).items()) for row in rows):
             continue
         new = measure_cell(cell, device, args.seconds, implementations)
         rows += new
@@ -112,8 +111,15 @@ def _find_failure(rows: list[dict], speedups: list[dict]) -> str | None:
 
 def _read_rows(path: Path) -> list[dict]:
     """Rows of a run that was interrupted."""
+    from deepseek_model_cards.json_files import read_object
+
     results = path / "results.json"
-    return json.loads(results.read_text(encoding="utf-8"))["rows"] if results.exists() else []
+    if not results.exists():
+        return []
+    rows = read_object(results, "output").get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "implementation" in row for row in rows):
+        raise ValueError(f"output: {results} holds no rows of a benchmark; pass another --output, or --overwrite")
+    return rows
 
 
 def _save(path: Path, rows: list[dict], absent: dict[str, str]) -> None:
@@ -225,9 +231,12 @@ def _draw(path: Path, speedups: list[dict], settings: dict) -> None:
         for s in speedups
     ]
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.22 * len(labels)))
-    axes.barh(labels, [s["speedup"] for s in speedups], color="tab:blue")
+    bars = axes.barh(labels, [s["speedup"] - 1 for s in speedups], left=1, color="tab:blue")
+    axes.bar_label(bars, [f"{s['speedup']:.2f}" for s in speedups], fontsize=5, padding=2)
+    axes.set_xscale("log", base=2)  # twice as fast and half as fast are as far from 1
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", labelsize=6)
     axes.set_xlabel("fused_moe: times as fast as the best other implementation")
     axes.set_title(", ".join(f"{name} {value}" for name, value in settings.items()), fontsize=8)

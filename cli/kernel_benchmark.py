@@ -72,9 +72,10 @@ class _Layer:
         dtype = getattr(torch, cell.dtype)
         with torch.device(device):
             self.experts = modeling_deepseek_v3.DeepseekV3Experts(config).to(dtype)
-            self.x = torch.randn(cell.T, cell.H, dtype=dtype)
+            generator = torch.Generator(device).manual_seed(0)
+            self.x = torch.randn(cell.T, cell.H, generator=generator).to(dtype)
         for parameter in self.experts.parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
         self.cell, self.device, self.routing = cell, device, make_routing(cell, device)
 
     def indices_for(self, name: str) -> Tensor:

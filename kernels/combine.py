@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek_kernels.triton_numerics import TRITON_DTYPES, accumulator, narrow
+from deepseek_kernels.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, narrow
 
 _MAX_BLOCK = 1024
 
@@ -37,6 +37,7 @@ def combine(rows: Tensor, slot_row: Tensor, num_slots: int, topk_weights: Tensor
             num_slots,
             hidden,
             **combine_constants(rows.dtype, topk_weights is not None, block),
+            **LAUNCH,
         )
     return output
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek_kernels.combine import combine
-from deepseek_kernels.triton_numerics import TRITON_DTYPES, accumulator, activate, narrow
+from deepseek_kernels.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, activate, narrow
 
 MAX_TOKENS = 4
 BLOCK_N, BLOCK_K = 16, 256
@@ -55,9 +55,10 @@ def decode(
         num_slots,
         ACTIVATION=activation,
         **constants,
+        **LAUNCH,
     )
     decode_down_kernel[(num_rows, triton.cdiv(hidden, BLOCK_N))](
-        activated, down_proj, slot_row, topk_indices, rows, hidden, width, **constants
+        activated, down_proj, slot_row, topk_indices, rows, hidden, width, **constants, **LAUNCH
     )
     return combine(rows, slot_row, num_slots, topk_weights)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from deepseek_kernels.activations import apply_activation
 from deepseek_kernels.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.tiles import Tile, matmul_precision
-from deepseek_kernels.triton_numerics import TRITON_DTYPES, accumulator, activate, multiply, narrow
+from deepseek_kernels.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, activate, multiply, narrow
 
 
 def down_backward(
@@ -73,6 +73,7 @@ def down_backward(
             num_rows,
             **down_backward_constants(grad_output.dtype, num_experts, activation, tile),
             **tile.launch_options,
+            **LAUNCH,
         )
     return grad_h, scaled, partial.sum(0)
 

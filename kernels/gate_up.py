@@ -13,7 +13,7 @@ from torch import Tensor
 from deepseek_kernels.activations import apply_activation
 from deepseek_kernels.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.tiles import Tile, matmul_precision
-from deepseek_kernels.triton_numerics import TRITON_DTYPES, accumulator, activate, multiply, narrow
+from deepseek_kernels.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, activate, multiply, narrow
 
 
 def gate_up(
@@ -57,6 +57,7 @@ def gate_up(
             num_slots_per_token,
             **gate_up_constants(hidden_states.dtype, num_experts, activation, keep_preactivation, tile),
             **tile.launch_options,
+            **LAUNCH,
         )
     return activated, preactivation
 

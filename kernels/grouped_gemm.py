@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepseek_kernels.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.tiles import Tile, matmul_precision
-from deepseek_kernels.triton_numerics import TRITON_DTYPES, accumulator, multiply, narrow
+from deepseek_kernels.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, multiply, narrow
 
 
 def grouped_gemm(rows: Tensor, weights: Tensor, metadata: RoutingMetadata, tile: Tile, *, transpose: bool) -> Tensor:
@@ -42,6 +42,7 @@ def grouped_gemm(rows: Tensor, weights: Tensor, metadata: RoutingMetadata, tile:
             inner,
             **grouped_gemm_constants(rows.dtype, num_experts, transpose, tile),
             **tile.launch_options,
+            **LAUNCH,
         )
     return output
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek_kernels.device_guard import on_device_of
-from deepseek_kernels.triton_numerics import IS_INTERPRETED, accumulator
+from deepseek_kernels.triton_numerics import IS_INTERPRETED, LAUNCH, accumulator
 
 SCORINGS = ("sigmoid", "softmax")
 _EPSILON = 1e-20
@@ -187,6 +187,7 @@ def _router_op(
                 NUM_GROUPS=num_groups,
                 GROUPS=triton.next_power_of_2(num_groups),
                 PER_GROUP=triton.next_power_of_2(num_experts // num_groups),
+                **LAUNCH,
             )
     return indices, weights
 
@@ -214,6 +215,7 @@ def _router_backward_op(
                 scale,
                 **_constants(num_experts, top_k, scoring, normalize, logits.dtype),
                 EXPERTS=triton.next_power_of_2(num_experts),
+                **LAUNCH,
             )
     return grad_logits
 

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_kernels.triton_numerics import LAUNCH
+
 SLOT_BLOCK = 128
 _PREFIX_BLOCK = 1024
 
@@ -70,11 +72,17 @@ def routing_metadata(topk_indices: Tensor, num_experts: int, block_m: int) -> Ro
     metadata = RoutingMetadata(
         integers(num_slots), integers(num_slots), integers(num_experts + 1), integers(num_experts + 1)
     )
-    count_slots_kernel[(num_blocks,)](topk_indices, block_first, num_slots, num_experts, bins, SLOT_BLOCK)
+    count_slots_kernel[(num_blocks,)](topk_indices, block_first, num_slots, num_experts, bins, SLOT_BLOCK, **LAUNCH)
     prefix_block = min(_PREFIX_BLOCK, triton.next_power_of_2(num_blocks))
-    sum_blocks_kernel[(num_experts,)](block_first, totals, num_blocks, bins, prefix_block)
+    sum_blocks_kernel[(num_experts,)](block_first, totals, num_blocks, bins, prefix_block, **LAUNCH)
     sum_experts_kernel[(1,)](
-        totals, metadata.expert_start, metadata.tile_start, num_experts, triton.next_power_of_2(num_experts), block_m
+        totals,
+        metadata.expert_start,
+        metadata.tile_start,
+        num_experts,
+        triton.next_power_of_2(num_experts),
+        block_m,
+        **LAUNCH,
     )
     place_slots_kernel[(num_blocks,)](
         topk_indices,
@@ -86,6 +94,7 @@ def routing_metadata(topk_indices: Tensor, num_experts: int, block_m: int) -> Ro
         num_experts,
         bins,
         SLOT_BLOCK,
+        **LAUNCH,
     )
     return metadata
 
@@ -99,7 +108,7 @@ def tiles_of(expert_start: Tensor, block_m: int) -> Tensor:
     """
     num_experts, tile_start = expert_start.numel() - 1, torch.empty_like(expert_start)
     count_tiles_kernel[(1,)](
-        expert_start, tile_start, num_experts, BINS=triton.next_power_of_2(num_experts), BLOCK_M=block_m
+        expert_start, tile_start, num_experts, BINS=triton.next_power_of_2(num_experts), BLOCK_M=block_m, **LAUNCH
     )
     return tile_start
 

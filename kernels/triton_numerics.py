@@ -14,6 +14,9 @@ import triton.language as tl
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
 
+# With every launch: said aloud, for Triton 3.10 takes the other way, and 3.9 warns of it.
+LAUNCH = {"enable_fp_fusion": True}
+
 TRITON_DTYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,

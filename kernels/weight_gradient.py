@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepseek_kernels.routing_metadata import RoutingMetadata
 from deepseek_kernels.tiles import Tile, matmul_precision
-from deepseek_kernels.triton_numerics import TRITON_DTYPES, accumulator, multiply, narrow
+from deepseek_kernels.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, multiply, narrow
 
 
 def weight_gradient(
@@ -44,6 +44,7 @@ def weight_gradient(
         num_slots,
         **weight_gradient_constants(left.dtype, gather, tile),
         **tile.launch_options,
+        **LAUNCH,
     )
     return gradient
 

@@ -94,6 +94,22 @@ def test_an_interrupted_run_keeps_its_cells_and_is_taken_up(tmp_path, monkeypatc
     assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"][: len(kept)] == kept
 
 
+@pytest.mark.parametrize("text", ['{"rows": [', "[]", '{"rows": 3}', '{"rows": [7]}'])
+def test_broken_results_of_an_interrupted_run_are_named(tmp_path, monkeypatch, text):
+    from deepseek_cli import kernel_benchmark
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernel_benchmark, "measure_cell", interrupted)
+    command = parse("kernels", "--grid", "quick", "--output", str(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(command)
+    (tmp_path / "run" / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^output: .*results.json "):
+        bench.run(command)
+
+
 def test_a_failing_fused_moe_is_no_measurement(tmp_path, monkeypatch, capsys):
     from deepseek_cli import kernel_peers
 
