@@ -19,6 +19,7 @@ EXAMPLES = """
   deepseek-moe bench kernels --grid quick --output /tmp/bench
 """
 _MAX_SECONDS = 3600
+_MAX_OTHER_CORES = 0.15
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -203,6 +204,9 @@ def _format_rows(title: str, rows: list[dict], told: set[tuple[str, str]]) -> st
             f"{row['share_of_copy_peak']:.0%}" if "share_of_copy_peak" in row else "",
         )
         lines.append(head + "".join(f"{cell:>15}" for cell in cells))
+    busy = max((row["other_work_cores"] or 0 for row in rows if "ms" in row), default=0)
+    if busy > _MAX_OTHER_CORES:
+        lines.append(f"  other processes kept {busy:.1f} cores busy meanwhile: do not quote these figures")
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from deepseek_cli.kernel_cells import Cell, make_routing
 from deepseek_cli.kernel_memory import kept_bytes, peak_memory
 from deepseek_cli.kernel_peers import Experts, skips_unused
-from deepseek_cli.kernel_timing import Mark, interleave, synchronize
+from deepseek_cli.kernel_timing import Mark, OtherWork, interleave, synchronize
 
 _WORK = {"forward": 1, "backward": 2, "forward+backward": 3}  # in forward passes
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -44,7 +44,9 @@ def measure_cell(cell: Cell, device: str, seconds: float, implementations: dict[
             continue  # decoding has no backward pass
         steps, skipped = _steps_that_agree(layer, implementations, is_training)
         graphs = _capture(steps) if device == "cuda" and cell.is_decode else {}
+        other_work = OtherWork()
         medians = interleave({**steps, **graphs}, seconds, device)
+        cores = other_work.cores()
         for name, (*parts, total) in medians.items():
             memory = {
                 "kept_bytes_per_token": layer.kept_bytes(name, implementations[name]) / cell.T
@@ -52,6 +54,7 @@ def measure_cell(cell: Cell, device: str, seconds: float, implementations: dict[
                 else None,
                 "peak_memory_bytes": layer.peak_memory(steps[name]),
                 "is_cuda_graph": name in graphs,
+                "other_work_cores": cores,
             }
             modes = {"backward": parts[1], "forward+backward": total} if is_training else {"forward": total}
             for mode, milliseconds in modes.items():

@@ -1,10 +1,12 @@
 """The clock of ``deepseek-moe bench kernels``: steps in turn, their parts apart, the median of each.
 
-``kernel_benchmark`` calls `interleave`. Surprising: a step marks its own parts, because the backward pass cannot be
-repeated without its forward pass; on a GPU the marks are events of the stream, so that nothing waits in between.
+``kernel_benchmark`` calls `interleave`, and `OtherWork` to say whether the machine was quiet. Surprising: a step marks
+its own parts, because the backward pass cannot be repeated without its forward pass; on a GPU the marks are events of
+the stream, so that nothing waits in between.
 """
 
 import itertools
+import os
 import random
 import statistics
 import time
@@ -59,6 +61,32 @@ def synchronize(device: str) -> None:
     """
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+class OtherWork:
+    """How many cores other processes keep busy from now on; on Linux, from the kernel's own accounts."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        self._before = _busy_seconds()
+
+    def cores(self) -> float | None:
+        """Return the mean since the beginning; None where nobody counts."""
+        after = _busy_seconds()
+        if self._before is None or after is None:
+            return None
+        return max(0.0, after - self._before) / (time.perf_counter() - self._begun)
+
+
+def _busy_seconds() -> float | None:
+    """CPU time that all processes but this one have used."""
+    try:
+        with open("/proc/stat", encoding="utf-8") as file:
+            user, nice, system, _, _, irq, softirq = map(int, file.readline().split()[1:8])
+    except (OSError, ValueError):
+        return None
+    own = os.times()
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
 def _time(step: Callable[[Mark], object], device: str) -> list[float]:

@@ -1,9 +1,9 @@
 """The ``deepseek-moe`` command: finds the subcommand, runs it, and turns what users get wrong into one line.
 
 Called by the console script and by ``python -m deepseek_cli.main``. Surprising: nothing heavy is imported here, nor by
-any subcommand's module at its top, so that ``--help`` answers at once; and a `ValueError` or a missing or occupied
-file ends in one line on stderr and exit code 2 (``--traceback`` shows where it came from), while any other exception
-is a defect of ours and keeps its traceback.
+any subcommand's module at its top, so that ``--help`` answers at once; and a `ValueError`, a missing or occupied file
+or a machine that is full ends in one line on stderr and exit code 2 (``--traceback`` shows where it came from), while
+any other exception is a defect of ours and keeps its traceback.
 """
 
 import argparse
@@ -29,6 +29,10 @@ SUBCOMMANDS = (
     "bench",
 )
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+_ERRORS_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+# What safetensors, torch.save and numpy's tofile say in their own exceptions.
+_SIGNS_OF_A_FULL_DISK = ("(os error 28)", "inline_container.cc", "PytorchStreamWriter", " requested and ")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -86,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ndeepseek-moe {args.command}: interrupted; nothing half-written counts as finished", file=sys.stderr)
         return 130
-    except (*_USER_ERRORS, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         message = _message_for_users(error)
         if args.traceback or message is None:
             raise
@@ -97,17 +101,15 @@ def main(argv: list[str] | None = None) -> int:
 def _message_for_users(error: Exception) -> str | None:
     """One line on what the user can mend; None for a defect of ours."""
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno and error.filename is not None:
-        # The system's own: "[Errno 28] No space left on device: 'runs/x'".
-        return f"{error.filename}: {error.strerror}" if _is_of_the_machine(error) else None
+    if isinstance(error, OSError) and error.errno:
+        path = error.filename2 or error.filename  # Of a copy the second: it is there that space was lacking.
+        is_mended = isinstance(error, _USER_ERRORS) or error.errno in _ERRORS_OF_THE_MACHINE
+        return (f"{path}: {error.strerror}" if path else error.strerror) if is_mended else None
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return f"not enough memory ({text[:200]}); take a smaller model, batch or length"
+    if any(sign in text for sign in _SIGNS_OF_A_FULL_DISK):
+        return f"a file could not be written, is the disk full? ({text[:200]})"
     return text if isinstance(error, _USER_ERRORS) else None
-
-
-def _is_of_the_machine(error: OSError) -> bool:
-    mended = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
-    return isinstance(error, _USER_ERRORS) or error.errno in mended
 
 
 def _read_version() -> str:

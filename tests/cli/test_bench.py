@@ -4,6 +4,7 @@ import argparse
 import csv
 import importlib.util
 import json
+import subprocess
 import sys
 
 import pytest
@@ -141,3 +142,16 @@ def test_without_matplotlib_there_is_no_chart_and_a_line(tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     bench._draw(tmp_path / "plots" / "speedup.png", [], {})
     assert "no chart: matplotlib is not installed" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts by /proc/stat")
+def test_work_of_other_processes_is_noticed():
+    from deepseek_cli.kernel_timing import OtherWork
+
+    counted = OtherWork()
+    subprocess.run([sys.executable, "-c", "import time; t = time.time()\nwhile time.time() < t + 1: pass"], check=True)
+    assert counted.cores() > 0.4
+    row = {"T": 1, "device": "cpu", "mode": "forward", "implementation": "eager", "ms": 1.0, "tflops": 1.0}
+    row |= {"share_of_matmul_peak": 0.5, "kept_bytes_per_token": None, "peak_memory_bytes": None}
+    assert "kept 0.9 cores busy" in bench._format_rows("", [{**row, "other_work_cores": 0.9}], set())
+    assert "busy" not in bench._format_rows("", [{**row, "other_work_cores": 0.1}], set())
