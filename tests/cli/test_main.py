@@ -237,6 +237,50 @@ def test_generate_says_how_many_drafts_were_accepted(capsys, checkpoint, tmp_pat
     assert "holds no multi-token prediction layers" in line
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "commands"), [("100k", "export gguf evaluate adapt"), ("360k", "pretrain")])
+def test_a_full_disk(checkpoint, tmp_path, size, commands):
+    """A real one, of a few blocks, in namespaces of the test's own."""
+    data = tmp_path / "text.txt"
+    data.write_text("".join(f"Paragraph {number} has words of its own. " * 30 + "\n\n" for number in range(60)))
+    small = ["--sequence-length", "32", "--batch-size", "2", "--max-steps", "2", "--warmup-steps", "0"]
+    small += ["--report-to", "[]", "--logging-steps", "1", "--sample-prompts", "[]"]
+    calls = {
+        "export": ["export", str(checkpoint), "full/export"],
+        "gguf": ["export", str(checkpoint), "full/model.gguf", "--to", "gguf"],
+        "evaluate": [
+            "evaluate",
+            str(checkpoint),
+            "--tasks",
+            "humaneval",
+            "--max-new-tokens",
+            "2",
+            "--output",
+            "full/e",
+        ],
+        "adapt": ["adapt", "adapt-debug", "--model", str(checkpoint), "--general-data", str(data), *small],
+        "pretrain": ["pretrain", "pretrain-debug", "--data", str(data), *small, "--save-steps", "1"],
+    }
+    for name in ("adapt", "pretrain"):
+        calls[name] += ["--output", f"full/{name}"]
+    calls = {name: calls[name] for name in commands.split()}
+    code = (
+        "import json, shutil, sys\nfrom deepseek_cli.main import main\n"
+        "for name, call in json.loads(sys.argv[1]).items():\n"
+        "    shutil.rmtree('full/e', ignore_errors=True)\n"
+        "    print(name, main(call), file=sys.stderr)\n"
+    )
+    mount = f'mkdir full && mount -t tmpfs -o size={size} tmpfs full && exec "$@"'
+    command = ["unshare", "-rm", "sh", "-c", mount, "sh", sys.executable, "-c", code, json.dumps(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip("no user namespaces here")
+    for name in calls:
+        assert f"\n{name} 2\n" in done.stderr, done.stderr[-3000:]
+    told = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert len(told) == len(calls) and all("No space left" in line or "disk full?" in line for line in told), told
+
+
 def test_a_defect_of_ours_keeps_its_traceback(tmp_path):
     code = "import deepseek_cli.generate as g, deepseek_cli.main as m\ng.run = lambda args: {}['x']\nm.main()"
     done = subprocess.run(
