@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from transformers import TextStreamer, set_seed
 
+    from deepseek_eval.model_loading import find_max_length
     from deepseek_model_cards.loading import load_model, load_tokenizer
     from modeling_deepseek.draft_acceptance import count_drafts
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.model, trust_remote_code=args.trust_remote_code)
     inputs = tokenizer(args.prompt, return_tensors="pt")
     num_prompt_tokens = inputs["input_ids"].shape[1]
-    context = model.config.max_position_embeddings
+    context = find_max_length(model.config, tokenizer)
     if num_prompt_tokens == 0:
         raise ValueError("--prompt: got an empty text, wanted at least one token")
     if num_prompt_tokens >= context:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from _pytest.pathlib import import_path
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from deepseek_cli.main import SUBCOMMANDS, main
 from deepseek_training.tokenizer import train_tokenizer
@@ -213,6 +213,16 @@ def test_generate_streams_the_same_text_for_the_same_seed(capsys, checkpoint):
         assert main(["generate", str(checkpoint), "--prompt", "a small", "--max-new-tokens", "8"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].startswith("a small")
+
+
+def test_generate_takes_a_model_without_positions(capsys, checkpoint, tmp_path):
+    """Mamba's configuration names no context length."""
+    config = MambaConfig(vocab_size=300, hidden_size=16, state_size=4, num_hidden_layers=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for file in checkpoint.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    assert main(["generate", str(tmp_path), "--prompt", "a small", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("a small")
 
 
 def test_generate_says_how_many_drafts_were_accepted(capsys, checkpoint, tmp_path):
