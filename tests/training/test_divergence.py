@@ -14,10 +14,13 @@ TOO_FAST = 1e12  # Adam moves every weight by this at the first step.
 
 
 @pytest.fixture
-def settings(policy_path, tiny_data):
+def settings(policy_path, tiny_data, tmp_path):
+    general = tmp_path / "general.txt"
+    general.write_text(tiny_data.read_text()[:20_000].replace("\\n", "\n"))
     small = {"sequence_length": 32, "batch_size": 4, "max_steps": 6, "warmup_steps": 0, "sample_tokens": 3}
     rates = {"learning_rate": TOO_FAST, "logging_steps": 1, "save_steps": 1, "eval_bytes": 1000, "report_to": []}
-    return {"model": str(policy_path), "data": str(tiny_data), **small, **rates}
+    texts = {"data": str(tiny_data), "general_data": str(general)}
+    return {"model": str(policy_path), **texts, **small, **rates}
 
 
 def saved_weights(folder):
