@@ -59,9 +59,7 @@ def launches(request, monkeypatch):
     original = JITFunction.run
 
     def compile_only(self, *arguments, grid, warmup, **settings):
-        assert settings["enable_fp_fusion"], (
-            f"{self.__name__}: left open, Triton warns, and will turn it off"
-        )
+        assert settings["enable_fp_fusion"], f"{self.__name__}: left open, Triton warns, and will turn it off"
         compiled = original(self, *arguments, grid=grid, warmup=True, **settings)
         made.append((self.__name__, compiled.metadata))
         return compiled
