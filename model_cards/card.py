@@ -82,7 +82,12 @@ def write_card(
         ValueError: Metadata that the Hub would refuse, or a template that is none.
     """
     from huggingface_hub import ModelCard
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    try:
+        validate_repo_id(repo_id or "some/name")
+    except HFValidationError:
+        raise ValueError(f"repo_id: {repo_id!r} is no Hub id; pass user/name") from None
     path = Path(run_path)
     target = Path(output) if output else path
     stages = read_stages(path)

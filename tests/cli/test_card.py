@@ -35,3 +35,10 @@ def test_card_and_report_are_written_and_the_table_is_printed(evaluated, capsys)
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished run"):
         card.run(parse(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["not an id", "a/b/c", "someone/"])
+def test_a_name_that_the_hub_would_refuse(evaluated, name):
+    with pytest.raises(ValueError, match=f"repo_id: '{name}' is no Hub id; pass user/name"):
+        card.run(parse(str(evaluated), "--repo-id", name))
+    assert not (evaluated / "README.md").exists()
