@@ -24,7 +24,8 @@ from deepseek_cli.kernel_timing import Mark, OtherWork, interleave, synchronize
 
 _WORK = {"forward": 1, "backward": 2, "forward+backward": 3}  # in forward passes
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-_CAPTURABLE = ("fused_moe", "grouped_mm", "batched_mm", "scattermoe")
+_CAPTURABLE = ("fused_moe", "grouped_mm", "batched_mm")
+_CANNOT_LOAD: dict[str, str] = {}
 
 
 def measure_cell(cell: Cell, device: str, seconds: float, implementations: dict[str, Experts]) -> list[dict]:
@@ -141,13 +142,15 @@ def _steps_that_agree(layer: _Layer, implementations: dict[str, Experts], is_tra
     """Run everybody once, as warm-up; return the steps that compute what `eager` does, and why not the others."""
     steps, skipped, wanted = {}, {}, None
     for name, implementation in implementations.items():
-        reason = _reason_to_skip(layer.cell, name, layer.x.dtype, layer.device)
+        reason = _reason_to_skip(layer.cell, name, layer.x.dtype, layer.device) or _CANNOT_LOAD.get(name)
         if reason is None:
             step = layer.make_step(name, implementation, is_training)
             try:
                 results = step(_ignore)
             except Exception as error:  # Whatever another project raises where it cannot run is the answer.
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+                if isinstance(error, ImportError | OSError):  # Asked again, transformers would look on the Hub again.
+                    _CANNOT_LOAD[name] = reason
             else:
                 wanted = results if wanted is None else wanted
                 reason = _difference(results, wanted, _TOLERANCE[layer.x.dtype])
@@ -185,13 +188,18 @@ def _capture(steps: dict[str, Callable]) -> dict[str, Callable]:
     """Steps replayed from a CUDA graph, as decoding is served, for whoever can be captured."""
     graphs = {}
     for name in set(_CAPTURABLE) & set(steps):
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        wanted = [tensor.clone() for tensor in steps[name](_ignore)]
         try:
             with torch.cuda.graph(graph):
-                steps[name](_ignore)
-        except RuntimeError:  # It asks the device for a value: timed as it is, and its row says so.
+                results = steps[name](_ignore)
+        except Exception:  # It asks the device for a value, in whichever way: timed as it is, and its row says so.
+            torch.cuda.set_stream(stream)  # A failed capture leaves its own in place.
             torch.cuda.synchronize()
             continue
+        graph.replay()
+        if _difference(results, wanted, 0.0) is not None:
+            continue  # What it launched went by the capture.
 
         def replay(mark: Mark, graph=graph) -> None:
             mark()

@@ -41,9 +41,11 @@ def interleave(steps: dict[str, Callable[[Mark], object]], seconds: float, devic
         return len(samples[name]) >= _FEWEST or spent[name] > _ALLOWANCES * seconds
 
     while True:
-        for name, step in order.sample(list(steps.items()), len(steps)):
-            if is_done(name) and spent[name] > seconds / 2:
-                continue
+        waiting = [name for name in steps if not is_done(name) or spent[name] <= seconds / 2]
+        if not waiting:
+            break
+        for name in order.sample(waiting, len(waiting)):
+            step = steps[name]
             samples[name].append(_time(step, device))
             spent[name] += sum(samples[name][-1]) / 1e3
         if max(map(len, samples.values()), default=0) >= _MAX_ROUNDS:
@@ -79,14 +81,15 @@ class OtherWork:
 
 
 def _busy_seconds() -> float | None:
-    """CPU time that all processes but this one have used."""
+    """CPU time that all processes but this one and its children have used, or another machine on the same cores."""
     try:
         with open("/proc/stat", encoding="utf-8") as file:
-            user, nice, system, _, _, irq, softirq = map(int, file.readline().split()[1:8])
+            user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
     except (OSError, ValueError):
         return None
     own = os.times()
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - own.user - own.system
+    everybody = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return everybody - own.user - own.system - own.children_user - own.children_system
 
 
 def _time(step: Callable[[Mark], object], device: str) -> list[float]:

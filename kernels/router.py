@@ -63,6 +63,8 @@ def fused_router(
     Reference:
         DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2; Huang et al. 2024, arXiv 2403.07652 (varying K).
     """
+    if not isinstance(router_logits, Tensor):
+        raise ValueError(f"router_logits: got {type(router_logits).__name__}, wanted a tensor")
     _check(router_logits, top_k, num_groups, topk_groups, scoring, min_k, unused_share)
     num_experts = router_logits.shape[1]
     _check_tensor("bias", bias, num_experts, router_logits)
@@ -127,7 +129,7 @@ def _check_tensor(name: str, tensor: Tensor | None, size: int, logits: Tensor) -
         return
     if not isinstance(tensor, Tensor) or tensor.numel() != size or tensor.dim() > 1:
         got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name}: got {got}, wanted a tensor of {size} {'element' if size == 1 else 'elements'}")
+        raise ValueError(f"{name}: got {got}, wanted a tensor of shape [{size}]")
     if tensor.device != logits.device:
         raise ValueError(f"{name}: got device {tensor.device}, wanted that of router_logits, {logits.device}")
 

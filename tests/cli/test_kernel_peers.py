@@ -54,4 +54,4 @@ def test_a_missing_package_is_named(monkeypatch, name):
     monkeypatch.setattr("deepseek_cli.kernel_peers.find_spec", lambda package: None)
     present, absent = find_implementations()
     assert name not in present and "is not installed" in absent[name]
-    assert {"eager", "grouped_mm", "batched_mm", "fused_moe", "sonicmoe"} <= set(present)
+    assert {"eager", "grouped_mm", "batched_mm", "fused_moe"} <= set(present)
