@@ -74,11 +74,12 @@ class Gauges:
             "naive_reward": self.naive(prompts, completions, is_evaluation=True, log_extra=bare.__setitem__),
         }
         words = [(split_words(p), split_words(c)) for p, c in zip(prompts, completions, strict=True)]
+        lexicon = self.guarded.rewards[0].lexicon
         return {
             **columns,
             **{name.removeprefix("reward_"): scores for name, scores in parts.items()},
             "bare_relevance": bare["reward_relevance"],
-            "guard": [guard(p, c) for p, c in zip(prompts, completions, strict=True)],
+            "guard": [guard(p, c, lexicon) for p, c in zip(prompts, completions, strict=True)],
             "copied_words": [_copied_share(asked, said) for asked, said in words],
             "function_words": [sum(w in FUNCTION_WORDS for w in said) / max(1, len(said)) for _, said in words],
             "distinct_words": [len(set(said)) / max(1, len(said)) for _, said in words],

@@ -195,15 +195,15 @@ def text_of(item: str | Sequence[dict[str, Any]]) -> str:
     """Return a prompt's or completion's text, be it a string or chat messages.
 
     Args:
-        item: A string, or messages; a message's content is a string, None (a bare tool call) for no text, or parts
-            like ``{"type": "text", "text": ...}``, of which those without text (images) are passed over.
+        item: A string, or messages; a message's content is a string, None or missing (a bare tool call) for no text,
+            or parts like ``{"type": "text", "text": ...}``, of which those without text (images) are passed over.
     """
     if isinstance(item, str):
         return item
-    content = item[-1]["content"] if item else None
+    content = item[-1].get("content") if item else None
     if content is None or isinstance(content, str):
         return content or ""
-    return " ".join(part["text"] for part in content if part["type"] == "text")
+    return " ".join(part["text"] for part in content if part.get("type") == "text")
 
 
 def split_words(text: str) -> list[str]:

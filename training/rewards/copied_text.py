@@ -26,13 +26,8 @@ def without_quoted_prompt(asked: str, answered: str) -> str:
     """
     prompt, spans = split_words(asked), find_words(answered)
     words = [word for word, _, _ in spans]
-    at: dict[tuple[str, ...], list[int]] = {}
-    for i, run in enumerate(ngrams(prompt, RUN_WORDS)):
-        at.setdefault(run, []).append(i)
-    is_copied, is_repeated = [False] * len(words), [False] * len(prompt)
-    for i, run in enumerate(ngrams(words, RUN_WORDS)):
-        for start in at.get(run, ()):
-            is_copied[i : i + RUN_WORDS] = is_repeated[start : start + RUN_WORDS] = [True] * RUN_WORDS
+    shared = set(ngrams(prompt, RUN_WORDS)) & set(ngrams(words, RUN_WORDS))
+    is_copied, is_repeated = _mark_runs(words, shared), _mark_runs(prompt, shared)
     if not prompt or sum(is_repeated) < QUOTED_SHARE * len(prompt):
         return answered
     kept, end = [], 0
@@ -41,6 +36,15 @@ def without_quoted_prompt(asked: str, answered: str) -> str:
             kept.append("" if follows else answered[end:start])
             end = stop
     return "".join([*kept, answered[end:]])
+
+
+def _mark_runs(words: list[str], runs: set[tuple[str, ...]]) -> list[bool]:
+    """Which words lie in one of the runs."""
+    marks = [False] * len(words)
+    for i, run in enumerate(ngrams(words, RUN_WORDS)):
+        if run in runs:
+            marks[i : i + RUN_WORDS] = [True] * RUN_WORDS
+    return marks
 
 
 def treats_given_text(asked: str, answered: str) -> bool:

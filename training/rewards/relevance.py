@@ -6,22 +6,23 @@
     emptiness  = max(0, mean of the completion's 3 largest cosines with `EMPTY_ANSWERS` - 0.3)
     commonness = the completion's mean cosine with other prompts (every eighth of the embedded training dialogues)
     coverage   = share of the prompt's content words, weighted by rarity, that the completion names (also by initials)
-    novelty    = min(1, share of the completion's distinct content words that the prompt lacks / 0.5)
+    novelty    = min(1, share of the completion's distinct content words, by rarity, that the prompt lacks / 0.7)
     given      = 0.5 where the completion leaves out a sentence of the prompt and may treat another, else 0
     prose      = max(min(1, share of function words / 0.25), list) * min(1, share of distinct content words / 0.6)
     list       = 0.5 * min(1, separators (commas, dashes, bars, numbers "1.", line breaks) a word / (1 / 6))
 
-Similarity alone is hacked at once: repeating the prompt maximises it. `novelty` takes an echo to 0 and lets an answer
-name its subject freely; a prompt quoted whole is taken out first, else praise beside an echo would bring the new
-words; `given` lets a text that was to be corrected or sorted earn half; `prose` takes keywords strung together and a
-word said over and over to 0, and lets a list that is written as one earn half; `emptiness` and `commonness` take down
-what would go with any question. The embedder is the small one that ships (`deepseek_training.text_embedder`) or any
-sentence-embedding model (`SentenceEncoder`).
+Similarity alone is hacked at once: repeating the prompt maximises it. `novelty` takes an echo to 0, gives fillers
+between its words little, and lets an answer name its subject freely; a prompt quoted whole is taken out first, else
+praise beside an echo would bring the new words; `given` lets a text that was to be corrected or sorted earn half;
+`prose` takes keywords strung together and a word said over and over to 0, and lets a list that is written as one earn
+half; `emptiness` and `commonness` take down what would go with any question. The embedder is the small one that ships
+(`deepseek_training.text_embedder`) or any sentence-embedding model (`SentenceEncoder`).
 
 Failure modes: a bag of words knows no truth and no grammar, so a false statement on the topic earns as much as a true
-one; an honest answer that shares no topic word with its prompt ("About one in ten") earns little; one sentence of
-several that the prompt has, said again, earns half; the function words are English, so for text in other scripts
-`prose` only counts repetition.
+one; an honest answer of a word or two ("Paris", "About one in ten") earns 0 or little; one sentence of several that
+the prompt has, said again, earns half, and a prompt with rare words put in between may earn all; the guards are made
+for English: in other scripts `prose` only counts repetition, and in other languages of Latin script it takes honest
+answers to 0.
 """
 
 import math
@@ -40,7 +41,7 @@ from deepseek_training.words import FUNCTION_WORDS, content_words, split_words, 
 # logistic and not a ramp: where a ramp is 0 a policy that is off the topic could not learn in which direction it lies.
 MIDDLE_COSINE, COSINE_WIDTH = 0.25, 0.08
 LEAST_EMPTINESS, NUM_EMPTY = 0.3, 3
-FULL_COVERAGE, FULL_NOVELTY, FULL_FUNCTION_SHARE, FULL_DISTINCT_SHARE = 0.6, 0.5, 0.25, 0.6
+FULL_COVERAGE, FULL_NOVELTY, FULL_FUNCTION_SHARE, FULL_DISTINCT_SHARE = 0.6, 0.7, 0.25, 0.6
 FULL_SEPARATORS, LIST_SHARE, GIVEN_SHARE = 1 / 6, 0.5, 0.5
 OTHER_PROMPTS_STEP = 8
 _SEPARATOR = re.compile(r"[,;|\n\u2022]|(?:^|\s)(?:[-+*]|\d{1,2}[.)])(?=\s)")
@@ -92,10 +93,16 @@ class Relevance:
             completions: Strings or chat messages.
             completion_ids: Not used.
             kwargs: Not used.
+
+        Raises:
+            ValueError: There are more or fewer prompts than completions.
         """
+        if len(prompts) != len(completions):
+            raise ValueError(f"relevance: {len(prompts)} prompts for {len(completions)} completions")
         asked, answered = [text_of(item) for item in prompts], [text_of(item) for item in completions]
-        said = [without_quoted_prompt(*pair) for pair in zip(asked, answered, strict=True)]
-        said = said if self.has_guards else answered
+        said = answered
+        if self.has_guards:
+            said = [without_quoted_prompt(*pair) for pair in zip(asked, answered, strict=True)]
         near = self._match(asked, said)
         return [self._score(*row) for row in zip(asked, answered, said, near, strict=True)]
 
@@ -109,7 +116,8 @@ class Relevance:
         cosines = np.array([float(rows[p] @ c) for p, c in zip(asked, answers, strict=True)])
         if self.has_guards and len(said):
             cosines = cosines - self._emptiness(answers) - self._commonness(answers)
-        return [1 / (1 + math.exp((self.middle - cosine) / self.width)) for cosine in cosines]
+        # Beyond 700 the exponential overflows, and the score is 0 to the last bit.
+        return [1 / (1 + math.exp(min(700.0, (self.middle - cosine) / self.width))) for cosine in cosines]
 
     def _emptiness(self, answers: np.ndarray) -> np.ndarray:
         """How much each answer is like one that would go with any question, in [0, 0.7]."""
@@ -131,7 +139,7 @@ class Relevance:
             return similarity
         # what is left beside a quoted prompt may leave out whatever it likes
         is_given = said == answered and treats_given_text(asked, answered)
-        return similarity * guard(asked, said, GIVEN_SHARE if is_given else 0.0)
+        return similarity * guard(asked, said, self.lexicon, GIVEN_SHARE if is_given else 0.0)
 
 
 def coverage(asked: str, answered: str, lexicon: TextEmbedder) -> float:
@@ -165,12 +173,13 @@ def _named_by_initials(asked: str, capitals: set[str]) -> set[str]:
     return found
 
 
-def guard(asked: str, answered: str, least_novelty: float = 0.0) -> float:
+def guard(asked: str, answered: str, lexicon: TextEmbedder, least_novelty: float = 0.0) -> float:
     """Return novelty times prose, in [0, 1].
 
     Args:
         asked: The prompt.
         answered: The completion.
+        lexicon: Knows how rare words are; "really" and "perhaps" between the prompt's words are little news.
         least_novelty: What novelty counts at least.
     """
     words = split_words(answered)
@@ -178,7 +187,11 @@ def guard(asked: str, answered: str, least_novelty: float = 0.0) -> float:
     if not content:
         return 0.0
     kinds = set(content)
-    novelty = min(1.0, len(kinds - set(content_words(split_words(asked)))) / len(kinds) / FULL_NOVELTY)
+    known = set(content_words(split_words(asked)))
+    ordered = sorted(kinds)
+    weights = lexicon.weigh(ordered)
+    fresh = sum(float(weight) for word, weight in zip(ordered, weights, strict=True) if word not in known)
+    novelty = min(1.0, fresh / max(float(weights.sum()), 1e-9) / FULL_NOVELTY)
     prose = min(1.0, len(kinds) / len(content) / FULL_DISTINCT_SHARE)
     if sum(word.isascii() for word in words) > len(words) / 2:
         function_share = sum(word in FUNCTION_WORDS for word in words) / len(words)

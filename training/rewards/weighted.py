@@ -1,7 +1,7 @@
 """The weighted sum of rewards, R = 0.7 relevance + 0.2 safety + 0.1 diversity in the article's setting.
 
     R = clip(gate * sum of w_i x_i / sum of w_i over the parts that judged + sum of penalties, 0, 1)  (*)
-    gate = min(1, x_gate / gate_threshold), or 1 without a gate
+    gate = min(1, x_gate / gate_threshold), or 1 without a gate and where the gating part answers None
     x_i  = the part's score, or standardised: the share of earlier scores a normal curve puts below it
     (*) clipped only where penalties are given
 
@@ -208,6 +208,16 @@ class MissingEosPenalty:
         self.__name__ = "missing_eos_penalty"
         self.eos_token_id, self.penalty = eos_token_id, penalty
 
-    def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-        """Return 0 or minus the penalty for each completion."""
+    def __call__(self, completion_ids: list[list[int]] | None = None, **kwargs: Any) -> list[float]:
+        """Return 0 or minus the penalty for each completion.
+
+        Args:
+            completion_ids: Token ids of the completions, which every trainer passes on.
+            kwargs: Not used.
+
+        Raises:
+            ValueError: There are no token ids.
+        """
+        if completion_ids is None:
+            raise ValueError("missing_eos_penalty: completion_ids: got None, wanted the completions' token ids")
         return [0.0 if ids and ids[-1] == self.eos_token_id else -self.penalty for ids in completion_ids]

@@ -1,5 +1,7 @@
 """Copied text: an echo is taken out whatever stands around it, and a text that was given may be treated."""
 
+import time
+
 import pytest
 
 from deepseek_training.rewards import Relevance
@@ -61,3 +63,9 @@ def test_a_text_that_was_given_may_be_treated():
     )
     assert honest > 0.3
     assert max(echo, keywords) < 0.05
+
+
+def test_time_grows_with_the_text_and_not_with_its_square():
+    begun = time.process_time()
+    without_quoted_prompt("la " * 30_000, "la " * 30_000)
+    assert time.process_time() - begun < 5, "every copy times every copy takes minutes"

@@ -10,6 +10,7 @@ from deepseek_training.text_embedder import NUM_PIECES, TextEmbedder
 from deepseek_training.words import content_words, split_words, stem, text_of
 
 PROMPT = "What are the symptoms of Giant Axonal Neuropathy?"
+LEXICON = TextEmbedder.load()
 HONEST = "Children with GAN walk with an unsteady gait, their hair is tightly curled, and the nerves waste away."
 
 
@@ -88,18 +89,19 @@ def test_rare_words_weigh_more():
 
 
 def test_other_scripts_are_not_punished_for_lacking_english():
-    assert guard("什么是肝炎", "病毒引起肝脏发炎与损伤") > 0.9
+    assert guard("什么是肝炎", "病毒引起肝脏发炎与损伤", LEXICON) > 0.9
 
 
 def test_a_list_earns_half_of_prose_and_words_strung_together_nothing():
     prompt = "Come up with healthy and easy dinner ideas for weeknights."
     dishes = ["Chicken Stir-Fry", "Classic Noodle Soup", "Eggplant Lasagna", "Avocado Lime Salmon"]
-    assert guard(prompt, "- " + " - ".join(dishes)) == pytest.approx(0.5)
-    assert guard(prompt, "\n".join(f"* {dish}" for dish in dishes)) == pytest.approx(0.5)
+    assert guard(prompt, "- " + " - ".join(dishes), LEXICON) == pytest.approx(0.5)
+    assert guard(prompt, "\n".join(f"* {dish}" for dish in dishes), LEXICON) == pytest.approx(0.5)
     numbered = "\n".join(f"{i}. {dish}" for i, dish in enumerate(dishes, 1))
-    assert guard(prompt, numbered) == guard(prompt, numbered.replace("\n", " ")) == pytest.approx(0.5)
-    assert guard(prompt, " ".join(dishes)) == 0.0
-    assert guard(prompt, "dinner, healthy, easy, ideas, weeknights") == 0.0  # the prompt's own words, listed
+    in_line = numbered.replace("\n", " ")
+    assert guard(prompt, numbered, LEXICON) == guard(prompt, in_line, LEXICON) == pytest.approx(0.5)
+    assert guard(prompt, " ".join(dishes), LEXICON) == 0.0
+    assert guard(prompt, "dinner, healthy, easy, ideas, weeknights", LEXICON) == 0.0  # the prompt's own words, listed
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,7 @@ def test_reads_messages_of_parts_and_without_text():
     parts = [{"type": "text", "text": "Boil water,"}, {"type": "image"}, {"type": "text", "text": "add the rice."}]
     assert text_of([{"role": "user", "content": parts}]) == "Boil water, add the rice."
     assert text_of([{"role": "assistant", "content": None}]) == text_of([]) == ""
+    assert text_of([{"role": "assistant", "tool_calls": []}]) == text_of([{"role": "user", "content": [{}]}]) == ""
     for reward in (Relevance(), Safety(), Diversity(0)):
         asked = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
         answered = [{"role": "assistant", "content": [{"type": "text", "text": HONEST}]}]
@@ -210,3 +213,22 @@ def test_unknown_words_are_read_by_their_pieces():
     assert embedder.weigh(["xylokidney"])[0] >= embedder.weigh(["kidney"])[0] > embedder.weigh(["disease"])[0]
     with pytest.raises(ValueError, match=f"wanted {1 + NUM_PIECES} and 1"):
         TextEmbedder(["one"], np.zeros((3, 2), np.float32), np.zeros(1, np.float32))
+
+
+def test_a_narrow_slope_and_lists_that_do_not_match():
+    assert Relevance(width=0.0003)(["x kidney"], ["opposite things of wood"]) == pytest.approx([0.0], abs=1e-9)
+    with pytest.raises(ValueError, match="relevance: 2 prompts for 1 completions"):
+        Relevance()(["a", "b"], ["c"])
+
+
+@pytest.mark.parametrize(
+    "near_echo",
+    [
+        "What are exactly the symptoms really of Giant perhaps Axonal Neuropathy usually.",
+        "This is about the symptoms, and about the giant axonal neuropathy, as many people know and wonder every day.",
+        "So what is it that you asked about, the symptoms really of Giant Axonal mostly Neuropathy, that you want?",
+    ],
+)
+def test_fillers_between_the_prompts_words_are_little_news(near_echo):
+    honest, echo = Relevance()([PROMPT] * 2, [HONEST, near_echo])
+    assert echo < 0.75 * honest

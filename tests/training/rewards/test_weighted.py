@@ -152,3 +152,9 @@ def test_the_article_setting_is_bounded_and_keeps_its_state():
     other = WeightedReward([Relevance(), Safety(), Diversity()], weights=[0.7, 0.2, 0.1])
     other.load_state_dict(reward.state_dict())
     assert other(["What do kidneys do?"], texts[:1]) == reward(["What do kidneys do?"], texts[:1])
+
+
+def test_a_penalty_that_gets_no_token_ids_says_so():
+    reward = WeightedReward([fixed("x", [0.5])], [1], penalties=[MissingEosPenalty(1, 0.1)])
+    with pytest.raises(ValueError, match="missing_eos_penalty: completion_ids: got None"):
+        reward(prompts=["a"], completions=["b"])
