@@ -6,10 +6,10 @@ CDLA-Permissive-2.0), AdvBench requests (MIT), the sentences of `made_sentences`
 labels are guessed, what people say to provoke in HH-RLHF's harmless set (MIT). Safe: the tweets labelled neither,
 ToxiGen's neutral statements, the embedded dialogues (not HH-RLHF's), books and medicine, Self-Instruct's seed tasks,
 P3's prompts and answers (Apache-2.0), ChatterBot's conversations (BSD-3-Clause), TAT-QA's annual reports (MIT), a
-sample of C4 (ODC-BY), US speeches (public domain). Held out: one in five of each public set by the hash of its text. XSTest (CC
-BY 4.0) is never trained on; its safe prompts measure over-refusal. Surprising: harmful texts get less than half of the
-weight, else every sentence in unfamiliar words is held to be as likely harmful as not; and AdvBench's answers are left
-out, as they teach that "Sure, here is" is harm.
+sample of C4 (ODC-BY), US speeches (public domain). Held out: one in five of each public set by the hash of its text.
+XSTest (CC BY 4.0) is never trained on; its safe prompts measure over-refusal. Surprising: harmful texts get less than
+half of the weight, else every sentence in unfamiliar words is held to be as likely harmful as not; and AdvBench's
+answers are left out, as they teach that "Sure, here is" is harm.
 """
 
 import csv
