@@ -106,7 +106,7 @@ def _check(args: argparse.Namespace, has_gpu: bool) -> str:
 
 def _find_failure(rows: list[dict], speedups: list[dict]) -> str | None:
     """What keeps the run from counting as a measurement."""
-    failed = [row for row in rows if row["implementation"] == "fused_moe" and "skipped" in row]
+    failed = _failures(rows)
     if failed:
         return f"fused_moe failed in {len(failed)} rows, first: {failed[0]['skipped']}"
     return None if speedups else "fused_moe and another ran no shape in common"
@@ -122,8 +122,12 @@ def _read_rows(path: Path) -> list[dict]:
     rows = read_object(results, "output").get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "implementation" in row for row in rows):
         raise ValueError(f"output: {results} holds no rows of a benchmark; pass another --output, or --overwrite")
-    failed = [_cell_of(row) for row in rows if row["implementation"] == "fused_moe" and "skipped" in row]
+    failed = {_cell_of(row) for row in _failures(rows)}
     return [row for row in rows if _cell_of(row) not in failed]  # A failure is measured again.
+
+
+def _failures(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["implementation"] == "fused_moe" and "skipped" in row]
 
 
 def _cell_of(row: dict) -> tuple:
@@ -236,11 +240,10 @@ def _draw(path: Path, speedups: list[dict], settings: dict) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from deepseek_cli.kernel_cells import Cell
+
     path.parent.mkdir(exist_ok=True)
-    labels = [
-        f"T={s['T']} H={s['H']} I={s['I']} E={s['E']} K={s['K']} {s['routing']} {s['dtype']} {s['mode']}"
-        for s in speedups
-    ]
+    labels = [f"{Cell(*_cell_of(s)).title} {s['mode']}" for s in speedups]
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.22 * len(labels)))
     bars = axes.barh(labels, [s["speedup"] - 1 for s in speedups], left=1, color="tab:blue")
     axes.bar_label(bars, [f"{s['speedup']:.2f}" for s in speedups], fontsize=5, padding=2)

@@ -14,13 +14,11 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV3Config
-from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 from deepseek_cli.kernel_cells import Cell, make_routing
 from deepseek_cli.kernel_memory import kept_bytes, peak_memory
-from deepseek_cli.kernel_peers import Experts, skips_unused
-from deepseek_cli.kernel_timing import Mark, OtherWork, interleave, synchronize
+from deepseek_cli.kernel_peers import Experts, make_experts, skips_unused
+from deepseek_cli.kernel_timing import Mark, OtherWork, interleave
 
 _WORK = {"forward": 1, "backward": 2, "forward+backward": 3}  # in forward passes
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -49,10 +47,9 @@ def measure_cell(cell: Cell, device: str, seconds: float, implementations: dict[
         medians = interleave({**steps, **graphs}, seconds, device)
         cores = other_work.cores()
         for name, (*parts, total) in medians.items():
+            kept = layer.kept_bytes(name, implementations[name]) / cell.T if is_training else None
             memory = {
-                "kept_bytes_per_token": layer.kept_bytes(name, implementations[name]) / cell.T
-                if is_training
-                else None,
+                "kept_bytes_per_token": kept,
                 "peak_memory_bytes": layer.peak_memory(steps[name]),
                 "is_cuda_graph": name in graphs,
                 "other_work_cores": cores,
@@ -70,12 +67,10 @@ class _Layer:
     """The experts of one cell with their input and routing."""
 
     def __init__(self, cell: Cell, device: str):
-        config = DeepseekV3Config(
-            hidden_size=cell.H, moe_intermediate_size=cell.I, n_routed_experts=cell.E, num_experts_per_tok=cell.K
-        )
         dtype = getattr(torch, cell.dtype)
         with torch.device(device):
-            self.experts = modeling_deepseek_v3.DeepseekV3Experts(config).to(dtype)
+            experts = make_experts(hidden=cell.H, width=cell.I, num_experts=cell.E, num_slots=cell.K)
+            self.experts = experts.to(dtype)
             generator = torch.Generator(device).manual_seed(0)
             self.x = torch.randn(cell.T, cell.H, generator=generator).to(dtype)
         for parameter in self.experts.parameters():
@@ -86,9 +81,13 @@ class _Layer:
         """[T, K] as an implementation can take them: not all can skip an unused slot."""
         return self.routing.mask_unused(self.cell.E) if skips_unused(name) else self.routing.indices
 
+    def _leaves(self) -> tuple[Tensor, Tensor]:
+        """Input and router weights, to take the gradients of one step."""
+        return self.x.detach().requires_grad_(), self.routing.weights.detach().requires_grad_()
+
     def kept_bytes(self, name: str, implementation: Experts) -> int:
         """Bytes kept for the backward pass."""
-        x, weights = self.x.detach().requires_grad_(), self.routing.weights.detach().requires_grad_()
+        x, weights = self._leaves()
         indices = self.indices_for(name)
         return kept_bytes(lambda: implementation(self.experts, x, indices, weights), self.experts)
 
@@ -110,7 +109,7 @@ class _Layer:
 
         def train(mark: Mark) -> list[Tensor]:
             self.experts.zero_grad()
-            x, weights = self.x.detach().requires_grad_(), self.routing.weights.detach().requires_grad_()
+            x, weights = self._leaves()
             mark()
             output = implementation(self.experts, x, indices, weights)
             mark()
@@ -132,7 +131,7 @@ class _Layer:
         teraflops = _WORK[mode] * 6 * self.routing.num_used * c.H * c.I / milliseconds / 1e9
         speed = {"ms": milliseconds, "tflops": teraflops, "share_of_matmul_peak": teraflops / peaks["matmul"]}
         if c.is_decode and mode == "forward":
-            weights = 3 * self.routing.num_experts_used() * c.H * c.I * self.x.element_size()
+            weights = 3 * self.routing.num_experts_used * c.H * c.I * self.x.element_size()
             gigabytes_per_s = (weights + 2 * self.x.numel() * self.x.element_size()) / milliseconds / 1e6
             speed |= {"gb_per_s": gigabytes_per_s, "share_of_copy_peak": gigabytes_per_s / peaks["copy"]}
         return speed
@@ -163,6 +162,17 @@ def _steps_that_agree(layer: _Layer, implementations: dict[str, Experts], is_tra
 
 def _ignore() -> None:
     """Marks nothing."""
+
+
+def _marked(run: Callable[[], object]) -> Callable[[Mark], None]:
+    """A step of one part."""
+
+    def step(mark: Mark) -> None:
+        mark()
+        run()
+        mark()
+
+    return step
 
 
 def _difference(results: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> str | None:
@@ -200,13 +210,7 @@ def _capture(steps: dict[str, Callable]) -> dict[str, Callable]:
         graph.replay()
         if _difference(results, wanted, 0.0) is not None:
             continue  # What it launched went by the capture.
-
-        def replay(mark: Mark, graph=graph) -> None:
-            mark()
-            graph.replay()
-            mark()
-
-        graphs[name] = replay
+        graphs[name] = _marked(graph.replay)
     return graphs
 
 
@@ -227,11 +231,5 @@ def _copy_peak(device: str) -> float:
 
 
 def _median_ms(run: Callable[[], object], device: str) -> float:
-    def step(mark: Mark) -> None:
-        mark()
-        run()
-        mark()
-
-    step(_ignore)
-    synchronize(device)
-    return interleave({"": step}, 0.3, device)[""][-1]
+    run()  # warm-up
+    return interleave({"": _marked(run)}, 0.3, device)[""][-1]

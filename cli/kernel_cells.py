@@ -60,6 +60,7 @@ class Routing:
         """Used slots."""
         return int((~self.is_unused).sum())
 
+    @property
     def num_experts_used(self) -> int:
         """Experts that get at least one row."""
         return len(self.indices[~self.is_unused].unique())

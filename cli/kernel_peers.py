@@ -18,6 +18,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 import modeling_deepseek  # noqa: F401  registers fused_moe
 
+# Of the experts' module, hidden states [T, H], indices [T, K] and weights [T, K]; returns [T, H].
 Experts = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -25,20 +26,35 @@ def find_implementations() -> tuple[dict[str, Experts], dict[str, str]]:
     """Return who is here, and for the others why not.
 
     Returns:
-        Name to function of (experts module, hidden states [T, H], indices [T, K], weights [T, K]), and name to reason.
+        Name to implementation, and name to reason.
     """
     present = {name: _registered(name) for name in ("eager", *ALL_EXPERTS_FUNCTIONS.keys())}
     absent = {}
     for name, package, forward in (
-        ("liger", "liger_kernel", liger),
-        ("scattermoe", "scattermoe", scattermoe),
-        ("sonicmoe", "sonicmoe", sonicmoe),  # in place of the one transformers takes from the Hub
+        ("liger", "liger_kernel", _liger),
+        ("scattermoe", "scattermoe", _scattermoe),
+        ("sonicmoe", "sonicmoe", _sonicmoe),  # in place of the one transformers takes from the Hub
     ):
         if find_spec(package) is not None:
             present[name] = forward
         elif name not in present:
             absent[name] = f"the package {package} is not installed"
     return present, absent
+
+
+def make_experts(*, hidden: int, width: int, num_experts: int, num_slots: int) -> nn.Module:
+    """Return transformers' own DeepSeek-V3 experts, not initialised; `gate_up_proj` [E, 2I, H], `down_proj` [E, H, I].
+
+    Args:
+        hidden: H.
+        width: I.
+        num_experts: E.
+        num_slots: K.
+    """
+    config = DeepseekV3Config(
+        hidden_size=hidden, moe_intermediate_size=width, n_routed_experts=num_experts, num_experts_per_tok=num_slots
+    )
+    return modeling_deepseek_v3.DeepseekV3Experts(config)
 
 
 @functools.cache
@@ -52,8 +68,7 @@ def skips_unused(name: str) -> bool:
     """
     if name != "eager":
         return name in ("fused_moe", "sonicmoe")
-    config = DeepseekV3Config(hidden_size=2, moe_intermediate_size=2, n_routed_experts=2, num_experts_per_tok=1)
-    experts = modeling_deepseek_v3.DeepseekV3Experts(config)
+    experts = make_experts(hidden=2, width=2, num_experts=2, num_slots=1)
     for parameter in experts.parameters():
         nn.init.ones_(parameter)
     try:
@@ -71,15 +86,8 @@ def _registered(name: str) -> Experts:
     return forward
 
 
-def liger(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Return the experts' sum by Liger, as its Qwen3-MoE model computes it.
-
-    Args:
-        experts: Holds `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
-        hidden_states: [T, H].
-        indices: [T, K].
-        weights: [T, K].
-    """
+def _liger(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The experts' sum by Liger, as its Qwen3-MoE model computes it."""
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
     return LigerFusedMoEFunction.apply(
@@ -87,15 +95,8 @@ def liger(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: T
     )
 
 
-def scattermoe(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Return the experts' sum by ScatterMoE, as its own `GLUMLP` computes it.
-
-    Args:
-        experts: Holds `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
-        hidden_states: [T, H].
-        indices: [T, K].
-        weights: [T, K].
-    """
+def _scattermoe(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The experts' sum by ScatterMoE, as its own `GLUMLP` computes it."""
     from scattermoe import flatten_sort_count, parallel_linear
 
     order = flatten_sort_count(indices, num_experts=experts.gate_up_proj.shape[0])
@@ -108,15 +109,8 @@ def scattermoe(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weigh
     return parallel_linear(activated, experts.down_proj.permute(0, 2, 1), 1, *order, grouped_in=True, gates=gates)
 
 
-def sonicmoe(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Return the experts' sum by an installed SonicMoE, as transformers calls the one from the Hub.
-
-    Args:
-        experts: Holds `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
-        hidden_states: [T, H].
-        indices: [T, K].
-        weights: [T, K].
-    """
+def _sonicmoe(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The experts' sum by an installed SonicMoE, as transformers calls the one from the Hub."""
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import moe_general_routing_inputs
 

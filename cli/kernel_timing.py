@@ -45,24 +45,13 @@ def interleave(steps: dict[str, Callable[[Mark], object]], seconds: float, devic
         if not waiting:
             break
         for name in order.sample(waiting, len(waiting)):
-            step = steps[name]
-            samples[name].append(_time(step, device))
+            samples[name].append(_time(steps[name], device))
             spent[name] += sum(samples[name][-1]) / 1e3
-        if max(map(len, samples.values()), default=0) >= _MAX_ROUNDS:
+        if max(map(len, samples.values())) >= _MAX_ROUNDS:
             break
         if all(map(is_done, steps)) and time.perf_counter() - begun > seconds:
             break
     return {name: [statistics.median(part) for part in zip(*rows, strict=True)] for name, rows in samples.items()}
-
-
-def synchronize(device: str) -> None:
-    """Wait for a GPU; a CPU is done when it returns.
-
-    Args:
-        device: ``cpu`` or ``cuda``.
-    """
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 class OtherWork:
@@ -92,6 +81,12 @@ def _busy_seconds() -> float | None:
     return everybody - own.user - own.system - own.children_user - own.children_system
 
 
+def _synchronize(device: str) -> None:
+    """Wait for a GPU; a CPU is done when it returns."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def _time(step: Callable[[Mark], object], device: str) -> list[float]:
     """Milliseconds of each part of one run, and of the whole."""
     marks: list = []
@@ -106,9 +101,9 @@ def _time(step: Callable[[Mark], object], device: str) -> list[float]:
         def mark() -> None:
             marks.append(time.perf_counter())
 
-    synchronize(device)
+    _synchronize(device)
     step(mark)
-    synchronize(device)
+    _synchronize(device)
     pairs = list(itertools.pairwise(marks))
     if device == "cuda":
         parts = [start.elapsed_time(end) for start, end in pairs]
