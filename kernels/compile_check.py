@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from deepseek_kernels import combine, decode, down_backward, gate_up, grouped_gemm, router, routing_metadata
 from deepseek_kernels import weight_gradient as weight_gradient_file
 from deepseek_kernels.tiles import SAFE, SHIPPED, TARGETS, Tiles
+from deepseek_kernels.triton_numerics import LAUNCH
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, "gfx942": 65536}
 # wgmma and tcgen05 take 64 rows at least; Triton multiplies smaller tiles by mma.sync.
@@ -183,7 +184,7 @@ def compile_for(compilation: Compilation, target: tuple, dtype: str = "bf16") ->
         if name.endswith("_ptr") or name in _DIVISIBLE:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(compilation.function, signature, compilation.constants, attributes)
-    options = {**compilation.options, "enable_fp_fusion": True}
+    options = {**compilation.options, **LAUNCH}
     compiled = triton.compile(source, target=GPUTarget(*target), options=options)
     instruction = matrix_instruction(target, compilation) if compilation.is_matrix else "none"
     return (_amd_usage if target[0] == "hip" else _nvidia_usage)(compiled, instruction)
