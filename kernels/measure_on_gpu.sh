@@ -11,9 +11,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+scratch=$(mktemp -d)
+trap 'rm -r "$scratch"' EXIT
 if ! "$python" -c "import deepseek_cli" 2> /dev/null; then  # not installed: by links under the import names
-    links=$(mktemp -d)
-    trap 'rm -r "$links"' EXIT
+    links=$scratch/links
+    mkdir "$links"
     ln -s "$PWD/modeling_deepseek" "$links/modeling_deepseek"
     for folder in kernels model_cards training eval cli; do ln -s "$PWD/$folder" "$links/deepseek_$folder"; done
     export PYTHONPATH="$links${PYTHONPATH:+:$PYTHONPATH}"
@@ -29,15 +31,13 @@ output=${1:-runs/bench-kernels-$grid}
 export HF_HUB_OFFLINE=1 # What is not here is left out, not waited for.
 "$python" -c "import xdist" 2> /dev/null && workers=(-n 8)
 
-log=$(mktemp)
-
 # Every dtype and shape is compiled anew, so time may run out before the tests do: said, and no failure.
 check() {
     local seconds=$1 status=0 begun=$SECONDS
     shift
-    timeout --signal INT --kill-after 10 "$seconds" "$@" | tee "$log" || status=$?
+    timeout --signal INT --kill-after 10 "$seconds" "$@" | tee "$scratch/log" || status=$?
     # 137: not ended by itself within ten seconds after the interrupt.
-    if grep -q "FAILED\|[0-9] failed" "$log"; then
+    if grep -q "FAILED\|[0-9] failed" "$scratch/log"; then
         exit 1
     elif [ "$status" -eq 124 ] || { [ "$status" -eq 137 ] && [ $((SECONDS - begun)) -ge "$seconds" ]; }; then
         echo "stopped after $seconds s without a failure, and without having run every test: $*"
