@@ -25,6 +25,7 @@ for English: in other scripts `prose` only counts repetition, and in other langu
 answers to 0.
 """
 
+import functools
 import math
 import re
 from typing import Any, Protocol
@@ -80,8 +81,6 @@ class Relevance:
         self.lexicon = TextEmbedder.load()
         self.embedder = self.lexicon if embedder is None else embedder
         self.middle, self.width, self.has_guards = middle, width, has_guards
-        self._empty_rows: np.ndarray | None = None  # embedded at the first call, as is the next
-        self._other_prompts: np.ndarray | None = None
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any
@@ -121,17 +120,21 @@ class Relevance:
 
     def _emptiness(self, answers: np.ndarray) -> np.ndarray:
         """How much each answer is like one that would go with any question, in [0, 0.7]."""
-        if self._empty_rows is None:
-            self._empty_rows = self.embedder.embed(list(EMPTY_ANSWERS))
         nearest = np.sort(answers @ self._empty_rows.T, axis=1)[:, -NUM_EMPTY:].mean(axis=1)
         return np.maximum(0.0, nearest - LEAST_EMPTINESS)
 
     def _commonness(self, answers: np.ndarray) -> np.ndarray:
         """Each answer's mean cosine with prompts it does not answer."""
-        if self._other_prompts is None:
-            prompts = [row["prompt"] for row in read_rows("dialogues") if row["split"] == "train"]
-            self._other_prompts = self.embedder.embed(prompts[::OTHER_PROMPTS_STEP]).mean(axis=0)
-        return answers @ self._other_prompts
+        return answers @ self._mean_prompt
+
+    @functools.cached_property
+    def _empty_rows(self) -> np.ndarray:
+        return self.embedder.embed(list(EMPTY_ANSWERS))
+
+    @functools.cached_property
+    def _mean_prompt(self) -> np.ndarray:
+        prompts = [row["prompt"] for row in read_rows("dialogues") if row["split"] == "train"]
+        return self.embedder.embed(prompts[::OTHER_PROMPTS_STEP]).mean(axis=0)
 
     def _score(self, asked: str, answered: str, said: str, near: float) -> float:
         similarity = min(1.0, max(near, coverage(asked, said, self.lexicon) / FULL_COVERAGE))
