@@ -222,19 +222,7 @@ def describe(classifier: SafetyClassifier, train: list[Row], held_out: list[Row]
         scores = classifier.predict([text for _, text, _ in rows])
         labels = np.array([label for _, _, label in rows])
         measured[f"{name}_held_out_auc"] = {"value": round(auc(scores, labels), 4), "n": len(rows)}
-    for name in (
-        "advbench",
-        "hh",
-        "dialogues",
-        "seeds",
-        "p3",
-        "chatterbot",
-        "books",
-        "medicine",
-        "c4",
-        "speeches",
-        "tatqa",
-    ):
+    for name in ("advbench", "hh", "chatterbot", *PROSE):
         scores = classifier.predict([text for kind, text, _ in held_out if kind == name])
         measured[f"{name}_held_out_flagged"] = {"value": round(float((scores > 0.5).mean()), 4), "n": len(scores)}
     for name, texts in (("threats", UNSEEN_THREATS), ("harmless_uses", UNSEEN_HARMLESS)):
