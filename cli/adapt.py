@@ -14,8 +14,8 @@ An interrupted run goes on when the same command is given again.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the recipe, its settings and where to write."""
-    from deepseek_training.recipe import add_recipe_arguments
-    from deepseek_training.stage_recipes import AdaptRecipe
+    from deepseek_training.recipes.loading import add_recipe_arguments
+    from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 
     add_recipe_arguments(parser, AdaptRecipe)
     parser.add_argument("--output", default="runs/adapt", help="run folder")
@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and print what changed."""
-    from deepseek_training.recipe import collect_overrides, load_recipe
-    from deepseek_training.stage_recipes import AdaptRecipe
+    from deepseek_training.recipes.loading import collect_overrides, load_recipe
+    from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 
     recipe = load_recipe(args.recipe, AdaptRecipe, collect_overrides(args))
 
     from accelerate import PartialState
 
-    from deepseek_training.adapt import adapt
+    from deepseek_training.stages.adapt import adapt
 
     summary = adapt(recipe, args.output, overwrite=args.overwrite)
     if PartialState().is_main_process:

@@ -13,8 +13,8 @@ EXAMPLES = """
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from deepseek_training.align_recipe import AlignRecipe
-    from deepseek_training.recipe import add_recipe_arguments
+    from deepseek_training.recipes.align import AlignRecipe
+    from deepseek_training.recipes.loading import add_recipe_arguments
 
     add_recipe_arguments(parser, AlignRecipe)
     parser.add_argument("--output", required=True, help="run folder to write")
@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     """Align and print the gain."""
     from accelerate import PartialState
 
-    from deepseek_training.align import AlignRecipe, align
-    from deepseek_training.recipe import collect_overrides, load_recipe
+    from deepseek_training.recipes.loading import collect_overrides, load_recipe
+    from deepseek_training.stages.align import AlignRecipe, align
 
     recipe = load_recipe(args.recipe, AlignRecipe, collect_overrides(args))
     summary = align(recipe, args.output, overwrite=args.overwrite)

@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from deepseek_cli.kernel_benchmark import measure_cell
-    from deepseek_cli.kernel_cells import GRIDS
-    from deepseek_cli.kernel_peers import find_implementations
-    from deepseek_model_cards.run_folder import RunFolder
+    from deepseek_cli.benchmarks.kernel_cells import GRIDS
+    from deepseek_cli.benchmarks.kernel_peers import find_implementations
+    from deepseek_cli.benchmarks.kernels import measure_cell
+    from deepseek_records.run_folder import RunFolder
 
     name = _check(args, torch.cuda.is_available())
     device = "cuda" if name == "gpu" else "cpu"
@@ -114,7 +114,7 @@ def _find_failure(rows: list[dict], speedups: list[dict]) -> str | None:
 
 def _read_rows(path: Path) -> list[dict]:
     """Rows of a run that was interrupted."""
-    from deepseek_model_cards.json_files import read_object
+    from deepseek_records.json_files import read_object
 
     results = path / "results.json"
     if not results.exists():
@@ -135,7 +135,7 @@ def _cell_of(row: dict) -> tuple:
 
 
 def _save(path: Path, rows: list[dict], absent: dict[str, str]) -> None:
-    from deepseek_model_cards.run_folder import write_json, write_text
+    from deepseek_records.run_folder import write_json, write_text
 
     write_json(path / "results.json", {"rows": rows, "speedups": compute_speedups(rows), "absent": absent})
     table = io.StringIO()
@@ -149,8 +149,8 @@ def _tune(grid: list) -> None:
     """Find tiles for every shape of the grid, one with the rows per expert of another only once."""
     import torch
 
-    from deepseek_kernels.tiles import row_bucket
-    from deepseek_kernels.tune import tune
+    from deepseek_kernels.gpu.tiles import row_bucket
+    from deepseek_kernels.gpu.tune import tune
 
     shapes = {(c.H, c.I, row_bucket(c.T * c.K, c.E)): c for c in reversed(grid)}
     for hidden, width, bucket in shapes:
@@ -240,7 +240,7 @@ def _draw(path: Path, speedups: list[dict], settings: dict) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from deepseek_cli.kernel_cells import Cell
+    from deepseek_cli.benchmarks.kernel_cells import Cell
 
     path.parent.mkdir(exist_ok=True)
     labels = [f"{Cell(*_cell_of(s)).title} {s['mode']}" for s in speedups]

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write card and report and print the paths and the closing table."""
-    from deepseek_model_cards.card import write_card
-    from deepseek_model_cards.report import summary_table, write_report
+    from deepseek_model_cards.card.card import write_card
+    from deepseek_model_cards.report.report import summary_table, write_report
 
     card = write_card(args.run, name=args.name, licence=args.licence, repo_id=args.repo_id, template=args.template)
     report = write_report(args.run, Path(args.run) / "report.html", with_items=True)

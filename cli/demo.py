@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(root: Path, size_name: str, *, overwrite: bool) -> None:
     """Make the folder, or check that it holds a demo of this size."""
-    from deepseek_model_cards.run_folder import write_text
+    from deepseek_records.run_folder import write_text
 
     marker = root / "demo-size.txt"
     if root.exists() and not root.is_dir():
@@ -89,7 +89,7 @@ def _prepare(root: Path, size_name: str, *, overwrite: bool) -> None:
 
 def _run_stage(output: Path, title: str, stage: Callable[[Path], Any]) -> None:
     """Run one stage unless it has finished; what an interrupted one left is deleted first."""
-    from deepseek_model_cards.run_folder import RunFolder
+    from deepseek_records.run_folder import RunFolder
 
     if RunFolder(output).is_finished:
         print(f"{title}: done before, in {output}", flush=True)
@@ -103,32 +103,32 @@ def _run_stage(output: Path, title: str, stage: Callable[[Path], Any]) -> None:
 
 
 def _pretrain(output: Path, size: Size) -> None:
-    from deepseek_training.pretrain import PretrainRecipe, pretrain
-    from deepseek_training.recipe import load_recipe
+    from deepseek_training.recipes.loading import load_recipe
+    from deepseek_training.stages.pretrain import PretrainRecipe, pretrain
 
     pretrain(load_recipe(f"pretrain-{size.recipe_suffix}", PretrainRecipe, {}), output)
 
 
 def _adapt(output: Path, size: Size) -> None:
-    from deepseek_training.adapt import AdaptRecipe, adapt
-    from deepseek_training.recipe import load_recipe
+    from deepseek_training.recipes.loading import load_recipe
+    from deepseek_training.stages.adapt import AdaptRecipe, adapt
 
     model = output.parent / "pretrain" / "model"
     adapt(load_recipe(f"adapt-{size.recipe_suffix}", AdaptRecipe, {"model": str(model)}), output)
 
 
 def _sft(output: Path, size: Size) -> None:
-    from deepseek_training.recipe import load_recipe
-    from deepseek_training.sft import sft
-    from deepseek_training.sft_recipe import SftRecipe
+    from deepseek_training.recipes.loading import load_recipe
+    from deepseek_training.recipes.sft import SftRecipe
+    from deepseek_training.stages.sft import sft
 
     model = output.parent / "adapt" / "model"
     sft(load_recipe(f"sft-{size.recipe_suffix}", SftRecipe, {"model": str(model)}), output)
 
 
 def _align(output: Path, size: Size) -> None:
-    from deepseek_training.align import AlignRecipe, align
-    from deepseek_training.recipe import load_recipe
+    from deepseek_training.recipes.loading import load_recipe
+    from deepseek_training.stages.align import AlignRecipe, align
 
     settings = {"model": str(output.parent / "sft" / "model"), "prompt_template": None}  # the template that sft saved
     align(load_recipe(f"align-{size.recipe_suffix}", AlignRecipe, settings), output)
@@ -158,9 +158,9 @@ STAGES: dict[str, Callable[[Path, Size], Any]] = {
 def _close(root: Path, size: Size) -> int:
     """Write card and report, print the table, and tell by the exit code whether every bar holds."""
     from deepseek_model_cards.benchmarks import chance_level, compare_to_chance
-    from deepseek_model_cards.card import write_card
-    from deepseek_model_cards.report import summary_table, write_report
-    from deepseek_model_cards.run_folder import RunFolder
+    from deepseek_model_cards.card.card import write_card
+    from deepseek_model_cards.report.report import summary_table, write_report
+    from deepseek_records.run_folder import RunFolder
 
     summaries = [RunFolder(root / name).summary for name in STAGES]
     card = write_card(root)

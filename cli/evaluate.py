@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
         find_task(name)
     results = _evaluate_model(args, tasks, limit) if args.samples is None else _score_samples(args, tasks, limit)
     print(format_results(results))
-    from deepseek_model_cards.report import write_report
+    from deepseek_model_cards.report.report import write_report
 
     report = write_report(args.output, Path(args.output) / "report.html", with_items=True)
     print(f"\nWritten to {args.output}: results.json, samples_<task>.jsonl and {report.name}")
@@ -180,7 +180,7 @@ def _refuse_unused(args: argparse.Namespace) -> None:
 
 
 def _score_samples(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict:
-    from deepseek_eval.samples_file import score_samples
+    from deepseek_eval.samples_reader import score_samples
 
     if len(tasks) != 1:
         raise ValueError(f"tasks: {','.join(tasks)} with --samples, wanted exactly one, such as humaneval")

@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
         return _export_gguf(args)
     if args.fixed_experts is not None:
         raise ValueError("--fixed-experts: goes with --to gguf only")
-    from deepseek_model_cards.loading import load_model, load_tokenizer
-    from modeling_deepseek.export import export_deepseek_v2, export_deepseek_v3
+    from deepseek_records.loading import load_model, load_tokenizer
+    from deepseek_serving.hf_export import export_deepseek_v2, export_deepseek_v3
 
     export = export_deepseek_v2 if args.to == "deepseek_v2" else export_deepseek_v3
     export(load_model(args.model, dtype="auto"), args.output)
@@ -46,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _export_gguf(args: argparse.Namespace) -> int:
-    from deepseek_model_cards.gguf_export import export_gguf
+    from deepseek_serving.gguf_export import export_gguf
 
     path = export_gguf(args.model, args.output, fixed_experts=args.fixed_experts)
     if args.fixed_experts is not None:
-        from deepseek_model_cards.fixed_experts import measure_fixed_experts
+        from deepseek_serving.fixed_experts import measure_fixed_experts
 
         print(measure_fixed_experts(args.model, args.fixed_experts))
     print(f"gguf file  {path}")

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from transformers import TextStreamer, set_seed
 
     from deepseek_eval.model_loading import find_max_length
-    from deepseek_model_cards.loading import load_model, load_tokenizer
+    from deepseek_records.loading import load_model, load_tokenizer
     from modeling_deepseek.draft_acceptance import count_drafts
 
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)

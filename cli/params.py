@@ -50,7 +50,7 @@ def load_config(name: str):
         raise FileNotFoundError(
             f"model: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json"
         )
-    from deepseek_model_cards.json_files import read_object
+    from deepseek_records.json_files import read_object
 
     read_object(Path(name) / "config.json", "model")
     return DeepseekConfig.from_pretrained(name)

@@ -14,8 +14,8 @@ An interrupted run goes on when the same command is given again.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the recipe, its settings and where to write."""
-    from deepseek_training.recipe import add_recipe_arguments
-    from deepseek_training.stage_recipes import PretrainRecipe
+    from deepseek_training.recipes.loading import add_recipe_arguments
+    from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 
     add_recipe_arguments(parser, PretrainRecipe)
     parser.add_argument("--output", default="runs/pretrain", help="run folder")
@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and print where the result lies."""
-    from deepseek_training.recipe import collect_overrides, load_recipe
-    from deepseek_training.stage_recipes import PretrainRecipe
+    from deepseek_training.recipes.loading import collect_overrides, load_recipe
+    from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 
     recipe = load_recipe(args.recipe, PretrainRecipe, collect_overrides(args))
 
     from accelerate import PartialState
 
-    from deepseek_training.pretrain import pretrain
+    from deepseek_training.stages.pretrain import pretrain
 
     summary = pretrain(recipe, args.output, overwrite=args.overwrite)
     missed = [check["name"] for check in summary["checks"] if not check["passed"]]

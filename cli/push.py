@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Upload, or list what would be uploaded."""
-    from deepseek_model_cards.push import list_files, push_run
+    from deepseek_model_cards.hub.push import list_files, push_run
 
     files, url = push_run(
         args.run,

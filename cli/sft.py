@@ -12,8 +12,8 @@ EXAMPLES = """
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the recipe, its settings and where to write."""
-    from deepseek_training.recipe import add_recipe_arguments
-    from deepseek_training.sft_recipe import SftRecipe
+    from deepseek_training.recipes.loading import add_recipe_arguments
+    from deepseek_training.recipes.sft import SftRecipe
 
     add_recipe_arguments(parser, SftRecipe)
     parser.add_argument("--output", default="runs/sft", help="run folder")
@@ -22,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and print what changed."""
-    from deepseek_training.recipe import collect_overrides, load_recipe
-    from deepseek_training.sft_recipe import SftRecipe
+    from deepseek_training.recipes.loading import collect_overrides, load_recipe
+    from deepseek_training.recipes.sft import SftRecipe
 
     recipe = load_recipe(args.recipe, SftRecipe, collect_overrides(args))
 
     from accelerate import PartialState
 
-    from deepseek_training.sft import sft
+    from deepseek_training.stages.sft import sft
 
     summary = sft(recipe, args.output, overwrite=args.overwrite)
     if PartialState().is_main_process:

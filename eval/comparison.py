@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from deepseek_model_cards.run_folder import RunFolder
+from deepseek_records.run_folder import RunFolder
 
 _PREFIX, _SUFFIX = "samples_", ".jsonl"
 

@@ -15,18 +15,18 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from deepseek_eval.answer_file import AnswerFile
-from deepseek_eval.generation import SamplingSettings, complete_batches, plan_prompts
-from deepseek_eval.loglikelihood import encode_items, plan_batches, score_batches, supports_shared_prefix
-from deepseek_eval.metric_loading import load_metric, score_answers
+from deepseek_eval.answers.generation import SamplingSettings, complete_batches, plan_prompts
+from deepseek_eval.answers.loglikelihood import encode_items, plan_batches, score_batches, supports_shared_prefix
+from deepseek_eval.answers.prompt_style import apply_style, check_style, take_code, write_prompts
+from deepseek_eval.answers.samples_writer import AnswerFile
+from deepseek_eval.metrics.loading import load_metric, score_answers
 from deepseek_eval.model_loading import LoadedModel, load_model
-from deepseek_eval.prompt_style import apply_style, check_style, take_code, write_prompts
-from deepseek_eval.sandbox import describe_protection
+from deepseek_eval.runners.text import run_completion_task, run_continuation_task
+from deepseek_eval.sandbox.client import describe_protection
 from deepseek_eval.tasks.catalogue import find_task
 from deepseek_eval.tasks.rows import find_source
 from deepseek_eval.tasks.task import Task
-from deepseek_eval.text_tasks import run_completion_task, run_continuation_task
-from deepseek_model_cards.run_folder import RunFolder, write_json
+from deepseek_records.run_folder import RunFolder, write_json
 
 logger = logging.getLogger(__name__)
 # What makes the figures comparable: whose prompts, stop strings and aggregation they follow.

@@ -1,6 +1,6 @@
 """A model made ready to score: dtype, device, adapter, experts implementation, context length.
 
-Called by ``harness.py``; the loading itself is `deepseek_model_cards.loading`.
+Called by ``harness.py``; the loading itself is `deepseek_records.loading`.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepseek_model_cards import loading
+from deepseek_records import loading
 
 # What lm-evaluation-harness 0.4.13 assumes when neither model nor tokenizer names a context length.
 DEFAULT_MAX_LENGTH = 2048

@@ -11,14 +11,14 @@ T tokens, K slots a token, S = T*K rows, H hidden, I expert width, E experts.
 import torch
 from torch import Tensor
 
-from deepseek_kernels import fused_moe_cpu
-from deepseek_kernels import fused_moe_cpu_decode as decode
 from deepseek_kernels.activations import apply_activation, canonical_activation
-from deepseek_kernels.device_guard import on_device_of
+from deepseek_kernels.cpu import decode
+from deepseek_kernels.cpu import experts as fused_moe_cpu
+from deepseek_kernels.gpu.device_guard import on_device_of
 
 try:
-    from deepseek_kernels import fused_moe_gpu
-    from deepseek_kernels.triton_numerics import IS_INTERPRETED
+    from deepseek_kernels.gpu import experts as fused_moe_gpu
+    from deepseek_kernels.gpu.triton_numerics import IS_INTERPRETED
 except ImportError:  # no Triton on this system; the CPU path needs none
     fused_moe_gpu = None
     IS_INTERPRETED = False

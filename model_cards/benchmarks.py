@@ -4,10 +4,10 @@ Surprising: at a score of zero the usual standard error is zero too, so interval
 which stay honest there.
 """
 
-import math
 from typing import Any
 
-from deepseek_model_cards.stages import is_number
+from deepseek_records.stages import is_number
+from deepseek_records.statistics import wilson_interval
 
 # Hub id, name, configuration, chance level and published scores of the benchmarks that `deepseek_eval` runs; `tasks`
 # are the harness' names of what measures it (other tasks over the same data are no such measure).
@@ -57,24 +57,6 @@ def benchmark_of(row: dict[str, Any]) -> dict[str, Any] | None:
     name = str(row.get("dataset")).lower()
     known = next((known for key, known in BENCHMARKS.items() if name in (key, known["hub_id"].lower())), None)
     return known if known and row.get("task", known["key"]) in known["tasks"] else None
-
-
-def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the interval of a share that n trials leave open.
-
-    (p + z^2/2n +/- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
-
-    Args:
-        share: Successes over trials, in [0, 1].
-        n: Trials, at least 1.
-        z: Quantile of the normal distribution; 1.96 gives 95 %.
-
-    Reference: Wilson 1927, Probable inference, the law of succession, and statistical inference.
-    """
-    middle = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def chance_level(row: dict[str, Any]) -> float | None:

@@ -4,9 +4,9 @@ from typing import Any
 
 import yaml
 
-from deepseek_model_cards.stages import Stage, is_number
 from deepseek_model_cards.summary_table import check_rows, pair_results
 from deepseek_model_cards.wording import format_bytes, format_seconds, format_value
+from deepseek_records.stages import Stage, is_number
 
 STAGE_TITLES = {
     "tokenizer": "Tokenizer",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek_model_cards.stages import Stage, is_number, read_stages
 from deepseek_model_cards.wording import format_value, label_dataset, label_metric
+from deepseek_records.stages import Stage, is_number, read_stages
 
 COLUMNS = ("stage", "what", "before / baseline", "after", "bar", "met")
 

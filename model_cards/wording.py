@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from deepseek_model_cards.benchmarks import benchmark_of
-from deepseek_model_cards.stages import is_number
+from deepseek_records.stages import is_number
 
 _METRIC_WORDS = {
     "acc": "accuracy",

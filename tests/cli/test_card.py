@@ -5,7 +5,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from deepseek_cli import card
-from deepseek_model_cards.run_folder import RunFolder
+from deepseek_records.run_folder import RunFolder
 
 
 def parse(*words: str) -> argparse.Namespace:

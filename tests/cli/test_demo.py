@@ -10,12 +10,9 @@ from pathlib import Path
 import pytest
 
 # Loaded by path: pytest's importlib mode gives conftest no importable name.
-from _pytest.pathlib import import_path
+from run_deepseek_moe import COMMAND, ENVIRONMENT, run_command
 
 STAGES = ("pretrain", "adapt", "sft", "align", "evaluate")
-shared = import_path(
-    Path(__file__).with_name("conftest.py"), root=Path(__file__).parent, consider_namespace_packages=False
-)
 pytestmark = pytest.mark.xdist_group("demo")
 
 
@@ -45,14 +42,14 @@ def test_the_table_names_every_bar(demo_folder):
 
 def test_a_second_run_repeats_no_stage(demo_folder):
     before = figures(demo_folder / "runs/demo")
-    done = shared.run_command("demo", "--size", "debug", cwd=demo_folder)
+    done = run_command("demo", "--size", "debug", cwd=demo_folder)
     assert done.returncode == 0
     assert done.stdout.count("done before") == len(STAGES)
     assert figures(demo_folder / "runs/demo") == before
 
 
 def test_a_demo_of_another_size_is_not_overwritten(demo_folder):
-    done = shared.run_command("demo", cwd=demo_folder)
+    done = run_command("demo", cwd=demo_folder)
     assert done.returncode == 2
     assert "holds a demo of size debug" in done.stderr and done.stderr.count("\n") == 1
 
@@ -74,9 +71,9 @@ def test_an_interrupted_demo_ends_with_the_same_figures(demo_folder, tmp_path, s
     for later in STAGES[STAGES.index(stage) :]:
         subprocess.run(["rm", "-r", str(root / later)], check=True)
     process = subprocess.Popen(
-        [str(shared.COMMAND), "demo", "--size", "debug"],
+        [str(COMMAND), "demo", "--size", "debug"],
         cwd=tmp_path,
-        env=shared.ENVIRONMENT,
+        env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -95,7 +92,7 @@ def test_an_interrupted_demo_ends_with_the_same_figures(demo_folder, tmp_path, s
     assert not (root / stage / "summary.json").exists()
     if how == signal.SIGINT:
         assert process.returncode == 130 and "Traceback" not in errors
-    done = shared.run_command("demo", "--size", "debug", cwd=tmp_path)
+    done = run_command("demo", "--size", "debug", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "was interrupted, starts afresh" in done.stdout
     assert figures(root) == figures(demo_folder / "runs/demo")

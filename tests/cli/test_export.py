@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deepseek_cli import export
-from deepseek_training.tokenizer import train_tokenizer
+from deepseek_training.data.tokenizer import train_tokenizer
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 gguf = pytest.importorskip("gguf")

@@ -10,17 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from _pytest.pathlib import import_path
+from run_deepseek_moe import run_command
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from deepseek_cli.main import SUBCOMMANDS, main
-from deepseek_training.tokenizer import train_tokenizer
+from deepseek_training.data.tokenizer import train_tokenizer
 from modeling_deepseek import DeepseekConfig
-
-shared = import_path(
-    Path(__file__).with_name("conftest.py"), root=Path(__file__).parent, consider_namespace_packages=False
-)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +198,7 @@ def test_a_missing_model(capsys, model):
 )
 def test_a_hub_id_without_network(tmp_path, arguments):
     # In a process of its own: huggingface_hub reads HF_HUB_OFFLINE once, at import.
-    done = shared.run_command(*arguments, cwd=tmp_path)
+    done = run_command(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "pass" in done.stderr, done.stderr
 

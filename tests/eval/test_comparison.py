@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_cli.main import main
 from deepseek_eval.comparison import compare_hits, compare_runs
-from deepseek_model_cards.run_folder import RunFolder
+from deepseek_records.run_folder import RunFolder
 
 
 def test_by_hand():

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepseek_eval import harness
+from deepseek_eval.answers.loglikelihood import encode_items
 from deepseek_eval.harness import evaluate_model
-from deepseek_eval.loglikelihood import encode_items
 from deepseek_eval.model_loading import LoadedModel, load_model
 from deepseek_eval.tasks import mmlu
 from deepseek_eval.tasks.catalogue import TASKS, find_task
-from deepseek_model_cards.run_folder import RunFolder
+from deepseek_records.run_folder import RunFolder
 
 pytestmark = pytest.mark.xdist_group("harness")
 REFERENCE = Path(__file__).resolve().parent / "reference"

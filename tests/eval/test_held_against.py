@@ -1,32 +1,28 @@
 """Bias, long tail, robustness and refusals from the command to the card: run folders, resuming, limits, chat."""
 
 import gzip
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import datasets
 import pytest
+import unigram_model
 import yaml
 
 from deepseek_cli.evaluate import format_results
 from deepseek_cli.main import main
-from deepseek_eval import text_tasks
 from deepseek_eval.comparison import compare_runs
 from deepseek_eval.harness import evaluate_model
+from deepseek_eval.runners import text as text_tasks
 from deepseek_eval.tasks import crows_pairs, refusal
 from deepseek_eval.tasks.catalogue import TASKS
-from deepseek_model_cards.card import write_card
+from deepseek_model_cards.card.card import write_card
 
 pytestmark = pytest.mark.xdist_group("harness")
 REFERENCE = Path(__file__).resolve().parent / "reference"
 NAMES = ["crows_pairs", "winobias", "bbq", "long_tail", "mmlu_robust", "refusal"]
 PAIRS = f"crows_pairs={REFERENCE / 'sentence_pairs.csv'}"
-
-_spec = importlib.util.spec_from_file_location("unigram_model", Path(__file__).parent / "unigram_model.py")
-unigram_model = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(unigram_model)
 
 
 def read_lines(path: Path) -> list[dict]:

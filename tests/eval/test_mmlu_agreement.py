@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_eval.loglikelihood import encode_items, plan_batches, score_batches, supports_shared_prefix
+from deepseek_eval.answers.loglikelihood import encode_items, plan_batches, score_batches, supports_shared_prefix
 from deepseek_eval.model_loading import load_model
 from deepseek_eval.tasks import mmlu
 

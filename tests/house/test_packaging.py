@@ -13,9 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
     "kernels": "deepseek_kernels",
     "modeling_deepseek": "modeling_deepseek",
+    "records": "deepseek_records",
     "model_cards": "deepseek_model_cards",
     "training": "deepseek_training",
     "eval": "deepseek_eval",
+    "serving": "deepseek_serving",
     "cli": "deepseek_cli",
 }
 
@@ -134,7 +136,9 @@ def test_a_kernels_package_installed_beside_ours_is_found_from_the_root(tmp_path
 def test_every_data_file_has_its_source_beside_it(folder):
     sources = (ROOT / folder / "SOURCES.md").read_text(encoding="utf-8")
     unnamed = [
-        path.name for path in (ROOT / folder).iterdir() if path.name != "SOURCES.md" and path.name not in sources
+        path.name
+        for path in (ROOT / folder).iterdir()
+        if path.suffix not in (".py", ".md", "") and path.name not in sources
     ]
     assert not unnamed
 

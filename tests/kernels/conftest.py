@@ -1,12 +1,7 @@
-"""What the tests of the kernels share; puts ``moe_cases`` on the path, which importlib mode does not."""
-
-import sys
-from pathlib import Path
+"""What the tests of the kernels share."""
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 _GUARD = 64
 

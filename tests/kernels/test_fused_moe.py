@@ -5,7 +5,9 @@ import torch
 from moe_cases import assert_equals_reference, gradients, make_case
 from torch.utils.checkpoint import checkpoint
 
-from deepseek_kernels import fused_moe_cpu_decode, fused_moe_cpu_staged, large_buffers
+from deepseek_kernels.cpu import decode as fused_moe_cpu_decode
+from deepseek_kernels.cpu import large_buffers
+from deepseek_kernels.cpu import staged as fused_moe_cpu_staged
 from deepseek_kernels.fused_moe import fused_moe
 
 PATTERNS = ["some_unused", "empty_experts", "one_expert", "all_unused"]

@@ -79,7 +79,7 @@ def test_layer(seed):
 @pytest.mark.skipif(not RUNS_TRITON, reason="on a CPU the router is its own reference")
 @pytest.mark.parametrize("seed", range(200))
 def test_router(seed):
-    from deepseek_kernels.router import fused_router, fused_router_reference
+    from deepseek_kernels.gpu.router import fused_router, fused_router_reference
 
     dice = Dice(5000 + seed)
     num_groups, per_group, T = dice.between(1, 6), dice.between(1, 12), dice.between(0, 9)

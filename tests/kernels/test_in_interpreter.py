@@ -9,7 +9,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent
-FILES = ["test_triton_kernels.py", "test_triton_layer.py", "test_tune.py"]
+FILES = ["gpu/test_triton_kernels.py", "gpu/test_triton_layer.py", "gpu/test_tune.py"]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 
 

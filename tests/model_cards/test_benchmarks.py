@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from deepseek_model_cards.benchmarks import chance_level, compare_to_chance, wilson_interval
+from deepseek_model_cards.benchmarks import chance_level, compare_to_chance
+from deepseek_records.statistics import wilson_interval
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 164), (30, 114), (1, 7), (164, 164)])

@@ -22,7 +22,7 @@ from transformers import (
     pipeline,
 )
 
-from deepseek_training.tokenizer import train_tokenizer
+from deepseek_training.data.tokenizer import train_tokenizer
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 DOCS = Path(__file__).parents[2] / "docs" / "sharing_and_serving.md"

@@ -1,7 +1,7 @@
 import re
 
-from deepseek_model_cards.run_folder import RunFolder
 from deepseek_model_cards.summary_table import COLUMNS, summary_rows, summary_table
+from deepseek_records.run_folder import RunFolder
 
 
 def test_every_result_and_every_check_is_in_the_table(finished_run):

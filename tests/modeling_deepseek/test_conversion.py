@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from deepseek_training.balance import ExpertBalanceCallback
+from deepseek_training.balance.callback import ExpertBalanceCallback
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 EXTENDED = {

@@ -189,7 +189,7 @@ def test_mtp_weights_survive_a_model_that_does_not_train_them(tiny, tmp_path, au
 
 @pytest.mark.parametrize("mtp_loss_coef", [0.0, 0.1], ids=["carried", "trained"])
 def test_export_takes_mtp_weights_along(tiny, input_ids, tmp_path, mtp_loss_coef):
-    from modeling_deepseek.export import export_deepseek_v3
+    from deepseek_serving.hf_export import export_deepseek_v3
 
     torch.manual_seed(0)
     config = DeepseekConfig(**{**tiny, "num_nextn_predict_layers": 1}, mtp_loss_coef=0.3)

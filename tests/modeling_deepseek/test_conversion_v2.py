@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV2ForCausalLM
 
-from deepseek_model_cards.gguf_export import obstacles_to_gguf
+from deepseek_serving.gguf_export import obstacles_to_gguf
+from deepseek_serving.hf_export import export_deepseek_v2, export_deepseek_v3
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
-from modeling_deepseek.export import export_deepseek_v2, export_deepseek_v3
 from modeling_deepseek.routing import DeepseekRouter
 
 GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0}

@@ -1,21 +1,11 @@
-"""A pretraining small enough for a test: 260-token vocabulary, 12 steps, on a few paragraphs.
-
-Beside it a policy for the stages that begin with one. Makes ``ppo_parts`` importable too: pytest's importlib mode
-leaves the test folders off the path.
-"""
+"""A pretraining small enough for a test: 260-token vocabulary, 12 steps, on a few paragraphs."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-import torch
+from policy import policy_path  # noqa: F401
 
-from deepseek_training.text_data import load_texts
-from deepseek_training.tokenizer import train_tokenizer
-from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parent))
+from deepseek_training.data.texts import load_texts
 
 
 @pytest.fixture(scope="session")
@@ -49,14 +39,3 @@ def tiny_settings(tiny_data):
         "sample_prompts": ["The"],
         "sample_tokens": 5,
     }
-
-
-@pytest.fixture(scope="session")
-def policy_path(tmp_path_factory):
-    """A debug-size model of ours with random weights, and its tokenizer."""
-    path = tmp_path_factory.mktemp("policy")
-    tokenizer = train_tokenizer(load_texts("dialogues", "validation"), 400)
-    torch.manual_seed(0)
-    DeepseekForCausalLM(DeepseekConfig.from_preset("debug", vocab_size=len(tokenizer))).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path

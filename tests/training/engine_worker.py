@@ -11,8 +11,9 @@ import sys
 import torch.distributed
 
 from deepseek_cli.main import main
-from deepseek_training import pretrain, stage_trainer
-from deepseek_training.balance import ExpertBalanceCallback, find_routers
+from deepseek_training.balance.callback import ExpertBalanceCallback, find_routers
+from deepseek_training.stages import pretrain
+from deepseek_training.trainer import stage_trainer
 
 
 def describe(trainer):

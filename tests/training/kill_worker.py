@@ -5,8 +5,8 @@ import os
 
 import torch
 
-from deepseek_training.pretrain import PretrainRecipe, pretrain
-from deepseek_training.recipe import build_recipe
+from deepseek_training.recipes.loading import build_recipe
+from deepseek_training.stages.pretrain import PretrainRecipe, pretrain
 
 
 def train(settings, path):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from deepseek_training.ppo_trainer import CorrectedPPOTrainer
+from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
 LIKED = 3  # the token "a": the reward is its share of the completion

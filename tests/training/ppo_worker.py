@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig
 from ppo_parts import losses, make_models, make_ours, make_prompts, make_stock, share_of_liked
 
-import deepseek_training.ppo_play as ppo_play
-from deepseek_training.ppo_forward import NO_TOKEN, response_logprobs
-from deepseek_training.ppo_trainer import RewardError
+import deepseek_training.ppo.play as ppo_play
+from deepseek_training.ppo.forward import NO_TOKEN, response_logprobs
+from deepseek_training.ppo.trainer import RewardError
 
 MAKERS = {"ours": make_ours, "stock": make_stock}
 

@@ -1,6 +1,6 @@
 """Rewards: plain callables ``(prompts, completions, completion_ids=None, **kwargs) -> list[float]`` in [0, 1].
 
-The same three serve PPO (`deepseek_training.ppo_trainer`) and TRL's GRPO and RLOO, whose signature they have.
+The same three serve PPO (`deepseek_training.ppo.trainer`) and TRL's GRPO and RLOO, whose signature they have.
 """
 
 from deepseek_training.rewards.diversity import Diversity

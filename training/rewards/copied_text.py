@@ -7,7 +7,7 @@ any, though that is what was asked for.
 
 import re
 
-from deepseek_training.words import content_words, find_words, ngrams, split_words
+from deepseek_training.rewards.words import content_words, find_words, ngrams, split_words
 
 RUN_WORDS, QUOTED_SHARE = 3, 0.9
 NAMED_SHARE = 1 / 3  # of a sentence's content words; an answer that names no more leaves the sentence out

@@ -16,7 +16,7 @@ a stock phrase that every honest answer shares ("see your doctor") is punished.
 from collections import Counter, deque
 from typing import Any
 
-from deepseek_training.words import ngrams, split_words, text_of
+from deepseek_training.rewards.words import ngrams, split_words, text_of
 
 
 class Diversity:

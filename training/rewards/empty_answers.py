@@ -1,7 +1,7 @@
 """Answers that would go with any question: praise, refusals, evasions.
 
 `Relevance` takes off a completion's cosine what it has in common with them. Written for that; none is an attack of
-`deepseek_training.rewards.attacks`, whose wordings differ.
+`deepseek_cli.benchmarks.attacks`, whose wordings differ.
 """
 
 EMPTY_ANSWERS = (

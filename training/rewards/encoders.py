@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from deepseek_model_cards.loading import load_model, load_tokenizer
+from deepseek_records.loading import load_model, load_tokenizer
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 

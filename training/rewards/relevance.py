@@ -16,7 +16,7 @@ between its words little, and lets an answer name its subject freely; a prompt q
 praise beside an echo would bring the new words; `given` lets a text that was to be corrected or sorted earn half;
 `prose` takes keywords strung together and a word said over and over to 0, and lets a list that is written as one earn
 half; `emptiness` and `commonness` take down what would go with any question. The embedder is the small one that ships
-(`deepseek_training.text_embedder`) or any sentence-embedding model (`SentenceEncoder`).
+(`deepseek_training.rewards.text_embedder`) or any sentence-embedding model (`SentenceEncoder`).
 
 Failure modes: a bag of words knows no truth and no grammar, so a false statement on the topic earns as much as a true
 one; an honest answer of a word or two ("Paris", "About one in ten") earns 0 or little; one sentence of several that
@@ -32,11 +32,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from deepseek_training.data.texts import read_rows
 from deepseek_training.rewards.copied_text import treats_given_text, without_quoted_prompt
 from deepseek_training.rewards.empty_answers import EMPTY_ANSWERS
-from deepseek_training.text_data import read_rows
-from deepseek_training.text_embedder import TextEmbedder
-from deepseek_training.words import FUNCTION_WORDS, content_words, split_words, text_of
+from deepseek_training.rewards.text_embedder import TextEmbedder
+from deepseek_training.rewards.words import FUNCTION_WORDS, content_words, split_words, text_of
 
 # Between the cosines of unrelated and of good answers (quartiles on held-out dialogues, data/text_embedder.json). A
 # logistic and not a ramp: where a ramp is 0 a policy that is off the topic could not learn in which direction it lies.

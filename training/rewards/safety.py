@@ -9,7 +9,7 @@ words, and flags harmless uses of harsh words (over-refusal on XSTest).
 
 from typing import Any
 
-from deepseek_training.words import text_of
+from deepseek_training.rewards.words import text_of
 
 
 class Safety:
@@ -22,7 +22,7 @@ class Safety:
     name = "safety"
 
     def __init__(self, classifier: Any = None):
-        from deepseek_training.safety_classifier import SafetyClassifier
+        from deepseek_training.rewards.safety_classifier import SafetyClassifier
 
         self.__name__ = self.name  # GRPO and RLOO log a reward under its __name__
         self.classifier = SafetyClassifier.load() if classifier is None else classifier

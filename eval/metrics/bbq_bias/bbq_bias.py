@@ -20,7 +20,7 @@ from collections import defaultdict
 import datasets
 import evaluate
 
-from deepseek_eval.error_bars import difference_with_error, mean_with_error, ratio_with_error
+from deepseek_records.statistics import difference_with_error, mean_with_error, ratio_with_error
 
 _CITATION = """\
 @inproceedings{parrish2022bbq, title={{BBQ}: A Hand-Built Bias Benchmark for Question Answering}, author={Parrish et

@@ -14,7 +14,7 @@ from collections import defaultdict
 import datasets
 import evaluate
 
-from deepseek_eval.error_bars import mean_with_error
+from deepseek_records.statistics import mean_with_error
 
 _CITATION = """\
 @inproceedings{zhao2018winobias, title={Gender Bias in Coreference Resolution: Evaluation and Debiasing Methods},

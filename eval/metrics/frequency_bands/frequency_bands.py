@@ -18,7 +18,7 @@ from collections import defaultdict
 import datasets
 import evaluate
 
-from deepseek_eval.error_bars import difference_with_error, mean_with_error
+from deepseek_records.statistics import difference_with_error, mean_with_error
 
 _CITATION = """\
 @inproceedings{kandpal2023longtail, title={Large Language Models Struggle to Learn Long-Tail Knowledge},

@@ -12,7 +12,7 @@ import numbers
 import datasets
 import evaluate
 
-from deepseek_eval.sandbox import run_programs
+from deepseek_eval.sandbox.client import run_programs
 
 logger = logging.getLogger(__name__)
 

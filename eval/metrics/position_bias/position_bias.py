@@ -19,7 +19,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from deepseek_eval.error_bars import chi_square_p
+from deepseek_records.statistics import chi_square_p
 
 _CITATION = """\
 @inproceedings{zheng2023selectors, title={Large Language Models Are Not Robust Multiple Choice Selectors},

@@ -19,8 +19,7 @@ from collections import defaultdict
 import datasets
 import evaluate
 
-from deepseek_eval.error_bars import mean_with_error
-from deepseek_model_cards.benchmarks import wilson_interval
+from deepseek_records.statistics import mean_with_error, wilson_interval
 
 _CITATION = """\
 @article{zou2023universal, title={Universal and Transferable Adversarial Attacks on Aligned Language Models},

@@ -14,8 +14,8 @@ from collections import defaultdict
 import datasets
 import evaluate
 
-from deepseek_eval.error_bars import mean_with_error
 from deepseek_eval.metrics.position_bias.position_bias import measure_position_bias
+from deepseek_records.statistics import mean_with_error
 
 _CITATION = """\
 @article{zhu2023promptrobust, title={{PromptRobust}: Towards Evaluating the Robustness of Large Language Models on

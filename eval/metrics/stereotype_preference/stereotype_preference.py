@@ -15,7 +15,7 @@ from collections import defaultdict
 import datasets
 import evaluate
 
-from deepseek_eval.error_bars import mean_with_error
+from deepseek_records.statistics import mean_with_error
 
 _CITATION = """\
 @inproceedings{nangia2020crows, title={{CrowS-Pairs}: A Challenge Dataset for Measuring Social Biases in Masked

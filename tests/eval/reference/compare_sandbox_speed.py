@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from deepseek_eval.metric_loading import load_metric
+from deepseek_eval.metrics.loading import load_metric
 from deepseek_eval.tasks import humaneval
 
 THEIRS = """

@@ -26,7 +26,7 @@ cd /tmp && ulimit -v 3000000 -u 300 -c 0 && exec "$@"
 
 
 def load_programs() -> dict[str, str]:
-    path = Path(__file__).resolve().parents[1] / "hostile_programs.py"
+    path = Path(__file__).resolve().parents[1] / "sandbox" / "hostile_programs.py"
     spec = importlib.util.spec_from_file_location("hostile_programs", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

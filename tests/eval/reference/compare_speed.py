@@ -16,7 +16,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from deepseek_eval.loglikelihood import encode_items, plan_batches, score_batches, supports_shared_prefix
+from deepseek_eval.answers.loglikelihood import encode_items, plan_batches, score_batches, supports_shared_prefix
 from deepseek_eval.model_loading import load_model
 from deepseek_eval.tasks import mmlu
 

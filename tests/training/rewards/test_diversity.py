@@ -4,7 +4,7 @@ import pytest
 
 from deepseek_training.rewards import Diversity
 from deepseek_training.rewards.diversity import distinctness, leave_one_out_overlap
-from deepseek_training.words import ngrams
+from deepseek_training.rewards.words import ngrams
 
 PROSE = "The quick brown fox jumps over the lazy dog while seven wizards brew a bubbling potion".lower().split()
 

@@ -6,8 +6,8 @@ import pytest
 from deepseek_training.rewards import Diversity, Relevance, Safety
 from deepseek_training.rewards.empty_answers import EMPTY_ANSWERS
 from deepseek_training.rewards.relevance import coverage, guard
-from deepseek_training.text_embedder import NUM_PIECES, TextEmbedder
-from deepseek_training.words import content_words, split_words, stem, text_of
+from deepseek_training.rewards.text_embedder import NUM_PIECES, TextEmbedder
+from deepseek_training.rewards.words import content_words, split_words, stem, text_of
 
 PROMPT = "What are the symptoms of Giant Axonal Neuropathy?"
 LEXICON = TextEmbedder.load()

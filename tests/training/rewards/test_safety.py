@@ -7,13 +7,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from made_sentences import make_abuse, make_openings, make_orders, make_threats
+from train_safety_classifier import NUM_HIDDEN, UNSAFE_SHARE, _balance, auc, fit, hide
 
-from deepseek_training.made_sentences import make_abuse, make_openings, make_orders, make_threats
+from deepseek_cli.benchmarks.attacks import UNSAFE
+from deepseek_training.data.texts import read_rows
 from deepseek_training.rewards import Safety
-from deepseek_training.rewards.attacks import UNSAFE
-from deepseek_training.safety_classifier import EMBEDDED_PATH, NUM_BUCKETS, SafetyClassifier, split_stretches
-from deepseek_training.text_data import read_rows
-from deepseek_training.train_safety_classifier import NUM_HIDDEN, UNSAFE_SHARE, _balance, auc, fit, hide
+from deepseek_training.rewards.safety_classifier import EMBEDDED_PATH, NUM_BUCKETS, SafetyClassifier, split_stretches
 
 CARD = json.loads(EMBEDDED_PATH.with_suffix(".json").read_text())["measured"]
 

@@ -1,0 +1,247 @@
+"""Compile every kernel for GPUs that are not there, and read what it takes: registers, spills, shared memory.
+
+The tests and the table in docs/kernels.md come from here. Run by hand it prints that table::
+
+    deepseek-moe bench compile
+
+Surprising: Triton compiles for any target on a machine without a GPU, but does not check that the result fits; shared
+memory is compared with each target's limit here, and spills are read from the assembled code.
+"""
+
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from deepseek_kernels.gpu import combine, decode, down_backward, gate_up, grouped_gemm, router, routing_metadata
+from deepseek_kernels.gpu import weight_gradient as weight_gradient_file
+from deepseek_kernels.gpu.tiles import SAFE, SHIPPED, TARGETS, Tiles
+from deepseek_kernels.gpu.triton_numerics import LAUNCH
+
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, "gfx942": 65536}
+# wgmma and tcgen05 take 64 rows at least; Triton multiplies smaller tiles by mma.sync.
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", "gfx942": "v_mfma"}
+NUM_EXPERTS = 128
+
+_POINTERS = {
+    **{
+        name: "*i32"
+        for name in (
+            "row_slot_ptr",
+            "slot_row_ptr",
+            "expert_start_ptr",
+            "tile_start_ptr",
+            "counts_ptr",
+            "totals_ptr",
+            "block_first_ptr",
+        )
+    },
+    **{name: "*i64" for name in ("ids_ptr", "indices_ptr")},
+    **{
+        name: "*fp32"
+        for name in (
+            "topk_weights_ptr",
+            "weights_ptr",
+            "partial_ptr",
+            "bias_ptr",
+            "logits_ptr",
+            "share_ptr",
+            "grad_weights_ptr",
+            "grad_logits_ptr",
+        )
+    },
+}
+# Multiples of 16 in every model. At launch Triton sees that itself; here it has to be told, or no load is wide.
+_DIVISIBLE = ("HIDDEN", "WIDTH", "COLUMNS", "INNER", "M", "N")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One kernel with one set of compile-time arguments, for one target.
+
+    Attributes:
+        kernel: Its name.
+        tile: What tells it from the same kernel with other sizes.
+        is_matrix: Whether it multiplies tiles, so that a matrix instruction is expected.
+        function: The ``triton.jit`` function.
+        constants: Compile-time arguments.
+        options: ``num_warps``, ``num_stages``.
+    """
+
+    kernel: str
+    tile: str
+    is_matrix: bool
+    function: object
+    constants: dict
+    options: dict
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the compiled kernel takes.
+
+    Attributes:
+        registers: Per thread.
+        spills: Bytes of stack per thread (NVIDIA) or spilled vector registers (AMD).
+        shared: Bytes a program.
+        has_matrix_instruction: Whether the target's tensor-core instruction occurs.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    has_matrix_instruction: bool
+
+
+def matrix_instruction(target: tuple, compilation: Compilation) -> str:
+    """Return the tensor-core instruction a tiled product should compile to.
+
+    Args:
+        target: As in `tiles.TARGETS`.
+        compilation: Which kernel.
+    """
+    if target[0] == "cuda" and compilation.constants["BLOCK_M"] < 64:
+        return MATRIX_INSTRUCTION[80]
+    return MATRIX_INSTRUCTION[target[1]]
+
+
+def row_kernels(tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
+    """Yield the five tiled products with these tiles.
+
+    Args:
+        tiles: From the table.
+        dtype: Of the operands.
+    """
+    gate_up_constants = gate_up.gate_up_constants(dtype, NUM_EXPERTS, "silu", True, tiles.gate_up)
+    down_backward_constants = down_backward.down_backward_constants(dtype, NUM_EXPERTS, "silu", tiles.down_backward)
+    products = [
+        ("gate_up", gate_up.gate_up_kernel, tiles.gate_up, gate_up_constants),
+        ("down_backward", down_backward.down_backward_kernel, tiles.down_backward, down_backward_constants),
+    ]
+    for name, tile, transpose in (("down", tiles.down, True), ("input_gradient", tiles.input_gradient, False)):
+        constants = grouped_gemm.grouped_gemm_constants(dtype, NUM_EXPERTS, transpose, tile)
+        products.append((name, grouped_gemm.grouped_gemm_kernel, tile, constants))
+    for side in ("left", "right"):
+        constants = weight_gradient_file.weight_gradient_constants(dtype, side, tiles.weight_gradient)
+        kernel = weight_gradient_file.weight_gradient_kernel
+        products.append((f"weight_gradient_{side}", kernel, tiles.weight_gradient, constants))
+    for name, function, tile, constants in products:
+        sizes = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
+        yield Compilation(name, sizes, True, function, constants, tile.launch_options)
+
+
+def small_kernels(dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
+    """Yield the kernels without tiles of their own: metadata, combine, decode, router.
+
+    Args:
+        dtype: Of the activations.
+    """
+    meta, bins = routing_metadata, triton.next_power_of_2(NUM_EXPERTS + 1)
+    warps = {"num_warps": 4}
+    block = meta.SLOT_BLOCK
+    decode_constants = _without_options(decode.decode_constants(dtype))
+    combine_constants = _without_options(combine.combine_constants(dtype, True, 1024))
+    for function, constants in (
+        (meta.count_slots_kernel, {"BINS": bins, "BLOCK": block}),
+        (meta.sum_blocks_kernel, {"BINS": bins, "BLOCK": 1024}),
+        (meta.sum_experts_kernel, {"BINS": NUM_EXPERTS, "BLOCK_M": 128}),
+        (meta.count_tiles_kernel, {"BINS": NUM_EXPERTS, "BLOCK_M": 128}),
+        (meta.place_slots_kernel, {"BINS": bins, "BLOCK": block}),
+        (combine.combine_kernel, combine_constants),
+        (decode.decode_gate_up_kernel, {"ACTIVATION": "silu", **decode_constants}),
+        (decode.decode_down_kernel, decode_constants),
+        (router.router_kernel, router.example_constants(NUM_EXPERTS)),
+        (router.router_backward_kernel, router.example_backward_constants(NUM_EXPERTS)),
+    ):
+        yield Compilation(function.__name__.removesuffix("_kernel"), "", False, function, constants, warps)
+
+
+def compile_for(compilation: Compilation, target: tuple, dtype: str = "bf16") -> Usage:
+    """Compile one kernel for one target and return what it takes.
+
+    Args:
+        compilation: Which kernel.
+        target: Backend, architecture, threads a warp, as in `tiles.TARGETS`.
+        dtype: Triton's name of the operands' type.
+    """
+    names = compilation.function.arg_names
+    signature, attributes = {}, {}
+    for position, name in enumerate(names):
+        if name in compilation.constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = _POINTERS.get(name, f"*{dtype}")
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if name.endswith("_ptr") or name in _DIVISIBLE:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(compilation.function, signature, compilation.constants, attributes)
+    options = {**compilation.options, **LAUNCH}
+    compiled = triton.compile(source, target=GPUTarget(*target), options=options)
+    instruction = matrix_instruction(target, compilation) if compilation.is_matrix else "none"
+    return (_amd_usage if target[0] == "hip" else _nvidia_usage)(compiled, instruction)
+
+
+def _nvidia_usage(compiled, instruction: str) -> Usage:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK"))
+    return Usage(registers, stack, compiled.metadata.shared, instruction in compiled.asm["ptx"])
+
+
+def _amd_usage(compiled, instruction: str) -> Usage:
+    text = compiled.asm["amdgcn"]
+    registers, spills = (
+        int(re.search(rf"\.{name}:\s*(\d+)", text).group(1)) for name in ("vgpr_count", "vgpr_spill_count")
+    )
+    return Usage(registers, spills, compiled.metadata.shared, instruction in text)
+
+
+def _without_options(constants: dict) -> dict:
+    return {name: value for name, value in constants.items() if name != "num_warps"}
+
+
+def every_compilation() -> Iterator[tuple[str, tuple, Compilation]]:
+    """Yield (GPU, target, kernel) for all that ships, each distinct one once per target."""
+    seen = set()
+    gpus = [(gpu, tiles) for (gpu, _, _, _), tiles in SHIPPED.items()]
+    for gpu, tiles in itertools.chain(gpus, ((gpu, SAFE) for gpu in TARGETS)):
+        target = TARGETS[gpu]
+        for compilation in itertools.chain(row_kernels(tiles), small_kernels()):
+            key = (target, compilation.kernel, str(compilation.constants), str(compilation.options))
+            if key not in seen:
+                seen.add(key)
+                yield gpu, target, compilation
+
+
+def main() -> None:
+    """Print the table of every kernel on every target."""
+    print("| target | kernel | tile | warps, stages | registers | spills | shared KiB | matrix instruction |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for _, target, c in every_compilation():
+        usage = compile_for(c, target)
+        options = ", ".join(str(value) for value in c.options.values())
+        instruction = matrix_instruction(target, c) if usage.has_matrix_instruction else ""
+        arch = target[1] if target[0] == "hip" else f"sm_{target[1]}"
+        print(
+            f"| {arch} | {c.kernel} | {c.tile} | {options} | {usage.registers} | {usage.spills} "
+            f"| {usage.shared / 1024:.0f} | {instruction} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

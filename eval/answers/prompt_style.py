@@ -1,0 +1,101 @@
+"""What the model is shown: raw text (``base``) or the tokenizer's chat template (``chat``); and a record of it.
+
+Called by ``harness.py`` and ``samples_file.py``. A chat prompt is rendered to text here, so that nothing behind this
+file knows of chats. As in lm-evaluation-harness 0.4.13 the last message is the opening of the model's own answer,
+which it continues.
+"""
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from deepseek_eval.tasks.task import ProgramItem, Task
+from deepseek_records.run_folder import RunFolder
+
+STYLES = ("base", "chat")
+_CHOICE_KINDS = ("choice", "continuation")
+
+
+def check_style(style: str, tasks: Sequence[Task]) -> None:
+    """Refuse a style that is unknown or that a task does not have.
+
+    Args:
+        style: ``base`` or ``chat``.
+        tasks: What is about to be run.
+
+    Raises:
+        ValueError: The style does not fit.
+    """
+    if style not in STYLES:
+        raise ValueError(f"prompt_style = {style!r}, allowed is {' or '.join(STYLES)}")
+    without = [task.name for task in tasks if task.kind in _CHOICE_KINDS]
+    if style == "chat" and without:
+        raise ValueError(f"prompt_style = chat: task {without[0]} has base only; chat is for programs")
+
+
+def apply_style(
+    style: str, items: Sequence[ProgramItem], tokenizer: PreTrainedTokenizerBase, source: str
+) -> list[ProgramItem]:
+    """Return the items with the prompt and the stop strings of a style.
+
+    Args:
+        style: ``base`` or ``chat``.
+        items: The problems.
+        tokenizer: Whose chat template is used.
+        source: The model's name, for errors.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, or its template refuses the messages.
+    """
+    if style == "base":
+        return list(items)
+    if not tokenizer.chat_template:
+        raise ValueError(f"prompt_style = chat: the tokenizer of {source} has no chat template; use base")
+    return [dataclasses.replace(item, prompt=_render(item, tokenizer, source), stop=item.chat.stop) for item in items]
+
+
+def _render(item: ProgramItem, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            list(item.chat.messages), tokenize=False, add_generation_prompt=False, continue_final_message=True
+        )
+    except (TemplateError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"prompt_style = chat: the chat template of {source} refuses {item.id} ({reason})") from None
+
+
+def take_code(style: str, item: ProgramItem, text: str) -> str:
+    """Return the completion that an answer holds.
+
+    Args:
+        style: ``base`` or ``chat``.
+        item: The problem.
+        text: What the model wrote, already cut at a stop string.
+    """
+    return text if style == "base" else item.chat.extract(text)
+
+
+def write_prompts(run: RunFolder, task: Task, items: Sequence[Any]) -> None:
+    """Write what the model was shown, item by item, for the report's browser and for whoever checks the format.
+
+    Args:
+        run: The run folder.
+        task: The task.
+        items: Its items, styled.
+    """
+    path = run.path / f"prompts_{task.name}.jsonl.gz"
+    temporary = path.with_name(path.name + ".partial")
+    with gzip.open(temporary, "wt", encoding="utf-8", compresslevel=6) as file:
+        for item in items:
+            row = {"id": item.id, "prompt": item.prompt}
+            if task.kind in _CHOICE_KINDS:
+                row["choices"] = item.choices
+                if item.answers is not None:
+                    row["answers"] = item.answers
+            file.write(json.dumps(row) + "\n")
+    temporary.rename(path)

@@ -1,0 +1,258 @@
+"""Runs model-written programs so that they can neither lie about their outcome nor do harm.
+
+    run_program("assert 1 + 1 == 2").passed      # True only if the program ran to its end without error
+    for result in run_programs(sources): ...     # several at once, results in order
+
+Called by the pass@k metric and usable alone. Each program runs in its own process without network, environment or
+files but Python's own library and an empty temporary folder, under limits, by the strongest means the machine has;
+what these are is probed when the first program runs and named by `describe_protection`. ``server.py`` holds
+the mechanism.
+
+Surprising: on a machine that offers less than `MINIMUM`, nothing runs unless asked for with ``allow_weak_sandbox``.
+"""
+
+import atexit
+import json
+import os
+import queue
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+# Each needs at least one means: who the program talks to, what it reads and writes, whom it signals, how much it
+# takes, and a proof that it ended by itself.
+MINIMUM = ("network", "files", "processes", "limits", "end")
+DEFAULT_TIMEOUT_S = 3.0
+_SERVER = Path(__file__).resolve().parent / "server.py"
+_START_LIMIT_S = 60.0
+_GRACE_S = 30.0
+
+
+@dataclass(frozen=True)
+class ProgramResult:
+    """How one program ended.
+
+    Args:
+        passed: True only if it ran to its end without error.
+        reason: ``passed``, ``failed: <exception>``, ``timed out``, or how it died or cheated.
+        seconds: Wall time, start of its process included.
+    """
+
+    passed: bool
+    reason: str
+    seconds: float
+
+
+def run_program(
+    source_code: str,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    *,
+    as_main: bool = False,
+    allow_weak_sandbox: bool = False,
+) -> ProgramResult:
+    """Run one program.
+
+    Args:
+        source_code: Python source.
+        timeout_s: Wall time it may take.
+        as_main: Run it with ``__name__ == "__main__"``; off, as in the references, where such a block is skipped.
+        allow_weak_sandbox: Run even where the machine offers less than `MINIMUM`.
+
+    Raises:
+        ValueError: The machine offers less than the minimum, or the timeout is not positive.
+    """
+    sources = [source_code]
+    return next(
+        run_programs(
+            sources, timeout_s=timeout_s, num_workers=1, as_main=as_main, allow_weak_sandbox=allow_weak_sandbox
+        )
+    )
+
+
+def run_programs(
+    sources: Iterable[str],
+    *,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    num_workers: int | None = None,
+    as_main: bool = False,
+    allow_weak_sandbox: bool = False,
+) -> Iterator[ProgramResult]:
+    """Run programs side by side and yield their results in order.
+
+    Args:
+        sources: Python sources; read only a little ahead of the results.
+        timeout_s: Wall time each may take.
+        num_workers: Programs at once; None takes one a processor.
+        as_main: As for `run_program`.
+        allow_weak_sandbox: As for `run_program`.
+
+    Raises:
+        ValueError: The machine offers less than the minimum, or a setting is not positive.
+    """
+    num_workers = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
+    if num_workers < 1:
+        raise ValueError(f"num_workers = {num_workers}, allowed is 1 or more")
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s = {timeout_s}, allowed is more than 0")
+    _check_protection(allow_weak_sandbox)
+    return _run_all(sources, num_workers, {"timeout_s": float(timeout_s), "as_main": as_main})
+
+
+def _run_all(sources: Iterable[str], num_workers: int, settings: dict) -> Iterator[ProgramResult]:
+    with ThreadPoolExecutor(num_workers) as executor:
+        pending: deque = deque()
+        for source in sources:
+            pending.append(executor.submit(_POOL.run, {"source": source, **settings}))
+            if len(pending) > 4 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def describe_protection() -> dict[str, str]:
+    """Return what confines a program on this machine, by concern: network, files, processes, user, limits, end."""
+    return dict(_POOL.layers())
+
+
+def _check_protection(allow_weak: bool) -> None:
+    layers = _POOL.layers()
+    missing = [name for name in MINIMUM if name not in layers]
+    if missing and not allow_weak:
+        raise ValueError(
+            f"sandbox: this machine offers no protection for {', '.join(missing)} "
+            f"({'; '.join(_POOL.notes) or 'no reason given'}); "
+            "pass allow_weak_sandbox (--allow-weak-sandbox) to run programs all the same"
+        )
+
+
+class ProgramServer:
+    """One process that runs programs one after another.
+
+    Args:
+        without: Means not to use although the machine has them: ``namespaces``, ``landlock``, ``seccomp``. For tests.
+    """
+
+    def __init__(self, without: Iterable[str] = ()):
+        self.folder = tempfile.mkdtemp(prefix="deepseek-sandbox-")
+        self.socket, theirs = socket.socketpair()
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            "-B",
+            str(_SERVER),
+            str(theirs.fileno()),
+            self.folder,
+            ",".join(without),
+        ]
+        self.process = subprocess.Popen(
+            command,
+            env={},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,
+        )
+        theirs.close()
+        self.socket.settimeout(_START_LIMIT_S)
+        hello = self._receive()
+        if "error" in hello:
+            self.close()
+            raise ValueError(f"sandbox: its server did not start ({hello['error']})")
+        self.layers: dict[str, str] = hello["layers"]
+        self.notes: list[str] = hello["notes"]
+
+    def run(self, request: dict) -> ProgramResult:
+        """Run one program.
+
+        Args:
+            request: ``source``, ``timeout_s``, ``as_main``.
+        """
+        self.socket.settimeout(request["timeout_s"] + _GRACE_S)
+        data = json.dumps(request).encode()
+        self.socket.sendall(struct.pack("I", len(data)) + data)
+        return ProgramResult(**self._receive())
+
+    def _receive(self) -> dict:
+        (size,) = struct.unpack("I", self._receive_exactly(4))
+        return json.loads(self._receive_exactly(size))
+
+    def _receive_exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            chunk = self.socket.recv(size - len(data))
+            if not chunk:
+                raise ConnectionError("the sandbox's server ended")
+            data += chunk
+        return data
+
+    def close(self) -> None:
+        """End the server and remove its folder."""
+        self.socket.close()
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _Pool:
+    """Idle servers, kept for the next call and ended with the process."""
+
+    def __init__(self):
+        self.idle: queue.SimpleQueue[ProgramServer] = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self.notes: list[str] = []
+        self._layers: dict[str, str] | None = None
+        self.owner = os.getpid()
+
+    def layers(self) -> dict[str, str]:
+        with self.lock:
+            if self._layers is None:
+                server = self._take()
+                self._layers, self.notes = server.layers, server.notes
+                self.idle.put(server)
+            return self._layers
+
+    def _take(self) -> ProgramServer:
+        if self.owner != os.getpid():
+            # A forked copy of this process must not talk over its parent's sockets.
+            self.idle, self.owner = queue.SimpleQueue(), os.getpid()
+        try:
+            return self.idle.get_nowait()
+        except queue.Empty:
+            return ProgramServer()
+
+    def run(self, request: dict) -> ProgramResult:
+        server = self._take()
+        try:
+            result = server.run(request)
+        except (OSError, ConnectionError) as error:
+            server.process.kill()
+            server.close()
+            return ProgramResult(False, f"sandbox: {error}", 0.0)
+        self.idle.put(server)
+        return result
+
+    def close(self) -> None:
+        while self.owner == os.getpid():
+            try:
+                self.idle.get_nowait().close()
+            except queue.Empty:
+                return
+
+
+_POOL = _Pool()
+atexit.register(_POOL.close)

@@ -1,0 +1,208 @@
+"""Starts one program, waits for its end, and decides whether that was one.
+
+Called by ``server.py`` in a process forked for the one program. Standard library only. Nothing is believed
+that the program's process sends; what counts is where the kernel says it stands (see ``server.py``).
+"""
+
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import time
+
+import confinement as kernel
+from program import CHANNEL, MAX_PROCESSES, MEMORY_BYTES, become_program
+
+DISK_BYTES = 64 << 20
+TICK_S = 0.02
+# How long a process that says it has arrived may take to block in its read, threads and a loaded machine considered.
+ARRIVAL_S = 2.0
+
+
+def judge_and_exit(server, request: dict, writer: int) -> None:
+    """In a forked child: run one program and write its outcome as JSON. Never returns.
+
+    Args:
+        server: The `Server` of ``server.py``.
+        request: ``source``, ``timeout_s`` and ``as_main``.
+        writer: The handle to write to.
+    """
+    try:
+        outcome = _Judge(server, request).run()
+    except BaseException as error:
+        outcome = {"passed": False, "reason": f"sandbox: {type(error).__name__}: {error}"}
+    os.write(writer, json.dumps(outcome).encode())
+    os._exit(0)
+
+
+class _Judge:
+    """Starts one program, waits for its end, and decides."""
+
+    def __init__(self, server, request: dict):
+        self.server = server
+        self.request = request
+        self.init = 0
+
+    def run(self) -> dict:
+        server = self.server
+        kernel.adopt_orphans()
+        server.parent.close()
+        if server.layers.get("processes", "").startswith("process namespace"):
+            kernel.unshare(kernel.CLONE_NEWPID)
+            self.init = _fork_init()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.pid = os.fork()
+        if self.pid == 0:
+            ours.close()
+            become_program(server, self.request, theirs.detach())
+        theirs.close()
+        self.channel = ours
+        try:
+            return self._watch()
+        finally:
+            self._kill()
+
+    def _watch(self) -> dict:
+        self.deadline = time.monotonic() + 20.0
+        begin = self._await_stop()
+        if isinstance(begin, str):
+            return {"passed": False, "reason": f"sandbox: the program did not start ({begin})"}
+        self.deadline = time.monotonic() + self.request["timeout_s"]
+        self.channel.send(b"g")
+        end = self._await_stop()
+        if isinstance(end, str):
+            return {"passed": False, "reason": end}
+        if begin != end:
+            return {"passed": False, "reason": "claimed its end from elsewhere than the end"}
+        return {"passed": True, "reason": "passed"}
+
+    def _await_stop(self) -> tuple | str:
+        """Where the process blocks once it says so, or why it never did."""
+        while True:
+            if time.monotonic() > self.deadline:
+                return "timed out"
+            if select.select([self.channel], [], [], TICK_S)[0]:
+                message = self.channel.recv(256)
+                if not message:
+                    return self._explain_exit()
+                if message[:1] == b"E":
+                    return "failed: " + message[1:].split(b"\n")[0].decode("utf-8", "replace")
+                return self._read_stop()
+            excess = self._find_excess()
+            if excess:
+                return excess
+
+    def _read_stop(self) -> tuple | str:
+        limit = min(time.monotonic() + ARRIVAL_S, self.deadline + 0.1)
+        while time.monotonic() < limit:
+            fields = self._read_proc("syscall").split()
+            # Number, six arguments, stack pointer, program counter; "running" while it is on a processor. Of the
+            # arguments the buffer's address may differ, the handle may not.
+            if len(fields) == 9 and int(fields[1], 16) == CHANNEL:
+                return (fields[0], fields[1], fields[7], fields[8])
+            time.sleep(0.0002)
+        return "claimed its end without being there"
+
+    def _read_proc(self, name: str) -> str:
+        try:
+            handle = os.open(f"{self.pid}/{name}", os.O_RDONLY, dir_fd=self.server.proc)
+        except OSError:
+            return ""
+        try:
+            return os.read(handle, 4096).decode()
+        except OSError:
+            return ""
+        finally:
+            os.close(handle)
+
+    def _explain_exit(self) -> str:
+        """The channel is closed: either the process ended, or the program closed what it does not own."""
+        until = min(time.monotonic() + 0.2, self.deadline)
+        while time.monotonic() < until:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = 0
+                if os.WIFSIGNALED(status):
+                    return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+                return f"exited early with status {os.WEXITSTATUS(status)}"
+            time.sleep(0.001)
+        return "closed the judge's channel"
+
+    def _find_excess(self) -> str | None:
+        family = self._family(self.pid)
+        if len(family) > 1 and sum(self._resident_bytes(pid) for pid in family) > MEMORY_BYTES:
+            return "used too much memory"
+        if self.server.scratch != "/tmp" and _disk_bytes(self.server.scratch) > DISK_BYTES:
+            return "wrote too much"
+        return None
+
+    def _family(self, pid: int) -> list[int]:
+        """The process and all its descendants, as far as the kernel lists them."""
+        found, queue = [], [pid]
+        while queue and len(found) <= 4 * MAX_PROCESSES:
+            current = queue.pop()
+            found.append(current)
+            try:
+                tasks = os.open(f"{current}/task", os.O_RDONLY, dir_fd=self.server.proc)
+            except OSError:
+                continue
+            try:
+                for task in os.listdir(tasks):
+                    with contextlib.suppress(OSError):
+                        handle = os.open(f"{task}/children", os.O_RDONLY, dir_fd=tasks)
+                        with os.fdopen(handle) as file:
+                            queue += [int(child) for child in file.read().split()]
+            finally:
+                os.close(tasks)
+        return found
+
+    def _resident_bytes(self, pid: int) -> int:
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            handle = os.open(f"{pid}/statm", os.O_RDONLY, dir_fd=self.server.proc)
+            with os.fdopen(handle) as file:
+                return int(file.read().split()[1]) * resource.getpagesize()
+        return 0
+
+    def _kill(self) -> None:
+        """End the program and all it started. In its own namespace, the init's end is theirs; else hunt them down."""
+        for pid in (self.init, self.pid):
+            if pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        if self.pid and not self.init:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+        while True:
+            for pid in self._family(os.getpid())[1:]:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            try:
+                os.waitpid(-1, 0)
+            except ChildProcessError:
+                return
+
+
+def _fork_init() -> int:
+    """The first process of the new process namespace: it idles, adopts orphans, and takes all along when killed.
+
+    The program is the second one, because the first is immune to signals from inside, its own included.
+    """
+    pid = os.fork()
+    if pid == 0:
+        kernel.die_with_parent()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        while True:
+            signal.pause()
+    return pid
+
+
+def _disk_bytes(folder: str) -> int:
+    total = 0
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+    return total

@@ -1,0 +1,154 @@
+"""The experts for one to four tokens: matrix times vector, slot by slot, without sorting anything.
+
+At such sizes time is the reading of the chosen experts' weights, once each. Two kernels read them in slot order, a
+third (`combine`) adds up. Surprising: no tensor cores; a 16-row tile would multiply 15 rows of zeros, while FMA on
+wide loads already waits for memory.
+
+S slots, H hidden, I expert width, E experts.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deepseek_kernels.gpu.combine import combine
+from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, activate, narrow
+
+MAX_TOKENS = 4
+BLOCK_N, BLOCK_K = 16, 256
+
+
+def decode(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_indices: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+) -> Tensor:
+    """Return what `fused_moe` returns; forward only.
+
+    Args:
+        hidden_states: [T, H], T at most `MAX_TOKENS` for it to be worth it.
+        gate_up_proj: [E, 2I, H].
+        down_proj: [E, H, I].
+        topk_indices: [T, K].
+        topk_weights: [T, K].
+        activation: Canonical name.
+    """
+    num_rows, num_slots = topk_indices.numel(), topk_indices.shape[1]
+    num_experts, hidden, width = down_proj.shape
+    activated = hidden_states.new_empty(num_rows, width)
+    rows = hidden_states.new_empty(num_rows, hidden)
+    slot_row = torch.empty(num_rows, dtype=torch.int32, device=hidden_states.device)
+    constants = decode_constants(hidden_states.dtype)
+    decode_gate_up_kernel[(num_rows, triton.cdiv(width, BLOCK_N))](
+        hidden_states,
+        gate_up_proj,
+        topk_indices,
+        activated,
+        slot_row,
+        num_experts,
+        hidden,
+        width,
+        num_slots,
+        ACTIVATION=activation,
+        **constants,
+        **LAUNCH,
+    )
+    decode_down_kernel[(num_rows, triton.cdiv(hidden, BLOCK_N))](
+        activated, down_proj, slot_row, topk_indices, rows, hidden, width, **constants, **LAUNCH
+    )
+    return combine(rows, slot_row, num_slots, topk_weights)
+
+
+def decode_constants(dtype) -> dict:
+    """Both kernels' compile-time arguments, for launches and for compile-only checks."""
+    return {
+        "DTYPE": TRITON_DTYPES[dtype],
+        "ACC": accumulator(dtype),
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_K": BLOCK_K,
+        "num_warps": 4,
+    }
+
+
+@triton.jit
+def decode_gate_up_kernel(
+    x_ptr,
+    weight_ptr,
+    ids_ptr,
+    activated_ptr,
+    slot_row_ptr,
+    num_experts,
+    HIDDEN,
+    WIDTH,
+    SLOTS,
+    ACTIVATION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One slot by `BLOCK_N` columns of gate and up; also tells `combine` which slots are used."""
+    slot = tl.program_id(0).to(tl.int64)
+    expert = tl.load(ids_ptr + slot).to(tl.int64)
+    is_used = (expert >= 0) & (expert < num_experts)
+    if tl.program_id(1) == 0:
+        tl.store(slot_row_ptr + slot, tl.where(is_used, slot, -1).to(tl.int32))
+    if not is_used:
+        return
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    weight_rows = expert * 2 * WIDTH + columns
+    gate_ptrs = weight_ptr + weight_rows[:, None] * HIDDEN + inner[None, :]
+    up_ptrs = weight_ptr + (weight_rows + WIDTH)[:, None] * HIDDEN + inner[None, :]
+    x_ptrs = x_ptr + (slot // SLOTS) * HIDDEN + inner
+    gate = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
+    up = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
+    for k in range(0, HIDDEN, BLOCK_K):
+        is_inner = inner < HIDDEN - k
+        mask = (columns < WIDTH)[:, None] & is_inner[None, :]
+        x = tl.load(x_ptrs, mask=is_inner, other=0.0).to(ACC)[None, :]
+        gate += tl.load(gate_ptrs, mask=mask, other=0.0).to(ACC) * x
+        up += tl.load(up_ptrs, mask=mask, other=0.0).to(ACC) * x
+        x_ptrs += BLOCK_K
+        gate_ptrs += BLOCK_K
+        up_ptrs += BLOCK_K
+    activated, _ = activate(tl.sum(gate, 1), ACTIVATION)
+    tl.store(activated_ptr + slot * WIDTH + columns, narrow(activated * tl.sum(up, 1), DTYPE), mask=columns < WIDTH)
+
+
+@triton.jit
+def decode_down_kernel(
+    activated_ptr,
+    weight_ptr,
+    slot_row_ptr,
+    ids_ptr,
+    rows_ptr,
+    HIDDEN,
+    WIDTH,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One slot by `BLOCK_N` columns of the output."""
+    slot = tl.program_id(0).to(tl.int64)
+    if tl.load(slot_row_ptr + slot) < 0:
+        return
+    expert = tl.load(ids_ptr + slot).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    weight_ptrs = weight_ptr + (expert * HIDDEN + columns)[:, None] * WIDTH + inner[None, :]
+    activated_ptrs = activated_ptr + slot * WIDTH + inner
+    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
+    for k in range(0, WIDTH, BLOCK_K):
+        is_inner = inner < WIDTH - k
+        activated = tl.load(activated_ptrs, mask=is_inner, other=0.0).to(ACC)[None, :]
+        mask = (columns < HIDDEN)[:, None] & is_inner[None, :]
+        total += tl.load(weight_ptrs, mask=mask, other=0.0).to(ACC) * activated
+        activated_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
+    tl.store(rows_ptr + slot * HIDDEN + columns, narrow(tl.sum(total, 1), DTYPE), mask=columns < HIDDEN)

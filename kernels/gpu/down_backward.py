@@ -1,0 +1,264 @@
+"""Back through down projection and activation: from the output's gradient to that of the pre-activation.
+
+The first backward kernel. Per row r with token t, expert e and router weight s, and ``a = act(gate) * up``:
+
+    da = grad_output[t] @ W_down[e]                   the product; rows of grad_output gathered by pointer
+    grad_s = <da, a>                                  partial sums per column block, summed afterwards
+    scaled_a = s * a                                  what the gradient of W_down multiplies
+    grad_gate = s * da * up * act'(gate);  grad_up = s * da * act(gate)
+
+Surprising: neither a nor the experts' outputs were kept. The router's gradient needs y only as <grad_output, y>, which
+equals <da, a>, and a is recomputed from h here, where h is being read anyway.
+
+S rows, H hidden, I expert width, E experts.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deepseek_kernels.activations import apply_activation
+from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
+from deepseek_kernels.gpu.tiles import Tile, matmul_precision
+from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, activate, multiply, narrow
+
+
+def down_backward(
+    grad_output: Tensor,
+    down_proj: Tensor,
+    preactivation: Tensor,
+    topk_weights: Tensor,
+    metadata: RoutingMetadata,
+    activation: str,
+    tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pre-activation's gradient [S, 2I], the scaled activation [S, I] and the router weights' gradient.
+
+    Args:
+        grad_output: [T, H].
+        down_proj: [E, H, I].
+        preactivation: [S, 2I].
+        topk_weights: [T, K].
+        metadata: From `routing_metadata` with the tile's `block_m`.
+        activation: Canonical name.
+        tile: Sizes of the tiles.
+
+    Returns:
+        The third is [S] by row, in fp32 (fp64 for fp64), undefined beyond the used rows.
+    """
+    num_rows, (num_experts, hidden, width) = metadata.row_slot.numel(), down_proj.shape
+    blocks = triton.cdiv(width, tile.block_n)
+    grad_h, scaled = torch.empty_like(preactivation), preactivation.new_empty(num_rows, width)
+    wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    partial = preactivation.new_empty(blocks, num_rows, dtype=wide)
+    tiles = max_tiles(num_rows, num_experts, tile.block_m)
+    if tiles:
+        down_backward_kernel[(tiles * blocks,)](
+            grad_output,
+            down_proj,
+            preactivation,
+            topk_weights,
+            grad_h,
+            scaled,
+            partial,
+            metadata.row_slot,
+            metadata.expert_start,
+            metadata.tile_start,
+            tiles,
+            num_experts,
+            hidden,
+            width,
+            topk_weights.shape[1],
+            num_rows,
+            **down_backward_constants(grad_output.dtype, num_experts, activation, tile),
+            **tile.launch_options,
+            **LAUNCH,
+        )
+    return grad_h, scaled, partial.sum(0)
+
+
+def down_backward_constants(dtype, num_experts, activation, tile) -> dict:
+    """The kernel's compile-time arguments, for launches and for compile-only checks."""
+    return {
+        "EXPERTS": triton.next_power_of_2(num_experts),
+        "ACTIVATION": activation,
+        "DTYPE": TRITON_DTYPES[dtype],
+        "ACC": accumulator(dtype),
+        "PRECISION": matmul_precision(),
+        **tile.constants,
+    }
+
+
+def down_backward_reference(
+    grad_output, down_proj, preactivation, row_weight, row_token, row_expert, activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same by torch's autograd, for rows of known token, expert and router weight.
+
+    Args:
+        grad_output: [T, H].
+        down_proj: [E, H, I].
+        preactivation: [R, 2I].
+        row_weight: [R].
+        row_token: [R].
+        row_expert: [R].
+        activation: Canonical name.
+    """
+    h, s = preactivation.detach().requires_grad_(), row_weight.detach().requires_grad_()
+    with torch.enable_grad():
+        gate, up = h.chunk(2, dim=-1)
+        scaled = s.unsqueeze(1) * apply_activation(gate, activation) * up
+        y = (down_proj[row_expert] @ scaled.unsqueeze(-1)).squeeze(-1)
+        grad_h, grad_s = torch.autograd.grad(y, (h, s), grad_output[row_token])
+    return grad_h, scaled.detach(), grad_s
+
+
+@triton.jit
+def down_backward_kernel(
+    grad_ptr,
+    weight_ptr,
+    preactivation_ptr,
+    topk_weights_ptr,
+    grad_h_ptr,
+    scaled_ptr,
+    partial_ptr,
+    row_slot_ptr,
+    expert_start_ptr,
+    tile_start_ptr,
+    num_tiles_bound,
+    num_experts,
+    HIDDEN,
+    WIDTH,
+    SLOTS,
+    num_rows,
+    EXPERTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One tile of `BLOCK_M` rows of one expert by `BLOCK_N` columns of the expert's width."""
+    expert, first, end, block_n = find_tile(
+        tile_start_ptr,
+        expert_start_ptr,
+        tl.program_id(0),
+        num_tiles_bound,
+        tl.cdiv(WIDTH, BLOCK_N),
+        num_experts,
+        EXPERTS,
+        BLOCK_M,
+        GROUP_M,
+    )
+    if first >= end:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    is_row, is_column = rows < end, columns < WIDTH
+    slots = tl.load(row_slot_ptr + rows, mask=is_row, other=0)
+    tokens = (slots // SLOTS).to(tl.int64)
+    grad_ptrs = grad_ptr + tokens[:, None] * HIDDEN + inner[None, :]
+    weight_ptrs = weight_ptr + expert * HIDDEN * WIDTH + inner[:, None].to(tl.int64) * WIDTH + columns[None, :]
+    grad_a = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for k in range(0, HIDDEN, BLOCK_K):
+        is_inner = inner < HIDDEN - k
+        grad = tl.load(grad_ptrs, mask=is_row[:, None] & is_inner[None, :], other=0.0)
+        weight = tl.load(weight_ptrs, mask=is_inner[:, None] & is_column[None, :], other=0.0)
+        grad_a = multiply(grad, weight, grad_a, ACC, PRECISION)
+        grad_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K * WIDTH
+
+    local = tl.arange(0, BLOCK_M)
+    scale = tl.load(topk_weights_ptr + slots, mask=is_row, other=0.0).to(ACC)
+    # Offsets within the tile fit 32 bits; only the tile's own place needs 64.
+    h_tile_ptr = preactivation_ptr + first * 2 * WIDTH
+    grad_h_tile_ptr = grad_h_ptr + first * 2 * WIDTH
+    scaled_tile_ptr = scaled_ptr + first * WIDTH
+    num_tile_rows = (end - first).to(tl.int32)
+    partial = tl.zeros((BLOCK_M,), dtype=ACC)
+    # In one piece this needs over 255 registers on sm_90 from 64 columns on, and spills; in quarters or halves it
+    # does not.
+    QUARTER: tl.constexpr = BLOCK_N // 4
+    if BLOCK_N >= 32:
+        left, right = _halves(grad_a, BLOCK_M, BLOCK_N)
+        first_quarter, second_quarter = _halves(left, BLOCK_M, BLOCK_N // 2)
+        third_quarter, fourth_quarter = _halves(right, BLOCK_M, BLOCK_N // 2)
+        for quarter in tl.static_range(4):
+            if quarter == 0:
+                piece = first_quarter
+            elif quarter == 1:
+                piece = second_quarter
+            elif quarter == 2:
+                piece = third_quarter
+            else:
+                piece = fourth_quarter
+            partial += _store_columns(
+                piece,
+                scale,
+                h_tile_ptr,
+                grad_h_tile_ptr,
+                scaled_tile_ptr,
+                local,
+                num_tile_rows,
+                block_n * BLOCK_N + quarter * QUARTER + tl.arange(0, QUARTER),
+                WIDTH,
+                ACTIVATION,
+                DTYPE,
+                ACC,
+            )
+    else:
+        partial += _store_columns(
+            grad_a,
+            scale,
+            h_tile_ptr,
+            grad_h_tile_ptr,
+            scaled_tile_ptr,
+            local,
+            num_tile_rows,
+            columns,
+            WIDTH,
+            ACTIVATION,
+            DTYPE,
+            ACC,
+        )
+    tl.store(partial_ptr + block_n.to(tl.int64) * num_rows + rows, partial, mask=is_row)
+
+
+@triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_columns(
+    grad_a,
+    scale,
+    h_ptr,
+    grad_h_ptr,
+    scaled_ptr,
+    rows,
+    num_rows,
+    columns,
+    WIDTH,
+    ACTIVATION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Write both results for some columns of a tile and return their part of the router's gradient per row."""
+    mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+    offsets = rows[:, None] * (2 * WIDTH) + columns[None, :]
+    gate = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    up = tl.load(h_ptr + offsets + WIDTH, mask=mask, other=0.0).to(ACC)
+    activated, slope = activate(gate, ACTIVATION)
+    partial = tl.sum(grad_a * activated * up, 1)
+    grad_a *= scale[:, None]
+    tl.store(grad_h_ptr + offsets, narrow(grad_a * up * slope, DTYPE), mask=mask)
+    tl.store(grad_h_ptr + offsets + WIDTH, narrow(grad_a * activated, DTYPE), mask=mask)
+    scaled = scale[:, None] * activated * up
+    tl.store(scaled_ptr + rows[:, None] * WIDTH + columns[None, :], narrow(scaled, DTYPE), mask=mask)
+    return partial

@@ -1,0 +1,133 @@
+"""The routed experts on a GPU: which Triton kernels run, in which order, on what.
+
+``fused_moe`` calls `forward` and `backward` for GPU tensors, and for CPU tensors under TRITON_INTERPRET=1, where the
+tests run them. Nothing here asks the device for a value, so a call never waits and can be captured in a CUDA graph.
+
+    forward    routing_metadata -> gate_up -> grouped_gemm (down) -> combine with weights
+    backward   down_backward -> weight_gradient (down), grouped_gemm -> combine, weight_gradient (gate and up)
+
+T tokens, K slots a token, S = T*K rows, H hidden, I expert width, E experts.
+"""
+
+import dataclasses
+
+from torch import Tensor
+
+from deepseek_kernels.gpu.combine import combine
+from deepseek_kernels.gpu.decode import MAX_TOKENS, decode
+from deepseek_kernels.gpu.down_backward import down_backward
+from deepseek_kernels.gpu.gate_up import gate_up
+from deepseek_kernels.gpu.grouped_gemm import grouped_gemm
+from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, routing_metadata, tiles_of
+from deepseek_kernels.gpu.tiles import Tiles, choose_tiles, row_bucket
+from deepseek_kernels.gpu.weight_gradient import weight_gradient
+
+
+def forward(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_indices: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+    keep_preactivation: bool,
+) -> tuple[Tensor, Tensor, RoutingMetadata | None]:
+    """Return the output [T, H], the pre-activation [S, 2I] (empty unless kept) and the sorted order.
+
+    Args:
+        hidden_states: [T, H].
+        gate_up_proj: [E, 2I, H].
+        down_proj: [E, H, I].
+        topk_indices: [T, K].
+        topk_weights: [T, K].
+        activation: Canonical name.
+        keep_preactivation: Whether there will be a backward pass.
+    """
+    _check_sizes(topk_indices, gate_up_proj)
+    num_slots = topk_indices.shape[1]
+    if hidden_states.shape[0] <= MAX_TOKENS and not keep_preactivation:
+        if hidden_states.shape[0] == 0:
+            return hidden_states.clone(), hidden_states.new_empty(0, gate_up_proj.shape[1]), None
+        output = decode(hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, activation)
+        return output, hidden_states.new_empty(0, gate_up_proj.shape[1]), None
+    tiles = tiles_for(hidden_states, down_proj, topk_indices.numel())
+    metadata = routing_metadata(topk_indices, gate_up_proj.shape[0], tiles.block_m)
+    activated, preactivation = gate_up(
+        hidden_states, gate_up_proj, metadata, num_slots, activation, keep_preactivation, tiles.gate_up
+    )
+    rows = grouped_gemm(activated, down_proj, metadata, tiles.down, transpose=True)
+    return combine(rows, metadata.slot_row, num_slots, topk_weights), preactivation, metadata
+
+
+def backward(
+    grad_output: Tensor,
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    metadata: RoutingMetadata,
+    topk_weights: Tensor,
+    preactivation: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden states, both weights and router weights.
+
+    Args:
+        grad_output: [T, H].
+        hidden_states: [T, H].
+        gate_up_proj: [E, 2I, H].
+        down_proj: [E, H, I].
+        metadata: As in `forward`.
+        topk_weights: [T, K].
+        preactivation: Second result of `forward`.
+        activation: Canonical name.
+        needs: Which of the four gradients are wanted; the others come back empty.
+    """
+    needs_x, needs_gate_up, needs_down, needs_weights = needs
+    num_slots = topk_weights.shape[1]
+    tiles = tiles_for(hidden_states, down_proj, metadata.row_slot.numel())
+    # Tuning may have changed the tiles since the forward pass.
+    metadata = dataclasses.replace(metadata, tile_start=tiles_of(metadata.expert_start, tiles.block_m))
+    grad_h, scaled, grad_row_weight = down_backward(
+        grad_output, down_proj, preactivation, topk_weights, metadata, activation, tiles.down_backward
+    )
+    grad_x = grad_gate_up = grad_down = grad_weights = None
+    if needs_down:
+        grad_down = weight_gradient(grad_output, scaled, metadata, num_slots, tiles.weight_gradient, gather="left")
+    del scaled
+    if needs_x:
+        rows = grouped_gemm(grad_h, gate_up_proj, metadata, tiles.input_gradient, transpose=False)
+        grad_x = combine(rows, metadata.slot_row, num_slots)
+        del rows
+    if needs_gate_up:
+        grad_gate_up = weight_gradient(
+            grad_h, hidden_states, metadata, num_slots, tiles.weight_gradient, gather="right"
+        )
+    if needs_weights:
+        slot_row = metadata.slot_row.long()
+        by_slot = grad_row_weight[slot_row.clamp(min=0)] if slot_row.numel() else grad_row_weight
+        grad_weights = by_slot.masked_fill(slot_row < 0, 0).to(topk_weights.dtype).view(topk_weights.shape)
+    sources = (hidden_states, gate_up_proj, down_proj, topk_weights)
+    grads = (grad_x, grad_gate_up, grad_down, grad_weights)
+    return tuple(s.new_empty(0) if g is None else g for s, g in zip(sources, grads, strict=True))
+
+
+def _check_sizes(topk_indices: Tensor, gate_up_proj: Tensor) -> None:
+    """Slots are numbered in 32 bits, and experts along a grid axis of 16."""
+    if topk_indices.numel() >= 2**31:
+        raise ValueError(f"topk_indices: got {topk_indices.numel()} slots, wanted fewer than {2**31}")
+    if gate_up_proj.shape[0] >= 2**16:
+        raise ValueError(f"gate_up_proj: got {gate_up_proj.shape[0]} experts, wanted fewer than {2**16}")
+
+
+def tiles_for(hidden_states: Tensor, down_proj: Tensor, num_rows: int) -> Tiles:
+    """Return the tiles of a call.
+
+    Args:
+        hidden_states: [T, H].
+        down_proj: [E, H, I].
+        num_rows: S.
+    """
+    num_experts, hidden, width = down_proj.shape
+    bucket = row_bucket(num_rows, num_experts)
+    return choose_tiles(hidden_states.device, hidden, width, bucket, hidden_states.dtype)

@@ -1,0 +1,129 @@
+"""Rows times their expert's matrix: the down projection and, in the backward pass, the gradient of the rows of x.
+
+Rows are sorted by expert and lie one after another, so nothing is gathered. Surprising: one kernel serves both, for
+``a W_down^T`` and ``dh W_gate_up`` differ only in the strides of the weight.
+
+S rows, N columns of the result, K inner, E experts.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
+from deepseek_kernels.gpu.tiles import Tile, matmul_precision
+from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, multiply, narrow
+
+
+def grouped_gemm(rows: Tensor, weights: Tensor, metadata: RoutingMetadata, tile: Tile, *, transpose: bool) -> Tensor:
+    """Return ``rows[r] @ weights[e]`` for every row r of expert e.
+
+    Args:
+        rows: [S, K], sorted by expert.
+        weights: [E, K, N], or [E, N, K] with `transpose`.
+        metadata: From `routing_metadata` with the tile's `block_m`.
+        tile: Sizes of the tiles.
+        transpose: Whether the weights are stored output first.
+    """
+    num_rows, inner = rows.shape
+    num_experts, columns = weights.shape[0], weights.shape[1 if transpose else 2]
+    output = rows.new_empty(num_rows, columns)
+    tiles = max_tiles(num_rows, num_experts, tile.block_m)
+    if tiles:
+        grouped_gemm_kernel[(tiles * triton.cdiv(columns, tile.block_n),)](
+            rows,
+            weights,
+            output,
+            metadata.expert_start,
+            metadata.tile_start,
+            tiles,
+            num_experts,
+            columns,
+            inner,
+            **grouped_gemm_constants(rows.dtype, num_experts, transpose, tile),
+            **tile.launch_options,
+            **LAUNCH,
+        )
+    return output
+
+
+def grouped_gemm_constants(dtype, num_experts, transpose, tile) -> dict:
+    """The kernel's compile-time arguments, for launches and for compile-only checks."""
+    return {
+        "EXPERTS": triton.next_power_of_2(num_experts),
+        "TRANSPOSE": transpose,
+        "DTYPE": TRITON_DTYPES[dtype],
+        "ACC": accumulator(dtype),
+        "PRECISION": matmul_precision(),
+        **tile.constants,
+    }
+
+
+def grouped_gemm_reference(rows: Tensor, weights: Tensor, row_expert: Tensor, *, transpose: bool) -> Tensor:
+    """Return the same, row by row, for rows of known expert.
+
+    Args:
+        rows: [S, K].
+        weights: [E, K, N], or [E, N, K] with `transpose`.
+        row_expert: Expert of each row.
+        transpose: Whether the weights are stored output first.
+    """
+    matrices = (weights.transpose(1, 2) if transpose else weights)[row_expert]
+    return (rows.unsqueeze(1) @ matrices).squeeze(1)
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    rows_ptr,
+    weight_ptr,
+    output_ptr,
+    expert_start_ptr,
+    tile_start_ptr,
+    num_tiles_bound,
+    num_experts,
+    COLUMNS,
+    INNER,
+    EXPERTS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One tile of `BLOCK_M` rows of one expert by `BLOCK_N` columns."""
+    expert, first, end, block_n = find_tile(
+        tile_start_ptr,
+        expert_start_ptr,
+        tl.program_id(0),
+        num_tiles_bound,
+        tl.cdiv(COLUMNS, BLOCK_N),
+        num_experts,
+        EXPERTS,
+        BLOCK_M,
+        GROUP_M,
+    )
+    if first >= end:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    is_row, is_column = rows < end, columns < COLUMNS
+    row_ptrs = rows_ptr + rows[:, None] * INNER + inner[None, :]
+    weight_ptrs = weight_ptr + expert * COLUMNS * INNER
+    if TRANSPOSE:
+        weight_ptrs += columns[None, :].to(tl.int64) * INNER + inner[:, None]
+    else:
+        weight_ptrs += inner[:, None].to(tl.int64) * COLUMNS + columns[None, :]
+    output = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for k in range(0, INNER, BLOCK_K):
+        is_inner = inner < INNER - k
+        values = tl.load(row_ptrs, mask=is_row[:, None] & is_inner[None, :], other=0.0)
+        weight = tl.load(weight_ptrs, mask=is_inner[:, None] & is_column[None, :], other=0.0)
+        output = multiply(values, weight, output, ACC, PRECISION)
+        row_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K if TRANSPOSE else BLOCK_K * COLUMNS
+    output_ptrs = output_ptr + rows[:, None] * COLUMNS + columns[None, :]
+    tl.store(output_ptrs, narrow(output, DTYPE), mask=is_row[:, None] & is_column[None, :])

@@ -1,0 +1,1 @@
+"""Upload to the Hugging Face Hub."""

@@ -1,0 +1,154 @@
+"""Our card, results and report for models that any transformers `Trainer` pushes itself.
+
+`Trainer(push_to_hub=True)` writes a card of its own right before it uploads its output folder; this callback writes
+ours there instead, from what the Trainer logged. Surprising: the Trainer offers no event between writing its card and
+uploading, so the callback takes the place of the trainer's `create_model_card`; and it deletes ``training_args.bin``,
+which the Trainer would upload with local paths and the access token in it.
+"""
+
+import dataclasses
+import enum
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from deepseek_model_cards.card.card import write_card
+from deepseek_model_cards.hub.push import UploadFile, check_leaks, drop_origin
+from deepseek_model_cards.report.report import write_report
+from deepseek_records.run_folder import RunFolder
+from deepseek_records.stages import is_number
+
+logger = logging.getLogger(__name__)
+# The Trainer leaves names that begin with an underscore out of its uploads.
+RUN_FOLDER = "_run"
+_LOCAL_SETTING = ("_dir", "_token", "hub_", "push_to_hub", "run_name", "report_to", "logging_", "save_", "trackio")
+_SPEED = ("runtime", "per_second", "epoch")
+
+
+class HubCardCallback(TrainerCallback):
+    """Writes our card, results and report into what a `Trainer` pushes to the Hub.
+
+    Args:
+        trainer: The trainer; add the callback to it with ``trainer.add_callback(HubCardCallback(trainer))``.
+        data: Data sets for the card, entries as in `RunFolder.finish`.
+        evaluated_on: The name of the evaluation data in results.
+        licence: The licence of the weights, as the Hub spells it.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=data)  # doctest: +SKIP
+        >>> trainer.add_callback(HubCardCallback(trainer))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        data: list[dict[str, Any]] | None = None,
+        evaluated_on: str = "evaluation data",
+        licence: str = "apache-2.0",
+    ):
+        self.trainer = trainer
+        self.data = data or []
+        self.evaluated_on = evaluated_on
+        self.licence = licence
+        self.run: RunFolder | None = None
+        self.started = time.monotonic()
+        trainer.create_model_card = self.create_model_card
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Begin the run folder, and warn where the Trainer would upload before we can clean."""
+        if not state.is_world_process_zero:
+            return
+        self.started = time.monotonic()
+        self.run = _begin_run(Path(args.output_dir) / RUN_FOLDER, changed_settings(args), args.seed)
+        if args.push_to_hub and args.hub_strategy != "end":
+            logger.warning(
+                "hub_strategy=%s uploads training_args.bin (local paths, access token) while training; "
+                "set hub_strategy='end' to have only the cleaned, final upload",
+                args.hub_strategy.value,
+            )
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Keep what the Trainer logged."""
+        if self.run is not None and logs:
+            self.run.log({"step": state.global_step, **{key: v for key, v in logs.items() if is_number(v)}})
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write card and report in place of the Trainer's own card, and clean what it is about to upload.
+
+        Args:
+            *args: What `Trainer.create_model_card` takes; not used, for the run knows better.
+            **kwargs: The same.
+
+        Raises:
+            ValueError: A file that would be uploaded holds a secret or a local path.
+        """
+        if not self.trainer.is_world_process_zero():
+            return
+        output = Path(self.trainer.args.output_dir)
+        if self.run is None:
+            self.run = _begin_run(output / RUN_FOLDER, changed_settings(self.trainer.args), self.trainer.args.seed)
+        self.run.finish(self._summarize())
+        write_card(
+            self.run.path,
+            output=output,
+            model_path=output if list(output.glob("*.safetensors")) else None,
+            licence=self.licence,
+            repo_id=self.trainer.hub_model_id,
+        )
+        write_report(self.run.path, output / "report.html")
+        (output / "training_args.bin").unlink(missing_ok=True)
+        _clean(output)
+
+    def _summarize(self) -> dict[str, Any]:
+        """The summary of the run: the last value of everything evaluated."""
+        last: dict[str, float] = {}
+        for row in self.run.metrics:
+            last.update({key[5:]: value for key, value in row.items() if key.startswith("eval_")})
+        names = [key for key in last if not any(word in key for word in _SPEED)]
+        rows = [{"metric": key, "dataset": self.evaluated_on, "value": last[key], "stderr": None} for key in names]
+        seconds = time.monotonic() - self.started
+        empty = {"checks": [], "samples": []}
+        return {"stage": "train", "results": rows, "data": self.data, "seconds": seconds, **empty}
+
+
+def _begin_run(path: Path, settings: dict[str, Any], seed: int) -> RunFolder:
+    """Take up the same unfinished run, else begin anew: the folder is ours alone, inside the trainer's output."""
+    try:
+        return RunFolder.create(path, settings, command="train", seed=seed)
+    except FileExistsError:
+        return RunFolder.create(path, settings, command="train", seed=seed, overwrite=True)
+
+
+def changed_settings(args: Any) -> dict[str, Any]:
+    """Return the training arguments that differ from their defaults, without local and secret ones.
+
+    Args:
+        args: A `TrainingArguments`.
+    """
+    settings = {}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)  # a declared field, so never missing
+        value = value.value if isinstance(value, enum.Enum) else value
+        is_local = any(part in field.name for part in _LOCAL_SETTING)
+        if is_local or value == field.default or not isinstance(value, str | int | float | bool):
+            continue
+        settings[field.name] = value
+    return settings
+
+
+def _clean(output: Path) -> None:
+    """Drop the origins from JSON files and refuse to go on where a secret or a local path is left."""
+    files = []
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output)
+        if not path.is_file() or name.parts[0].startswith(("_", "checkpoint-", ".cache")):
+            continue
+        cleaned = drop_origin(path)
+        if cleaned is not None:
+            path.write_bytes(cleaned)
+        files.append(UploadFile(str(name), path))
+    check_leaks(files, folders=[output.resolve(), Path.home()])

@@ -1,0 +1,158 @@
+"""The report's part on benchmarks: scores with errors beside published ones, and accuracy by category or subject.
+
+Called by ``report.py``. Surprising: groups are drawn one by one only where they hold enough questions to say
+something; a run with ``--limit`` shows the categories instead.
+"""
+
+import json
+from typing import Any
+
+from deepseek_model_cards.benchmarks import (
+    BENCHMARKS,
+    PUBLISHED_NOTE,
+    SHARE_METRICS,
+    benchmark_of,
+    chance_level,
+    compare_to_chance,
+    score_interval,
+)
+from deepseek_model_cards.card.metadata import results_of_final_model
+from deepseek_model_cards.report import charts
+from deepseek_model_cards.wording import format_value, label_dataset, label_metric
+from deepseek_records.stages import Stage, is_number
+
+# The smallest group worth a line of its own; below, an interval covers nearly everything.
+_MIN_GROUP = 20
+_MAX_GROUPS = 80
+_PUBLISHED = tuple(dict.fromkeys(name for known in BENCHMARKS.values() for name in known["published"]))
+
+
+def benchmark_section(stages: dict[str, Stage]) -> dict[str, Any]:
+    """Return the section as the template takes it.
+
+    Args:
+        stages: What `read_stages` gave.
+    """
+    rows = [row for row in results_of_final_model(stages) if row.get("task") or benchmark_of(row)]
+    drawn = _score_charts(rows) + [chart for stage in stages.values() for chart in _group_charts(stage)]
+    missing = ""
+    if "evaluate" not in stages:
+        missing = "This run has no evaluate stage."
+    elif not stages["evaluate"].is_finished:
+        missing = "The evaluate stage was begun and not finished."
+    elif not rows:
+        missing = "No stage logged a benchmark."
+    return {
+        "title": "Benchmarks",
+        "note": "Where the interval covers the dashed line, the score is no evidence that the model knows anything.",
+        "charts": drawn,
+        "missing": missing,
+        "table": _table(rows) if rows else None,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    published = [_published_scores(row) for row in rows]
+    names = [name for name in _PUBLISHED if any(name in scores for scores in published)]
+    columns = ["benchmark", "score \u00b1 standard error", "95 % interval", "n", "shots", "against chance", *names]
+    lines = [
+        [
+            _label(row),
+            format_value(row["value"], row.get("stderr")),
+            _interval_cell(row),
+            format_value(row.get("n")),
+            format_value(row.get("num_fewshot")),
+            compare_to_chance(row, chance_level(row)) or "-",
+            *(_published_cell(scores.get(name)) for name in names),
+        ]
+        for row, scores in zip(rows, published, strict=True)
+    ]
+    note = f"Published figures are not measured here. {PUBLISHED_NOTE}" if names else ""
+    return {"columns": columns, "rows": lines, "note": note}
+
+
+def _is_known_share(row: dict[str, Any]) -> bool:
+    return benchmark_of(row) is not None and row["metric"] in SHARE_METRICS
+
+
+def _published_scores(row: dict[str, Any]) -> dict[str, tuple[float, str]]:
+    return benchmark_of(row)["published"] if _is_known_share(row) else {}
+
+
+def _interval_cell(row: dict[str, Any]) -> str:
+    """Wilson's interval for a share of items, 1.96 standard errors for any other figure that has one."""
+    if _is_known_share(row):
+        low, high = score_interval(row)
+    elif is_number(row.get("stderr")) and row["stderr"] > 0:
+        low, high = (row["value"] + sign * 1.96 * row["stderr"] for sign in (-1, 1))
+    else:
+        low = high = None
+    return "-" if low is None else f"{low:.3f} to {high:.3f}"
+
+
+def _published_cell(entry: tuple[float, str] | None) -> str:
+    if entry is None:
+        return "-"
+    value, remark = entry
+    return f"{value:.3f} ({remark})" if remark else f"{value:.3f}"
+
+
+def _label(row: dict[str, Any]) -> str:
+    known = benchmark_of(row)
+    is_variant = row.get("task") and row["task"] != (known or {}).get("key")
+    name = row["task"] if is_variant else label_dataset(row).partition(",")[0]
+    style = f", {row['prompt_style']} prompts" if row.get("prompt_style") else ""
+    return f"{name}, {label_metric(row['metric'])}{style}"
+
+
+def _score_charts(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    drawn = []
+    for row in rows:
+        known = benchmark_of(row)
+        if not known or row["metric"] not in SHARE_METRICS or not is_number(row["value"]):
+            continue
+        low, high = score_interval(row)
+        drawn.append(
+            {
+                "label": f"{_label(row).replace(', ', chr(10), 1)}, n = {row.get('n', '?')}",
+                "value": row["value"],
+                "interval": None if low is None else (low, high),
+                "chance": chance_level(row),
+                "published": {name: value for name, (value, _) in known["published"].items()},
+            }
+        )
+    if not drawn:
+        return []
+    return [{"source": charts.benchmark_chart(drawn), "alt": "Benchmark scores with intervals, chance and published"}]
+
+
+def _group_charts(stage: Stage) -> list[dict[str, str]]:
+    """Accuracy by subject, or by category where subjects are too small, for every task that has such groups."""
+    path = stage.run.path / "results.json"
+    if not stage.is_finished or not path.is_file():
+        return []
+    drawn = []
+    for task, scores in json.loads(path.read_text(encoding="utf-8")).get("tasks", {}).items():
+        for what in ("groups", "categories"):
+            rows = _group_rows(scores.get(what) or {})
+            if rows:
+                source = charts.group_chart(rows, chance=BENCHMARKS.get(task, {}).get("chance"))
+                title = f"{task}: accuracy by {'subject' if what == 'groups' else 'category'}"
+                drawn.append({"title": title, "source": source, "alt": title})
+                break
+    return drawn
+
+
+def _group_rows(groups: dict[str, Any]) -> list[dict[str, Any]]:
+    shares = {name: score for name, score in groups.items() if isinstance(score, dict) and is_number(score.get("acc"))}
+    if not 2 <= len(shares) <= _MAX_GROUPS or min(score["n"] for score in shares.values()) < _MIN_GROUP:
+        return []
+    rows = [
+        {
+            "label": name.replace("_", " "),
+            "value": score["acc"],
+            "interval": score_interval({"value": score["acc"], **score}),
+        }
+        for name, score in shares.items()
+    ]
+    return sorted(rows, key=lambda row: -row["value"])

@@ -1,0 +1,1 @@
+"""What every run folder and every model folder stands on: records, summaries, statistics, loading, leak checks."""

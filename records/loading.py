@@ -1,0 +1,136 @@
+"""Loads models and tokenizers, ours or not, local or from the Hub, and says in one line why it cannot.
+
+Every stage calls it (`training`, `eval` and `cli` all may import this package, but not one another). Surprising:
+importing `modeling_deepseek` here is what lets our checkpoints load without remote code, and a run folder counts as a
+checkpoint (its ``model/`` subfolder is taken).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import modeling_deepseek  # noqa: F401  (registers our model type with the Auto classes)
+from deepseek_records.json_files import read_object
+from modeling_deepseek.checkpoint_check import check_index
+
+_CONFIG_FILES = ("config.json", "adapter_config.json")
+# Of every kind of tokenizer in transformers at least one.
+_TOKENIZER_FILES = ("tokeniz*", "*.tokenizer", "*.model", "*vocab*", "*.bpe", "*.tiktoken", "*tekken*")
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    auto_class: type = AutoModelForCausalLM,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """Return the model of a checkpoint, in evaluation mode.
+
+    Args:
+        name_or_path: A checkpoint folder, a run folder of ours, or a Hub id.
+        auto_class: The Auto class, or one of our model classes.
+        trust_remote_code: Run code that comes with the checkpoint.
+        **options: For `from_pretrained`, for example ``dtype`` or ``experts_implementation``.
+
+    Raises:
+        FileNotFoundError: A local path is absent, holds no checkpoint or lacks a shard.
+        ValueError: The checkpoint is damaged, or a Hub id cannot be fetched.
+    """
+    source = resolve_checkpoint(name_or_path)
+    _check_json("model", source, ("config.json",))
+    check_index(source)
+    model, found = _load(
+        auto_class, "model", source, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+    )
+    # A score head is what a policy's checkpoint lacks by design; any other gap would be filled with random numbers.
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("score."))
+    if missing:
+        raise ValueError(f"model: {source} lacks {len(missing)} of the model's tensors, among them {missing[0]}")
+    return model
+
+
+def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that lies with a checkpoint.
+
+    Args:
+        name_or_path: A checkpoint folder, a run folder of ours, or a Hub id.
+        trust_remote_code: Run code that comes with the checkpoint.
+
+    Raises:
+        FileNotFoundError: A local path is absent or holds no tokenizer.
+        ValueError: A file is damaged, or a Hub id cannot be fetched.
+    """
+    source = resolve_checkpoint(name_or_path, marks=(*_CONFIG_FILES, "tokenizer.json", "tokenizer_config.json"))
+    _check_json("tokenizer", source, ("config.json", "tokenizer.json", "tokenizer_config.json"))
+    if Path(source).is_dir() and not any(list(Path(source).glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise FileNotFoundError(f"tokenizer: {source} holds none; wanted tokenizer.json or a vocabulary")
+    return _load(AutoTokenizer, "tokenizer", source, trust_remote_code=trust_remote_code)
+
+
+def resolve_checkpoint(name_or_path: str | Path, *, marks: tuple[str, ...] = _CONFIG_FILES) -> str:
+    """Return a folder with a checkpoint, or the name unchanged when it can only be a Hub id.
+
+    Args:
+        name_or_path: A checkpoint folder, a run folder of ours, or a Hub id.
+        marks: Files of which a folder must hold one.
+
+    Raises:
+        FileNotFoundError: A local path is absent or holds no checkpoint.
+    """
+    path = Path(name_or_path).expanduser()
+    if (path / "model" / "config.json").is_file():
+        return str(path / "model")
+    if path.is_dir():
+        if not any((path / name).is_file() for name in marks):
+            raise FileNotFoundError(f"model: {path} holds no config.json; wanted a checkpoint or a finished run")
+        return str(path)
+    name = str(name_or_path)
+    if path.exists():
+        raise FileNotFoundError(f"model: {path} is a file; wanted a checkpoint folder or a Hub id")
+    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise FileNotFoundError(f"model: {name!r} does not exist; wanted a checkpoint folder or a Hub id")
+    return name
+
+
+def _check_json(what: str, source: str, names: tuple[str, ...]) -> None:
+    """Name the file that is cut short or no JSON object, where transformers' errors name a line and column only."""
+    for path in (Path(source, name) for name in names):
+        if path.is_file():
+            read_object(path, what)
+
+
+def _load(auto_class: type, what: str, source: str, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(source, **options)
+    except SafetensorError as error:
+        raise ValueError(f"{what}: the weights in {source} are damaged or cut short ({first_line(error)})") from None
+    except RuntimeError as error:
+        # transformers logs a table of the tensors and raises this where shapes differ from the configuration's.
+        raise ValueError(f"{what}: the weights in {source} do not fit its config.json ({first_line(error)})") from None
+    except OSError as error:
+        if Path(source).is_dir():
+            raise FileNotFoundError(f"{what}: {source} is not whole ({first_line(error)})") from None
+        raise ValueError(
+            f"{what}: {source} is no local folder and could not be fetched from the Hub; pass a checkpoint folder, or "
+            f"download it first ({first_line(error)})"
+        ) from None
+    except StrictDataclassError as error:  # a setting of the wrong type
+        raise ValueError(
+            f"{what}: {source} has a config.json that is refused ({' '.join(str(error).split())})"
+        ) from None
+    except ValueError as error:  # Upstream's are long: an unknown architecture, no usable tokenizer file.
+        hint = "; trust_remote_code (--trust-remote-code) runs it" if "trust_remote_code" in str(error) else ""
+        raise ValueError(f"{what}: {source} cannot be loaded ({first_line(error)}){hint}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name if it has none.
+
+    Args:
+        error: Any exception.
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

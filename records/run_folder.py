@@ -1,0 +1,269 @@
+"""The run folder: what every command writes, and how it is read back.
+
+Every command of ``deepseek-moe`` works in one folder::
+
+    recipe.yaml        the resolved settings
+    environment.json   versions, seed, commit, command line, machine, start time
+    metrics.jsonl      one JSON object a line, as training logs
+    checkpoints/       what a resumed run starts from
+    model/             the finished model and its tokenizer
+    plots/             pictures
+    summary.json       results, data and checks; written last, so its presence means the run is whole
+
+``training`` and ``eval`` write it, ``model_cards`` and ``cli`` read it. Surprising: a run is finished if and only if
+``summary.json`` exists, and that file appears by an atomic rename; anything else in the folder may be half-written.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deepseek_records.json_files import read_object
+
+RECIPE_FILE = "recipe.yaml"
+ENVIRONMENT_FILE = "environment.json"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+MODEL_FOLDER = "model"
+_DISTRIBUTIONS = (
+    "deepseek-moe",
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+    "evaluate",
+    "tokenizers",
+    "huggingface_hub",
+    "numpy",
+)
+
+
+class RunFolder:
+    """One run on disk: settings, environment, metrics and, once finished, a summary.
+
+    Args:
+        path: The folder. Reading needs it to hold a run; `create` makes one.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @classmethod
+    def create(
+        cls, path: str | Path, settings: dict[str, Any], *, command: str, seed: int | None = None, overwrite=False
+    ) -> "RunFolder":
+        """Make the folder, or take up an unfinished run with equal settings.
+
+        Args:
+            path: The folder to write into.
+            settings: The resolved settings, plain YAML values.
+            command: The subcommand, for example ``pretrain``.
+            seed: The seed of the run, if it has one.
+            overwrite: Delete whatever run the folder holds.
+
+        Returns:
+            The run; `is_resumed` tells whether it was begun before.
+
+        Raises:
+            FileExistsError: The folder holds a finished run, a run with other settings, or files of another kind.
+        """
+        run = cls(path)
+        run.is_resumed = False
+        if run.path.exists() and not run.path.is_dir():
+            raise FileExistsError(f"output: {run.path} is a file, wanted a folder")
+        if (overwrite and (run.path / RECIPE_FILE).exists()) or run._has_only_begun():
+            shutil.rmtree(run.path)
+        if run.path.exists() and any(run.path.iterdir()):
+            run._check_resumable(settings)
+            run.is_resumed = True
+            return run
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_json(run.path / ENVIRONMENT_FILE, describe_environment(command, seed))
+        write_text(run.path / RECIPE_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        return run
+
+    @classmethod
+    def join(cls, path: str | Path, settings: dict[str, Any]) -> "RunFolder":
+        """Take up, in another process of the same training, what `create` has made or taken up in the first.
+
+        Args:
+            path: The folder, which all processes see.
+            settings: The resolved settings.
+
+        Raises:
+            FileExistsError: As for `create`, which has then failed in the first process too.
+        """
+        run = cls(path)
+        run._check_resumable(settings)
+        return run
+
+    def _has_only_begun(self) -> bool:
+        """True for a run that stopped, say at a wrong setting, before it wrote anything worth keeping."""
+        return self.path.is_dir() and {path.name for path in self.path.iterdir()} == {RECIPE_FILE, ENVIRONMENT_FILE}
+
+    def _check_resumable(self, settings: dict[str, Any]) -> None:
+        hint = "pass another --output, or --overwrite"
+        if not (self.path / RECIPE_FILE).exists():
+            raise FileExistsError(f"output: {self.path} is not empty and holds no run of ours; {hint}")
+        if self.is_finished:
+            raise FileExistsError(f"output: {self.path} holds a finished run; {hint}")
+        if self.settings != settings:
+            old, new = self.settings, settings
+            changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+            raise FileExistsError(
+                f"output: {self.path} holds another run (it differs in {', '.join(changed)}); {hint}"
+            )
+
+    @property
+    def is_finished(self) -> bool:
+        """True once the summary is written."""
+        return (self.path / SUMMARY_FILE).is_file()
+
+    @property
+    def model_path(self) -> Path:
+        """Where the finished model and its tokenizer lie."""
+        return self.path / MODEL_FOLDER
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The resolved settings as written at the start."""
+        try:
+            settings = yaml.safe_load(self._read(RECIPE_FILE)) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"run: {self.path / RECIPE_FILE} is no YAML ({error})") from None
+        if not isinstance(settings, dict):
+            raise ValueError(f"run: {self.path / RECIPE_FILE} holds {type(settings).__name__}, wanted settings")
+        return settings
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions, seed, commit, command line and machine."""
+        return self._read_object(ENVIRONMENT_FILE)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the run ended with. See `finish` for its keys."""
+        return self._read_object(SUMMARY_FILE)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged metrics in order; a last line cut short by a kill is left out."""
+        rows = []
+        for line in self._read(METRICS_FILE).splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"run: {self.path / METRICS_FILE} holds {type(row).__name__} in a line, wanted objects"
+                )
+            rows.append(row)
+        return rows
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise self._lacks(name) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"run: {self.path / name} is no UTF-8 text (byte {error.start})") from None
+
+    def _read_object(self, name: str) -> dict[str, Any]:
+        try:
+            return read_object(self.path / name, "run")
+        except FileNotFoundError:
+            raise self._lacks(name) from None
+
+    def _lacks(self, name: str) -> FileNotFoundError:
+        return FileNotFoundError(f"run: {self.path} has no {name}; it is no run folder or not finished")
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with open(self.path / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write the summary, which marks the run as finished, and return it.
+
+        Args:
+            summary: ``stage`` (str); ``results``: list of {``metric``, ``dataset``, ``split``, ``value``, ``stderr``,
+                ``n``, and where it applies ``when`` ("before" or "after"), ``baseline``, ``command``}; ``data``: list
+                of {``name``, ``licence``, ``source``, ``split``, ``num_rows``, ``num_bytes``}; ``checks``: list of
+                {``name``, ``value``, ``bound``, ``passed``}; ``samples``: list of {``prompt``, ``completion``};
+                ``seconds``; other keys are the stage's own.
+        """
+        write_json(self.path / SUMMARY_FILE, summary)
+        return summary
+
+
+def describe_environment(command: str, seed: int | None = None) -> dict[str, Any]:
+    """Return versions, commit, command line, machine and start time as plain JSON values.
+
+    Args:
+        command: The subcommand.
+        seed: The seed of the run, if it has one.
+    """
+    versions = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": command,
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "seed": seed,
+        "commit": _git_commit(),
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "num_cpus": os.cpu_count()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree this file lies in; None outside a checkout (an installed wheel)."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either absent, old or whole.
+
+    Args:
+        path: The file.
+        value: Anything `json` takes; NaN is refused, for other readers choke on it.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text so that the file is either absent, old or whole (a temporary file, synced, then renamed).
+
+    Args:
+        path: The file.
+        text: Its content, written as UTF-8.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

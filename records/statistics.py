@@ -1,0 +1,94 @@
+"""Error bars shared by the metrics: of shares, of means, of a ratio of sums, clustered where items are near-copies.
+
+Called by the modules under ``metrics/``. Surprising: one item has no spread to estimate, so its error is None; and
+items made from one template are no independent trials, so with clusters the errors count these and not the items.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+
+def mean_with_error(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float | None]:
+    """Return the mean and its standard error.
+
+    Args:
+        values: One number an item, at least one.
+        clusters: What each item was made from; None where all are independent.
+    """
+    return ratio_with_error(values, [1.0] * len(values), clusters)
+
+
+def ratio_with_error(
+    numerators: Sequence[float], denominators: Sequence[float], clusters: Sequence[Hashable] | None = None
+) -> tuple[float, float | None]:
+    """Return sum(numerators) / sum(denominators) and its standard error by the delta method.
+
+        r = sum(a) / sum(b);  Var(r) = G / (G - 1) * sum_g (sum_{i in g} (a_i - r b_i))^2 / sum(b)^2
+
+    over G clusters, or over the items where none are given. With b = 1 this is the usual error of a mean.
+
+    Args:
+        numerators: a, one an item.
+        denominators: b, one an item, at least one of them not zero.
+        clusters: What each item was made from.
+
+    Reference: Cochran, 1977, "Sampling Techniques", section 9A.2 (ratio estimates of clusters).
+    """
+    total = sum(denominators)
+    ratio = sum(numerators) / total
+    residuals: dict[Hashable, float] = defaultdict(float)
+    for index, (a, b) in enumerate(zip(numerators, denominators, strict=True)):
+        if b or a:  # An item outside the ratio is no trial of it.
+            residuals[clusters[index] if clusters is not None else index] += a - ratio * b
+    if len(residuals) < 2:
+        return ratio, None
+    groups = len(residuals)
+    variance = groups / (groups - 1) * sum(value**2 for value in residuals.values()) / total**2
+    return ratio, math.sqrt(variance)
+
+
+def difference_with_error(
+    first: tuple[float, float | None], second: tuple[float, float | None]
+) -> tuple[float, float | None]:
+    """Return first minus second of two independent estimates, with its standard error.
+
+    Args:
+        first: Estimate and error.
+        second: The same of the other one.
+    """
+    if first[1] is None or second[1] is None:
+        return first[0] - second[0], None
+    return first[0] - second[0], math.hypot(first[1], second[1])
+
+
+def chi_square_p(statistic: float, freedom: int) -> float:
+    """Return the probability of a chi-square statistic at least this large.
+
+    Args:
+        statistic: The statistic, not negative.
+        freedom: Degrees of freedom, at least 1.
+    """
+    half = statistic / 2
+    if freedom % 2 == 0:
+        return math.exp(-half) * sum(half**k / math.factorial(k) for k in range(freedom // 2))
+    terms = sum(half ** (k + 0.5) / math.gamma(k + 1.5) for k in range((freedom - 1) // 2))
+    return math.erfc(math.sqrt(half)) + math.exp(-half) * terms
+
+
+def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the interval of a share that n trials leave open.
+
+    (p + z^2/2n +/- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+
+    Args:
+        share: Successes over trials, in [0, 1].
+        n: Trials, at least 1.
+        z: Quantile of the normal distribution; 1.96 gives 95 %.
+
+    Reference: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    """
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)

@@ -1,0 +1,1 @@
+"""Models for other engines: exports and what they need."""

@@ -1,0 +1,299 @@
+"""A checkpoint as one GGUF file for llama.cpp, in its ``deepseek2`` architecture.
+
+`deepseek-moe export --to gguf` calls it. It reads the safetensors files directly, ours or DeepSeek's own, one tensor
+at a time, and writes names, shapes and settings as llama.cpp's loader wants them; what that graph cannot compute is
+refused by name. Surprising: latent attention is stored absorbed (`attn_k_b` is the key half of ``kv_b_proj``,
+transposed, so that scores are taken in the latent), and our attention over expert keys is linear in the token, so it
+folds exactly into a plain gate.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from deepseek_records.json_files import read_object
+from deepseek_records.loading import resolve_checkpoint
+from deepseek_serving.gguf_tokenizer import write_tokenizer
+from modeling_deepseek import DeepseekConfig
+
+_GATING = {"softmax": "SOFTMAX", "sigmoid": "SIGMOID"}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a checkpoint by name, read when asked for.
+
+    Args:
+        files: The file that holds each tensor.
+    """
+
+    files: dict[str, Path]
+
+    @classmethod
+    def of(cls, model_path: Path) -> "Tensors":
+        """Return the tensors of a folder.
+
+        Args:
+            model_path: A folder with ``*.safetensors``.
+
+        Raises:
+            ValueError: A file is cut short.
+        """
+        files = {}
+        for path in filter(Path.is_file, sorted(model_path.glob("*.safetensors"))):
+            try:
+                with safe_open(path, "pt") as opened:
+                    files.update(dict.fromkeys(opened.keys(), path))
+            except SafetensorError as error:
+                raise ValueError(f"model: {path} is cut short or damaged ({error})") from None
+        return cls(files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.files:
+            raise ValueError(f"model: the checkpoint lacks {name}")
+        with safe_open(self.files[name], "pt") as opened:
+            return opened.get_tensor(name)
+
+
+def obstacles_to_gguf(config: dict[str, Any]) -> list[str]:
+    """Return the settings that llama.cpp's ``deepseek2`` graph cannot compute, each as ``name=value``.
+
+    A dynamic number of experts is not among them: `export_gguf` refuses it unless told a fixed number.
+
+    Args:
+        config: The configuration as in ``config.json``; keys of ours may be missing.
+    """
+    rope = config.get("rope_parameters") or {}
+    wanted = {
+        "norm_type": ("rmsnorm",),
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "rope_interleave": (True,),
+        "num_nextn_predict_layers": (0,),
+        "topk_method": ("noaux_tc", "greedy"),
+        "model_type": ("deepseek_moe", "deepseek_v3"),
+    }
+    found = [f"{key}={config[key]!r}" for key, allowed in wanted.items() if config.get(key, allowed[0]) not in allowed]
+    if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
+        found.append(f"rope_parameters={rope or config.get('rope_scaling')}")
+    if config["num_hidden_layers"] in (26, 27) and config.get("q_lora_rank"):
+        # llama.cpp takes these for DeepSeek-V2-Lite, which has no query latent, and never reads its rank.
+        found.append(f"num_hidden_layers={config['num_hidden_layers']} with q_lora_rank={config['q_lora_rank']}")
+    if "quantization_config" in config:
+        found.append("quantization_config")
+    return found
+
+
+def export_gguf(model_path: str | Path, output: str | Path, *, fixed_experts: int | None = None) -> Path:
+    """Write a checkpoint as a GGUF file.
+
+    Args:
+        model_path: A folder with ``config.json``, ``*.safetensors`` and ``tokenizer.json``, in the official per-expert
+            names.
+        output: The file to write; it must not exist. A folder gets ``model.gguf``.
+        fixed_experts: Export a model with a dynamic number of experts a token at this fixed number instead.
+
+    Returns:
+        The file. Weights keep their type (fp32, bf16 or fp16); norms and the router are fp32.
+
+    Raises:
+        ValueError: Something in the model that llama.cpp cannot compute; the message names it.
+        FileExistsError: The file exists.
+        FileNotFoundError: The folder is no checkpoint.
+    """
+    gguf = _import_gguf()
+    source = Path(resolve_checkpoint(model_path))
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"model: {source} holds no config.json; pass a checkpoint's folder")
+    target = _target(Path(output))
+    config = read_object(source / "config.json", "model")
+    obstacles = obstacles_to_gguf(config)
+    if obstacles:
+        raise ValueError(f"model: {source} is outside what llama.cpp computes: {', '.join(obstacles)}")
+    DeepseekConfig.from_pretrained(source)  # refuses values of a wrong type or size
+    num_experts = _fixed_number(config, fixed_experts)
+    tensors = Tensors.of(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside and renamed, so that a file of that name is always whole.
+    partial = target.with_name(target.name + ".partial")
+    writer = gguf.GGUFWriter(partial, "deepseek2")
+    write_settings(writer, config, num_experts)
+    write_tokenizer(writer, source, config["vocab_size"])
+    for name, tensor in convert_tensors(tensors, config):
+        add_tensor(writer, name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.replace(target)
+    return target
+
+
+def _import_gguf():
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError("--to gguf: needs the package gguf; install it with: pip install gguf") from None
+    return gguf
+
+
+def _target(output: Path) -> Path:
+    target = output if output.suffix == ".gguf" else output / "model.gguf"
+    if target.exists():
+        raise FileExistsError(f"output: {target} exists")
+    return target
+
+
+def _fixed_number(config: dict[str, Any], fixed_experts: int | None) -> int:
+    """The number of experts a token in the file, refusing to fix a dynamic one unasked."""
+    most = config["num_experts_per_tok"]
+    least = config.get("min_experts_per_tok") or most
+    if fixed_experts is None:
+        if least < most:
+            raise ValueError(
+                f"min_experts_per_tok={least} below num_experts_per_tok={most}: llama.cpp takes one fixed number of "
+                "experts a token; pass it with --fixed-experts, and see the difference it makes"
+            )
+        return most
+    if not 1 <= fixed_experts <= config["n_routed_experts"]:
+        raise ValueError(
+            f"--fixed-experts: {fixed_experts} is outside 1..n_routed_experts={config['n_routed_experts']}"
+        )
+    return fixed_experts
+
+
+def write_settings(writer: Any, config: dict[str, Any], num_experts: int) -> None:
+    """Write the ``deepseek2.*`` metadata.
+
+    Args:
+        writer: A `gguf.GGUFWriter`.
+        config: The configuration as in ``config.json``.
+        num_experts: Routed experts a token.
+    """
+    from gguf import ExpertGatingFuncType
+
+    rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(1)  # one latent that all heads share
+    # Left out, it is guessed from the number of layers, and the loader fails.
+    writer.add_q_lora_rank(config["q_lora_rank"] or 0)
+    writer.add_kv_lora_rank(rank)
+    writer.add_key_length(rank + rope)
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + rope)
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_rope_dimension_count(rope)
+    writer.add_rope_freq_base(_rope_theta(config))
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_used_count(num_experts)
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    # Left out, the file loads and its logits are wrong.
+    writer.add_expert_gating_func(ExpertGatingFuncType[_GATING[config.get("scoring_func") or "sigmoid"]])
+    if (config.get("n_group") or 1) > 1:
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+
+
+def _rope_theta(config: dict[str, Any]) -> float:
+    rope = config.get("rope_parameters") or {}
+    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+
+
+def convert_tensors(tensors: Tensors, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of the file under llama.cpp's name, in the order of the layers.
+
+    Args:
+        tensors: The checkpoint.
+        config: Its configuration.
+    """
+    yield "token_embd.weight", tensors["model.embed_tokens.weight"]
+    yield "output_norm.weight", tensors["model.norm.weight"].float()
+    head = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
+    yield "output.weight", tensors[head]
+    for i in range(config["num_hidden_layers"]):
+        source, target = f"model.layers.{i}.", f"blk.{i}."
+        yield f"{target}attn_norm.weight", tensors[f"{source}input_layernorm.weight"].float()
+        yield f"{target}ffn_norm.weight", tensors[f"{source}post_attention_layernorm.weight"].float()
+        yield from _convert_attention(tensors, f"{source}self_attn.", target, config)
+        if i < config["first_k_dense_replace"]:
+            yield from _convert_mlp(tensors, f"{source}mlp.", target, "")
+        else:
+            yield from _convert_experts(tensors, f"{source}mlp.", target, config)
+
+
+def _convert_attention(tensors: Tensors, source: str, target: str, config: dict[str, Any]):
+    if config["q_lora_rank"]:
+        yield f"{target}attn_q_a.weight", tensors[f"{source}q_a_proj.weight"]
+        yield f"{target}attn_q_a_norm.weight", tensors[f"{source}q_a_layernorm.weight"].float()
+        yield f"{target}attn_q_b.weight", tensors[f"{source}q_b_proj.weight"]
+    else:
+        yield f"{target}attn_q.weight", tensors[f"{source}q_proj.weight"]
+    yield f"{target}attn_kv_a_mqa.weight", tensors[f"{source}kv_a_proj_with_mqa.weight"]
+    yield f"{target}attn_kv_a_norm.weight", tensors[f"{source}kv_a_layernorm.weight"].float()
+    nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
+    # [N * (nope + v), rank] -> [N, nope + v, rank]
+    both = tensors[f"{source}kv_b_proj.weight"].view(config["num_attention_heads"], nope + value, -1)
+    yield f"{target}attn_k_b.weight", both[:, :nope].transpose(1, 2).contiguous()
+    yield f"{target}attn_v_b.weight", both[:, nope:].contiguous()
+    yield f"{target}attn_output.weight", tensors[f"{source}o_proj.weight"]
+
+
+def _convert_mlp(tensors: Tensors, source: str, target: str, suffix: str):
+    for part in ("gate", "up", "down"):
+        yield f"{target}ffn_{part}{suffix}.weight", tensors[f"{source}{part}_proj.weight"]
+
+
+def _convert_experts(tensors: Tensors, source: str, target: str, config: dict[str, Any]):
+    yield f"{target}ffn_gate_inp.weight", _gate(tensors, f"{source}gate.", config)
+    yield f"{target}exp_probs_b.bias", tensors[f"{source}gate.e_score_correction_bias"].float()
+    for part in ("gate", "up", "down"):
+        names = [f"{source}experts.{e}.{part}_proj.weight" for e in range(config["n_routed_experts"])]
+        yield f"{target}ffn_{part}_exps.weight", torch.stack([tensors[name] for name in names])
+    yield from _convert_mlp(tensors, f"{source}shared_experts.", target, "_shexp")
+
+
+def _gate(tensors: Tensors, source: str, config: dict[str, Any]) -> torch.Tensor:
+    """The router as one matrix [E, D]: `(x Q^T) K^T / sqrt(d) = x (K Q / sqrt(d))^T`."""
+    if not config.get("router_key_dim"):
+        return tensors[f"{source}weight"].float()
+    keys, query = tensors[f"{source}expert_keys"].double(), tensors[f"{source}query_weight"].double()
+    return (keys @ query / config["router_key_dim"] ** 0.5).float()
+
+
+def add_tensor(writer: Any, name: str, tensor: torch.Tensor) -> None:
+    """Add a tensor in its own type; numpy has no bfloat16, so that goes in as raw bytes.
+
+    Args:
+        writer: A `gguf.GGUFWriter`.
+        name: llama.cpp's name.
+        tensor: fp32, fp16 or bf16.
+
+    Raises:
+        ValueError: Another type.
+    """
+    from gguf import GGMLQuantizationType
+
+    if tensor.dtype == torch.bfloat16:
+        raw = tensor.contiguous().view(torch.uint8).numpy()
+        writer.add_tensor(name, raw, raw_dtype=GGMLQuantizationType.BF16)
+    elif tensor.dtype in (torch.float32, torch.float16):
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    else:
+        raise ValueError(f"model: {name} is stored as {tensor.dtype}; allowed: fp32, fp16, bf16")

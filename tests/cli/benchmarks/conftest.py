@@ -1,0 +1,1 @@
+from policy import policy_path  # noqa: F401

@@ -1,0 +1,160 @@
+"""`deepseek-moe bench kernels` on its smallest grid, really run, and the arithmetic of its speed-ups."""
+
+import argparse
+import csv
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from deepseek_cli import bench
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_quick_grid_measures_prints_and_saves(tmp_path, capsys):
+    assert bench.run(parse("kernels", "--grid", "quick", "--seconds", "0.05", "--output", str(tmp_path / "run"))) == 0
+    printed = capsys.readouterr().out
+    assert "geometric mean of fused_moe" in printed and "grouped_mm" in printed
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    measured = {row["implementation"] for row in saved["rows"] if "ms" in row}
+    assert {"fused_moe", "eager", "grouped_mm", "batched_mm"} <= measured
+    kept = {
+        row["implementation"]: row["kept_bytes_per_token"]
+        for row in saved["rows"]
+        if row["mode"] == "forward+backward" and row["T"] == 64 and row["routing"] == "balanced" and "ms" in row
+    }
+    assert kept["fused_moe"] < kept["grouped_mm"]
+    assert all((row["peak_memory_bytes"] or 0) >= 0 for row in saved["rows"] if "ms" in row)
+    times = {row["mode"]: row["ms"] for row in saved["rows"] if row["implementation"] == "eager" and row["T"] == 1}
+    assert 0 < times["backward"] < times["forward+backward"]
+    assert {entry["mode"] for entry in saved["speedups"]} == {"forward", "backward", "forward+backward"}
+    with open(tmp_path / "run" / "results.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(saved["rows"])
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "run" / "plots" / "speedup.png").stat().st_size > 1000
+    with pytest.raises(FileExistsError):
+        bench.run(parse("kernels", "--grid", "quick", "--seconds", "0.05", "--output", str(tmp_path / "run")))
+
+
+def test_speedup_is_over_the_best_other():
+    row = {"T": 1, "H": 2, "I": 3, "E": 4, "K": 1, "routing": "balanced", "dtype": "float32", "mode": "forward"}
+    times = {"fused_moe": 2.0, "eager": 8.0, "grouped_mm": 3.0}
+    rows = [{**row, "implementation": name, "ms": ms} for name, ms in times.items()]
+    rows.append({**row, "implementation": "sonicmoe", "skipped": "no GPU"})
+    (entry,) = bench.compute_speedups(rows)
+    assert entry["best_other"] == "grouped_mm" and entry["speedup"] == 1.5
+    assert bench.compute_speedups(rows[:1]) == [] and bench.compute_speedups(rows[1:]) == []
+
+
+def test_a_gpu_grid_without_a_gpu_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="grid: got gpu, wanted cpu or quick"):
+        bench.run(parse("kernels", "--grid", "gpu", "--output", str(tmp_path)))
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e9"])
+def test_a_time_out_of_range_is_one_line(seconds, tmp_path):
+    with pytest.raises(ValueError, match=r"seconds: got .*, wanted more than 0 and at most 3600"):
+        bench.run(parse("kernels", "--seconds", seconds, "--output", str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_keeps_its_cells_and_is_taken_up(tmp_path, monkeypatch, capsys):
+    from deepseek_cli.benchmarks import kernel_cells
+    from deepseek_cli.benchmarks import kernels as kernel_benchmark
+
+    measured = []
+    original = kernel_benchmark.measure_cell
+
+    def interrupted(cell, *rest):
+        if len(measured) == 1:
+            raise KeyboardInterrupt
+        measured.append(cell)
+        return original(cell, *rest)
+
+    command = parse("kernels", "--grid", "quick", "--seconds", "0.02", "--output", str(tmp_path / "run"))
+    monkeypatch.setattr(kernel_benchmark, "measure_cell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(command)
+    kept = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert {row["T"] for row in kept} == {64} and not (tmp_path / "run" / "summary.json").exists()
+
+    def rest(cell, *others):
+        measured.append(cell)
+        return original(cell, *others)
+
+    monkeypatch.setattr(kernel_benchmark, "measure_cell", rest)
+    assert bench.run(command) == 0
+    assert measured == kernel_cells.QUICK_GRID
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"][: len(kept)] == kept
+
+
+@pytest.mark.parametrize("text", ['{"rows": [', "[]", '{"rows": 3}', '{"rows": [7]}'])
+def test_broken_results_of_an_interrupted_run_are_named(tmp_path, monkeypatch, text):
+    from deepseek_cli.benchmarks import kernels as kernel_benchmark
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernel_benchmark, "measure_cell", interrupted)
+    command = parse("kernels", "--grid", "quick", "--output", str(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(command)
+    (tmp_path / "run" / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^output: .*results.json "):
+        bench.run(command)
+
+
+def test_a_failing_fused_moe_is_no_measurement(tmp_path, monkeypatch, capsys):
+    from deepseek_cli.benchmarks import kernel_peers
+
+    present, absent = kernel_peers.find_implementations()
+
+    def failing(*arguments):
+        raise ZeroDivisionError("by design")
+
+    found = {"eager": present["eager"], "fused_moe": failing}, absent
+    monkeypatch.setattr(kernel_peers, "find_implementations", lambda: found)
+    assert bench.run(parse("kernels", "--grid", "quick", "--seconds", "0.02", "--output", str(tmp_path / "run"))) == 1
+    assert "fused_moe failed in 6 rows, first: ZeroDivisionError: by design" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.setattr(kernel_peers, "find_implementations", lambda: (present, absent))  # mended
+    assert bench.run(parse("kernels", "--grid", "quick", "--seconds", "0.02", "--output", str(tmp_path / "run"))) == 0
+
+
+def test_tuning_asks_once_for_each_size_and_rows_per_expert(monkeypatch, capsys):
+    from deepseek_cli.benchmarks.kernel_cells import Cell
+    from deepseek_kernels.gpu import tune
+
+    asked = []
+    monkeypatch.setattr(tune, "tune", lambda **shape: asked.append(shape))
+    grid = [Cell(T, 64, 32, 8, 2, dtype="bfloat16") for T in (4, 8, 4096)] + [Cell(4, 64, 48, 8, 2, dtype="bfloat16")]
+    bench._tune(grid)
+    assert [(shape["num_tokens"], shape["width"]) for shape in asked] == [(4, 48), (4096, 32), (4, 32)]
+    assert "tuning H=64 I=48, as for T=4 E=8 K=2" in capsys.readouterr().out
+
+
+def test_without_matplotlib_there_is_no_chart_and_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    bench._draw(tmp_path / "plots" / "speedup.png", [], {})
+    assert "no chart: matplotlib is not installed" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts by /proc/stat")
+def test_work_of_other_processes_is_noticed():
+    from deepseek_cli.benchmarks.kernel_timing import OtherWork
+
+    counted = OtherWork()
+    subprocess.run([sys.executable, "-c", "import time; t = time.time()\nwhile time.time() < t + 1: pass"], check=True)
+    assert counted.cores() > 0.4
+    row = {"T": 1, "device": "cpu", "mode": "forward", "implementation": "eager", "ms": 1.0, "tflops": 1.0}
+    row |= {"share_of_matmul_peak": 0.5, "kept_bytes_per_token": None, "peak_memory_bytes": None}
+    assert "kept 0.9 cores busy" in bench._format_rows("", [{**row, "other_work_cores": 0.9}], set())
+    assert "busy" not in bench._format_rows("", [{**row, "other_work_cores": 0.1}], set())

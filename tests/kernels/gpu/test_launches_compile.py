@@ -1,0 +1,128 @@
+"""Every launch of the layer and the router, as it would happen on a GPU that is not here, compiled instead of run.
+
+``test_compile_check.py`` compiles kernels as told by a table. Here the real host code calls them, with the integers
+and alignments that odd shapes bring: Triton makes another kernel of an argument that is 1 or no multiple of 16.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from deepseek_cli.benchmarks import compile_check
+
+# T, K, E, H, I
+from deepseek_kernels.gpu import experts as fused_moe_gpu
+
+# T, K, E, H, I
+# T, K, E, H, I
+from deepseek_kernels.gpu import router, tiles
+
+# T, K, E, H, I
+SHAPES = [
+    (7, 1, 1, 64, 32),  # one expert, one slot: both integers are 1
+    (7, 2, 2, 64, 32),  # every expert for every token
+    (7, 3, 7, 64, 32),  # E no power of two
+    (7, 3, 384, 64, 32),
+    (1, 8, 16, 64, 32),  # decoding
+    (5, 64, 64, 64, 32),  # as many slots as there may be
+    (200, 12, 16, 64, 32),  # some rows an expert
+    (3000, 8, 16, 64, 32),  # many rows an expert
+    (70, 2, 8, 35, 19),  # nothing divisible
+    (70, 2, 8, 64, 19),
+    (70, 2, 8, 1, 1),
+    (70, 2, 8, 24, 40),  # by 8, not by 16
+    (70, 2, 8, 2048, 768),
+]
+ROUTERS = [(1, 1, 1, 1), (12, 4, 3, 2), (128, 8, 8, 4), (100, 64, 1, 1), (384, 8, 1, 1)]  # E, K, groups, open groups
+
+
+class AbsentGpu:
+    """What Triton asks its driver before it compiles a launch."""
+
+    def __init__(self, target):
+        self.target = GPUTarget(*target)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+
+@pytest.fixture(params=["A100", "H200", "B200", "MI300"])
+def launches(request, monkeypatch):
+    """Compile every launch for this GPU; the list of (kernel's name, what came of it)."""
+    if JITFunction is not type(router.router_kernel):
+        pytest.skip("the kernels are interpreted")
+    made, target = [], tiles.TARGETS[request.param]
+    original = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **settings):
+        assert settings["enable_fp_fusion"], f"{self.__name__}: left open, Triton warns, and will turn it off"
+        compiled = original(self, *arguments, grid=grid, warmup=True, **settings)
+        made.append((self.__name__, compiled.metadata))
+        return compiled
+
+    def choose(device, hidden, width, bucket, dtype):
+        return tiles.SHIPPED[request.param, tiles.ANY, tiles.ANY, bucket].for_dtype(dtype)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(fused_moe_gpu, "choose_tiles", choose)
+    zeros = torch.zeros  # What no kernel has written must still be an index.
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: zeros(*a, **k))
+    driver.set_active(AbsentGpu(target))
+    yield made
+    driver._active = None
+    assert made
+    for name, metadata in made:
+        assert metadata.shared <= compile_check.SHARED_LIMIT[target[1]], (name, metadata)
+
+
+def run_layer(shape, dtype, index_dtype=torch.int64, activation="silu"):
+    T, K, E, H, I = shape  # noqa: E741
+    x, gate_up, down = torch.zeros(T, H), torch.zeros(E, 2 * I, H), torch.zeros(E, H, I)
+    x, gate_up, down = (t.to(dtype) for t in (x, gate_up, down))
+    ids, weights = torch.zeros(T, K, dtype=index_dtype), torch.zeros(T, K)
+    fused_moe_gpu.forward(x, gate_up, down, ids, weights, activation, False)
+    _, kept, metadata = fused_moe_gpu.forward(x, gate_up, down, ids, weights, activation, True)
+    fused_moe_gpu.backward(x, x, gate_up, down, metadata, weights, kept, activation, [True] * 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape(launches, shape):
+    run_layer(shape, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 2, 8, 33, 17), (200, 12, 16, 64, 48), (3000, 8, 16, 64, 48)], ids=str)
+def test_every_dtype(launches, dtype, shape):
+    run_layer(shape, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_every_activation_and_narrow_indices(launches, activation):
+    run_layer((9, 2, 8, 64, 48), torch.bfloat16, torch.int32, activation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scoring", router.SCORINGS)
+@pytest.mark.parametrize("E,K,groups,open_groups", ROUTERS)
+def test_router(launches, E, K, groups, open_groups, scoring):
+    for dtype in (torch.float32, torch.float64):
+        logits, bias, share = torch.zeros(5, E, dtype=dtype), torch.zeros(E), torch.zeros(1)
+        bias, share = bias.to(dtype), share.to(dtype)
+        for normalize in (True, False):
+            settings = (K, max(1, K // 2), groups, open_groups, scoring, normalize, 2.5)
+            ids, weights = router._router_op(logits, bias, share, *settings)
+            router._router_backward_op(weights, logits, ids, scoring, normalize, 2.5)

@@ -1,0 +1,189 @@
+"""Each Triton kernel, run: under Triton's interpreter on a CPU, or on the GPU where there is one.
+
+Without a GPU these need a process started with TRITON_INTERPRET=1; ``test_in_interpreter.py`` starts it. Shapes are
+small because the interpreter takes milliseconds a step, and odd because tiles are 16: H and I straddle one.
+"""
+
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+from moe_cases import RMS, in_float64, make_case, make_ids  # noqa: E402
+
+from deepseek_kernels.fused_moe import fused_moe, fused_moe_reference  # noqa: E402
+from deepseek_kernels.gpu import combine as combine_file  # noqa: E402
+from deepseek_kernels.gpu import down_backward as down_backward_file  # noqa: E402
+from deepseek_kernels.gpu import gate_up as gate_up_file  # noqa: E402
+from deepseek_kernels.gpu import grouped_gemm as grouped_gemm_file  # noqa: E402
+from deepseek_kernels.gpu import router  # noqa: E402
+from deepseek_kernels.gpu import weight_gradient as weight_gradient_file  # noqa: E402
+from deepseek_kernels.gpu.routing_metadata import routing_metadata, routing_metadata_reference  # noqa: E402
+from deepseek_kernels.gpu.tiles import INTERPRETED, SAFE  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILES = SAFE if DEVICE == "cuda" else INTERPRETED
+PATTERNS = ["some_unused", "empty_experts", "one_expert", "all_unused"]
+# H and I off the tile of 16 on either side; I = 5 below one tile.
+ODD = {"H": 35, "I": 19}
+pytestmark = pytest.mark.usefixtures("guarded_buffers")
+
+
+@pytest.mark.parametrize("T,K,E,block_m", [(0, 2, 3, 16), (1, 1, 1, 16), (7, 3, 5, 4), (200, 3, 6, 16)])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_metadata_equals_a_stable_sort(T, K, E, block_m, pattern):
+    ids = make_ids(pattern, T, K, E, torch.Generator().manual_seed(T)).long().to(DEVICE)
+    got = routing_metadata(ids, E, block_m)
+    want = routing_metadata_reference(ids, E, block_m)
+    used = int(want.expert_start[-1])
+    assert torch.equal(got.row_slot[:used], want.row_slot[:used])
+    for name in ("slot_row", "expert_start", "tile_start"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+
+
+def test_metadata_treats_negative_ids_as_unused():
+    ids = torch.tensor([[0, -1], [-(2**40), 1]], device=DEVICE)
+    assert routing_metadata(ids, 2, 16).slot_row.tolist() == [0, -1, -1, 1]
+
+
+def rows_of(case):
+    """Metadata and, per used row, its token, expert and router weight."""
+    ids, weights = case[3], case[4].detach()
+    metadata = routing_metadata(ids, case[1].shape[0], TILES.block_m)
+    slots = metadata.row_slot[: int(metadata.expert_start[-1])].long()
+    return metadata, slots // ids.shape[1], ids.reshape(-1)[slots], weights.reshape(-1)[slots]
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_gate_up(activation):
+    case = [t.detach() for t in make_case(torch.float64, T=9, **ODD, device=DEVICE)]
+    metadata, tokens, experts, _ = rows_of(case)
+    got = gate_up_file.gate_up(case[0], case[1], metadata, 3, activation, True, TILES.gate_up)
+    want = gate_up_file.gate_up_reference(case[0], case[1], tokens, experts, activation)
+    for one, other in zip(got, want, strict=True):
+        close(one[: len(tokens)], other)
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+def test_grouped_gemm(transpose):
+    case = [t.detach() for t in make_case(torch.float64, T=9, **ODD, device=DEVICE)]
+    metadata, tokens, experts, _ = rows_of(case)
+    weights = case[2] if transpose else case[1]
+    rows = torch.randn(case[3].numel(), weights.shape[2 if transpose else 1], dtype=torch.float64, device=DEVICE)
+    got = grouped_gemm_file.grouped_gemm(rows, weights, metadata, TILES.down, transpose=transpose)
+    want = grouped_gemm_file.grouped_gemm_reference(rows[: len(tokens)], weights, experts, transpose=transpose)
+    close(got[: len(tokens)], want)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_combine(weighted):
+    case = make_case(torch.float64, T=9, **ODD, device=DEVICE)
+    metadata = rows_of(case)[0]
+    rows = torch.randn(case[3].numel(), 35, dtype=torch.float64, device=DEVICE)
+    weights = case[4].detach() if weighted else None
+    got = combine_file.combine(rows, metadata.slot_row, 3, weights)
+    close(got, combine_file.combine_reference(rows, metadata.slot_row, 3, weights))
+
+
+def test_combine_ignores_weights_of_unused_slots():
+    slot_row = torch.tensor([0, -1], dtype=torch.int32, device=DEVICE)
+    weights = torch.tensor([[2.0, float("nan")]], dtype=torch.float64, device=DEVICE)
+    rows = torch.ones(2, 3, dtype=torch.float64, device=DEVICE)
+    assert combine_file.combine(rows, slot_row, 2, weights).tolist() == [[2.0] * 3]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_down_backward(activation):
+    # I = 37: two column blocks of 32, so that partial sums of the router's gradient are added up.
+    case = [t.detach() for t in make_case(torch.float64, T=9, H=19, I=37, device=DEVICE)]
+    metadata, tokens, experts, row_weights = rows_of(case)
+    grad = torch.randn_like(case[0])
+    h = torch.randn(case[3].numel(), 74, dtype=torch.float64, device=DEVICE)
+    tile = TILES.down_backward
+    got = down_backward_file.down_backward(grad, case[2], h, case[4], metadata, activation, tile)
+    want = down_backward_file.down_backward_reference(
+        grad, case[2], h[: len(tokens)], row_weights, tokens, experts, activation
+    )
+    for one, other in zip(got, want, strict=True):
+        close(one[: len(tokens)], other)
+
+
+@pytest.mark.parametrize("gather", ["left", "right"])
+def test_weight_gradient(gather):
+    case = make_case(torch.float64, T=9, **ODD, pattern="empty_experts", device=DEVICE)
+    metadata, tokens, experts, _ = rows_of(case)
+    by_token = torch.randn(9, 35, dtype=torch.float64, device=DEVICE)
+    by_row = torch.randn(27, 19, dtype=torch.float64, device=DEVICE)
+    left, right = (by_token, by_row) if gather == "left" else (by_row, by_token)
+    got = weight_gradient_file.weight_gradient(left, right, metadata, 3, TILES.weight_gradient, gather=gather)
+    left, right = (left[tokens], right) if gather == "left" else (left, right[tokens])
+    close(got, weight_gradient_file.weight_gradient_reference(left, right, experts, 6))
+
+
+@pytest.mark.parametrize("T,H,dtype", [(0, 20, torch.float32), (1, 260, torch.float32), (4, 20, torch.bfloat16)])
+def test_decode(T, H, dtype):
+    # H = 260 takes two steps of 256; I = 19 is above one block of 16.
+    case = make_case(dtype, T=T, H=H, I=19, device=DEVICE)
+    with torch.no_grad():
+        output = fused_moe(*case)
+    wanted = fused_moe_reference(*in_float64(case))
+    assert (output.cpu() - wanted).abs().max().item() <= 4 * RMS[dtype] * wanted.abs().max().item() if T else True
+
+
+ROUTERS = {
+    "v3": {"top_k": 4, "num_groups": 3, "topk_groups": 2, "scale": 2.5},
+    "v3_dynamic": {"top_k": 4, "num_groups": 3, "topk_groups": 2, "min_k": 2},
+    "article_dynamic": {"top_k": 5, "scoring": "softmax", "min_k": 1},
+    "softmax_unnormalised": {"top_k": 3, "scoring": "softmax", "normalize": False},
+    "every_expert": {"top_k": 12, "normalize": False},
+    "groups_of_one": {"top_k": 2, "num_groups": 12, "topk_groups": 3},
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_router(name):
+    settings = {
+        "min_k": None,
+        "num_groups": 1,
+        "topk_groups": 1,
+        "scoring": "sigmoid",
+        "normalize": True,
+        "scale": 1.0,
+    }
+    settings.update(ROUTERS[name])
+    generator = torch.Generator().manual_seed(0)
+    logits, grad = (torch.randn(9, n, dtype=torch.float64, generator=generator) for n in (12, settings["top_k"]))
+    bias = torch.randn(12, dtype=torch.float64, generator=generator) / 3
+    share = torch.tensor([0.4], dtype=torch.float64)
+    results = []
+    for function in (router.fused_router, router.fused_router_reference):
+        leaf = logits.to(DEVICE).detach().requires_grad_()
+        kwargs = {**settings, "bias": bias.to(DEVICE), "unused_share": share.to(DEVICE)}
+        if function is router.fused_router:
+            kwargs["unused_share"] = kwargs["unused_share"] if settings["min_k"] else None
+        elif not settings["min_k"]:
+            kwargs["min_k"] = settings["top_k"]
+        indices, weights = function(leaf, **kwargs)
+        weights.backward(grad.to(DEVICE))
+        results.append((indices, weights.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    close(results[0][1], results[1][1])
+    close(results[0][2], results[1][2])
+    is_unused = results[0][0] == 12
+    assert is_unused.any() == (settings["min_k"] is not None)
+    assert (results[0][1][is_unused] == 0).all()
+
+
+def test_router_gradcheck():
+    logits = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    for scoring, normalize in (("sigmoid", True), ("softmax", True), ("softmax", False)):
+        function = lambda x, s=scoring, n=normalize: router.fused_router(x, top_k=2, scoring=s, normalize=n)[1]  # noqa: E731
+        assert torch.autograd.gradcheck(function, (logits.requires_grad_(),))

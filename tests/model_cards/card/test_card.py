@@ -1,0 +1,147 @@
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from deepseek_model_cards.card.card import MEASUREMENTS, write_card
+from deepseek_model_cards.card.parameter_table import count_checkpoint
+from deepseek_records.run_folder import RunFolder
+
+
+@pytest.fixture
+def card(demo_run):
+    return ModelCard.load(write_card(demo_run, repo_id="someone/fox"))
+
+
+def test_the_card_loads_and_its_metadata_is_valid(card):
+    assert card.data.model_name == "fox" and card.data.license == "apache-2.0"
+    assert len(card.data.eval_results) == 5
+
+
+def test_the_picture_lies_beside_the_card(card, demo_run):
+    name = re.search(r"!\[[^]]+\]\(([^)]+)\)", card.text)[1]
+    assert (demo_run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_parameters_are_the_checkpoints(card, demo_run):
+    table = count_checkpoint(demo_run / "align" / "model")
+    assert f"| **total** | **{table.total:,}** |" in card.text
+    assert f"| **active on a token** | **{table.active:,}** |" in card.text
+
+
+def test_every_number_of_the_results_is_in_the_card(card, demo_run):
+    for name in ("pretrain", "adapt", "align", "evaluate"):
+        for row in RunFolder(demo_run / name).summary["results"]:
+            value = f"{row['value']:.3f}".rstrip("0").rstrip(".")
+            assert value in card.text, row
+
+
+def test_what_was_not_measured_is_listed_and_what_was_is_not(card):
+    section = card.text.split("## Not measured")[1].split("##")[0]
+    assert "social bias" in section and "robustness" in section
+    assert "MMLU" not in section and "HumanEval" not in section
+
+
+def test_a_lone_stage_lists_the_benchmarks_as_not_measured(tmp_path, builders):
+    builders["pretrain"](tmp_path)
+    text = ModelCard.load(write_card(tmp_path / "pretrain")).text
+    section = text.split("## Not measured")[1]
+    missing = [words for words, _ in MEASUREMENTS if "held-out text" not in words]
+    assert all(words in section for words in missing)
+    assert "No benchmark was run." in text and not (tmp_path / "pretrain" / ".eval_results").exists()
+
+
+def test_the_card_is_honest_about_chance(card):
+    limits = card.text.split("## Limits")[1].split("##")[0]
+    assert "is at chance on MMLU and HumanEval" in limits
+    assert "MMLU, test: 0.263 \u00b1 0.041, at chance." in limits
+    assert "none solved (under 1.8% at 95 % confidence)" in limits
+
+
+def test_the_card_names_commands_versions_licences_and_harness(card):
+    assert "`deepseek-moe evaluate model --tasks mmlu,humaneval`" in card.text
+    assert "transformers 5." in card.text and "deepseek-moe 0." in card.text
+    assert "public domain" in card.text and "cc-by-4.0" in card.text
+
+
+def test_no_local_path_and_no_token_is_in_the_card(demo_run, monkeypatch):
+    monkeypatch.setenv("HUB_TOKEN", "planted-value-123456")
+    run = RunFolder(demo_run / "pretrain")
+    settings = {**run.settings, "data": "/home/someone/books", "note": "planted-value-123456"}
+    (run.path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    text = write_card(demo_run).read_text()
+    for planted in ("/home/someone", "planted-value", str(demo_run), "/tmp/"):
+        assert planted not in text
+
+
+def test_the_python_blocks_compile_and_name_three_ways(card):
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", card.text.split("## How to load it")[1], re.DOTALL)
+    assert [language for language, _ in blocks] == ["python", "python", "bash"]
+    for language, code in blocks:
+        if language == "python":
+            compile(code, "card", "exec")
+        assert "someone/fox" in code
+
+
+@pytest.mark.slow  # two imports of torch in a process of its own
+def test_the_card_loads_its_model_without_our_package(demo_run):
+    """The card's own code, run on the local folder in place of the Hub id, each in a clean process."""
+    import subprocess
+    import sys
+
+    model = demo_run / "align" / "model"
+    text = write_card(demo_run, repo_id="someone/fox").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("someone/fox", str(model))
+    # Only transformers' own modules may be seen: the second way must not need our package.
+    blocked = "import sys; sys.modules['modeling_deepseek'] = None; sys.modules['deepseek_kernels'] = None\n"
+    done = subprocess.run([sys.executable, "-c", blocked + code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("Once upon a time")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("---\n{{ card_data }}\n---\n{% for x in %}", "line 4"),
+        ("---\n{{ card_data }}\n---\n{{ paramters.total }}", "uses 'paramters', which is none of .*parameters"),
+        ("# {{ name }}", "has no '{{ card_data }}'"),
+    ],
+)
+def test_a_faulty_template_is_one_line_and_writes_nothing(demo_run, tmp_path, text, message):
+    template = tmp_path / "mine.md"
+    template.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        write_card(demo_run, template=template, output=tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out" / "README.md").exists()
+
+
+def test_a_users_template_replaces_ours(demo_run, tmp_path):
+    template = tmp_path / "mine.md"
+    template.write_text("---\n{{ card_data }}\n---\n# {{ name }}: {{ parameters.total }} parameters\n")
+    card = ModelCard.load(write_card(demo_run, name="fox", template=template))
+    assert card.text.strip().startswith("# fox: ") and card.data.license == "apache-2.0"
+
+
+def test_bad_input_ends_in_one_line(demo_run, tmp_path):
+    cases = [
+        (FileNotFoundError, "template", {"run_path": demo_run, "template": tmp_path / "absent.md"}),
+        (ValueError, "license", {"run_path": demo_run, "licence": "mine"}),
+        (FileNotFoundError, "run", {"run_path": tmp_path / "absent"}),
+    ]
+    for kind, word, arguments in cases:
+        with pytest.raises(kind, match=word) as error:
+            write_card(**arguments)
+        assert "\n" not in str(error.value)
+
+
+def test_writing_twice_gives_the_same_card(demo_run):
+    assert write_card(demo_run).read_bytes() == write_card(demo_run).read_bytes()
+
+
+def test_a_pipe_in_a_name_breaks_no_table(tmp_path, builders):
+    data = [{"name": "a|b", "licence": "MIT", "source": "x\ny", "split": "train", "num_rows": 1, "num_bytes": 2}]
+    builders["stage"](tmp_path, "pretrain", settings={}, summary={"data": data})
+    text = write_card(tmp_path / "pretrain").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| a"))
+    assert len(re.findall(r"(?<!\\)\|", line)) == 9

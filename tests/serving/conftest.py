@@ -1,0 +1,2 @@
+from synthetic_runs import builders, demo_run, finished_run, finished_stage, hub, stage_run  # noqa: F401
+from tiny_models import input_ids, stock, tiny  # noqa: F401

@@ -1,0 +1,182 @@
+"""Several processes give the losses of one, resume, and leave a run folder and a model that one process reads.
+
+Each engine is started as a user would, through its launcher and the command; tests assert which one really trained,
+because on a CPU accelerate turns FSDP into plain data parallelism without a word.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from deepseek_records.run_folder import RunFolder
+from deepseek_training.recipes.loading import build_recipe
+from deepseek_training.stages.pretrain import PretrainRecipe, pretrain
+from deepseek_training.trainer.engine import launch_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+WORKER = str(Path(__file__).parents[1] / "engine_worker.py")
+COMMAND = ["-m", "deepseek_cli.main"]
+CLOCKED = {"tokens_per_second", "peak_memory_gib", "mfu"}
+ZERO3 = pytest.param(
+    "zero3", marks=pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
+)
+ENGINES = ["torchrun", "fsdp2", ZERO3]
+EXPECTED = {
+    "torchrun": {
+        "engine": "MULTI_CPU",
+        "wrapper": "DistributedDataParallel",
+        "parameters": ["Tensor"],
+        "is_partitioned": False,
+        "is_leaf": False,
+    },
+    "fsdp2": {
+        "engine": "FSDP",
+        "wrapper": "FSDPDeepseekForCausalLM",
+        "parameters": ["DTensor"],
+        "is_partitioned": False,
+        "is_leaf": False,
+    },
+    "zero3": {
+        "engine": "DEEPSPEED",
+        "wrapper": "DeepSpeedEngine",
+        "parameters": ["Tensor"],
+        "is_partitioned": True,
+        "is_leaf": True,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_settings):
+    """Eight blocks a step, clipped at each; no dropout, for its draws depend on how the batch is split."""
+    model = {"router_bias_update_speed": 0.01, "seq_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
+    return {**tiny_settings, "model": model, "batch_size": 8, "max_grad_norm": 0.5}
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory):
+    path = tmp_path_factory.mktemp("alone") / "run"
+    pretrain(build_recipe(settings, PretrainRecipe), path)
+    return RunFolder(path)
+
+
+@pytest.fixture(scope="module")
+def launched(settings, tmp_path_factory):
+    """Runs of two processes, two blocks each, two passes a step; each engine's is made once."""
+    made = {}
+
+    def run(engine):
+        if engine not in made:
+            made[engine] = tmp_path_factory.mktemp(engine) / "run"
+            launch(engine, settings, made[engine])
+        return RunFolder(made[engine])
+
+    return run
+
+
+def launch(engine, settings, output, program=(WORKER,), **environment):
+    recipe = output.parent / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**settings, "batch_size": 2, "gradient_accumulation_steps": 2}))
+    if engine == "torchrun":
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    else:
+        launcher = ["accelerate.commands.accelerate_cli", "launch", "--num_processes=2"]
+        launcher += ["--config_file", str(launch_config(engine))]
+    command = [sys.executable, "-m", *launcher, *program, "pretrain", str(recipe), "--output", str(output)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    )
+    assert (done.returncode == 0) != ("STOP_AT" in environment), done.stderr[-3000:]
+    return done.stdout
+
+
+def trace(run):
+    return [{key: value for key, value in row.items() if key not in CLOCKED} for row in run.metrics]
+
+
+def assert_same_trace(alone, run):
+    assert [row["step"] for row in run.metrics] == [row["step"] for row in alone.metrics]  # one process writes
+    for key in ("loss", "grad_norm", "eval_tales_bits_per_byte", "router_bias_range", "expert_top_p"):
+        expected, found = ([row[key] for row in one.metrics if key in row] for one in (alone, run))
+        assert found == pytest.approx(expected, rel=2e-4) and found, key
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_like_one(engine, launched, alone):
+    run = launched(engine)
+    ranks = [json.loads((run.path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for found in ranks:
+        assert found["num_processes"] == 2 and found["backend"] == "gloo"
+        assert {key: found[key] for key in EXPECTED[engine]} == EXPECTED[engine]
+    assert ranks[0] == ranks[1] and ranks[0]["counts"], "the same biases and counts everywhere"
+    assert_same_trace(alone, run)
+    assert max(row["grad_norm"] for row in alone.metrics if "loss" in row) > 0.5, "clipping matters"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_process_loads_what_two_have_saved(engine, launched, alone):
+    run = launched(engine)
+    one, two = (load_file(folder.model_path / "model.safetensors") for folder in (alone, run))
+    tied = {"lm_head.weight"}  # FSDP writes it too, though it is the embedding's
+    assert one.keys() | tied == two.keys() | tied  # the official per-expert names
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-3, msg=lambda m, n=name: f"{n} {m}")
+        if name.endswith("e_score_correction_bias"):
+            torch.testing.assert_close(two[name], value, rtol=0, atol=1e-7)  # the sign rule hides rounding
+    assert {path.name for path in run.model_path.iterdir()} == {path.name for path in alone.model_path.iterdir()}
+    tokens = torch.arange(3, 40).unsqueeze(0)
+    logits = [AutoModelForCausalLM.from_pretrained(folder.model_path)(tokens).logits for folder in (alone, run)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_stopped_run_goes_on(engine, launched, settings, tmp_path):
+    """Stopped at step 7 of 12, with a checkpoint at 4, it ends with the bits of the one that was left alone."""
+    whole, path = launched(engine), tmp_path / "run"
+    launch(engine, settings, path, STOP_AT="7")
+    assert [folder.name for folder in (path / "checkpoints").iterdir()] == ["checkpoint-4"]
+    printed = launch(engine, settings, path, program=COMMAND)
+    assert printed.count("bits per byte") == 1, "one process reports"
+    assert trace(RunFolder(path)) == trace(whole)
+    expected = load_file(whole.model_path / "model.safetensors")
+    found = load_file(path / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", ZERO3])
+def test_a_run_stopped_after_its_last_step_trains_no_further(engine, launched, settings, tmp_path):
+    path = tmp_path / "run"
+    launch(engine, {**settings, "max_steps": 4}, path)
+    expected = load_file(path / "model" / "model.safetensors")
+    (path / "summary.json").unlink()
+    launch(engine, {**settings, "max_steps": 4}, path)
+    found = load_file(path / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_split_experts_train_like_whole_ones(settings, tmp_path):
+    """Four experts a process, the number a token uses varying, by fused_moe; transformers cannot resume such a run."""
+    model = {**settings["model"], "tie_word_embeddings": False}
+    settings = {**settings, "model": model, "save_steps": 0}
+    pretrain(build_recipe(settings, PretrainRecipe), tmp_path / "alone")
+    launch("expert_parallel", {**settings, "expert_parallel_size": 2}, tmp_path / "run")
+    alone, run = RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "run")
+    ranks = [json.loads((run.path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1] and ranks[0]["counts"]
+    assert ranks[0]["num_local_experts"] == 4 and "DTensor" in ranks[0]["parameters"]  # a norm and the head stay whole
+    assert_same_trace(alone, run)
+    one, two = (load_file(folder.model_path / "model.safetensors") for folder in (alone, run))
+    assert one.keys() == two.keys() and not (run.path / "unsplit").exists()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-3, msg=lambda m, n=name: f"{n} {m}")
+    AutoModelForCausalLM.from_pretrained(run.model_path)

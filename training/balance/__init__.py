@@ -1,0 +1,6 @@
+"""Expert balancing inside any transformers Trainer, and its figures."""
+
+from deepseek_training.balance.callback import ExpertBalanceCallback
+from deepseek_training.balance.training_figures import TrainingFigures
+
+__all__ = ["ExpertBalanceCallback", "TrainingFigures"]

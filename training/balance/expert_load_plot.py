@@ -1,0 +1,64 @@
+"""The picture of the experts' load over a run: ``plots/expert_load.png``, redrawn at each checkpoint.
+
+It is drawn from ``metrics.jsonl``, so a resumed run shows the whole history.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from deepseek_records.run_folder import RunFolder
+
+
+class LoadPlot(TrainerCallback):
+    """Redraws the picture whenever a checkpoint is written, and at the end.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+
+    def on_save(self, args, state, control, **kwargs):
+        """Draw what the run has logged so far."""
+        if state.is_world_process_zero:
+            plot_expert_load(self.run.metrics, self.run.path / "plots" / "expert_load.png")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Draw the whole run."""
+        self.on_save(args, state, control)
+
+
+def plot_expert_load(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Draw each layer's load, relative to an even one, over the steps; return whether there was anything to draw.
+
+    Args:
+        rows: Lines of ``metrics.jsonl``.
+        path: The PNG file; its folder is made.
+    """
+    rows = [row for row in rows if "tokens_per_expert" in row]
+    if not rows:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [row["step"] for row in rows]
+    num_layers = len(rows[-1]["tokens_per_expert"])
+    figure = Figure(figsize=(7, 0.6 + 1.5 * num_layers), layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: it would choose a display and keep the figure
+    panels = figure.subplots(num_layers, 1, sharex=True, squeeze=False)[:, 0]
+    for layer, axes in enumerate(panels):
+        load_SE = np.array([row["tokens_per_expert"][layer] for row in rows], dtype=float)
+        relative = load_SE / load_SE.mean(axis=1, keepdims=True).clip(min=1e-12)
+        edges = [steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1), *steps]
+        image = axes.pcolormesh(edges, np.arange(relative.shape[1] + 1), relative.T, cmap="viridis", vmin=0, vmax=3)
+        axes.set_ylabel(f"MoE layer {layer + 1}\nexpert")
+        axes.set_title(f"max / mean {relative[-1].max():.2f} at the end", fontsize=8, loc="right")
+    panels[-1].set_xlabel("optimizer step")
+    figure.colorbar(image, ax=list(panels), label="load, 1 = even")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return True

@@ -1,0 +1,1 @@
+"""Texts, their tokens, and the embedded data sets."""

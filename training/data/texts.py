@@ -1,0 +1,307 @@
+"""Texts to train on, from wherever the user has them.
+
+`load_texts` is the one way in for every stage: an embedded name, a text, JSONL or Parquet file, a folder of them, a
+``datasets`` directory or a Hub id. Surprising: a plain text file is cut at blank lines into passages, so that one long
+file can still be split; and without a ``split`` column the split is by a hash of the document, so that it stays the
+same when documents are added or reordered.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DATA_FOLDER = Path(__file__).parent
+SPLITS = ("train", "validation", "all")
+VALIDATION_SHARE = 10  # one document in ten
+_PASSAGE_CHARACTERS = 2000
+_TEXT_SUFFIXES = {".txt", ".md", ".text"}
+_TABLE_SUFFIXES = {".jsonl", ".ndjson", ".parquet"}
+_HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
+_SPLIT_NAMES = {"validation": ("validation", "valid", "val", "dev", "eval", "test"), "train": ("train",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedData:
+    """A data set that ships with the package; ``data/SOURCES.md`` tells what was changed.
+
+    Args:
+        file: File name under ``data/``.
+        column: The column that holds the text.
+        licence: Its licence.
+        source: Where it comes from.
+    """
+
+    file: str
+    column: str
+    licence: str
+    source: str
+
+
+EMBEDDED = {
+    "books": EmbeddedData("books.jsonl.gz", "text", "public domain", "github.com/mlschmitt/classic-books-markdown"),
+    "medicine": EmbeddedData(
+        "medicine.jsonl.gz",
+        "text",
+        "MIT (PubMedQA), CC BY 4.0 (MedQuAD)",
+        "github.com/pubmedqa/pubmedqa, github.com/abachaa/MedQuAD",
+    ),
+    "dialogues": EmbeddedData(
+        "dialogues.jsonl.gz",
+        "prompt",
+        "CC BY 4.0 (MedQuAD, Taskmaster-4), MIT (HH-RLHF)",
+        "github.com/abachaa/MedQuAD, github.com/anthropics/hh-rlhf, github.com/google-research-datasets/Taskmaster",
+    ),
+}
+
+
+def load_texts(name_or_path: str | Path, split: str = "train", *, column: str | None = None) -> list[str]:
+    """Return the non-empty texts of one split, in order.
+
+    Args:
+        name_or_path: ``books``, ``medicine`` or ``dialogues``; a .txt, .md, .jsonl or .parquet file (also .gz); a
+            folder of such files; a directory written by ``datasets``' ``save_to_disk``; or a Hub id (``owner/name``
+            or ``owner/name:configuration``).
+        split: ``train``, ``validation`` or ``all``. Rows with a ``split`` column keep theirs; otherwise one document
+            in ten is validation, chosen by a hash of its text.
+        column: The column with the text; by default ``text``, or ``prompt`` where there is no ``text`` and for
+            ``dialogues``.
+
+    Raises:
+        FileNotFoundError: Nothing lies there.
+        ValueError: Empty, not text, no such column, no such split, or a Hub id without network.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
+    return _select_split(list(read_rows(name_or_path, split, column=column)), split, name_or_path)
+
+
+def read_rows(name_or_path: str | Path, split: str = "all", *, column: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield rows with at least ``text`` (the chosen column, a string) before any split is made.
+
+    Args:
+        name_or_path: As for `load_texts`.
+        split: Used only to open the right part of a `datasets` directory or Hub data set.
+        column: As for `load_texts`.
+
+    Raises:
+        FileNotFoundError: Nothing lies there.
+        ValueError: Empty, not text, no such column, or a Hub id without network.
+    """
+    name = str(name_or_path)
+    embedded = EMBEDDED.get(name)
+    if embedded:
+        rows: Iterator[dict] = _read_file(DATA_FOLDER / embedded.file)
+        column = column or embedded.column
+    elif Path(name).exists():
+        rows = _read_path(Path(name), split)
+    else:
+        rows = _read_hub(name, split)
+    for row in rows:
+        default = "prompt" if "prompt" in row and "text" not in row else "text"
+        yield {**row, "text": _pick_column(row, column or default, name)}
+
+
+def describe_data(name_or_path: str | Path, split: str, texts: list[str], used_for: str) -> dict[str, Any]:
+    """Return the summary's line on one data set: name, licence, source, split, rows and bytes.
+
+    Args:
+        name_or_path: As given to `load_texts`.
+        split: The split the texts are of.
+        texts: What was loaded.
+        used_for: ``training`` or ``evaluation``.
+    """
+    name = str(name_or_path)
+    embedded = EMBEDDED.get(name)
+    local = Path(name).exists() and not embedded
+    row = {
+        "name": Path(name).name if local else name,
+        "licence": embedded.licence if embedded else "not stated",
+        "source": embedded.source if embedded else ("local files" if local else f"huggingface.co/datasets/{name}"),
+        "split": split,
+        "num_rows": len(texts),
+        "num_bytes": sum(len(text.encode()) for text in texts),
+        "used_for": used_for,
+    }
+    return row if embedded or local else {**row, "hub_id": name.partition(":")[0]}
+
+
+def is_validation(text: str) -> bool:
+    """Return whether the hash split puts this document into the validation part."""
+    return _hash(text) % VALIDATION_SHARE == 0
+
+
+def _hash(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+
+def _select_split(rows: list[dict], split: str, name: str | Path) -> list[str]:
+    rows = [row for row in rows if row["text"].strip()]
+    if not rows:
+        raise ValueError(f"data: {name} is empty; it holds no text")
+    if split == "all":
+        return [row["text"] for row in rows]
+    if any(row.get("split") for row in rows):
+        chosen = [row["text"] for row in rows if row.get("split") in _SPLIT_NAMES[split]]
+        if not chosen:
+            found = ", ".join(sorted({str(row.get("split")) for row in rows}))
+            raise ValueError(f"data: {name} has no row with split '{split}' (its column 'split' holds: {found})")
+        return chosen
+    held_out = {index for index, row in enumerate(rows) if is_validation(row["text"])}
+    if not held_out and len(rows) > 1:  # a small set still gets one held-out document, the one with the least hash
+        held_out = {min(range(len(rows)), key=lambda index: _hash(rows[index]["text"]))}
+    chosen = [row["text"] for index, row in enumerate(rows) if (index in held_out) == (split == "validation")]
+    if not chosen:
+        raise ValueError(f"data: {name} has {len(rows)} document(s), too few for a {split} split; add more documents")
+    return chosen
+
+
+def _pick_column(row: dict, column: str, name: str) -> str:
+    if column not in row:
+        found = ", ".join(row)
+        raise ValueError(f"data: {name} has no column '{column}' (it has: {found}); name one of them")
+    if not isinstance(row[column], str):
+        kind = type(row[column]).__name__
+        raise ValueError(f"data: column '{column}' of {name} holds {kind}, not text")
+    return row[column]
+
+
+def _read_path(path: Path, split: str) -> Iterator[dict]:
+    if path.is_file():
+        return _read_file(path)
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        return _read_saved(path, split)
+    files = sorted(file for file in path.rglob("*") if _suffix(file) in _TEXT_SUFFIXES | _TABLE_SUFFIXES)
+    if not files:
+        raise ValueError(f"data: folder {path} holds no .txt, .md, .jsonl or .parquet file")
+    return (row for file in files for row in _read_file(file))
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def _read_file(path: Path) -> Iterator[dict]:
+    if not path.exists():
+        raise FileNotFoundError(f"data: no file {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"data: {path} is empty")
+    if _suffix(path) == ".parquet":
+        yield from _read_parquet(path)
+    elif _suffix(path) in (".jsonl", ".ndjson"):
+        yield from _read_jsonl(path)
+    elif _suffix(path) in (".csv", ".tsv", ".json"):  # whoever has one means its rows, not its commas and brackets
+        raise ValueError(f"data: {path} is no plain text; write its rows as .jsonl, an object a line, or as .parquet")
+    else:
+        for passage in _cut_passages(_read_text(path)):
+            yield {"text": passage}
+
+
+def _read_text(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path} is not UTF-8 text (byte {error.start})") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise ValueError(f"data: {path} is not a whole gzip file") from None
+    if "\0" in text:
+        raise ValueError(f"data: {path} is not text (it holds zero bytes)")
+    return text
+
+
+def _read_jsonl(path: Path) -> Iterator[dict]:
+    # not splitlines: JSON strings may hold U+2028 and its like, which are line ends to Python
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # also a number of too many digits, and lists too deep
+            raise ValueError(f"data: {path} line {number} is not JSON") from None
+        if "\\ud" in line.lower() and not _is_encodable(row):
+            raise ValueError(f"data: {path} line {number} holds half a surrogate pair, which is no text")
+        if not isinstance(row, dict):
+            raise ValueError(f"data: {path} line {number} is not a JSON object with a text column")
+        yield row
+
+
+def _is_encodable(row: Any) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_parquet(path: Path) -> Iterator[dict]:
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.lib.ArrowInvalid, OSError):
+        raise ValueError(f"data: {path} is not a Parquet file") from None
+    for batch in table.to_batches():
+        yield from batch.to_pylist()
+
+
+def _cut_passages(text: str) -> Iterator[str]:
+    """Yield passages of at least `_PASSAGE_CHARACTERS`; joined they are the text again.
+
+    They are cut at blank lines, and at the end of a line where no blank one has come for long.
+    """
+    start = 0
+    for blank in re.finditer(r"\n\s*\n|\n", text):
+        is_blank_line = blank.group().count("\n") > 1
+        if blank.end() - start >= _PASSAGE_CHARACTERS * (1 if is_blank_line else 4):
+            yield text[start : blank.end()]
+            start = blank.end()
+    if text[start:]:
+        yield text[start:]
+
+
+def _read_saved(path: Path, split: str) -> Iterator[dict]:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, ValueError, OSError):
+        raise ValueError(f"data: {path} is not a whole `datasets` directory") from None
+    return _rows_of(data, split)
+
+
+def _rows_of(data: Any, split: str) -> Iterator[dict]:
+    """Yield the rows of a Dataset or DatasetDict; where the dict has named splits each row says its own."""
+    import datasets
+
+    if isinstance(data, datasets.Dataset):
+        yield from data
+        return
+    has_validation = any(name in data for name in _SPLIT_NAMES["validation"])
+    for part, rows in data.items():
+        if split == "all" or part in _SPLIT_NAMES[split] or not has_validation:
+            yield from ({**row, "split": part} if has_validation else row for row in rows)
+
+
+def _read_hub(name: str, split: str) -> Iterator[dict]:
+    known = ", ".join(EMBEDDED)
+    if not _HUB_ID.match(name) or _suffix(Path(name)) in _TEXT_SUFFIXES | _TABLE_SUFFIXES:
+        raise FileNotFoundError(f"data: no file or folder {name} (embedded names: {known})")
+    import datasets
+
+    repository, _, configuration = name.partition(":")
+    try:
+        data = datasets.load_dataset(repository, configuration or None)
+    except (ConnectionError, OSError, datasets.exceptions.DatasetsError) as error:
+        reason = "cannot be reached" if isinstance(error, ConnectionError) else "is not there or cannot be read"
+        raise ValueError(
+            f"data: {name} is no local path, and as a Hub data set it {reason}; "
+            f"pass an embedded name ({known}), a .txt, .jsonl or .parquet file, or a folder of them"
+        ) from None
+    return _rows_of(data, split)

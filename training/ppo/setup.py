@@ -1,0 +1,192 @@
+"""What PPO needs before its first step: settings and prompts that can work, no dropout, an obedient accelerator.
+
+Called by `deepseek_training.ppo.trainer`. Surprising: TRL's constructor builds its own `Accelerator` and wrapper from
+names in its module, so ours are put in those names' places while the constructor runs.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import trl.experimental.ppo.ppo_trainer as trl_ppo
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from datasets import Dataset
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from trl.experimental.ppo import PPOConfig
+
+from deepseek_training.ppo.forward import PolicyAndValue
+
+_AT_LEAST = {
+    "response_length": 1,
+    "num_mini_batches": 1,
+    "num_ppo_epochs": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "local_rollout_forward_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "total_episodes": 1,
+    "kl_coef": 0,
+    "cliprange": 0,
+    "cliprange_value": 0,
+    "vf_coef": 0,
+    "max_grad_norm": 0,
+    "learning_rate": 0,
+    "missing_eos_penalty": 0,
+}
+
+
+def check_settings(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Refuse settings and tokenizers that could not train.
+
+    Args:
+        args: TRL's settings.
+        tokenizer: Of the policy.
+        config: Of the policy.
+
+    Raises:
+        ValueError: Names the setting, its value and what is allowed.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ValueError("tokenizer: it has no pad token; set tokenizer.pad_token (it may be the eos token)")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: it has no eos token, so no completion could end; set tokenizer.eos_token")
+    if len(tokenizer) > config.get_text_config().vocab_size:
+        raise ValueError(
+            f"tokenizer: its {len(tokenizer)} tokens are more than the model's {config.get_text_config().vocab_size}"
+        )
+    for name, least in _AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name}={value}: allowed is {least} or more")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"{name}={getattr(args, name)}: allowed is 0 to 1")
+    if not args.temperature > 0:
+        raise ValueError(f"temperature={args.temperature}: allowed is above 0")
+    if args.kl_estimator not in ("k1", "k3"):
+        raise ValueError(f"kl_estimator={args.kl_estimator!r}: allowed are 'k1' and 'k3'")
+    _check_batches(args)
+    is_reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if is_reentrant and PartialState().num_processes > 1:
+        raise ValueError("gradient_checkpointing_kwargs: use_reentrant=True works in one process only; use False")
+
+
+def _check_batches(args: PPOConfig) -> None:
+    local_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if local_batch % args.num_mini_batches:
+        raise ValueError(
+            f"num_mini_batches={args.num_mini_batches}: it must divide the batch of {local_batch} prompts a process"
+        )
+    per_mini_batch = args.gradient_accumulation_steps / args.num_mini_batches
+    if per_mini_batch > 1 and not per_mini_batch.is_integer():
+        raise ValueError(
+            f"num_mini_batches={args.num_mini_batches}: gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps} must be a multiple of it, or at most as large"
+        )
+    mini_batch = local_batch // args.num_mini_batches
+    if args.whiten_rewards and mini_batch < 8:
+        raise ValueError(f"whiten_rewards=True: a mini-batch of {mini_batch} is too small, wanted 8 or more")
+
+
+def check_prompts(args: PPOConfig, config: PretrainedConfig, train: Dataset, held_out: Dataset | None) -> None:
+    """Refuse prompts that could not be completed.
+
+    Args:
+        args: TRL's settings.
+        config: Of the policy.
+        train: The prompts.
+        held_out: Those of the evaluation; None: there is none.
+
+    Raises:
+        ValueError: No prompts, an empty one, fewer than a batch, or one that leaves no room for a completion.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    vocab_size = config.get_text_config().vocab_size
+    for name, dataset in (("train_dataset", train), ("eval_dataset", held_out)):
+        if dataset is None and name == "eval_dataset":
+            continue
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"{name}: {type(dataset).__name__} is not supported, wanted a datasets.Dataset")
+        if not len(dataset):
+            raise ValueError(f"{name}: it is empty; wanted at least one prompt")
+        if "input_ids" not in dataset.column_names:
+            raise ValueError(f"{name}: it has no column 'input_ids', only {', '.join(dataset.column_names)}")
+        for row, ids in enumerate(dataset["input_ids"]):
+            if not len(ids):
+                raise ValueError(f"{name}: prompt {row} has no tokens")
+            if min(ids) < 0 or max(ids) >= vocab_size:
+                raise ValueError(f"{name}: prompt {row} has token {max(ids)}, the model knows 0 to {vocab_size - 1}")
+            if context is not None and len(ids) + args.response_length > context:
+                raise ValueError(
+                    f"{name}: prompt {row} has {len(ids)} tokens, with response_length={args.response_length} more "
+                    f"than the model's context of {context}"
+                )
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+    if len(train) < batch:
+        raise ValueError(
+            f"train_dataset: {len(train)} rows are fewer than the batch of {batch}; "
+            "lower per_device_train_batch_size or gradient_accumulation_steps"
+        )
+
+
+def check_value_model(value_model: nn.Module, config: PretrainedConfig) -> None:
+    """Refuse a value model that cannot follow the policy.
+
+    Args:
+        value_model: What was passed as one.
+        config: The policy's.
+
+    Raises:
+        ValueError: It has no head for one number, or does not know all of the policy's tokens.
+    """
+    if not hasattr(value_model, "score") or not hasattr(value_model, value_model.base_model_prefix):
+        raise ValueError(
+            f"value_model: {type(value_model).__name__} has no `score` head; pass a sequence classifier with one label"
+        )
+    if value_model.config.num_labels != 1:
+        raise ValueError(f"value_model: it has {value_model.config.num_labels} labels, wanted 1 (num_labels=1)")
+    known, wanted = (each.get_text_config().vocab_size for each in (value_model.config, config))
+    if known < wanted:
+        raise ValueError(f"value_model: it knows {known} tokens, the policy {wanted}")
+
+
+def disable_functional_dropout(model: nn.Module) -> None:
+    """Set every dropout rate a module keeps as a number to 0; TRL reaches only ``nn.Dropout``.
+
+    PPO compares probabilities of the same tokens before and after a step, so they must not be random.
+
+    Args:
+        model: Changed in place; its configuration, which is saved, is left as it is.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@contextlib.contextmanager
+def stock_parts_replaced(args: PPOConfig) -> Iterator[None]:
+    """While stock's constructor runs, give it an `Accelerator` that obeys the settings, and our `PolicyAndValue`.
+
+    Stock builds an accelerator without mixed precision, that counts `gradient_accumulation_steps` micro-batches to a
+    step, steps early at the data loader's end, and lets DDP wait for experts that saw no token.
+
+    Args:
+        args: TRL's settings.
+    """
+
+    def build(gradient_accumulation_steps: int) -> Accelerator:
+        steps = max(1, gradient_accumulation_steps // args.num_mini_batches)
+        return Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps, sync_with_dataloader=False),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+
+    stock = trl_ppo.Accelerator, trl_ppo.PolicyAndValueWrapper
+    trl_ppo.Accelerator, trl_ppo.PolicyAndValueWrapper = build, PolicyAndValue
+    try:
+        yield
+    finally:
+        trl_ppo.Accelerator, trl_ppo.PolicyAndValueWrapper = stock

@@ -1,0 +1,396 @@
+"""TRL's `PPOTrainer` with its known defects mended; TRL stays the engine.
+
+TRL builds the wrapper, optimizer, schedule, callbacks and saves; its generation, whitening, truncation and metrics'
+names are used as they are. Overridden is what is wrong, each place with its reason; `docs/aligning_with_ppo.md` has
+the table, stock against ours. Rewards are callables (`deepseek_training.rewards`), the very ones GRPO and RLOO take.
+Surprising: with settings under which the stock class is right, both trace the same losses; a test holds that.
+"""
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+from deepseek_training.balance.callback import find_routers
+from deepseek_training.ppo.checkpoint import (
+    finish_checkpoint,
+    last_checkpoint,
+    load_checkpoint,
+    load_reward_state,
+    reward_state,
+)
+from deepseek_training.ppo.evaluation import evaluate_prompts, mean_metrics, show_samples
+from deepseek_training.ppo.metrics import Stopwatch, count_eos, mean_by_name, step_means
+from deepseek_training.ppo.play import RewardError, play, raise_together
+from deepseek_training.ppo.rollout import PromptCollator, RewardAdapter, Rollout
+from deepseek_training.ppo.setup import (
+    check_prompts,
+    check_settings,
+    check_value_model,
+    disable_functional_dropout,
+    stock_parts_replaced,
+)
+from deepseek_training.ppo.update import Targets, compute_targets, micro_batch_loss
+from deepseek_training.ppo.value import value_model_for
+from deepseek_training.trainer.divergence import refuse_divergence
+
+_SEED_STEP = 1_000_003  # a prime, so that seeds of different updates and processes do not meet
+
+
+class CorrectedPPOTrainer(PPOTrainer):
+    """PPO that clips, steps, resumes, evaluates and saves as its settings say.
+
+    Args:
+        args: TRL's settings; their names and meanings are TRL's.
+        processing_class: The tokenizer; it needs a pad token, which may equal eos.
+        model: The policy.
+        reward: A callable (see `deepseek_training.rewards`), or a reward model as TRL takes it.
+        train_dataset: Rows with ``input_ids``; all other columns go to the reward.
+        value_model: A sequence classifier with one label; None gives a LoRA policy one that shares its frozen weights.
+        ref_model: The reference; None copies the policy, or with LoRA turns the adapter off.
+        eval_dataset: Held-out rows, for `evaluate`.
+        callbacks: More callbacks.
+        peft_config: Makes the policy a LoRA one.
+        prompt_column: The column passed to the reward as its prompts; without it the prompts are decoded.
+
+    Raises:
+        ValueError: A setting with which training could not begin or never end.
+    """
+
+    def __init__(
+        self,
+        *,
+        args: PPOConfig,
+        processing_class: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        reward: Callable[..., list[float | None]] | nn.Module,
+        train_dataset: Dataset,
+        value_model: nn.Module | None = None,
+        ref_model: PreTrainedModel | None = None,
+        eval_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: Any = None,
+        optimizers: tuple = (None, None),
+        prompt_column: str = "prompt",
+    ):
+        check_settings(args, processing_class, model.config)
+        check_prompts(args, model.config, train_dataset, eval_dataset)
+        if value_model is None:
+            value_model = value_model_for(model, peft_config)
+        check_value_model(value_model, model.config)
+        if not isinstance(reward, nn.Module):
+            reward = RewardAdapter(reward, processing_class)
+        with stock_parts_replaced(args):
+            super().__init__(
+                args=args,
+                processing_class=processing_class,
+                model=model,
+                ref_model=ref_model,
+                reward_model=reward,
+                train_dataset=train_dataset,
+                value_model=value_model,
+                data_collator=PromptCollator(),
+                eval_dataset=eval_dataset,
+                optimizers=optimizers,
+                callbacks=callbacks,
+                peft_config=peft_config,
+            )
+        self.is_distributed_loading_by_transformers = False  # Trainer's own constructor, which TRL skips, sets it
+        self.prompt_column = prompt_column
+        self.last_evaluation: dict[str, list] = {}
+        self.num_eval_samples = 1
+        self.saved_reference: Path | None = None
+        self._metrics: dict[str, list[float]] = {}
+        self.extra_columns: dict[str, list] = {}
+        self.watch = Stopwatch()
+        for module in (self.policy_model, self.ref_model, self.value_model):
+            if module is not None:
+                disable_functional_dropout(module)
+        if args.gradient_checkpointing:  # stock: the setting is read and never applied
+            for module in (self.policy_model, self.value_model):
+                module.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+                if isinstance(module, PeftModel):  # or a reentrant checkpoint finds nothing that needs a gradient
+                    module.enable_input_require_grads()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """Train to the end, from the start or from a checkpoint.
+
+        Stock takes no checkpoint, never evaluates, and rolls out in training mode.
+
+        Args:
+            resume_from_checkpoint: A folder, or True for the newest whole one in `output_dir`.
+
+        Raises:
+            ValueError: There is no such checkpoint, or it does not fit.
+            RewardError: A reward raised, or returned scores that are missing, not finite or miscounted.
+        """
+        args = self.args
+        self._begin(resume_from_checkpoint)
+        started = time.perf_counter()
+        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        self._tell_routers(max(1, args.gradient_accumulation_steps // args.num_mini_batches))
+        while self.state.global_step < args.num_total_batches and not self.control.should_training_stop:
+            self._train_step(self.state.global_step + 1)
+        self._tell_routers(None)
+        self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+        seconds = time.perf_counter() - started
+        losses = [row["loss/policy_avg"] for row in self.state.log_history if "loss/policy_avg" in row]
+        return TrainOutput(
+            self.state.global_step, float(np.mean(losses)) if losses else 0.0, {"train_runtime": seconds}
+        )
+
+    def _begin(self, checkpoint: str | bool | None) -> None:
+        """Set the counters as stock does, then overwrite them with the checkpoint's."""
+        args = self.args
+        self.state.global_step = self.state.episode = 0
+        self.state.max_steps = args.num_total_batches
+        self.state.num_train_epochs = args.total_episodes / self.train_dataset_len
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(args, name)
+            if value is not None:
+                value = math.ceil(self.state.max_steps * value) if value < 1 else value
+                setattr(self.state, name, value)
+        if self.is_deepspeed_enabled:
+            self.deepspeed = self.model_wrapped = self.model
+        if checkpoint is True:
+            checkpoint = last_checkpoint(args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True: {args.output_dir} holds no whole checkpoint")
+        if checkpoint:
+            load_checkpoint(self, checkpoint)
+        self.model.train()
+
+    def _tell_routers(self, num_passes: int | None) -> None:
+        """Tell our models' routers how many passes make an optimizer step, for the size of their auxiliary losses."""
+        for router in find_routers(self.model):
+            router.load.num_accumulation_steps = num_passes
+
+    def _train_step(self, update: int) -> None:
+        args = self.args
+        self._seed(update)
+        rollout = self._play_or_save(self._batch(update))
+        with torch.no_grad():
+            targets = compute_targets(rollout, args, self._add_up)
+        stats = self._learn(rollout, targets)
+        self.state.episode += args.batch_size
+        self.state.epoch = self.state.episode / self.train_dataset_len
+        self.state.global_step = update
+        self._log_step(rollout, targets, stats)
+        self.lr_scheduler.step()
+        self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+        if self.control.should_evaluate and self.eval_dataset is not None:
+            self._evaluate_or_save()
+        if self.control.should_save:
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(args, self.state, self.control)
+        if args.num_sample_generations > 0 and (update - 1) % self.sample_generations_freq == 0:
+            self.generate_completions(sampling=True)
+
+    def _play_or_save(self, batch: dict[str, Any]) -> Rollout:
+        """Play; if a reward fails in any process, every process saves the last whole update and stops."""
+        state = copy.deepcopy(reward_state(self))
+        rollout, failure = None, None
+        try:
+            rollout = play(self, batch)
+        except RewardError as error:
+            failure = error
+        try:
+            raise_together(failure)
+        except RewardError:
+            load_reward_state(self, state)  # parts called before the one that failed have moved on
+            self._save_checkpoint(self.model, trial=None)
+            raise
+        return rollout
+
+    def _evaluate_or_save(self) -> None:
+        try:
+            self.evaluate()
+        except RewardError:
+            self._save_checkpoint(self.model, trial=None)
+            raise
+
+    def _seed(self, update: int) -> None:
+        """Make an update's randomness depend on nothing but seed, process and number, so that resuming is exact."""
+        torch.manual_seed(self.local_seed + _SEED_STEP * update)
+        np.random.seed((self.local_seed + _SEED_STEP * update) % 2**32)
+
+    def _batch(self, update: int) -> dict[str, Any]:
+        """This process's prompts of an update; each pass over the data has its own order."""
+        args = self.args
+        per_epoch = self.train_dataset_len // args.batch_size
+        epoch, position = divmod(update - 1, per_epoch)
+        order = torch.randperm(self.train_dataset_len, generator=torch.Generator().manual_seed(args.seed + epoch))
+        start = position * args.batch_size + self.accelerator.process_index * args.local_batch_size
+        rows = self.train_dataset.select(order[start : start + args.local_batch_size].tolist())
+        return self.data_collator(list(rows))
+
+    @contextlib.contextmanager
+    def null_ref_context(self) -> Iterator[None]:
+        """Turn the LoRA adapter off; stock looks for it on the DDP wrapper, which has no ``policy``."""
+        wrapped, self.model = self.model, self.accelerator.unwrap_model(self.model)
+        try:
+            with super().null_ref_context():
+                yield
+        finally:
+            self.model = wrapped
+
+    def _learn(self, rollout: Rollout, targets: Targets) -> dict[str, torch.Tensor]:
+        """Take the optimizer steps of one batch; return `STATS`, one value a mini-batch, and the gradient's norm.
+
+        Stock steps once per `gradient_accumulation_steps` micro-batches, however many make a mini-batch; steps after
+        each of them when the data loader is at its end; never clips.
+        """
+        args = self.args
+        logged: dict[str, list[torch.Tensor]] = {}
+        with self.watch.time("update"):
+            for _ in range(args.num_ppo_epochs):
+                order = torch.from_numpy(np.random.permutation(args.local_batch_size)).to(self.accelerator.device)
+                for mini_batch in order.split(args.local_mini_batch_size):
+                    for name, value in self._learn_mini_batch(rollout, targets, mini_batch).items():
+                        logged.setdefault(name, []).append(value)
+        return {name: torch.stack(values) for name, values in logged.items()}
+
+    def _learn_mini_batch(
+        self, rollout: Rollout, targets: Targets, mini_batch: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Take one optimizer step; means are over the mini-batch's tokens in all processes."""
+        args, accelerator = self.args, self.accelerator
+        masks = (rollout.padding_mask[mini_batch], rollout.padding_mask_p1[mini_batch])
+        counts = torch.stack(
+            [*((~mask).sum() for mask in masks), torch.tensor(len(mini_batch), device=masks[0].device)]
+        )
+        # DDP takes the mean of the gradients, so each process divides by the mean of the counts
+        totals = accelerator.reduce(counts.float(), reduction="mean")
+        micro_batches = mini_batch.split(args.per_device_train_batch_size)
+        sums: dict[str, torch.Tensor] = {}
+        for rows in micro_batches:
+            with accelerator.accumulate(self.model):
+                loss, stats = micro_batch_loss(self.model, rollout, targets, rows, totals, args)
+                # accelerate divides by the number of micro-batches; the shares already add up to the mean
+                accelerator.backward(loss * len(micro_batches))
+                if accelerator.sync_gradients and args.max_grad_norm:
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                    stats["grad_norm"] = norm.detach()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0.0) + value
+        # Stock tells no callback of its steps; ExpertBalanceCallback moves its biases here
+        self.control = self.callback_handler.on_optimizer_step(args, self.state, self.control)
+        return sums
+
+    def _add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes."""
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Complete each held-out prompt and return the mean reward, its parts and the KL, with errors over prompts.
+
+        Each prompt is completed `num_eval_samples` times and counts once, with its mean.
+        Stock has no evaluation loop and its loader drops the last partial batch. The randomness is the same at every
+        call, so that evaluations differ by the policy alone, and training does not notice.
+
+        Args:
+            eval_dataset: Other rows than the trainer's.
+            ignore_keys: Not used; for `Trainer`'s signature.
+            metric_key_prefix: Put before each name.
+
+        Raises:
+            ValueError: There are no held-out rows.
+            RewardError: The reward failed.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("eval_dataset: none was given, neither to the trainer nor to evaluate()")
+        with self._training_figures_kept():
+            self.last_evaluation = evaluate_prompts(self, dataset)
+        metrics = mean_metrics(self.last_evaluation, metric_key_prefix)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Print held-out prompts with completions and scores, `num_sample_generations` times in a training.
+
+        Stock reads its loader, which drops the last partial batch, and tells padding by token ids.
+
+        Args:
+            sampling: Take the first batch only.
+        """
+        if self.eval_dataset is None:
+            return
+        count = min(self.args.per_device_eval_batch_size, len(self.eval_dataset)) if sampling else None
+        dataset = self.eval_dataset if count is None else self.eval_dataset.select(range(count))
+        with self._training_figures_kept():
+            columns = evaluate_prompts(self, dataset)
+        if self.accelerator.is_main_process:
+            show_samples(self.processing_class.batch_decode(list(dataset["input_ids"])), columns, self.args.report_to)
+
+    @contextlib.contextmanager
+    def _training_figures_kept(self) -> Iterator[None]:
+        """Keep what an evaluation measures out of the next step's log."""
+        kept = self._metrics, self.watch
+        self._metrics, self.watch = {}, Stopwatch()
+        try:
+            yield
+        finally:
+            self._metrics, self.watch = kept
+
+    def log_metric(self, name: str, value: float) -> None:
+        """What rewards receive as ``log_metric``; values are averaged over the processes at the next log."""
+        self._metrics.setdefault(name, []).append(value)
+
+    def _log_step(self, rollout: Rollout, targets: Targets, stats: dict[str, torch.Tensor]) -> None:
+        """Log under TRL's names, and the gradient's norm, the reward's parts and the share of time beside them."""
+        own = {name: float(value) for name, value in step_means(rollout, targets, stats).items()}
+        own.update({name: float(np.mean(values)) for name, values in self._metrics.items()})
+        metrics = mean_by_name(gather_object([own]))
+        ratios = self.accelerator.gather(stats["ratio"])
+        metrics["val/ratio_var"] = ratios.var().item() if len(ratios) > 1 else 0.0
+        metrics["val/num_eos_tokens"] = sum(gather_object([count_eos(rollout, self.processing_class)]))
+        metrics.update(self.watch.metrics(rollout, self.args))
+        metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
+        metrics["episode"] = self.state.episode
+        self._metrics.clear()
+        self.watch = Stopwatch()
+        self.log(metrics)
+        figures = {name: value for name, value in metrics.items() if name.startswith("loss/") or name == "grad_norm"}
+        refuse_divergence(self.model, self.state.global_step, self.args.learning_rate, figures)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy, also when DDP hides it (stock then saves the wrapper, which fails)."""
+        wrapped, self.model = self.model, self.accelerator.unwrap_model(self.model)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self.model = wrapped
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save what `Trainer` saves, then the value model and the reward's state (stock loses both).
+
+        The older checkpoints are deleted when the new one is whole; `Trainer` deletes them before.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super(PPOTrainer, self)._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        finish_checkpoint(self)

@@ -1,0 +1,1 @@
+"""Recipes: their dataclasses, their reader and the embedded YAML files."""

@@ -1,0 +1,134 @@
+"""The settings of the pretrain and adapt stages.
+
+`pretrain` and `adapt` take them, the recipes under ``recipes/`` fill them, ``--help`` prints them. Kept apart from the
+stages so that reading them imports neither torch nor transformers.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from deepseek_training.recipes.loading import setting
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainerSettings:
+    """What both stages ask of the trainer."""
+
+    seed: int = setting(0, help="Seed of initialisation, data order and dropout.")
+    sequence_length: int = setting(256, help="Tokens a block; at most the model's context.")
+    batch_size: int = setting(16, help="Blocks a step and device.")
+    gradient_accumulation_steps: int = setting(1, help="Forward and backward passes an optimizer step.")
+    max_steps: int = setting(help="Optimizer steps.")
+    learning_rate: float = setting(help="Peak learning rate of AdamW.")
+    min_learning_rate_share: float = setting(0.1, help="Where the cosine ends, as a share of the peak, in [0, 1].")
+    warmup_steps: int = setting(0, help="Steps in which the learning rate rises from 0.")
+    weight_decay: float = setting(0.1, help="AdamW's weight decay (DeepSeek-V3: 0.1).")
+    adam_beta2: float = setting(0.95, help="AdamW's second decay rate (DeepSeek-V3: 0.95).")
+    max_grad_norm: float = setting(1.0, help="Gradients are clipped to this norm.")
+    bias_update_speed: float | None = setting(
+        None,
+        help="Step of the experts' balancing bias (DeepSeek-V3: 0.001); null: the model's router_bias_update_speed.",
+    )
+    bf16: bool = setting(False, help="Train under bf16 autocast.")
+    gradient_checkpointing: bool = setting(False, help="Recompute activations in the backward pass to save memory.")
+    experts_implementation: Literal["fused_moe", "grouped_mm", "batched_mm", "eager"] = setting(
+        "fused_moe", help="How experts are computed: fused_moe, grouped_mm, batched_mm or eager."
+    )
+    eval_steps: int = setting(0, help="Steps between measurements on the held-out text; 0: only at the end.")
+    eval_bytes: int | None = setting(
+        None, help="UTF-8 bytes of each held-out set that are scored, the same share of each document; null: all."
+    )
+    logging_steps: int = setting(10, help="Steps between lines in metrics.jsonl.")
+    save_steps: int = setting(0, help="Steps between checkpoints, a multiple of logging_steps; 0: none.")
+    report_to: list[str] | None = setting(  # noqa: RUF009
+        None,
+        help="Trackers that also get the figures, such as [wandb]; null: trackio, a local one, if installed.",
+    )
+    sample_prompts: list[str] = setting([], help="Prompts the finished model continues, for the report.")  # noqa: RUF009
+    sample_tokens: int = setting(60, help="Tokens of each sample.")
+
+    def __post_init__(self):
+        for name in ("sequence_length", "batch_size", "gradient_accumulation_steps", "max_steps", "logging_steps"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("eval_steps", "save_steps", "warmup_steps", "weight_decay", "sample_tokens", "seed"):
+            self.require(name, getattr(self, name) >= 0, "at least 0")
+        self.require("sequence_length", self.sequence_length >= 4, "at least 4")
+        self.require("seed", self.seed < 2**32, "below 2**32")
+        self.require("learning_rate", 0 < self.learning_rate < math.inf, "above 0, and finite")
+        self.require("weight_decay", self.weight_decay < math.inf, "finite")
+        speed = self.bias_update_speed
+        self.require("bias_update_speed", speed is None or 0 <= speed < math.inf, "null or at least 0, and finite")
+        self.require("max_grad_norm", self.max_grad_norm > 0, "above 0")
+        self.require("min_learning_rate_share", 0 <= self.min_learning_rate_share <= 1, "in [0, 1]")
+        self.require("adam_beta2", 0 <= self.adam_beta2 < 1, "in [0, 1)")
+        self.require("warmup_steps", self.warmup_steps <= self.max_steps, f"at most max_steps={self.max_steps}")
+        self.require("eval_bytes", self.eval_bytes is None or self.eval_bytes >= 1000, "null or at least 1000")
+        # A resumed run starts a new logging window, so a checkpoint inside one would change the logged means.
+        steps = self.logging_steps
+        self.require("save_steps", self.save_steps % steps == 0, f"a multiple of logging_steps={steps}")
+
+    def require(self, name: str, holds: bool, allowed: str) -> None:
+        """Raise a one-line ValueError unless the setting holds.
+
+        Args:
+            name: The setting.
+            holds: Whether its value is allowed.
+            allowed: What is.
+        """
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r} must be {allowed}")
+
+
+@dataclasses.dataclass(kw_only=True)
+class SplittableSettings(TrainerSettings):
+    """What stages add that can split a model over processes."""
+
+    expert_parallel_size: int = setting(
+        1,
+        help="Processes that share one set of experts; above 1 with save_steps 0 and untied embeddings only.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        size = self.expert_parallel_size
+        self.require("expert_parallel_size", size >= 1, "at least 1")
+        # transformers cannot write the optimizer's state of a split model.
+        self.require("save_steps", size == 1 or self.save_steps == 0, f"0 with expert_parallel_size={size}")
+
+
+@dataclasses.dataclass(kw_only=True)
+class PretrainRecipe(SplittableSettings):
+    """The settings of `pretrain`."""
+
+    data: str = setting("books", help="Text to train on: embedded name, file, folder, datasets directory or Hub id.")
+    data_column: str | None = setting(None, help="Column that holds the text; null: text.")
+    tokenizer: str | None = setting(None, help="Folder or Hub id of a tokenizer; null: train one on tokenizer_data.")
+    tokenizer_data: list[str] = setting([], help="What a new tokenizer is trained on; empty: the training text.")  # noqa: RUF009
+    vocab_size: int = setting(2048, help="Tokens of a new tokenizer, at least 259.")
+    preset: str = setting("nano", help="Model size: 154b, 7.7b, nano or debug.")
+    model: dict[str, Any] = setting({}, help="Settings of DeepseekConfig that replace the preset's.")  # noqa: RUF009
+    check_bigram: bool = setting(True, help="Check that the model beats an interpolated bigram on the held-out text.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require("vocab_size", self.tokenizer is not None or self.vocab_size >= 259, "at least 259")
+
+
+@dataclasses.dataclass(kw_only=True)
+class AdaptRecipe(SplittableSettings):
+    """The settings of `adapt`."""
+
+    model: str = setting(help="The model to continue: a folder or Hub id.")
+    data: str = setting("medicine", help="Text of the domain, named as for pretrain.")
+    data_column: str | None = setting(None, help="Column that holds the domain's text; null: text.")
+    general_data: str = setting("books", help="General text to replay and to check against forgetting.")
+    general_column: str | None = setting(None, help="Column that holds the general text; null: text.")
+    replay_share: float = setting(0.25, help="Share of training blocks that are general text, in [0, 1).")
+    min_domain_gain: float = setting(0.08, help="The check wants the domain's bits per byte to fall by this share.")
+    max_general_loss: float = setting(0.04, help="The check lets the general bits per byte rise by this share.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require("replay_share", 0 <= self.replay_share < 1, "in [0, 1)")
+        self.require("data", self.data != self.general_data, "another data set than general_data")

@@ -1,0 +1,26 @@
+"""The settings of the supervised fine-tuning stage, kept apart so that reading them imports neither torch nor TRL."""
+
+import dataclasses
+
+from deepseek_training.recipes.loading import setting
+from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
+
+
+@dataclasses.dataclass(kw_only=True)
+class SftRecipe(TrainerSettings):
+    """The settings of `sft`."""
+
+    model: str = setting(help="The model to teach: a folder or Hub id, with its tokenizer.")
+    data: str = setting("dialogues", help="Conversations: embedded name, file, folder, datasets directory or Hub id.")
+    prompt_column: str = setting("prompt", help="Column that holds what is asked.")
+    answer_column: str = setting("answer", help="Column that holds what is answered.")
+    sources: list[str] = setting([], help="Keep the rows whose `source` is one of these; empty: all rows.")  # noqa: RUF009
+    chat_template: str | None = setting(
+        None, help="File with a Jinja chat template, saved with the tokenizer; null: the tokenizer's own."
+    )
+    num_eval_conversations: int | None = setting(None, help="Held-out conversations that are scored; null: all.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        wanted = self.num_eval_conversations
+        self.require("num_eval_conversations", wanted is None or wanted >= 2, "null or at least 2")

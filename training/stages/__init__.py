@@ -1,0 +1,1 @@
+"""The stages of a training, one file each: pretrain, adapt, sft, align."""

@@ -1,0 +1,106 @@
+"""Checkpoints that a resumed run can trust.
+
+`transformers.Trainer` writes a checkpoint file by file, so a killed run may leave one cut short. `CheckpointMarker`
+lists the files and their sizes once all are written; `last_complete_checkpoint` takes only folders whose list still
+holds, and names the others. `load_weights` reads a model back, for every stage's way of resuming.
+"""
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback
+
+from deepseek_records.run_folder import write_json
+from modeling_deepseek.modeling_deepseek import DeepseekPreTrainedModel
+
+MARKER_FILE = "complete.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+logger = logging.getLogger(__name__)
+
+
+class CheckpointMarker(TrainerCallback):
+    """Marks each checkpoint as complete after the trainer has written all of it, then deletes the older ones.
+
+    `Trainer`'s own `save_total_limit` would delete the last good checkpoint before its successor is marked.
+    """
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write the marker; `Trainer` calls this after the last file of a checkpoint."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process writes its random state into the checkpoint
+        if not state.is_world_process_zero:
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        mark_complete(checkpoint)
+        for older in checkpoint.parent.glob("checkpoint-*"):
+            if _NAME.fullmatch(older.name) and step_of(older) < state.global_step:
+                shutil.rmtree(older)
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Write the list of files and sizes that makes a checkpoint complete.
+
+    Args:
+        checkpoint: The folder, finished in every other way.
+    """
+    write_json(checkpoint / MARKER_FILE, _file_sizes(checkpoint))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether the folder holds every file its marker lists, at its size."""
+    try:
+        listed = json.loads((checkpoint / MARKER_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    found = _file_sizes(checkpoint)
+    return all(found.get(name) == size for name, size in listed.items())
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """Return the complete checkpoint of the highest step, or None; incomplete ones are named and deleted.
+
+    Args:
+        folder: Where ``checkpoint-STEP`` folders lie; it need not exist.
+    """
+    if not folder.is_dir():
+        return None
+    checkpoints = [path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    complete = []
+    for path in sorted(checkpoints, key=step_of):
+        if is_complete(path):
+            complete.append(path)
+        else:
+            logger.warning("%s is incomplete (the run was stopped while writing it); it is deleted", path)
+            shutil.rmtree(path)
+    return complete[-1] if complete else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer step in a checkpoint folder's name."""
+    return int(_NAME.fullmatch(checkpoint.name).group(1))
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Copy a saved model's weights and buffers into this one, through `from_pretrained`.
+
+    `Trainer` (5.23) hands the file to `load_state_dict`, which knows nothing of the per-expert names that
+    `save_pretrained` writes: the experts would silently keep their initial values.
+
+    Args:
+        model: Changed in place.
+        folder: Where a model of the same class and settings was saved.
+    """
+    kept = {}
+    if isinstance(model, DeepseekPreTrainedModel):  # loading sets it to 0 and leaves the prediction layers out
+        kept["mtp_loss_coef"] = model.config.mtp_loss_coef
+    saved = type(model).from_pretrained(folder, dtype=model.dtype, **kept)
+    model.load_state_dict(saved.state_dict())
+
+
+def _file_sizes(checkpoint: Path) -> dict[str, int]:
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MARKER_FILE)
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}

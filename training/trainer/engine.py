@@ -1,0 +1,104 @@
+"""Which distributed engine a training runs under, and proof that it is the one asked for.
+
+`accelerate launch --config_file` (files under ``launch/``) chooses: nothing or torchrun gives data parallelism, FSDP2
+and DeepSpeed ZeRO-3 split the parameters. Surprising: without a GPU accelerate (1.15) turns FSDP into plain data
+parallelism without a word, and leaves DeepSpeed believing in one process, each of which then reads the same data.
+`prepare_engine` makes both engines real on a CPU, where they serve to try a recipe out, and `check_engine` refuses to
+train under another engine than was asked for.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
+
+LAUNCH_FOLDER = Path(__file__).parents[1] / "launch"
+
+
+def launch_config(name: str) -> Path:
+    """Return the accelerate configuration of an engine, for ``accelerate launch --config_file``.
+
+    Args:
+        name: ``fsdp2`` or ``zero3``.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    path = LAUNCH_FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in LAUNCH_FOLDER.glob("*.yaml")))
+        raise ValueError(f"launch configuration: {name!r} is not one of {names}")
+    return path
+
+
+def requested_engine() -> DistributedType | None:
+    """Return FSDP or DEEPSPEED if ``accelerate launch`` was told so, else None."""
+    for engine in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        if os.environ.get(f"ACCELERATE_USE_{engine.value}", "false").lower() == "true":
+            return engine
+    return None
+
+
+def prepare_engine() -> dict[str, Any]:
+    """Set up the process group that a requested engine needs on a CPU; call it before `TrainingArguments`.
+
+    Returns:
+        What to pass as `accelerator_config`; empty where accelerate needs no help.
+    """
+    engine = requested_engine()
+    if engine is None or torch.accelerator.is_available() or "LOCAL_RANK" not in os.environ:
+        return {}
+    if engine is DistributedType.DEEPSPEED:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        PartialState(backend="gloo")
+    else:
+        state = PartialState(cpu=True)
+        # Accelerate looks for an FSDP plugin only on this type; it never asks what the device is.
+        state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return {"use_configured_state": True}
+
+
+@contextlib.contextmanager
+def building_as_configured(args: TrainingArguments) -> Iterator[None]:
+    """Let a model be built whole in each process unless DeepSpeed's `zero3_init_flag` asks to split it at once.
+
+    transformers (5.23) splits it whatever the flag says, and draws a split model's first weights in another order, so
+    that a training would not start where that of one process does.
+
+    Args:
+        args: The trainer's arguments.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is None or plugin.zero3_init_flag:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        plugin.set_deepspeed_weakref()
+
+
+def check_engine(accelerator: Any) -> None:
+    """Refuse another engine than ``accelerate launch`` was told to use.
+
+    Args:
+        accelerator: The trainer's.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    engine, found = requested_engine(), accelerator.distributed_type
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if engine is not None and world_size > 1 and found is not engine:
+        raise ValueError(f"accelerate launch: {engine.value} was asked for, but the trainer runs under {found.value}")
+    known = accelerator.num_processes
+    if known != world_size:
+        raise ValueError(f"accelerate launch: {world_size} processes were started, but the trainer knows {known}")
