@@ -53,7 +53,7 @@ def test_lora_leaves_models_that_load_by_themselves(policy_path, tmp_path):
     adapted = PeftModel.from_pretrained(start, run.path / "adapter").eval()
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():
-        # Merged weights are rounded once more than the adapter's sum; fp32, and the adapter's own effect is above 1e-4.
+        # Merged weights are rounded once more than the adapter's sum; fp32, and the adapter itself moves 1e-4.
         torch.testing.assert_close(policy(ids).logits, adapted(ids).logits, rtol=1e-5, atol=3e-5)
         assert (policy(ids).logits - adapted.get_base_model()(ids).logits).abs().max() < 1e-4
         with adapted.disable_adapter():
