@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 from importlib import metadata
+from typing import NoReturn
 
 SUBCOMMANDS = (
     "demo",
@@ -48,9 +49,16 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         return super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong; argparse alone prints the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command, with every subcommand's options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="deepseek-moe",
         description="Train, align, evaluate and ship DeepSeek-style Mixture-of-Experts language models.",
         epilog="Begin with: deepseek-moe demo",
@@ -88,13 +96,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run_command(args)
     except KeyboardInterrupt:
-        print(f"\ndeepseek-moe {args.command}: interrupted; nothing half-written counts as finished", file=sys.stderr)
+        print(f"\n{args.subparser.prog}: interrupted; nothing half-written counts as finished", file=sys.stderr)
         return 130
     except Exception as error:
         message = _message_for_users(error)
         if args.traceback or message is None:
             raise
-        print(f"deepseek-moe {args.command}: error: {message}", file=sys.stderr)
+        print(f"{args.subparser.prog}: error: {message}", file=sys.stderr)
         return 2
 
 
@@ -125,8 +133,8 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     if unknown:
         command = args.subparser
         near = difflib.get_close_matches(unknown[0], command._option_string_actions, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; see deepseek-moe {args.command} --help"
-        command.exit(2, f"deepseek-moe {args.command}: error: unknown argument {unknown[0]}{hint}\n")
+        hint = f"; did you mean {near[0]}?" if near else f"; see {command.prog} --help"
+        command.exit(2, f"{command.prog}: error: unknown argument {unknown[0]}{hint}\n")
     return args
 
 
