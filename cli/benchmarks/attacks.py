@@ -8,12 +8,11 @@ completion is scored alone, so of diversity only what it repeats within itself t
 
 import argparse
 import dataclasses
-import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from deepseek_cli.benchmarks.result_files import BenchmarkRun
 from deepseek_training.rewards.words import FUNCTION_WORDS, split_words
 
 SEED = 0
@@ -186,23 +185,20 @@ def format_table(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print the table and, with ``--output``, write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument(
-        "--encoder", help="folder or Hub id of a sentence encoder in the embedded one's place, or minilm if installed"
-    )
-    args = parser.parse_args()
-    table = measure(load_encoder(args.encoder) if args.encoder else None)
-    print(format_table(table))
-    if args.output:
-        Path(args.output).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+def run(args: argparse.Namespace) -> int:
+    """Print the table and write it as JSON.
+
+    Args:
+        args: The options of ``deepseek-moe bench attacks``.
+    """
+    encoder = load_encoder(args.encoder) if args.encoder else None
+    bench = BenchmarkRun("attacks", args.output, {"encoder": args.encoder}, overwrite=args.overwrite)
+    figures = measure(encoder)
+    table = format_table(figures)
+    print(table)
+    bench.finish(figures, table)
+    return 0
 
 
 def _mean(values: list) -> float:
     return sum(values) / len(values)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are not there, and read what it takes: registers, spills, shared memory.
 
-The tests and the table in docs/kernels.md come from here. Run by hand it prints that table::
+The tests and the table in docs/kernels.md come from here. This prints that table::
 
     deepseek-moe bench compile
 
@@ -8,12 +8,13 @@ Surprising: Triton compiles for any target on a machine without a GPU, but does 
 memory is compared with each target's limit here, and spills are read from the assembled code.
 """
 
+import argparse
 import itertools
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from deepseek_cli.benchmarks.result_files import BenchmarkRun
 from deepseek_kernels.gpu import combine, decode, down_backward, gate_up, grouped_gemm, router, routing_metadata
 from deepseek_kernels.gpu import weight_gradient as weight_gradient_file
 from deepseek_kernels.gpu.tiles import SAFE, SHIPPED, TARGETS, Tiles
@@ -227,21 +229,27 @@ def every_compilation() -> Iterator[tuple[str, tuple, Compilation]]:
                 yield gpu, target, compilation
 
 
-def main() -> None:
-    """Print the table of every kernel on every target."""
-    print("| target | kernel | tile | warps, stages | registers | spills | shared KiB | matrix instruction |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+def run(args: argparse.Namespace) -> int:
+    """Print the table of every kernel on every target, and write it as JSON.
+
+    Args:
+        args: The options of ``deepseek-moe bench compile``.
+    """
+    bench = BenchmarkRun("compile", args.output, {"triton": triton.__version__}, overwrite=args.overwrite)
+    lines = ["| target | kernel | tile | warps, stages | registers | spills | shared KiB | matrix instruction |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("\n".join(lines))
+    rows = []
     for _, target, c in every_compilation():
         usage = compile_for(c, target)
         options = ", ".join(str(value) for value in c.options.values())
         instruction = matrix_instruction(target, c) if usage.has_matrix_instruction else ""
         arch = target[1] if target[0] == "hip" else f"sm_{target[1]}"
-        print(
+        lines.append(
             f"| {arch} | {c.kernel} | {c.tile} | {options} | {usage.registers} | {usage.spills} "
-            f"| {usage.shared / 1024:.0f} | {instruction} |",
-            flush=True,
+            f"| {usage.shared / 1024:.0f} | {instruction} |"
         )
-
-
-if __name__ == "__main__":
-    main()
+        print(lines[-1], flush=True)
+        rows.append({"target": arch, "kernel": c.kernel, "tile": c.tile, "options": c.options, **asdict(usage)})
+    bench.finish({"rows": rows}, "\n".join(lines))
+    return 0

@@ -9,27 +9,23 @@ as they are and goes on with the unfinished one.
 import argparse
 import dataclasses
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from deepseek_cli.benchmarks.result_files import write_over_runs
 from deepseek_cli.benchmarks.step_cost import median_step_times
 from deepseek_records.loading import load_tokenizer
-from deepseek_records.run_folder import RunFolder, write_json
+from deepseek_records.run_folder import RunFolder
+from deepseek_records.statistics import mean_with_error
 from deepseek_training.balance.callback import find_routers
 from deepseek_training.data.packing import PackedDataset, cut_to_share, encode_documents
 from deepseek_training.data.texts import load_texts
 from deepseek_training.recipes.loading import load_recipe, recipe_settings
 from deepseek_training.stages.pretrain import PretrainRecipe, model_config, pretrain
 from modeling_deepseek.parameter_count import count_parameters
-
-RECIPE = "pretrain-expert-count"
-COUNTS = ("8", "12", "8-12")
-NUM_SEEDS = 3
 
 
 def parse_count(count: str) -> dict[str, Any]:
@@ -44,7 +40,7 @@ def parse_count(count: str) -> dict[str, Any]:
     low, hyphen, high = count.partition("-")
     is_whole = low.isdecimal() and (high.isdecimal() or not hyphen)
     if not is_whole or not 1 <= int(low) <= int(high or low):
-        raise ValueError(f"counts: {count!r} is not allowed, want a number such as 8 or a range such as 8-12")
+        raise ValueError(f"counts: got {count!r}, expected a number such as 8 or a range such as 8-12")
     low, high = int(low), int(high or low)
     settings = {"min_experts_per_tok": low, "num_experts_per_tok": high, "target_experts_per_tok": (low + high) / 2}
     return settings
@@ -64,22 +60,27 @@ def check_options(args: argparse.Namespace, recipe: PretrainRecipe) -> None:
     """
     for name in ("seeds", "timing_rounds"):
         if getattr(args, name) < 1:
-            raise ValueError(f"{name}: {getattr(args, name)} is not allowed, want at least 1")
+            raise ValueError(f"{name}: got {getattr(args, name)}, expected at least 1")
     for count in args.counts:
         if args.counts.count(count) > 1:
-            raise ValueError(f"counts: {count!r} is there {args.counts.count(count)} times, want each once")
+            raise ValueError(f"counts: got {count!r} {args.counts.count(count)} times, expected each once")
         model_config(variant_recipe(recipe, count, seed=0), {"vocab_size": recipe.vocab_size})
 
 
-def train_variant(recipe: PretrainRecipe, folder: Path) -> RunFolder:
+def train_variant(recipe: PretrainRecipe, folder: Path, *, overwrite: bool = False) -> RunFolder:
     """Return the run of these settings, trained now unless the folder holds it finished.
+
+    Args:
+        recipe: The settings.
+        folder: Its run folder.
+        overwrite: Delete a run with other settings.
 
     Raises:
         FileExistsError: The folder holds another run.
     """
     run = RunFolder(folder)
     if not (run.is_finished and run.settings == recipe_settings(recipe)):
-        pretrain(recipe, folder)
+        pretrain(recipe, folder, overwrite=overwrite)
     return run
 
 
@@ -145,16 +146,10 @@ def summarize(measured: dict[str, list[dict[str, float]]]) -> dict[str, dict[str
     table = {}
     for count, rows in measured.items():
         differences = [row["bits_per_byte"] - base["bits_per_byte"] for row, base in zip(rows, first, strict=True)]
-        table[count] = {name: mean_and_error([row[name] for row in rows]) for name in rows[0]}
-        table[count]["difference"] = mean_and_error(differences)
+        table[count] = {name: mean_with_error([row[name] for row in rows]) for name in rows[0]}
+        table[count]["difference"] = mean_with_error(differences)
         table[count]["differences"] = differences
     return table
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and its standard error; 0 for a single value."""
-    mean, n = sum(values) / len(values), len(values)
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / max(n - 1, 1) / n)
 
 
 def format_table(table: dict[str, dict[str, Any]]) -> str:
@@ -168,14 +163,20 @@ def format_table(table: dict[str, dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for count, row in table.items():
-        (k, k_error), (bits, error) = row["mean_experts"], row["bits_per_byte"]
-        change = "" if count == first else "{:+.4f} ± {:.4f}".format(*row["difference"])
+        change = "" if count == first else _with_error(row["difference"], "+.4f")
         by_seed = "" if count == first else ", ".join(f"{difference:+.4f}" for difference in row["differences"])
         lines.append(
-            f"| {count} | {k:.2f} ± {k_error:.2f} | {bits:.4f} ± {error:.4f} | {change} | {by_seed} | "
+            f"| {count} | {_with_error(row['mean_experts'], '.2f')} | {_with_error(row['bits_per_byte'], '.4f')} | "
+            f"{change} | {by_seed} | "
             f"{row['active_parameters'][0] / 1e3:.0f} k | {row['relative_step_time']:.2f} |"
         )
     return "\n".join(lines)
+
+
+def _with_error(pair: tuple[float, float | None], spec: str) -> str:
+    """A mean with its error, which one seed does not have."""
+    value, error = pair
+    return format(value, spec) if error is None else f"{value:{spec}} ± {error:{spec.lstrip('+')}}"
 
 
 def time_variants(runs: dict[str, RunFolder], recipe: PretrainRecipe, num_rounds: int) -> dict[str, float]:
@@ -200,39 +201,29 @@ def time_variants(runs: dict[str, RunFolder], recipe: PretrainRecipe, num_rounds
     return {count: seconds / first for count, seconds in medians.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(args: argparse.Namespace) -> int:
     """Train what is missing, print the table and write it as JSON into the output folder.
 
     Args:
-        argv: Words of the command line; None: the process's own.
+        args: The options of ``deepseek-moe bench experts``.
+
+    Raises:
+        ValueError: An option or a setting that cannot work, before anything is trained.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="runs/expert_count", help="folder of the runs and of expert_count.json")
-    parser.add_argument("--counts", nargs="+", default=list(COUNTS), help="for example 8 12 8-12")
-    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="how many")
-    parser.add_argument("--recipe", default=RECIPE, help="name or YAML file of a pretrain recipe")
-    parser.add_argument("--timing-rounds", type=int, default=40, help="timed steps of each variant")
-    args = parser.parse_args(argv)
-    try:
-        recipe, output = load_recipe(args.recipe, PretrainRecipe), Path(args.output)
-        check_options(args, recipe)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
+    recipe, output = load_recipe(args.recipe, PretrainRecipe), Path(args.output)
+    check_options(args, recipe)
     measured: dict[str, list[dict[str, float]]] = {count: [] for count in args.counts}
     runs: dict[str, RunFolder] = {}
     for seed in range(args.seeds):
         for count in args.counts:
             variant = variant_recipe(recipe, count, seed)
-            run = train_variant(variant, output / f"{count}-seed{seed}")
-            runs.setdefault(count, run)
-            measured[count].append(measure_variant(run, variant))
+            trained = train_variant(variant, output / f"{count}-seed{seed}", overwrite=args.overwrite)
+            runs.setdefault(count, trained)
+            measured[count].append(measure_variant(trained, variant))
             print(json.dumps({"experts": count, "seed": seed, **measured[count][-1]}), flush=True)
     table = summarize(measured)
     for count, ratio in time_variants(runs, recipe, args.timing_rounds).items():
         table[count]["relative_step_time"] = ratio
-    write_json(output / "expert_count.json", {"table": table, "runs": measured})
     print(format_table(table))
-
-
-if __name__ == "__main__":
-    main()
+    write_over_runs(output, "experts", {"table": table, "runs": measured}, format_table(table))
+    return 0

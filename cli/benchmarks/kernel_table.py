@@ -1,7 +1,8 @@
-"""``deepseek-moe bench``: side-by-side tables of the kernels, printed and saved.
+"""``deepseek-moe bench kernels``: side-by-side tables of the kernels, printed and saved.
 
-Writes ``results.json``, ``results.csv`` and ``plots/speedup.png`` into a run folder. The mean is over ``forward`` and
-``forward+backward``; ``backward`` by itself is shown and left out of it, being part of the latter.
+Called by `deepseek_cli.bench`; light to import, as the options are declared here. Writes ``results.json``,
+``results.csv`` and ``plots/speedup.png`` into a run folder. The mean is over ``forward`` and ``forward+backward``;
+``backward`` by itself is shown and left out of it, being part of the latter.
 """
 
 import argparse
@@ -30,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The subcommand's parser.
     """
-    parser.add_argument("what", choices=["kernels"], help="what to time")
     parser.add_argument("--grid", choices=["auto", "cpu", "gpu", "quick"], default="auto", help="which shapes to run")
     parser.add_argument("--output", default="runs/bench-kernels", help="the run folder to write")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each shape and mode")
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     speedups = compute_speedups(rows)
     failure = _find_failure(rows, speedups)
     if failure is not None:
-        print(f"deepseek-moe bench: {failure}; see {folder.path}/results.csv", file=sys.stderr)
+        print(f"deepseek-moe bench kernels: {failure}; see {folder.path}/results.csv", file=sys.stderr)
         return 1
     whole = [entry for entry in speedups if entry["mode"] != "backward"]
     mean = math.exp(sum(math.log(entry["speedup"]) for entry in whole) / len(whole))

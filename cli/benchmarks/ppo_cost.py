@@ -14,8 +14,6 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from transformers.utils import logging
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from deepseek_records.run_folder import write_json
+from deepseek_cli.benchmarks.result_files import BenchmarkRun
 from deepseek_training.data.texts import load_texts
 from deepseek_training.data.tokenizer import train_tokenizer
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
@@ -130,7 +128,9 @@ def compare(shape: tuple[int, int, int, int], tokenizer: PreTrainedTokenizerBase
                 if turn:
                     seconds[name].append(time.perf_counter() - began)
     if len(steps["ours"]) != len(steps["stock"]):
-        raise RuntimeError(f"optimizer steps: ours {len(steps['ours'])}, stock {len(steps['stock'])}; wanted as many")
+        raise RuntimeError(
+            f"optimizer steps: ours {len(steps['ours'])}, stock {len(steps['stock'])}; expected as many"
+        )
     ratios = [stock / ours for stock, ours in zip(seconds["stock"], seconds["ours"], strict=True)]
     shares = {name: value for name, value in trainers["ours"].state.log_history[-1].items() if "time/" in name}
     return {"seconds": seconds, "ratios": ratios, "steps": len(steps["ours"]), "shares": shares}
@@ -143,35 +143,41 @@ def _count_steps(trainer: Any) -> list[int]:
     return steps
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print one line a shape and, with ``--output``, write all of it as JSON.
+def run(args: argparse.Namespace) -> int:
+    """Print three lines per shape and write all figures as JSON.
 
     Args:
-        argv: Words of the command line; None: the process's own.
+        args: The options of ``deepseek-moe bench ppo``.
+
+    Raises:
+        ValueError: There are fewer than two rounds, of which no quartiles could be taken.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=8, help="timed updates of each class, at least 2")
-    parser.add_argument("--output", help="JSON file to write")
-    args = parser.parse_args(argv)
     if args.rounds < 2:
-        parser.error(f"--rounds {args.rounds} must be at least 2")
+        raise ValueError(f"rounds: got {args.rounds}, expected at least 2")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()  # each generation would repeat one on TRL's behalf
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    settings = {"rounds": args.rounds, "num_threads": torch.get_num_threads()}
+    bench = BenchmarkRun("ppo", args.output, settings, overwrite=args.overwrite)
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"]
+    print(lines[0])
     tokenizer = train_tokenizer(load_texts("dialogues", "validation"), 1024)
-    results = {}
+    figures = {}
     for name, shape in SHAPES.items():
-        results[name] = row = compare(shape, tokenizer, args.rounds)
-        stock, ours = (1000 * statistics.median(row["seconds"][key]) for key in ("stock", "ours"))
-        low, middle, high = statistics.quantiles(row["ratios"], n=4)
-        steps = row["steps"] // (args.rounds + 1)
-        print(f"{name}: an update of {steps} optimizer steps takes stock {stock:.0f} ms, ours {ours:.0f} ms")
-        print(f"  stock / ours {middle:.2f} (quartiles {low:.2f} to {high:.2f} over {args.rounds} rounds)")
-        shares = ", ".join(f"{key[5:-6]} {100 * value:.0f} %" for key, value in row["shares"].items())
-        print(f"  ours: {shares}", flush=True)
-    if args.output:
-        write_json(Path(args.output), results)
+        figures[name] = compare(shape, tokenizer, args.rounds)
+        lines.append(_describe(name, figures[name]))
+        print(lines[-1], flush=True)
+    bench.finish(figures, "\n".join(lines))
+    return 0
 
 
-if __name__ == "__main__":
-    main()
+def _describe(name: str, row: dict[str, Any]) -> str:
+    stock, ours = (1000 * statistics.median(row["seconds"][key]) for key in ("stock", "ours"))
+    low, middle, high = statistics.quantiles(row["ratios"], n=4)
+    num_rounds = len(row["ratios"])
+    num_steps = row["steps"] // (num_rounds + 1)
+    shares = ", ".join(f"{key[5:-6]} {100 * value:.0f} %" for key, value in row["shares"].items())
+    return (
+        f"{name}: an update of {num_steps} optimizer steps takes stock {stock:.0f} ms, ours {ours:.0f} ms\n"
+        f"  stock / ours {middle:.2f} (quartiles {low:.2f} to {high:.2f} over {num_rounds} rounds)\n"
+        f"  ours: {shares}"
+    )

@@ -1,23 +1,24 @@
 """What a policy learns from the reward: PPO with and without guards, GRPO and RLOO, over seeds, side by side.
 
-``deepseek-moe bench rewards --model MODEL --output runs/reward_learning`` trains each method on each
-seed, measures every policy on the same held-out prompts with the same gauges, and writes ``table.txt``,
-``results.json`` and ``curves.png``. A run that is finished is taken as it is; one that stopped starts afresh.
-Surprising: two errors stand beside each gain, over seeds and over prompts, and the larger one counts.
+``deepseek-moe bench rewards RECIPE --model MODEL`` trains each method on each seed, measures every policy on the same
+held-out prompts with the same gauges, and writes ``table.txt``, ``results.json`` and ``curves.png``. A run that is
+finished is taken as it is; one that stopped begins again. Two errors stand beside each gain, over seeds and over
+prompts, and the larger one counts.
 """
 
 import argparse
-import math
 import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_cli.benchmarks.result_files import write_over_runs
 from deepseek_cli.benchmarks.reward_runs import METHODS, measure_policy, train_policy
-from deepseek_records.run_folder import RunFolder, write_json, write_text
+from deepseek_records.run_folder import RunFolder
+from deepseek_records.statistics import mean_with_error
 from deepseek_training.recipes.align import AlignRecipe
-from deepseek_training.recipes.loading import load_recipe, parse_overrides, recipe_settings
+from deepseek_training.recipes.loading import collect_overrides, load_recipe, recipe_settings
 
 START = "start"
 GAUGES = {
@@ -33,53 +34,75 @@ GAUGES = {
     "kl": "KL, nats a completion",
     "length_tokens": "length, tokens",
 }
+MISSED = 3  # the exit code of a run that missed a target
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run what is missing, then write the table and the curves; 1 if PPO misses its bar."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="policy to start from")
-    parser.add_argument("--output", default="runs/reward_learning", help="folder of the runs")
-    parser.add_argument("--recipe", default="align-demo", help="recipe with sizes and rates")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--num-samples", type=int, default=4, help="completions of each held-out prompt")
-    parser.add_argument("--max-kl", type=float, default=15.0, help="bar: PPO's KL, nats a completion")
-    args, rest = parser.parse_known_args(argv)
-    overrides = {**parse_overrides(rest), "model": args.model}
-    root = Path(args.output)
-    run_start(root, load_recipe(args.recipe, AlignRecipe, overrides), args.num_samples)
-    for seed in args.seeds:
-        for name in args.methods:
-            recipe = load_recipe(args.recipe, AlignRecipe, {**overrides, "seed": seed})
-            run_one(root, name, recipe, args.num_samples)
-    results = collect(root, args.methods, args.seeds)
-    table, is_passed = format_table(results, args.max_kl)
-    write_text(root / "table.txt", table + "\n")
-    write_json(root / "results.json", results)
-    draw_curves(root, args.methods, args.seeds, root / "curves.png")
+def run(args: argparse.Namespace) -> int:
+    """Train and measure what is missing, then print and write the table and draw the curves.
+
+    Args:
+        args: The options of ``deepseek-moe bench rewards``.
+
+    Returns:
+        0, or 3 when PPO misses its target.
+
+    Raises:
+        ValueError: An option that cannot work, before anything is trained.
+    """
+    overrides = collect_overrides(args)
+    _check(args, overrides)
+    methods, root = args.methods or list(METHODS), Path(args.output)
+    recipes = {seed: load_recipe(args.recipe, AlignRecipe, {**overrides, "seed": seed}) for seed in args.seeds}
+    run_start(root, load_recipe(args.recipe, AlignRecipe, overrides), args.num_samples, overwrite=args.overwrite)
+    for recipe in recipes.values():
+        for name in methods:
+            run_one(root, name, recipe, args.num_samples, overwrite=args.overwrite)
+    results = collect(root, methods, args.seeds)
+    table, is_passed = format_table(results, recipe.min_gain_stderr, args.max_kl)
+    draw_curves(root, methods, args.seeds, root / "curves.png")
     print(table)
-    return 0 if is_passed else 1
+    write_over_runs(root, "rewards", results, table)
+    return 0 if is_passed else MISSED
 
 
-def run_start(root: Path, recipe: AlignRecipe, num_samples: int) -> None:
+def _check(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    for name in args.methods or ():
+        if name not in METHODS:
+            raise ValueError(f"methods: got {name!r}, expected some of {', '.join(METHODS)}")
+    for name in ("methods", "seeds"):
+        values = getattr(args, name) or []
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name}: got {', '.join(map(str, values))}, expected each once")
+    if "seed" in overrides:
+        raise ValueError(
+            f"seed: got {overrides['seed']}, expected none; pass --seeds, which every method is trained on"
+        )
+    if args.num_samples < 1:
+        raise ValueError(f"num_samples: got {args.num_samples}, expected at least 1")
+    if not args.max_kl > 0:
+        raise ValueError(f"max_kl: got {args.max_kl}, expected a number above 0")
+
+
+def run_start(root: Path, recipe: AlignRecipe, num_samples: int, *, overwrite: bool = False) -> None:
     """Measure the policy that all methods start from, unless that is done."""
     from deepseek_records.loading import load_model
 
-    run = _open(root / START, {**recipe_settings(recipe), "num_samples": num_samples})
-    if run is not None:
-        run.finish({"columns": measure_policy(load_model(recipe.model), recipe, num_samples), "curve": []})
+    settings = {**recipe_settings(recipe), "num_samples": num_samples}
+    if not _is_done(root / START, settings):
+        policy = load_model(recipe.model)  # before the folder: a wrong path leaves none behind
+        run = _open(root / START, settings, overwrite)
+        run.finish({"columns": measure_policy(policy, recipe, num_samples), "curve": []})
 
 
-def run_one(root: Path, name: str, recipe: AlignRecipe, num_samples: int) -> None:
+def run_one(root: Path, name: str, recipe: AlignRecipe, num_samples: int, *, overwrite: bool = False) -> None:
     """Train one method on one seed and measure its policy, unless that is done."""
+    path = run_path(root, name, recipe.seed)
     settings = {**recipe_settings(recipe), "method": name, "num_samples": num_samples}
-    run = _open(run_path(root, name, recipe.seed), settings)
-    if run is None:
-        return
-    policy, curve = train_policy(METHODS[name], recipe, run.path)
-    run.finish({"columns": measure_policy(policy, recipe, num_samples), "curve": curve})
-    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+    if not _is_done(path, settings):
+        run = _open(path, settings, overwrite)
+        policy, curve = train_policy(METHODS[name], recipe, path)
+        run.finish({"columns": measure_policy(policy, recipe, num_samples), "curve": curve})
+        shutil.rmtree(path / "checkpoints", ignore_errors=True)
 
 
 def run_path(root: Path, name: str, seed: int) -> Path:
@@ -87,19 +110,20 @@ def run_path(root: Path, name: str, seed: int) -> Path:
     return root / f"{name.replace(' ', '-')}-{seed}"
 
 
-def _open(path: Path, settings: dict[str, Any]) -> RunFolder | None:
-    """A fresh run folder, or None where a finished run with these settings lies.
+def _is_done(path: Path, settings: dict[str, Any]) -> bool:
+    run = RunFolder(path)
+    return run.is_finished and run.settings == settings
+
+
+def _open(path: Path, settings: dict[str, Any], overwrite: bool) -> RunFolder:
+    """A fresh run folder; one that stopped is begun again.
 
     Raises:
-        FileExistsError: The folder holds a run with other settings.
+        FileExistsError: The folder holds a finished run with other settings, or files of another kind.
     """
-    run = RunFolder(path)
-    if run.is_finished and run.settings == settings:
-        return None
-    if path.is_dir() and not run.is_finished:
-        shutil.rmtree(path)
     print(path.name, flush=True)
-    return RunFolder.create(path, settings, command="reward_learning", seed=settings["seed"])
+    overwrite = overwrite or not RunFolder(path).is_finished
+    return RunFolder.create(path, settings, command="bench rewards", seed=settings["seed"], overwrite=overwrite)
 
 
 def collect(root: Path, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
@@ -112,28 +136,34 @@ def collect(root: Path, methods: Sequence[str], seeds: Sequence[int]) -> dict[st
     return results
 
 
-def _gain(by_seed: list[list[float]], start: list[float]) -> dict[str, float]:
+def _gain(by_seed: list[list[float]], start: list[float]) -> dict[str, float | None]:
     """Mean over seeds and prompts, and the gain over the start with its error over seeds and, paired, over prompts."""
     of_seeds = [statistics.fmean(values) for values in by_seed]
     gains = [statistics.fmean(new) - old for *new, old in zip(*by_seed, start, strict=True)]
-    over_seeds = statistics.stdev(of_seeds) / math.sqrt(len(of_seeds)) if len(of_seeds) > 1 else 0.0
-    over_prompts = statistics.stdev(gains) / math.sqrt(len(gains))
+    (_, over_seeds), (_, over_prompts) = mean_with_error(of_seeds), mean_with_error(gains)
+    known = [error for error in (over_seeds, over_prompts) if error is not None]
     return {
         "mean": statistics.fmean(of_seeds),
         "gain": statistics.fmean(gains),
         "stderr_over_seeds": over_seeds,
         "stderr_over_prompts": over_prompts,
-        "stderr": max(over_seeds, over_prompts),
+        "stderr": max(known, default=None),
     }
 
 
-def format_table(results: dict[str, Any], max_kl: float) -> tuple[str, bool]:
-    """Return the table as text, and whether PPO holds its bar: 3 standard errors at a KL of at most `max_kl`."""
+def format_table(results: dict[str, Any], min_gain: float, max_kl: float) -> tuple[str, bool]:
+    """Return the table as text, and whether PPO meets its target.
+
+    Args:
+        results: From `collect`.
+        min_gain: The target: the held-out reward's gain in standard errors, at least.
+        max_kl: The target: PPO's divergence from the start, nats per completion, at most.
+    """
     methods = [name for name in results if name != START]
     lines = [f"{'':32}{START:>9}" + "".join(f"{name:>22}" for name in methods)]
     for gauge, label in GAUGES.items():
         cells = [results[name][gauge] for name in methods]
-        texts = "".join(f"{cell['mean']:>14.3f} \u00b1{cell['stderr']:.3f} " for cell in cells)
+        texts = "".join(f"{cell['mean']:>14.3f} {_plus_minus(cell['stderr']):6} " for cell in cells)
         lines.append(f"{label:32}{results[START][gauge]['mean']:>9.3f}{texts}")
     for key, label in (("stderr_over_seeds", "seeds"), ("stderr_over_prompts", "prompts, paired")):
         cells = [results[name]["reward"] for name in methods]
@@ -143,12 +173,16 @@ def format_table(results: dict[str, Any], max_kl: float) -> tuple[str, bool]:
         return "\n".join(lines), True
     ppo = results["ppo"]
     ratio = ppo["reward"]["gain"] / ppo["reward"]["stderr"] if ppo["reward"]["stderr"] else 0.0
-    is_passed = ratio >= 3 and ppo["kl"]["mean"] <= max_kl
+    is_passed = ratio >= min_gain and ppo["kl"]["mean"] <= max_kl
     lines.append(
-        f"PPO: held-out reward {ppo['reward']['gain']:+.4f}, {ratio:.1f} standard errors (bar 3), KL "
-        f"{ppo['kl']['mean']:.1f} nats a completion (bar {max_kl:g}): {'holds' if is_passed else 'missed'}"
+        f"PPO: held-out reward {ppo['reward']['gain']:+.4f}, {ratio:.1f} standard errors (target {min_gain:g}), KL "
+        f"{ppo['kl']['mean']:.1f} nats per completion (target {max_kl:g}): {'met' if is_passed else 'missed'}"
     )
     return "\n".join(lines), is_passed
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f"\u00b1{error:.3f}"
 
 
 def draw_curves(root: Path, methods: Sequence[str], seeds: Sequence[int], path: Path) -> None:
@@ -174,7 +208,3 @@ def draw_curves(root: Path, methods: Sequence[str], seeds: Sequence[int], path: 
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -12,14 +12,13 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from deepseek_records.run_folder import write_json
+from deepseek_cli.benchmarks.result_files import BenchmarkRun
 from deepseek_training.balance.callback import ExpertBalanceCallback, find_routers
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
@@ -174,37 +173,36 @@ def compare(shape: Shape, num_rounds: int) -> dict[str, Any]:
     return {"shape": dataclasses.asdict(shape), "seconds": medians, "best_stock": best, "ratios": ratios}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print one line a shape and, with ``--output``, write all of it as JSON.
+def run(args: argparse.Namespace) -> int:
+    """Print one line per shape and write all figures as JSON.
 
     Args:
-        argv: Words of the command line; None: the process's own.
+        args: The options of ``deepseek-moe bench step``.
+
+    Raises:
+        ValueError: The rounds or threads are out of range.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each model")
-    parser.add_argument(
-        "--threads", type=int, default=None, help="torch's threads; by default OMP_NUM_THREADS decides"
-    )
-    parser.add_argument(
-        "--experts", type=int, choices=[shape.n_routed_experts for shape in SHAPES.values()], help="one shape only"
-    )
-    parser.add_argument("--output", help="JSON file to write")
-    args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds {args.rounds} must be at least 1")
+    for name in ("rounds", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
-    results = {}
-    shapes = {name: shape for name, shape in SHAPES.items() if args.experts in (None, shape.n_routed_experts)}
-    for name, shape in shapes.items():
-        results[name] = row = compare(shape, args.rounds)
-        times = ", ".join(f"{model} {1000 * seconds:.0f} ms" for model, seconds in row["seconds"].items())
-        ratios = ", ".join(f"{model} {ratio:.2f}x" for model, ratio in row["ratios"].items())
-        print(f"{name}: {times}; against {row['best_stock']}: {ratios}", flush=True)
-    if args.output:
-        write_json(Path(args.output), results)
+    settings = {"rounds": args.rounds, "num_threads": torch.get_num_threads(), "experts": args.experts}
+    bench = BenchmarkRun("step", args.output, settings, overwrite=args.overwrite)
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"]
+    print(lines[0])
+    figures = {}
+    for name, shape in SHAPES.items():
+        if args.experts in (None, shape.n_routed_experts):
+            figures[name] = compare(shape, args.rounds)
+            lines.append(f"{name}: {_describe(figures[name])}")
+            print(lines[-1], flush=True)
+    bench.finish(figures, "\n".join(lines))
+    return 0
 
 
-if __name__ == "__main__":
-    main()
+def _describe(row: dict[str, Any]) -> str:
+    times = ", ".join(f"{model} {1000 * seconds:.0f} ms" for model, seconds in row["seconds"].items())
+    ratios = ", ".join(f"{model} {ratio:.2f}x" for model, ratio in row["ratios"].items())
+    return f"{times}; against {row['best_stock']}: {ratios}"

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from deepseek_cli.benchmarks.expert_count import format_table, main, parse_count, summarize
+from deepseek_cli.benchmarks.expert_count import format_table, parse_count, summarize
+from deepseek_cli.main import main
 
 
 def test_a_count_is_a_number_or_a_range():
@@ -10,27 +11,26 @@ def test_a_count_is_a_number_or_a_range():
     assert parse_count("8") == fixed
     assert parse_count("8-12") == {**fixed, "num_experts_per_tok": 12, "target_experts_per_tok": 10.0}
     for wrong in ("", "8-", "-8", "8..12", "eight", "12-8", "0", "0-8"):
-        with pytest.raises(ValueError, match="want a number such as 8 or a range such as 8-12"):
+        with pytest.raises(ValueError, match="expected a number such as 8 or a range such as 8-12"):
             parse_count(wrong)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--timing-rounds", "0"], "timing_rounds: 0 is not allowed, want at least 1"),
-        (["--seeds", "0"], "seeds: 0 is not allowed, want at least 1"),
-        (["--counts", "8", "eight"], "counts: 'eight' is not allowed, want a number such as 8"),
-        (["--counts", "8", "12-8"], "counts: '12-8' is not allowed, want a number such as 8 or a range such as 8-12"),
-        (["--counts", "8", "12", "8"], "counts: '8' is there 2 times, want each once"),
+        (["--timing-rounds", "0"], "timing_rounds: got 0, expected at least 1"),
+        (["--seeds", "0"], "seeds: got 0, expected at least 1"),
+        (["--counts", "8", "eight"], "counts: got 'eight', expected a number such as 8"),
+        (["--counts", "8", "12-8"], "counts: got '12-8', expected a number such as 8 or a range such as 8-12"),
+        (["--counts", "8", "12", "8"], "counts: got '8' 2 times, expected each once"),
         (["--counts", "8", "65"], "num_experts_per_tok: 65 is not allowed, want at most n_routed_experts=64"),
         (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
 def test_options_are_checked_before_anything_is_trained(tmp_path, capsys, options, message):
-    with pytest.raises(SystemExit) as stopped:
-        main([*options, "--output", str(tmp_path / "runs")])
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and message in lines[-1] and not (tmp_path / "runs").exists()
+    assert main(["bench", "experts", *options, "--output", str(tmp_path / "runs")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not (tmp_path / "runs").exists()
 
 
 def test_differences_are_paired_by_seed():
@@ -44,6 +44,8 @@ def test_differences_are_paired_by_seed():
     assert mean == pytest.approx(3.0) and error == pytest.approx(1 / 3**0.5)  # deviation 1, three seeds
     change, error = table["8-12"]["difference"]
     assert change == pytest.approx(-0.1) and error == pytest.approx(0, abs=1e-9)
+    alone = summarize({count: rows[:1] for count, rows in measured.items()})
+    assert alone["8"]["bits_per_byte"] == (2.0, None), "one seed has no error"
     for row in table.values():
         row["relative_step_time"] = 1.0
     assert "| against 8, paired | its 3 seeds | active" in format_table(table)
@@ -63,10 +65,10 @@ def test_the_table_of_a_debug_size_model(tiny_data, tmp_path, capsys):
         "model: {router_bias_update_speed: 0.01}\n"
     )
     command = ["--recipe", str(recipe), "--counts", "1", "3", "1-3", "--seeds", "2", "--timing-rounds", "1"]
-    main([*command, "--output", str(tmp_path / "runs")])
+    main(["bench", "experts", *command, "--output", str(tmp_path / "runs")])
     lines = capsys.readouterr().out.splitlines()
-    found = json.loads((tmp_path / "runs" / "expert_count.json").read_text())
-    assert lines[-5].startswith("| experts a token") and lines[-1].startswith("| 1-3 |")
+    found = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert lines[-6].startswith("| experts a token") and lines[-2].startswith("| 1-3 |")
     for count, mean in (("1", 1), ("3", 3)):
         assert [row["mean_experts"] for row in found["runs"][count]] == [mean, mean]
         assert [row[f"share_of_tokens_with_{count}_experts"] for row in found["runs"][count]] == [1, 1]
@@ -77,6 +79,6 @@ def test_the_table_of_a_debug_size_model(tiny_data, tmp_path, capsys):
         assert 1.5 < row["mean_experts_in_training"] < 3
     assert found["runs"]["1"][0]["bits_per_byte"] != found["runs"]["1"][1]["bits_per_byte"], "seeds differ"
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.safetensors")}
-    main([*command, "--output", str(tmp_path / "runs")])
+    main(["bench", "experts", *command, "--output", str(tmp_path / "runs")])
     assert {path: path.stat().st_mtime_ns for path in written} == written, "finished runs are not trained again"
-    assert json.loads((tmp_path / "runs" / "expert_count.json").read_text())["runs"] == found["runs"]
+    assert json.loads((tmp_path / "runs" / "results.json").read_text())["runs"] == found["runs"]

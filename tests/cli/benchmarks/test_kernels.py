@@ -9,17 +9,17 @@ import sys
 
 import pytest
 
-from deepseek_cli import bench
+from deepseek_cli.benchmarks import kernel_table
 
 
 def parse(*arguments):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    kernel_table.add_arguments(parser)
     return parser.parse_args(arguments)
 
 
 def test_quick_grid_measures_prints_and_saves(tmp_path, capsys):
-    assert bench.run(parse("kernels", "--grid", "quick", "--seconds", "0.05", "--output", str(tmp_path / "run"))) == 0
+    assert kernel_table.run(parse("--grid", "quick", "--seconds", "0.05", "--output", str(tmp_path / "run"))) == 0
     printed = capsys.readouterr().out
     assert "geometric mean of fused_moe" in printed and "grouped_mm" in printed
     saved = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -40,7 +40,7 @@ def test_quick_grid_measures_prints_and_saves(tmp_path, capsys):
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "run" / "plots" / "speedup.png").stat().st_size > 1000
     with pytest.raises(FileExistsError):
-        bench.run(parse("kernels", "--grid", "quick", "--seconds", "0.05", "--output", str(tmp_path / "run")))
+        kernel_table.run(parse("--grid", "quick", "--seconds", "0.05", "--output", str(tmp_path / "run")))
 
 
 def test_speedup_is_over_the_best_other():
@@ -48,21 +48,21 @@ def test_speedup_is_over_the_best_other():
     times = {"fused_moe": 2.0, "eager": 8.0, "grouped_mm": 3.0}
     rows = [{**row, "implementation": name, "ms": ms} for name, ms in times.items()]
     rows.append({**row, "implementation": "sonicmoe", "skipped": "no GPU"})
-    (entry,) = bench.compute_speedups(rows)
+    (entry,) = kernel_table.compute_speedups(rows)
     assert entry["best_other"] == "grouped_mm" and entry["speedup"] == 1.5
-    assert bench.compute_speedups(rows[:1]) == [] and bench.compute_speedups(rows[1:]) == []
+    assert kernel_table.compute_speedups(rows[:1]) == [] and kernel_table.compute_speedups(rows[1:]) == []
 
 
 def test_a_gpu_grid_without_a_gpu_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="grid: got gpu, wanted cpu or quick"):
-        bench.run(parse("kernels", "--grid", "gpu", "--output", str(tmp_path)))
+        kernel_table.run(parse("--grid", "gpu", "--output", str(tmp_path)))
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e9"])
 def test_a_time_out_of_range_is_one_line(seconds, tmp_path):
     with pytest.raises(ValueError, match=r"seconds: got .*, wanted more than 0 and at most 3600"):
-        bench.run(parse("kernels", "--seconds", seconds, "--output", str(tmp_path / "run")))
+        kernel_table.run(parse("--seconds", seconds, "--output", str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
@@ -79,10 +79,10 @@ def test_an_interrupted_run_keeps_its_cells_and_is_taken_up(tmp_path, monkeypatc
         measured.append(cell)
         return original(cell, *rest)
 
-    command = parse("kernels", "--grid", "quick", "--seconds", "0.02", "--output", str(tmp_path / "run"))
+    command = parse("--grid", "quick", "--seconds", "0.02", "--output", str(tmp_path / "run"))
     monkeypatch.setattr(kernel_benchmark, "measure_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        bench.run(command)
+        kernel_table.run(command)
     kept = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert {row["T"] for row in kept} == {64} and not (tmp_path / "run" / "summary.json").exists()
 
@@ -91,7 +91,7 @@ def test_an_interrupted_run_keeps_its_cells_and_is_taken_up(tmp_path, monkeypatc
         return original(cell, *others)
 
     monkeypatch.setattr(kernel_benchmark, "measure_cell", rest)
-    assert bench.run(command) == 0
+    assert kernel_table.run(command) == 0
     assert measured == kernel_cells.QUICK_GRID
     assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"][: len(kept)] == kept
 
@@ -104,12 +104,12 @@ def test_broken_results_of_an_interrupted_run_are_named(tmp_path, monkeypatch, t
         raise KeyboardInterrupt
 
     monkeypatch.setattr(kernel_benchmark, "measure_cell", interrupted)
-    command = parse("kernels", "--grid", "quick", "--output", str(tmp_path / "run"))
+    command = parse("--grid", "quick", "--output", str(tmp_path / "run"))
     with pytest.raises(KeyboardInterrupt):
-        bench.run(command)
+        kernel_table.run(command)
     (tmp_path / "run" / "results.json").write_text(text)
     with pytest.raises(ValueError, match=r"^output: .*results.json "):
-        bench.run(command)
+        kernel_table.run(command)
 
 
 def test_a_failing_fused_moe_is_no_measurement(tmp_path, monkeypatch, capsys):
@@ -122,11 +122,11 @@ def test_a_failing_fused_moe_is_no_measurement(tmp_path, monkeypatch, capsys):
 
     found = {"eager": present["eager"], "fused_moe": failing}, absent
     monkeypatch.setattr(kernel_peers, "find_implementations", lambda: found)
-    assert bench.run(parse("kernels", "--grid", "quick", "--seconds", "0.02", "--output", str(tmp_path / "run"))) == 1
+    assert kernel_table.run(parse("--grid", "quick", "--seconds", "0.02", "--output", str(tmp_path / "run"))) == 1
     assert "fused_moe failed in 6 rows, first: ZeroDivisionError: by design" in capsys.readouterr().err
     assert not (tmp_path / "run" / "summary.json").exists()
     monkeypatch.setattr(kernel_peers, "find_implementations", lambda: (present, absent))  # mended
-    assert bench.run(parse("kernels", "--grid", "quick", "--seconds", "0.02", "--output", str(tmp_path / "run"))) == 0
+    assert kernel_table.run(parse("--grid", "quick", "--seconds", "0.02", "--output", str(tmp_path / "run"))) == 0
 
 
 def test_tuning_asks_once_for_each_size_and_rows_per_expert(monkeypatch, capsys):
@@ -136,14 +136,14 @@ def test_tuning_asks_once_for_each_size_and_rows_per_expert(monkeypatch, capsys)
     asked = []
     monkeypatch.setattr(tune, "tune", lambda **shape: asked.append(shape))
     grid = [Cell(T, 64, 32, 8, 2, dtype="bfloat16") for T in (4, 8, 4096)] + [Cell(4, 64, 48, 8, 2, dtype="bfloat16")]
-    bench._tune(grid)
+    kernel_table._tune(grid)
     assert [(shape["num_tokens"], shape["width"]) for shape in asked] == [(4, 48), (4096, 32), (4, 32)]
     assert "tuning H=64 I=48, as for T=4 E=8 K=2" in capsys.readouterr().out
 
 
 def test_without_matplotlib_there_is_no_chart_and_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    bench._draw(tmp_path / "plots" / "speedup.png", [], {})
+    kernel_table._draw(tmp_path / "plots" / "speedup.png", [], {})
     assert "no chart: matplotlib is not installed" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
@@ -156,5 +156,5 @@ def test_work_of_other_processes_is_noticed():
     assert counted.cores() > 0.4
     row = {"T": 1, "device": "cpu", "mode": "forward", "implementation": "eager", "ms": 1.0, "tflops": 1.0}
     row |= {"share_of_matmul_peak": 0.5, "kept_bytes_per_token": None, "peak_memory_bytes": None}
-    assert "kept 0.9 cores busy" in bench._format_rows("", [{**row, "other_work_cores": 0.9}], set())
-    assert "busy" not in bench._format_rows("", [{**row, "other_work_cores": 0.1}], set())
+    assert "kept 0.9 cores busy" in kernel_table._format_rows("", [{**row, "other_work_cores": 0.9}], set())
+    assert "busy" not in kernel_table._format_rows("", [{**row, "other_work_cores": 0.1}], set())

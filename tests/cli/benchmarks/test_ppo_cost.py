@@ -3,6 +3,7 @@
 import json
 
 from deepseek_cli.benchmarks import ppo_cost
+from deepseek_cli.main import main
 from deepseek_training.data.texts import load_texts
 from deepseek_training.data.tokenizer import train_tokenizer
 
@@ -21,7 +22,9 @@ def test_both_classes_take_as_many_steps_on_as_many_tokens(tmp_path):
 
 def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ppo_cost, "SHAPES", {"tiny": (4, 5, 3, 9)})
-    ppo_cost.main(["--rounds", "2", "--output", str(tmp_path / "cost.json")])
-    row = json.loads((tmp_path / "cost.json").read_text())["tiny"]
+    assert main(["bench", "ppo", "--rounds", "2", "--output", str(tmp_path / "cost")]) == 0
+    row = json.loads((tmp_path / "cost" / "results.json").read_text())["tiny"]
     assert len(row["ratios"]) == 2 and min(row["ratios"]) > 0
-    assert "an update of 2 optimizer steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "an update of 2 optimizer steps" in printed
+    assert (tmp_path / "cost" / "table.txt").read_text() in printed

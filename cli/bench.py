@@ -1,0 +1,188 @@
+"""``deepseek-moe bench``: every measurement of the package, one nested subcommand each.
+
+Each prints its table and writes the same figures as JSON into a run folder. The options stand here, apart from what
+they start, so that ``--help`` imports neither torch nor transformers.
+"""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deepseek_cli.benchmarks import kernel_table
+
+HELP = "Measure kernels, training steps, PPO, experts and rewards, side by side with the alternatives."
+EXAMPLES = """
+  deepseek-moe bench kernels --grid quick
+  deepseek-moe bench step --rounds 5
+  deepseek-moe bench attacks
+"""
+METHODS = ("ppo", "ppo without guards", "grpo", "rloo")  # of `benchmarks.reward_runs`
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One nested subcommand.
+
+    Attributes:
+        name: The word after ``bench``.
+        module: The file under ``benchmarks/`` whose ``run(args)`` measures, and returns the exit code.
+        help: One sentence.
+        examples: Command lines, one a line, indented.
+        add_arguments: Declares the options on the subcommand's parser.
+    """
+
+    name: str
+    module: str
+    help: str
+    examples: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the nested subcommands.
+
+    Args:
+        parser: The parser of ``bench``.
+    """
+    commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for benchmark in BENCHMARKS:
+        nested = commands.add_parser(
+            benchmark.name,
+            help=benchmark.help,
+            description=benchmark.help,
+            epilog=f"examples:\n{benchmark.examples.rstrip()}",
+            formatter_class=parser.formatter_class,
+        )
+        benchmark.add_arguments(nested)
+        nested.add_argument("--traceback", action="store_true", help="show where an error came from")
+        nested.set_defaults(module=benchmark.module, subparser=nested)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and save.
+
+    Args:
+        args: The parsed options.
+
+    Returns:
+        0, 1 when nothing could be compared, 3 when a target was missed.
+    """
+    return importlib.import_module(f"deepseek_cli.benchmarks.{args.module}").run(args)
+
+
+def _add_output(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("--output", default=f"runs/bench-{name}", help="run folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished run in the folder")
+
+
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    _add_output(parser, "compile")
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each model, at least 1")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: OMP_NUM_THREADS decides)")
+    parser.add_argument("--experts", type=int, choices=[32, 128], help="one of the two shapes only")
+    _add_output(parser, "step")
+
+
+def _add_ppo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=8, help="timed updates of each class, at least 2")
+    _add_output(parser, "ppo")
+
+
+def _add_experts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--counts", nargs="+", default=["8", "12", "8-12"], help="for example 8 12 8-12")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, at least 1")
+    parser.add_argument("--recipe", default="pretrain-expert-count", help="name or YAML file of a pretrain recipe")
+    parser.add_argument("--timing-rounds", type=int, default=40, help="timed steps of each variant, at least 1")
+    _add_output(parser, "experts")
+
+
+def _add_rewards(parser: argparse.ArgumentParser) -> None:
+    from deepseek_training.recipes.align import AlignRecipe
+    from deepseek_training.recipes.loading import add_recipe_arguments
+
+    add_recipe_arguments(parser, AlignRecipe)
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=f"some of: {', '.join(METHODS)} (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds, each trained by each method")
+    parser.add_argument("--num-samples", type=int, default=4, help="completions of each held-out prompt, at least 1")
+    parser.add_argument("--max-kl", type=float, default=15.0, help="target: PPO's KL, nats per completion")
+    _add_output(parser, "rewards")
+
+
+def _add_attacks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--encoder", help="sentence encoder in place of the embedded one: folder, Hub id, or minilm if installed"
+    )
+    _add_output(parser, "attacks")
+
+
+BENCHMARKS = (
+    Benchmark("kernels", "kernel_table", kernel_table.HELP, kernel_table.EXAMPLES, kernel_table.add_arguments),
+    Benchmark(
+        "compile",
+        "compile_check",
+        "Compile every GPU kernel for GPUs that are not here: registers, spills, shared memory.",
+        """
+  deepseek-moe bench compile
+  deepseek-moe bench compile --output /tmp/compile
+""",
+        _add_compile,
+    ),
+    Benchmark(
+        "step",
+        "step_cost",
+        "Time a training step with balancing on against stock transformers' DeepSeek-V3.",
+        """
+  deepseek-moe bench step
+  deepseek-moe bench step --experts 32 --rounds 5 --threads 1
+""",
+        _add_step,
+    ),
+    Benchmark(
+        "ppo",
+        "ppo_cost",
+        "Time a PPO update against TRL's own class on the same work.",
+        """
+  deepseek-moe bench ppo
+  deepseek-moe bench ppo --rounds 2 --output /tmp/ppo
+""",
+        _add_ppo,
+    ),
+    Benchmark(
+        "experts",
+        "expert_count",
+        "Train fixed and dynamic numbers of experts per token: bits per byte at equal steps.",
+        """
+  deepseek-moe bench experts
+  deepseek-moe bench experts --counts 8 8-12 --seeds 1
+
+Finished runs in the folder are taken as they are; an interrupted one goes on.
+""",
+        _add_experts,
+    ),
+    Benchmark(
+        "rewards",
+        "reward_learning",
+        "Train PPO, GRPO and RLOO on the weighted reward over seeds, and measure all alike.",
+        """
+  deepseek-moe bench rewards align-demo --model runs/demo/sft/model --prompt-template null
+  deepseek-moe bench rewards align-debug --model my-model --methods ppo grpo --seeds 0
+
+Finished runs in the folder are taken as they are; one that stopped begins again.
+""",
+        _add_rewards,
+    ),
+    Benchmark(
+        "attacks",
+        "attacks",
+        "Score attacks on the rewards: how often does an honest answer stand above them all?",
+        """
+  deepseek-moe bench attacks
+  deepseek-moe bench attacks --encoder minilm --output runs/bench-attacks-minilm
+""",
+        _add_attacks,
+    ),
+)
