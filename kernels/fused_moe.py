@@ -8,6 +8,9 @@ a token in bf16, where transformers' grouped_mm keeps K(4H + 8I).
 T tokens, K slots a token, S = T*K rows, H hidden, I expert width, E experts.
 """
 
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
@@ -131,7 +134,7 @@ def fused_moe_reference(
 def _check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> None:
     """Raise a ValueError that names argument, got and wanted, for the first thing that does not fit."""
 
-    def wrong(name, got, wanted):
+    def wrong(name: str, got: object, wanted: str) -> NoReturn:
         raise ValueError(f"{name}: got {got}, wanted {wanted}")
 
     for name, tensor, dims in zip(_NAMES, (x, gate_up, down, indices, weights), (2, 3, 3, 2, 2), strict=True):
@@ -174,7 +177,7 @@ def _metadata_sizes(num_rows: int, num_experts: int) -> list[int]:
     return [-(-n // _ALIGNED_INTS) * _ALIGNED_INTS for n in (num_rows, num_rows, num_experts + 1, num_experts + 1)]
 
 
-def _pack(metadata, num_rows: int, num_experts: int, like: Tensor) -> Tensor:
+def _pack(metadata: Sequence[Tensor], num_rows: int, num_experts: int, like: Tensor) -> Tensor:
     packed = torch.zeros(sum(_metadata_sizes(num_rows, num_experts)), dtype=torch.int32, device=like.device)
     pieces = packed.split(_metadata_sizes(num_rows, num_experts))
     for piece, source in zip(pieces, metadata, strict=False):
@@ -221,7 +224,15 @@ _forward_op = torch.library.custom_op("deepseek_kernels::fused_moe", _forward, m
 
 
 @_forward_op.register_fake
-def _(hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, activation, keep):
+def _(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_indices: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, ...]:
     num_rows, width = topk_indices.numel(), down_proj.shape[2]
     num_integers = sum(_metadata_sizes(num_rows, gate_up_proj.shape[0])) if keep else 0
     return (
@@ -264,12 +275,22 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad, x, gate_up, down, packed, weights, preactivation, activation, needs):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    packed: Tensor,
+    weights: Tensor,
+    preactivation: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     wanted = zip((x, gate_up, down, weights), needs, strict=True)
     return tuple(torch.empty_like(tensor) if need else tensor.new_empty(0) for tensor, need in wanted)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_states, gate_up_proj, down_proj, _, topk_weights, activation, keep = inputs
     _, preactivation, packed = output
     ctx.set_materialize_grads(False)
@@ -278,7 +299,7 @@ def _setup_context(ctx, inputs, output):
         ctx.activation = activation
 
 
-def _backward(ctx, grad_output, *_):
+def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 7
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]

@@ -6,6 +6,8 @@ runs agree bit for bit and nothing has to be zeroed first.
 T tokens, K slots a token, S = T*K rows, H hidden.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -42,7 +44,7 @@ def combine(rows: Tensor, slot_row: Tensor, num_slots: int, topk_weights: Tensor
     return output
 
 
-def combine_constants(dtype, has_weights, block) -> dict:
+def combine_constants(dtype: torch.dtype, has_weights: bool, block: int) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
         "HAS_WEIGHTS": has_weights,

@@ -7,6 +7,8 @@ wide loads already waits for memory.
 S slots, H hidden, I expert width, E experts.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -63,7 +65,7 @@ def decode(
     return combine(rows, slot_row, num_slots, topk_weights)
 
 
-def decode_constants(dtype) -> dict:
+def decode_constants(dtype: torch.dtype) -> dict[str, Any]:
     """Both kernels' compile-time arguments, for launches and for compile-only checks."""
     return {
         "DTYPE": TRITON_DTYPES[dtype],

@@ -5,12 +5,13 @@ second one's layers on the first, reading addresses that mean nothing there.
 """
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which kernels launch on the GPU of `tensor`; it does nothing for a CPU tensor.
 
     Args:

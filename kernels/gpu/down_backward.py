@@ -13,6 +13,8 @@ equals <da, a>, and a is recomputed from h here, where h is being read anyway.
 S rows, H hidden, I expert width, E experts.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -78,7 +80,7 @@ def down_backward(
     return grad_h, scaled, partial.sum(0)
 
 
-def down_backward_constants(dtype, num_experts, activation, tile) -> dict:
+def down_backward_constants(dtype: torch.dtype, num_experts: int, activation: str, tile: Tile) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
         "EXPERTS": triton.next_power_of_2(num_experts),
@@ -91,7 +93,13 @@ def down_backward_constants(dtype, num_experts, activation, tile) -> dict:
 
 
 def down_backward_reference(
-    grad_output, down_proj, preactivation, row_weight, row_token, row_expert, activation
+    grad_output: Tensor,
+    down_proj: Tensor,
+    preactivation: Tensor,
+    row_weight: Tensor,
+    row_token: Tensor,
+    row_expert: Tensor,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same by torch's autograd, for rows of known token, expert and router weight.
 

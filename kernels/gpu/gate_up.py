@@ -6,6 +6,9 @@ The first of the forward kernels. Rows of x are gathered by pointer while the pr
 S rows, H hidden, I expert width, E experts.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -62,7 +65,9 @@ def gate_up(
     return activated, preactivation
 
 
-def gate_up_constants(dtype, num_experts, activation, keep_preactivation, tile) -> dict:
+def gate_up_constants(
+    dtype: torch.dtype, num_experts: int, activation: str, keep_preactivation: bool, tile: Tile
+) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
         "EXPERTS": triton.next_power_of_2(num_experts),
@@ -75,7 +80,9 @@ def gate_up_constants(dtype, num_experts, activation, keep_preactivation, tile) 
     }
 
 
-def gate_up_reference(hidden_states, gate_up_proj, row_token, row_expert, activation) -> tuple[Tensor, Tensor]:
+def gate_up_reference(
+    hidden_states: Tensor, gate_up_proj: Tensor, row_token: Tensor, row_expert: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
     """Return activated rows and pre-activation, row by row, for rows of known token and expert.
 
     Args:

@@ -6,6 +6,9 @@ Rows are sorted by expert and lie one after another, so nothing is gathered. Sur
 S rows, N columns of the result, K inner, E experts.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -47,7 +50,7 @@ def grouped_gemm(rows: Tensor, weights: Tensor, metadata: RoutingMetadata, tile:
     return output
 
 
-def grouped_gemm_constants(dtype, num_experts, transpose, tile) -> dict:
+def grouped_gemm_constants(dtype: torch.dtype, num_experts: int, transpose: bool, tile: Tile) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
         "EXPERTS": triton.next_power_of_2(num_experts),

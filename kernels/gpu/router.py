@@ -10,6 +10,8 @@ torch.topk promises nothing. On a CPU the plain reference runs: there are no lau
 T tokens, K slots a token, E experts.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -134,7 +136,15 @@ def _check_tensor(name: str, tensor: Tensor | None, size: int, logits: Tensor) -
         raise ValueError(f"{name}: got device {tensor.device}, wanted that of router_logits, {logits.device}")
 
 
-def _check(logits, top_k, num_groups, topk_groups, scoring, min_k, unused_share) -> None:
+def _check(
+    logits: Tensor,
+    top_k: int,
+    num_groups: int,
+    topk_groups: int,
+    scoring: str,
+    min_k: int | None,
+    unused_share: Tensor | None,
+) -> None:
     if logits.dim() != 2 or logits.dtype not in (torch.float32, torch.float64) or logits.shape[1] == 0:
         raise ValueError(f"router_logits: got {logits.dtype} {tuple(logits.shape)}, wanted [T, E] float32 or float64")
     num_experts = logits.shape[1]
@@ -195,7 +205,18 @@ def _router_op(
 
 
 @_router_op.register_fake
-def _(logits, bias, unused_share, top_k, min_k, num_groups, topk_groups, scoring, normalize, scale):
+def _(
+    logits: Tensor,
+    bias: Tensor,
+    unused_share: Tensor,
+    top_k: int,
+    min_k: int,
+    num_groups: int,
+    topk_groups: int,
+    scoring: str,
+    normalize: bool,
+    scale: float,
+) -> Any:
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape)
 
@@ -223,17 +244,17 @@ def _router_backward_op(
 
 
 @_router_backward_op.register_fake
-def _(grad_weights, logits, indices, scoring, normalize, scale):
+def _(grad_weights: Tensor, logits: Tensor, indices: Tensor, scoring: str, normalize: bool, scale: float) -> Any:
     return torch.empty_like(logits)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs[0], output[0])
     ctx.settings = inputs[7:]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, _, grad_weights):
+def _backward(ctx: Any, _: Tensor | None, grad_weights: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_weights is None:
         return (None,) * 10
     grad_logits = _router_backward_op(grad_weights.contiguous(), *ctx.saved_tensors, *ctx.settings)
@@ -243,7 +264,7 @@ def _backward(ctx, _, grad_weights):
 torch.library.register_autograd("deepseek_kernels::router", _backward, setup_context=_setup_context)
 
 
-def _constants(num_experts: int, top_k: int, scoring: str, normalize: bool, dtype: torch.dtype) -> dict:
+def _constants(num_experts: int, top_k: int, scoring: str, normalize: bool, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "TOP_K": top_k,
         "SLOTS": triton.next_power_of_2(top_k),
@@ -253,13 +274,13 @@ def _constants(num_experts: int, top_k: int, scoring: str, normalize: bool, dtyp
     }
 
 
-def example_constants(num_experts: int) -> dict:
+def example_constants(num_experts: int) -> dict[str, Any]:
     """The forward kernel's compile-time arguments for DeepSeek-V3's settings, for compile-only checks."""
     groups = {"MIN_K": 8, "TOPK_GROUPS": 4, "NUM_GROUPS": 8, "GROUPS": 8, "PER_GROUP": num_experts // 8}
     return {**_constants(num_experts, 12, "sigmoid", True, torch.float32), **groups}
 
 
-def example_backward_constants(num_experts: int) -> dict:
+def example_backward_constants(num_experts: int) -> dict[str, Any]:
     """The backward kernel's compile-time arguments, for compile-only checks."""
     experts = triton.next_power_of_2(num_experts)
     return {**_constants(num_experts, 12, "sigmoid", True, torch.float32), "EXPERTS": experts}

@@ -65,7 +65,7 @@ def routing_metadata(topk_indices: Tensor, num_experts: int, block_m: int) -> Ro
     num_blocks = max(1, triton.cdiv(num_slots, SLOT_BLOCK))
     bins = triton.next_power_of_2(num_experts + 1)
 
-    def integers(*shape):
+    def integers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     block_first, totals = integers(num_blocks, bins), integers(bins)

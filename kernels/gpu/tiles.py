@@ -15,6 +15,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -261,7 +262,7 @@ def _log_unusable(path: Path, reason: str) -> None:
     logger.warning("fused_moe: %s is not usable (%s) and left out", path, reason)
 
 
-def _read_tiles(entry: dict) -> Tiles:
+def _read_tiles(entry: dict[str, Any]) -> Tiles:
     """Read one entry; a size that no kernel can have is a ValueError, for it might run, and compute wrongly."""
     tiles = Tiles(**{name: Tile(**sizes) for name, sizes in entry.items()})
     for field in dataclasses.fields(tiles):

@@ -10,7 +10,7 @@ wrong without a NaN to show for it, and the fastest kernel is the one that leave
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +114,13 @@ def tune(
     return best
 
 
-def _search(inputs: _Inputs, num_slots: int, candidates: dict, groups: tuple[int, ...], timer: Callable) -> Tiles:
+def _search(
+    inputs: _Inputs,
+    num_slots: int,
+    candidates: dict[str, tuple[Tile, ...]],
+    groups: tuple[int, ...],
+    timer: Callable[[Callable[[], object]], float],
+) -> Tiles:
     heights = sorted({tile.block_m for name in ROW_KERNELS for tile in candidates[name]})
     per_height = []
     for height in heights:
@@ -132,7 +138,14 @@ def _search(inputs: _Inputs, num_slots: int, candidates: dict, groups: tuple[int
     return Tiles(**min(per_height, key=lambda entry: entry[0])[1], weight_gradient=other[1])
 
 
-def _fastest(name, inputs, num_slots, tiles, groups, timer) -> tuple[float, Tile] | None:
+def _fastest(
+    name: str,
+    inputs: _Inputs,
+    num_slots: int,
+    tiles: Sequence[Tile],
+    groups: tuple[int, ...],
+    timer: Callable[[Callable[[], object]], float],
+) -> tuple[float, Tile] | None:
     """Milliseconds and tile of the fastest candidate that runs and is right; None if there is none."""
     times = {}
     reference = _kernel(name, inputs, num_slots, getattr(SAFE, name))() if tiles else ()
@@ -149,7 +162,14 @@ def _fastest(name, inputs, num_slots, tiles, groups, timer) -> tuple[float, Tile
     return times[best], best
 
 
-def _time(name, inputs, num_slots, tile, reference, timer) -> float:
+def _time(
+    name: str,
+    inputs: _Inputs,
+    num_slots: int,
+    tile: Tile,
+    reference: tuple[Tensor, ...],
+    timer: Callable[[Callable[[], object]], float],
+) -> float:
     """Milliseconds; infinite for a tile that does not fit this GPU, does not compile for it, or is wrong."""
     try:
         run = _kernel(name, inputs, num_slots, tile)
@@ -183,18 +203,22 @@ def _kernel(name: str, inputs: _Inputs, num_slots: int, tile: Tile) -> Callable[
     return lambda: _both_weight_gradients(inputs, metadata, num_slots, tile)
 
 
-def _both_weight_gradients(inputs: _Inputs, metadata: RoutingMetadata, num_slots: int, tile: Tile):
+def _both_weight_gradients(
+    inputs: _Inputs, metadata: RoutingMetadata, num_slots: int, tile: Tile
+) -> tuple[Tensor, Tensor]:
     return (
         weight_gradient(inputs.x, inputs.activated, metadata, num_slots, tile, gather="left"),
         weight_gradient(inputs.preactivation, inputs.x, metadata, num_slots, tile, gather="right"),
     )
 
 
-def _make_inputs(num_tokens, num_slots, hidden, width, num_experts, dtype, device) -> _Inputs:
+def _make_inputs(
+    num_tokens: int, num_slots: int, hidden: int, width: int, num_experts: int, dtype: torch.dtype, device: str
+) -> _Inputs:
     """Inputs of order one; every slot used, every expert with as many rows as the next, give or take one."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(*shape):
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     num_rows = num_tokens * num_slots

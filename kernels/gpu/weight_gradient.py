@@ -7,6 +7,8 @@ from memory; an expert without rows runs it zero times and writes zeros, and no 
 R rows of one expert, M x N its matrix, E experts.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -49,7 +51,7 @@ def weight_gradient(
     return gradient
 
 
-def weight_gradient_constants(dtype, gather, tile) -> dict:
+def weight_gradient_constants(dtype: torch.dtype, gather: str, tile: Tile) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
         "GATHER_LEFT": gather == "left",
