@@ -5,6 +5,8 @@ replaces the model's own loss, `Trainer` divides it by accumulation steps and mu
 attached to the router's output suffers none of that.
 """
 
+from typing import Any
+
 import torch
 
 from .token_layout import TokenLayout
@@ -14,7 +16,7 @@ class AttachLoss(torch.autograd.Function):
     """Passes a tensor through, and in the backward pass adds the gradient of a loss to it."""
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """Return `tensor`.
 
         Args:
@@ -26,7 +28,7 @@ class AttachLoss(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradient as it came, and 1 for the loss.
 
         Args:

@@ -7,6 +7,7 @@ rather than ignored.
 
 import difflib
 import math
+import os
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -104,7 +105,7 @@ class DeepseekConfig(DeepseekV3Config):
     norm_type: str = "rmsnorm"
     hidden_dropout: float = 0.0
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.check()
 
@@ -138,7 +139,9 @@ class DeepseekConfig(DeepseekV3Config):
             raise ValueError(_one_line(error)) from None
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a checkpoint's settings, taking DeepSeek-V3's and V2's own for ours.
 
         Args:
@@ -199,7 +202,7 @@ class DeepseekConfig(DeepseekV3Config):
             return (self.min_experts_per_tok + self.num_experts_per_tok) / 2
         return self.target_experts_per_tok
 
-    def save_pretrained(self, save_directory, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the configuration, naming every class a checkpoint can be loaded as.
 
         `PreTrainedModel.save_pretrained` names only the class being saved; the reward and value models of a policy

@@ -31,7 +31,7 @@ class ExpertLoad:
         num_accumulation_steps: Passes that make one optimizer step; None where no callback has told.
     """
 
-    def __init__(self, num_experts: int, num_slots: int):
+    def __init__(self, num_experts: int, num_slots: int) -> None:
         self.num_experts, self.num_slots = num_experts, num_slots
         self.num_accumulation_steps = None
         self.reset()

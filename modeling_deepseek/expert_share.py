@@ -6,10 +6,13 @@ gradient accumulation would change the result.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import initialization as init
+
+from .configuration_deepseek import DeepseekConfig
 
 # u = -log(1 - p): for shares that fall geometrically the number of experts is linear in u, where in p it would be
 # steeper and steeper towards 1.
@@ -43,7 +46,7 @@ class ExpertShareController(nn.Module):
         DTop-p, arXiv 2512.13996 (a PI controller on p). It steers one p for all layers; here each layer has its own.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
         self.min_experts, self.max_experts = config.min_experts_per_tok, config.num_experts_per_tok
         self.target = config.mean_experts_target
@@ -94,7 +97,7 @@ class ExpertShareController(nn.Module):
         u = math.inf if self.initial_p == 1 else -math.log1p(-self.initial_p)
         init.copy_(self.state, torch.tensor([u if self.target is None else min(u, _U_RANGE[1]), 0.0, 1.0]))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ExpertShareController":
         before = self.state
         super()._apply(fn, recurse)
         self.state = restore_float32(before, self.state)

@@ -76,7 +76,7 @@ class DequantizeBlocks(ConversionOps):
         hf_quantizer: The quantizer; that it is there has transformers hand over the tensors as stored.
     """
 
-    def __init__(self, hf_quantizer: HfQuantizer):
+    def __init__(self, hf_quantizer: HfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class BlockFp8Config(QuantizationConfigMixin):
         **kwargs: Unused.
     """
 
-    def __init__(self, weight_block_size: list[int], **kwargs: Any):
+    def __init__(self, weight_block_size: list[int], **kwargs: Any) -> None:
         self.quant_method = METHOD
         self.weight_block_size = weight_block_size
         # Has transformers forget the quantisation once the weights are loaded.
@@ -146,7 +146,7 @@ class BlockFp8Quantizer(HfQuantizer):
         """
         return torch.bfloat16 if dtype is not None and dtype.itemsize == 1 else dtype
 
-    def update_weight_conversions(self, weight_conversions: list, model: Any = None) -> list:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Return the model's conversions with dequantisation as their first step, and one for all other weights.
 
         Args:

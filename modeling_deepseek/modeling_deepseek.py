@@ -9,8 +9,11 @@ The experts are transformers' own; transformers lets `experts_implementation` be
 """
 
 import functools
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +56,7 @@ from .token_layout import TokenLayout, make_layout
 register_conversion(DeepseekConfig.model_type)
 
 
-def make_norm(config, size: int, eps: float) -> nn.Module:
+def make_norm(config: DeepseekConfig, size: int, eps: float) -> nn.Module:
     """Return the normalisation that `norm_type` names.
 
     Args:
@@ -67,7 +70,7 @@ def make_norm(config, size: int, eps: float) -> nn.Module:
 class DeepseekMoE(DeepseekV3MoE):
     """Adds our router to DeepSeek-V3's mixture of routed and shared experts."""
 
-    def __init__(self, config):
+    def __init__(self, config: DeepseekConfig) -> None:
         nn.Module.__init__(self)
         self.config = config
         self.experts = DeepseekV3Experts(config)
@@ -92,7 +95,7 @@ class DeepseekMoE(DeepseekV3MoE):
 class DeepseekAttention(DeepseekV3Attention):
     """Lets `norm_type` choose the normalisation of the latents."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.norm_type == "layernorm":
             # 1e-6 is what DeepSeek-V3's latent norms use, whatever rms_norm_eps says.
@@ -104,7 +107,7 @@ class DeepseekAttention(DeepseekV3Attention):
 class DeepseekDecoderLayer(DeepseekV3DecoderLayer):
     """Adds dropout on both branches, and hands `layout` to the router."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
         # Not DeepseekV3DecoderLayer's constructor: it would allocate the experts twice.
         GradientCheckpointingLayer.__init__(self)
         self.hidden_size = config.hidden_size
@@ -116,7 +119,7 @@ class DeepseekDecoderLayer(DeepseekV3DecoderLayer):
         # Identity draws no random numbers, so a run without dropout matches transformers' own.
         self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout > 0 else nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor, layout: TokenLayout | None = None, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, layout: TokenLayout | None = None, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output, `[B, S, D]`.
 
         Args:
@@ -130,7 +133,7 @@ class DeepseekDecoderLayer(DeepseekV3DecoderLayer):
         return hidden_states + self.dropout(self.mlp(normed, layout) if self.is_moe else self.mlp(normed))
 
 
-def ignored_mtp_keys(config) -> list[str]:
+def ignored_mtp_keys(config: DeepseekConfig) -> list[str]:
     """Return patterns of checkpoint keys of multi-token prediction layers that the model has no place for.
 
     All of them if the layers are not built; else their copies of embedding and head, which are the model's own.
@@ -146,7 +149,7 @@ def ignored_mtp_keys(config) -> list[str]:
 class DeepseekSharedHead(nn.Module):
     """The norm before the head that a multi-token prediction layer shares with the model; named as in checkpoints."""
 
-    def __init__(self, config):
+    def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
         self.norm = make_norm(config, config.hidden_size, config.rms_norm_eps)
 
@@ -160,14 +163,14 @@ class DeepseekMtpLayer(DeepseekDecoderLayer):
         DeepSeek-AI 2024, arXiv 2412.19437, section 2.2. The order of the two halves is the released weights'.
     """
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.enorm = make_norm(config, config.hidden_size, config.rms_norm_eps)
         self.hnorm = make_norm(config, config.hidden_size, config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = DeepseekSharedHead(config)
 
-    def forward(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Return hidden states for the head and for the next depth, `[B, S, D]`.
 
         Args:
@@ -198,7 +201,9 @@ class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
 
     @classmethod
     @functools.wraps(PreTrainedModel.from_pretrained.__func__)
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> "DeepseekPreTrainedModel":
         """Load a checkpoint as `transformers.PreTrainedModel.from_pretrained` does, its index checked before.
 
         Args:
@@ -211,7 +216,14 @@ class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+    def _load_pretrained_model(
+        model: "DeepseekPreTrainedModel",
+        state_dict: dict[str, Any] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Check the files before, and what came of them after, transformers' own loading."""
         if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
             model._read_checkpoint(checkpoint_files, load_config)
@@ -222,7 +234,7 @@ class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
         refuse_missing(model._unexplained(set(loaded[0].missing_keys)), source)
         return loaded
 
-    def _read_checkpoint(self, checkpoint_files, load_config) -> None:
+    def _read_checkpoint(self, checkpoint_files: list[str] | None, load_config: Any) -> None:
         tensors = read_headers(checkpoint_files)
         weight_map = (load_config.sharded_metadata or {}).get("weight_map", {})
         check_tensors(tensors, weight_map, self.config.n_routed_experts)
@@ -251,7 +263,7 @@ class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
             name for name in missing if not any(re.search(part, name) for part in self._keys_to_ignore_on_load_missing)
         }
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write a checkpoint with the official per-expert names, also where the model was loaded from fused ones.
 
         Multi-token prediction weights of the checkpoint it was loaded from are written again.
@@ -271,7 +283,7 @@ class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, DeepseekRouter):
             module.init_weights(self.config.initializer_range)
         else:
@@ -284,7 +296,7 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
     The constructors below call `PreTrainedModel`'s: DeepSeek-V3's would build its own layers first.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: DeepseekConfig) -> None:
         config.check()
         PreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id
@@ -306,7 +318,9 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
         self.post_init()
 
     @functools.wraps(DeepseekV3Model.forward)  # Trainer and generate read the arguments' names.
-    def forward(self, input_ids=None, attention_mask=None, **kwargs) -> MoeModelOutputWithPast:
+    def forward(
+        self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> MoeModelOutputWithPast:
         """Return hidden states, as `DeepseekV3Model` does.
 
         Args:
@@ -331,7 +345,14 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
             output.last_hidden_state = AttachLoss.apply(output.last_hidden_state, loss)
         return output
 
-    def _mtp_loss(self, hidden_states, input_ids, labels, attention_mask, kwargs) -> torch.Tensor:
+    def _mtp_loss(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
         """Mean over depths and sequences of the cross-entropy k + 1 tokens ahead, never across a sequence's end."""
         position_ids, layout = kwargs.get("position_ids"), kwargs["layout"]
         if position_ids is None:
@@ -372,7 +393,7 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
 class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
     """The decoder with a language-modelling head."""
 
-    def __init__(self, config):
+    def __init__(self, config: DeepseekConfig) -> None:
         PreTrainedModel.__init__(self, config)
         self.model = DeepseekModel(config)
         self.vocab_size = config.vocab_size
@@ -383,7 +404,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
         self.post_init()
 
     @functools.wraps(DeepseekV3ForCausalLM.forward)
-    def forward(self, input_ids=None, attention_mask=None, **kwargs) -> MoeCausalLMOutputWithPast:
+    def forward(
+        self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> MoeCausalLMOutputWithPast:
         """Return logits and loss, as `DeepseekV3ForCausalLM` does, and with the router logits also `aux_loss`.
 
         Args:
@@ -398,7 +421,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
             output.aux_loss = self._mean_balance_loss(output.router_logits, attention_mask)
         return output
 
-    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Say in one line where `use_mtp` cannot draft: transformers reads the layers from a checkpoint."""
         if generation_config.use_mtp and (self.config.num_mtp_modules or not self.config.name_or_path):
             raise ValueError(
@@ -408,7 +431,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     @torch.no_grad()
-    def _mean_balance_loss(self, router_logits, attention_mask) -> torch.Tensor:
+    def _mean_balance_loss(
+        self, router_logits: Sequence[torch.Tensor], attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """The layers' mean balance loss, for the logs of trainers that expect one; its gradient is in the layers."""
         routers = [layer.mlp.gate for layer in self.model.layers[: self.config.num_hidden_layers] if layer.is_moe]
         layout = None
@@ -423,7 +448,7 @@ class DeepseekForSequenceClassification(DeepseekPreTrainedModel, DeepseekV3ForSe
 
     _carries_mtp = False
 
-    def __init__(self, config):
+    def __init__(self, config: DeepseekConfig) -> None:
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = DeepseekModel(config)

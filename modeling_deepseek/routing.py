@@ -9,6 +9,7 @@ Axes: T tokens, D hidden, E experts, K = `num_experts_per_tok` slots.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.utils import logging
 
 from .auxiliary_loss import AttachLoss, router_z_loss, sequence_balance_loss
+from .configuration_deepseek import DeepseekConfig
 from .expert_load import ExpertLoad
 from .expert_share import ExpertShareController, restore_float32
 from .token_layout import TokenLayout, one_sequence
@@ -39,7 +41,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         arXiv 2405.04434, section 2.2 (softmax, groups by their best expert).
     """
 
-    def __init__(self, config):
+    def __init__(self, config: DeepseekConfig) -> None:
         super().__init__(config)
         self.config = config
         self.scoring_func = config.scoring_func
@@ -132,7 +134,9 @@ class DeepseekRouter(DeepseekV3TopkRouter):
             choice = groups.masked_fill(~is_open.unsqueeze(-1), float("-inf")).flatten(1)
         return choice.topk(self.top_k, dim=-1)[1]
 
-    def _choose_number(self, router_logits, scores, topk_indices) -> torch.Tensor | None:
+    def _choose_number(
+        self, router_logits: torch.Tensor, scores: torch.Tensor, topk_indices: torch.Tensor
+    ) -> torch.Tensor | None:
         """Used slots `[T, K]`, or None for all of them."""
         if self.share is None:
             return None
@@ -144,7 +148,13 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         """`scores` `[T, E]`."""
         return router_logits.sigmoid() if self.scoring_func == "sigmoid" else router_logits.softmax(-1)
 
-    def _loss(self, router_logits, topk_indices, is_used, layout) -> torch.Tensor:
+    def _loss(
+        self,
+        router_logits: torch.Tensor,
+        topk_indices: torch.Tensor,
+        is_used: torch.Tensor | None,
+        layout: TokenLayout | None,
+    ) -> torch.Tensor:
         """The weighted auxiliary losses of this pass, scaled to its part of an optimizer step."""
         layout = one_sequence(router_logits) if layout is None else layout
         loss = router_logits.new_zeros(())
@@ -211,7 +221,13 @@ class DeepseekRouter(DeepseekV3TopkRouter):
             self.share.step(float(self.load.tokens_per_expert.sum() / self.load.num_tokens))
         self.load.reset()
 
-    def _weigh(self, router_logits, scores, topk_indices, is_used) -> torch.Tensor:
+    def _weigh(
+        self,
+        router_logits: torch.Tensor,
+        scores: torch.Tensor,
+        topk_indices: torch.Tensor,
+        is_used: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Weights `[T, K]` of the chosen experts, zero where `is_used` is False, before scaling."""
         if self.scoring_func == "softmax" and self.norm_topk_prob:
             logits = router_logits.gather(1, topk_indices)
@@ -239,7 +255,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
             init.normal_(self.query_weight, mean=0.0, std=std)
             init.normal_(self.expert_keys, mean=0.0, std=1.0)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "DeepseekRouter":
         before = self.e_score_correction_bias
         super()._apply(fn, recurse)
         self.e_score_correction_bias = restore_float32(before, self.e_score_correction_bias)
