@@ -47,7 +47,7 @@ def pair_results(results: list[dict[str, Any]]) -> list[dict[str, str]]:
     Returns:
         Rows with ``metric``, ``dataset``, ``before``, ``after`` and ``n``, in the order they were measured.
     """
-    rows: dict[tuple, dict[str, str]] = {}
+    rows: dict[tuple[Any, ...], dict[str, str]] = {}
     for result in results:
         row = rows.setdefault(
             (result["metric"], result.get("dataset"), result.get("split")),

@@ -6,7 +6,10 @@ and the docs show the same picture for the ``154b`` preset; the card draws its o
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK = "#1f2933"
 MUTED = "#616e7c"
@@ -88,7 +91,18 @@ def describe_block(config: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _box(axes, x: float, y: float, w: float, h: float, text: str, *, face=GREY, edge=GREY_EDGE, **style) -> None:
+def _box(
+    axes: "Axes",
+    x: float,
+    y: float,
+    w: float,
+    h: float,
+    text: str,
+    *,
+    face: str = GREY,
+    edge: str = GREY_EDGE,
+    **style: Any,
+) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     patch = FancyBboxPatch(
@@ -98,7 +112,7 @@ def _box(axes, x: float, y: float, w: float, h: float, text: str, *, face=GREY, 
     axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", color=INK, linespacing=1.35, **style)
 
 
-def _arrow(axes, *points: tuple[float, float], color: str = INK, dashed: bool = False) -> None:
+def _arrow(axes: "Axes", *points: tuple[float, float], color: str = INK, dashed: bool = False) -> None:
     """Draw a line through the points with a head at the last."""
     line = "--" if dashed else "-"
     if len(points) > 2:
@@ -107,19 +121,19 @@ def _arrow(axes, *points: tuple[float, float], color: str = INK, dashed: bool = 
     axes.annotate("", xy=points[-1], xytext=points[-2], arrowprops=style)
 
 
-def _plus(axes, x: float, y: float) -> None:
+def _plus(axes: "Axes", x: float, y: float) -> None:
     from matplotlib.patches import Circle
 
     axes.add_patch(Circle((x, y), 1.3, facecolor="white", edgecolor=INK, linewidth=1.2, zorder=3))
     axes.text(x, y, "+", ha="center", va="center_baseline", fontsize=12, color=INK, zorder=4)
 
 
-def _title(axes, x: float, text: str, note: str) -> None:
+def _title(axes: "Axes", x: float, text: str, note: str) -> None:
     axes.text(x, 69, text, fontsize=12.5, fontweight="bold", color=INK, va="center")
     axes.text(x, 66, note, fontsize=9, color=MUTED, va="center")
 
 
-def _draw_residual_panel(axes, words: dict[str, str]) -> None:
+def _draw_residual_panel(axes: "Axes", words: dict[str, str]) -> None:
     _title(axes, 2, "The block", words["layers"])
     axes.text(2, 63.4, words["dense"], fontsize=7.6, color=MUTED, va="center")
     x, w = 8, 17
@@ -136,7 +150,7 @@ def _draw_residual_panel(axes, words: dict[str, str]) -> None:
         _plus(axes, middle, high)
 
 
-def _draw_attention_panel(axes, words: dict[str, str]) -> None:
+def _draw_attention_panel(axes: "Axes", words: dict[str, str]) -> None:
     _title(axes, 34, "Latent attention (MLA)", words["cached"])
     axes.text(34, 63.4, words["uncached"], fontsize=7.6, color=MUTED, va="center")
     blue = {"face": BLUE, "edge": BLUE_EDGE}
@@ -163,7 +177,7 @@ def _draw_attention_panel(axes, words: dict[str, str]) -> None:
     _arrow(axes, (55.5, 58), (55.5, 61.5))
 
 
-def _draw_experts_panel(axes, words: dict[str, str]) -> None:
+def _draw_experts_panel(axes: "Axes", words: dict[str, str]) -> None:
     _title(axes, 84, "Mixture of experts", f"{words['routed']}; {words['active']} work on a token")
     amber = {"face": AMBER, "edge": AMBER_EDGE}
     axes.text(104, 4.3, "normed hidden state", ha="center", color=MUTED)

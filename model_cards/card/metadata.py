@@ -122,7 +122,7 @@ def results_of_final_model(stages: dict[str, Stage]) -> list[dict[str, Any]]:
     names = list(stages)
     maker = final_stage(stages)
     first = names.index(maker.name) if maker else 0
-    held: dict[tuple, dict[str, Any]] = {}
+    held: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name in names[first:]:
         for row in stages[name].results:
             if row.get("when") != "before" and is_number(row.get("value")):

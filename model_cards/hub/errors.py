@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def _repository_message(repo_id: str, status: int) -> str:
     return f"REPO: {repo_id} does not exist, or its owner does not ({status}); check the name"
 
 
-def _http_message(repo_id: str, error) -> str:
+def _http_message(repo_id: str, error: Any) -> str:
     status = error.response.status_code
     said = (error.server_message or error.response.headers.get("x-error-message") or "").splitlines()
     reason = f": {said[0]}" if said else ""

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deepseek_model_cards.card.card import write_card
 from deepseek_model_cards.hub.push import UploadFile, check_leaks, drop_origin
@@ -49,7 +49,7 @@ class HubCardCallback(TrainerCallback):
         data: list[dict[str, Any]] | None = None,
         evaluated_on: str = "evaluation data",
         licence: str = "apache-2.0",
-    ):
+    ) -> None:
         self.trainer = trainer
         self.data = data or []
         self.evaluated_on = evaluated_on
@@ -58,7 +58,9 @@ class HubCardCallback(TrainerCallback):
         self.started = time.monotonic()
         trainer.create_model_card = self.create_model_card
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Begin the run folder, and warn where the Trainer would upload before we can clean."""
         if not state.is_world_process_zero:
             return
@@ -71,12 +73,19 @@ class HubCardCallback(TrainerCallback):
                 args.hub_strategy.value,
             )
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Keep what the Trainer logged."""
         if self.run is not None and logs:
             self.run.log({"step": state.global_step, **{key: v for key, v in logs.items() if is_number(v)}})
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write card and report in place of the Trainer's own card, and clean what it is about to upload.
 
         Args:

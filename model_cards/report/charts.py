@@ -7,7 +7,11 @@ under the common forms of colour blindness, and every series is also named in a 
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 SERIES = ("#2f6fb0", "#d9822b", "#2f855a", "#9b59b6", "#b83246", "#4a5568")
@@ -35,7 +39,7 @@ _STYLE = {
 }
 
 
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1):
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple["Figure", Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -44,7 +48,7 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _to_source(figure) -> str:
+def _to_source(figure: "Figure") -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -120,12 +124,12 @@ def _bars_of(row: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:
     return bars
 
 
-def _write_above(axes, x: float, y: float, text: str) -> None:
+def _write_above(axes: "Axes", x: float, y: float, text: str) -> None:
     style = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 9, "color": INK}
     axes.annotate(text, (x, y), xytext=(0, 4), **style)
 
 
-def _legend_of_bars(axes, names: dict[str, str]) -> None:
+def _legend_of_bars(axes: "Axes", names: dict[str, str]) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color=color, label=name) for name, color in names.items()]
@@ -165,7 +169,7 @@ def heatmap(loads: Sequence[Sequence[float]], layer_names: Sequence[str]) -> str
         return _to_source(figure)
 
 
-def _write_cells(axes, relative: Sequence[Sequence[float]], norm) -> None:
+def _write_cells(axes: "Axes", relative: Sequence[Sequence[float]], norm: Any) -> None:
     for y, row in enumerate(relative):
         for x, value in enumerate(row):
             color = INK if 0.25 < norm(value) < 0.8 else "white"
@@ -211,7 +215,7 @@ def benchmark_chart(rows: Sequence[dict[str, Any]]) -> str:
         return _to_source(figure)
 
 
-def _mark_published(axes, rows: Sequence[dict[str, Any]]) -> None:
+def _mark_published(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
     """Put a mark of its own shape where each published score lies."""
     names = list(dict.fromkeys(name for row in rows for name in row.get("published", {})))
     for name, marker, color in zip(names, "Ds^v", SERIES[1:], strict=False):

@@ -128,7 +128,7 @@ def _change_tile(row: dict[str, Any]) -> dict[str, str] | None:
 
 def _pairs(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join what was measured before and after: ``before`` and ``after`` as (value, stderr)."""
-    rows: dict[tuple, dict[str, Any]] = {}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in results:
         if not is_number(result.get("value")):
             continue
@@ -175,7 +175,7 @@ def _is_bpb(key: str) -> bool:
     return bool(re.fullmatch(r"eval_(\w+_)?bits_per_byte", key))
 
 
-def _loss_unit(lines: list[tuple]) -> str:
+def _loss_unit(lines: list[tuple[Any, ...]]) -> str:
     has_loss = any("loss" in name for name, *_ in lines)
     has_bits = any("bits" in name for name, *_ in lines)
     return "nats a token / bits a byte" if has_loss and has_bits else "bits a byte" if has_bits else "nats a token"
