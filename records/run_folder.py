@@ -57,12 +57,18 @@ class RunFolder:
         path: The folder. Reading needs it to hold a run; `create` makes one.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     @classmethod
     def create(
-        cls, path: str | Path, settings: dict[str, Any], *, command: str, seed: int | None = None, overwrite=False
+        cls,
+        path: str | Path,
+        settings: dict[str, Any],
+        *,
+        command: str,
+        seed: int | None = None,
+        overwrite: bool = False,
     ) -> "RunFolder":
         """Make the folder, or take up an unfinished run with equal settings.
 
