@@ -10,6 +10,7 @@ folds exactly into a plain gate.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ def export_gguf(model_path: str | Path, output: str | Path, *, fixed_experts: in
     return target
 
 
-def _import_gguf():
+def _import_gguf() -> ModuleType:
     try:
         import gguf
     except ImportError:
@@ -238,7 +239,7 @@ def convert_tensors(tensors: Tensors, config: dict[str, Any]) -> Iterator[tuple[
             yield from _convert_experts(tensors, f"{source}mlp.", target, config)
 
 
-def _convert_attention(tensors: Tensors, source: str, target: str, config: dict[str, Any]):
+def _convert_attention(tensors: Tensors, source: str, target: str, config: dict[str, Any]) -> Iterator[Any]:
     if config["q_lora_rank"]:
         yield f"{target}attn_q_a.weight", tensors[f"{source}q_a_proj.weight"]
         yield f"{target}attn_q_a_norm.weight", tensors[f"{source}q_a_layernorm.weight"].float()
@@ -255,12 +256,12 @@ def _convert_attention(tensors: Tensors, source: str, target: str, config: dict[
     yield f"{target}attn_output.weight", tensors[f"{source}o_proj.weight"]
 
 
-def _convert_mlp(tensors: Tensors, source: str, target: str, suffix: str):
+def _convert_mlp(tensors: Tensors, source: str, target: str, suffix: str) -> Iterator[Any]:
     for part in ("gate", "up", "down"):
         yield f"{target}ffn_{part}{suffix}.weight", tensors[f"{source}{part}_proj.weight"]
 
 
-def _convert_experts(tensors: Tensors, source: str, target: str, config: dict[str, Any]):
+def _convert_experts(tensors: Tensors, source: str, target: str, config: dict[str, Any]) -> Iterator[Any]:
     yield f"{target}ffn_gate_inp.weight", _gate(tensors, f"{source}gate.", config)
     yield f"{target}exp_probs_b.bias", tensors[f"{source}gate.e_score_correction_bias"].float()
     for part in ("gate", "up", "down"):
