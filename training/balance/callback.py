@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from deepseek_training.balance.callback_order import move_before_trackers, passes_of_this_step
@@ -38,7 +38,7 @@ class ExpertBalanceCallback(TrainerCallback):
 
     reads_before_trackers = True
 
-    def __init__(self, bias_update_speed: float | None = None):
+    def __init__(self, bias_update_speed: float | None = None) -> None:
         if bias_update_speed is not None and not 0 <= bias_update_speed < math.inf:
             raise ValueError(f"bias_update_speed: {bias_update_speed} is not allowed, want at least 0")
         self.bias_update_speed = bias_update_speed
@@ -46,7 +46,14 @@ class ExpertBalanceCallback(TrainerCallback):
         self.history: list[dict[str, Any]] = []
         self._window: torch.Tensor | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Tell the routers how many passes make a step.
 
         Args:
@@ -67,7 +74,14 @@ class ExpertBalanceCallback(TrainerCallback):
         _warn_of_lost_state(model, self.bias_update_speed)
         _warn_of_fp16(args, model)
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Tell the routers how many passes make this step: an epoch's last may have fewer.
 
         Args:
@@ -81,7 +95,14 @@ class ExpertBalanceCallback(TrainerCallback):
         for router in find_routers(model):
             router.load.num_accumulation_steps = num_passes
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Update biases and shares.
 
         Args:
@@ -93,7 +114,14 @@ class ExpertBalanceCallback(TrainerCallback):
         """
         self.finish_step(model)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Do likewise for trainers that do not announce optimizer steps (TRL's PPO).
 
         Args:
@@ -106,7 +134,15 @@ class ExpertBalanceCallback(TrainerCallback):
         if any(router.load.num_passes for router in find_routers(model)):
             self.finish_step(model)
 
-    def on_log(self, args, state, control, logs: dict | None = None, model=None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Add the window's figures to the log.
 
         Args:
@@ -130,7 +166,14 @@ class ExpertBalanceCallback(TrainerCallback):
         self.history.append({"step": state.global_step, **figures, "tokens_per_expert": load})
         self._window = None
 
-    def on_train_end(self, args, state, control, model=None, **kwargs: Any) -> None:
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Take back what `on_train_begin` told.
 
         Args:

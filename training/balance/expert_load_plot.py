@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deepseek_records.run_folder import RunFolder
 
@@ -19,15 +19,17 @@ class LoadPlot(TrainerCallback):
         run: The run.
     """
 
-    def __init__(self, run: RunFolder):
+    def __init__(self, run: RunFolder) -> None:
         self.run = run
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draw what the run has logged so far."""
         if state.is_world_process_zero:
             plot_expert_load(self.run.metrics, self.run.path / "plots" / "expert_load.png")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Draw the whole run."""
         self.on_save(args, state, control)
 

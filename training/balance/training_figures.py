@@ -9,10 +9,11 @@ that one, whose counts are exact: over all ranks, without padding, and a layer t
 import math
 import resource
 import time
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from deepseek_training.balance.callback import TRAINING_KEYS, ExpertBalanceCallback
@@ -35,7 +36,7 @@ class TrainingFigures(TrainerCallback):
 
     reads_before_trackers = True
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.tokens_per_expert: list[list[int]] = []
         self._balance: ExpertBalanceCallback | None = None
         self._routers: list[_HookedRouter] = []
@@ -55,7 +56,14 @@ class TrainingFigures(TrainerCallback):
         trainer.callback_handler.callbacks[:0] = [figures] if balance is None else [balance, figures]
         return figures
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Hook the model's input, and its routers unless a balancing callback counts them."""
         others = move_before_trackers(self)
         self._balance = next((other for other in others if isinstance(other, ExpertBalanceCallback)), None)
@@ -67,27 +75,40 @@ class TrainingFigures(TrainerCallback):
         if self._config.model_type == DeepseekConfig.model_type:  # other models' products are not counted
             self._peak_flops = measure_matmul_peak(args.device, torch.bfloat16 if args.bf16 else torch.float32)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _count_tokens(self, module, args, kwargs):
+    def _count_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids")
         if module.training and torch.is_grad_enabled() and tokens is not None:
             self._num_tokens += tokens.numel()
             self._context_length = tokens.shape[-1]
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start the clock of a step; evaluation and saving lie outside it."""
         self._began = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Stop the clock."""
         self._seconds += time.perf_counter() - self._began
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Add the window's figures to a training line and begin a new window."""
         if logs is None or TRAINING_KEYS.isdisjoint(logs) or not self._seconds:
             return
@@ -111,7 +132,7 @@ class TrainingFigures(TrainerCallback):
 class _HookedRouter:
     """Counts of one router since the last log line, by a hook."""
 
-    def __init__(self, module: nn.Module, place: int):
+    def __init__(self, module: nn.Module, place: int) -> None:
         self.module, self.place = module, place
         self._reset()
 
@@ -125,10 +146,10 @@ class _HookedRouter:
         self._reset()
         return window
 
-    def hook(self):
+    def hook(self) -> Any:
         return self.module.register_forward_hook(self._record)
 
-    def _record(self, module, args, output):
+    def _record(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module.training and torch.is_grad_enabled():
             self._count(type(module).__name__, output)
 

@@ -46,7 +46,7 @@ class PackedDataset(Dataset):
         ValueError: The documents do not fill one block.
     """
 
-    def __init__(self, documents: Sequence[np.ndarray], sequence_length: int, *, seed: int = 0):
+    def __init__(self, documents: Sequence[np.ndarray], sequence_length: int, *, seed: int = 0) -> None:
         order = np.random.default_rng(seed).permutation(len(documents))
         stream = np.concatenate([documents[index] for index in order])
         num_blocks = len(stream) // sequence_length
@@ -75,7 +75,7 @@ class MixedDataset(Dataset):
         ValueError: `general` has too few blocks for the share.
     """
 
-    def __init__(self, domain: PackedDataset, general: PackedDataset, replay_share: float, *, seed: int = 0):
+    def __init__(self, domain: PackedDataset, general: PackedDataset, replay_share: float, *, seed: int = 0) -> None:
         wanted = round(len(domain) * replay_share / (1 - replay_share))
         if wanted > len(general):
             raise ValueError(

@@ -96,7 +96,7 @@ def read_rows(name_or_path: str | Path, split: str = "all", *, column: str | Non
     name = str(name_or_path)
     embedded = EMBEDDED.get(name)
     if embedded:
-        rows: Iterator[dict] = _read_file(DATA_FOLDER / embedded.file)
+        rows: Iterator[dict[str, Any]] = _read_file(DATA_FOLDER / embedded.file)
         column = column or embedded.column
     elif Path(name).exists():
         rows = _read_path(Path(name), split)
@@ -140,7 +140,7 @@ def _hash(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
 
 
-def _select_split(rows: list[dict], split: str, name: str | Path) -> list[str]:
+def _select_split(rows: list[dict[str, Any]], split: str, name: str | Path) -> list[str]:
     rows = [row for row in rows if row["text"].strip()]
     if not rows:
         raise ValueError(f"data: {name} is empty; it holds no text")
@@ -161,7 +161,7 @@ def _select_split(rows: list[dict], split: str, name: str | Path) -> list[str]:
     return chosen
 
 
-def _pick_column(row: dict, column: str, name: str) -> str:
+def _pick_column(row: dict[str, Any], column: str, name: str) -> str:
     if column not in row:
         found = ", ".join(row)
         raise ValueError(f"data: {name} has no column '{column}' (it has: {found}); name one of them")
@@ -171,7 +171,7 @@ def _pick_column(row: dict, column: str, name: str) -> str:
     return row[column]
 
 
-def _read_path(path: Path, split: str) -> Iterator[dict]:
+def _read_path(path: Path, split: str) -> Iterator[dict[str, Any]]:
     if path.is_file():
         return _read_file(path)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
@@ -186,7 +186,7 @@ def _suffix(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
-def _read_file(path: Path) -> Iterator[dict]:
+def _read_file(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"data: no file {path}")
     if path.stat().st_size == 0:
@@ -215,7 +215,7 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _read_jsonl(path: Path) -> Iterator[dict]:
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     # not splitlines: JSON strings may hold U+2028 and its like, which are line ends to Python
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -239,7 +239,7 @@ def _is_encodable(row: Any) -> bool:
     return True
 
 
-def _read_parquet(path: Path) -> Iterator[dict]:
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.lib
     import pyarrow.parquet
 
@@ -266,7 +266,7 @@ def _cut_passages(text: str) -> Iterator[str]:
         yield text[start:]
 
 
-def _read_saved(path: Path, split: str) -> Iterator[dict]:
+def _read_saved(path: Path, split: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
@@ -276,7 +276,7 @@ def _read_saved(path: Path, split: str) -> Iterator[dict]:
     return _rows_of(data, split)
 
 
-def _rows_of(data: Any, split: str) -> Iterator[dict]:
+def _rows_of(data: Any, split: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Dataset or DatasetDict; where the dict has named splits each row says its own."""
     import datasets
 
@@ -289,7 +289,7 @@ def _rows_of(data: Any, split: str) -> Iterator[dict]:
             yield from ({**row, "split": part} if has_validation else row for row in rows)
 
 
-def _read_hub(name: str, split: str) -> Iterator[dict]:
+def _read_hub(name: str, split: str) -> Iterator[dict[str, Any]]:
     known = ", ".join(EMBEDDED)
     if not _HUB_ID.match(name) or _suffix(Path(name)) in _TEXT_SUFFIXES | _TABLE_SUFFIXES:
         raise FileNotFoundError(f"data: no file or folder {name} (embedded names: {known})")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 
 
-def evaluate_prompts(trainer: "CorrectedPPOTrainer", dataset: Dataset) -> dict[str, list]:
+def evaluate_prompts(trainer: "CorrectedPPOTrainer", dataset: Dataset) -> dict[str, list[Any]]:
     """Return a column each of reward, its parts, KL, length and completion, one row a prompt, in the data's order.
 
     Args:
@@ -84,7 +84,7 @@ def average_by_prompt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def mean_metrics(columns: dict[str, list], prefix: str) -> dict[str, float]:
+def mean_metrics(columns: dict[str, list[Any]], prefix: str) -> dict[str, float]:
     """Return mean and standard error of each column of numbers.
 
     Args:
@@ -99,7 +99,7 @@ def mean_metrics(columns: dict[str, list], prefix: str) -> dict[str, float]:
     return metrics
 
 
-def show_samples(prompts: list[str], columns: dict[str, list], report_to: list[str]) -> None:
+def show_samples(prompts: list[str], columns: dict[str, list[Any]], report_to: list[str]) -> None:
     """Print the first five prompts as TRL does, and send all to Weights & Biases if that is reported to.
 
     Args:

@@ -8,6 +8,7 @@ Shapes: B rows, P prompt columns, T completion columns, V vocabulary.
 import contextlib
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ def response_values(value_model: nn.Module, query_responses: torch.Tensor, conte
     return value_model.score(hidden_states[:, -count:-1]).squeeze(-1).float()
 
 
-def _policy_output(model: nn.Module, query_responses: torch.Tensor, context_length: int) -> tuple:
+def _policy_output(model: nn.Module, query_responses: torch.Tensor, context_length: int) -> tuple[Any, ...]:
     """The model's output, and its logits before each completion token, [B, T, V]."""
     count = query_responses.shape[1] - context_length + 1
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

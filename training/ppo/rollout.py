@@ -89,7 +89,7 @@ class RewardAdapter(nn.Module):
         tokenizer: Turns token ids into the text that the reward reads.
     """
 
-    def __init__(self, reward: Callable[..., list[float | None]], tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, reward: Callable[..., list[float | None]], tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.reward = reward
         self.tokenizer = tokenizer

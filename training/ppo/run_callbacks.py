@@ -15,10 +15,10 @@ class LogToRunFolder(TrainerCallback):
         run: The run.
     """
 
-    def __init__(self, run: RunFolder):
+    def __init__(self, run: RunFolder) -> None:
         self.run = run
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Append the line."""
         if not state.is_world_process_zero or not logs:
             return
@@ -32,7 +32,7 @@ class LogToRunFolder(TrainerCallback):
 class RewardBar(ProgressBar):
     """Shows updates, time left, and the last batch's reward and KL on one line."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Show the reward."""
         if self.bar is not None and logs and "objective/scores" in logs:
             self.bar.set_postfix(

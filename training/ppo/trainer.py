@@ -83,9 +83,9 @@ class CorrectedPPOTrainer(PPOTrainer):
         eval_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
-        optimizers: tuple = (None, None),
+        optimizers: tuple[Any, ...] = (None, None),
         prompt_column: str = "prompt",
-    ):
+    ) -> None:
         check_settings(args, processing_class, model.config)
         check_prompts(args, model.config, train_dataset, eval_dataset)
         if value_model is None:
@@ -110,11 +110,11 @@ class CorrectedPPOTrainer(PPOTrainer):
             )
         self.is_distributed_loading_by_transformers = False  # Trainer's own constructor, which TRL skips, sets it
         self.prompt_column = prompt_column
-        self.last_evaluation: dict[str, list] = {}
+        self.last_evaluation: dict[str, list[Any]] = {}
         self.num_eval_samples = 1
         self.saved_reference: Path | None = None
         self._metrics: dict[str, list[float]] = {}
-        self.extra_columns: dict[str, list] = {}
+        self.extra_columns: dict[str, list[Any]] = {}
         self.watch = Stopwatch()
         for module in (self.policy_model, self.ref_model, self.value_model):
             if module is not None:

@@ -7,6 +7,7 @@ processes, so that splitting it into micro-batches or processes with different n
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from trl.experimental.ppo import PPOConfig
@@ -81,7 +82,12 @@ def _whiten(
 
 
 def micro_batch_loss(
-    model: torch.nn.Module, rollout: Rollout, targets: Targets, rows: torch.Tensor, totals: tuple, args: PPOConfig
+    model: torch.nn.Module,
+    rollout: Rollout,
+    targets: Targets,
+    rows: torch.Tensor,
+    totals: tuple[Any, ...],
+    args: PPOConfig,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return this micro-batch's share of its mini-batch's loss, and its share of each of `STATS`.
 

@@ -7,6 +7,7 @@ Buffers (rotary frequencies, balancing biases) are small and copied, since a tra
 """
 
 import copy
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForSequenceClassification
@@ -86,7 +87,7 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
 
 
-def without_adapter(policy: PreTrainedModel | PeftModel, replaced: dict | None = None) -> PreTrainedModel:
+def without_adapter(policy: PreTrainedModel | PeftModel, replaced: dict[str, Any] | None = None) -> PreTrainedModel:
     """Return the policy without its adapter: new modules, the same parameters.
 
     Args:

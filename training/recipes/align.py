@@ -85,7 +85,7 @@ class AlignRecipe:
     min_gain_stderr: float = setting(2.0, help="bar: the held-out reward must rise by this many standard errors")
     seed: int = setting(0, help="of prompts' order, sampling and the value head")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Check the ranges."""
         for least, names in _AT_LEAST.items():
             for name in names:

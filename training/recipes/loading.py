@@ -116,7 +116,7 @@ def describe_recipe(recipe_class: type) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _default_text(field: dataclasses.Field) -> str:
+def _default_text(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     elif field.default is not dataclasses.MISSING:
@@ -237,6 +237,6 @@ def _check(name: str, value: Any, hint: Any, source: str) -> Any:
     raise ValueError(f"{source}: {name}={value!r} must be {_NAMES[hint]}")
 
 
-def _suggest(value: Any, allowed: tuple) -> str:
+def _suggest(value: Any, allowed: tuple[Any, ...]) -> str:
     close = difflib.get_close_matches(str(value), map(str, allowed), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""

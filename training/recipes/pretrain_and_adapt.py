@@ -48,7 +48,7 @@ class TrainerSettings:
     sample_prompts: list[str] = setting([], help="Prompts the finished model continues, for the report.")  # noqa: RUF009
     sample_tokens: int = setting(60, help="Tokens of each sample.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("sequence_length", "batch_size", "gradient_accumulation_steps", "max_steps", "logging_steps"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("eval_steps", "save_steps", "warmup_steps", "weight_decay", "sample_tokens", "seed"):
@@ -89,7 +89,7 @@ class SplittableSettings(TrainerSettings):
         help="Processes that share one set of experts; above 1 with save_steps 0 and untied embeddings only.",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         size = self.expert_parallel_size
         self.require("expert_parallel_size", size >= 1, "at least 1")
@@ -110,7 +110,7 @@ class PretrainRecipe(SplittableSettings):
     model: dict[str, Any] = setting({}, help="Settings of DeepseekConfig that replace the preset's.")  # noqa: RUF009
     check_bigram: bool = setting(True, help="Check that the model beats an interpolated bigram on the held-out text.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.require("vocab_size", self.tokenizer is not None or self.vocab_size >= 259, "at least 259")
 
@@ -128,7 +128,7 @@ class AdaptRecipe(SplittableSettings):
     min_domain_gain: float = setting(0.08, help="The check wants the domain's bits per byte to fall by this share.")
     max_general_loss: float = setting(0.04, help="The check lets the general bits per byte rise by this share.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.require("replay_share", 0 <= self.replay_share < 1, "in [0, 1)")
         self.require("data", self.data != self.general_data, "another data set than general_data")

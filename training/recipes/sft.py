@@ -20,7 +20,7 @@ class SftRecipe(TrainerSettings):
     )
     num_eval_conversations: int | None = setting(None, help="Held-out conversations that are scored; null: all.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         wanted = self.num_eval_conversations
         self.require("num_eval_conversations", wanted is None or wanted >= 2, "null or at least 2")

@@ -29,7 +29,7 @@ class Diversity:
 
     name = "diversity"
 
-    def __init__(self, bank_size: int = 256, min_words: int = 8):
+    def __init__(self, bank_size: int = 256, min_words: int = 8) -> None:
         if bank_size < 0 or min_words < 1:
             raise ValueError(
                 f"bank_size={bank_size}, min_words={min_words}: allowed are bank_size >= 0, min_words >= 1"

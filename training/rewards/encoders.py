@@ -44,7 +44,7 @@ def find_minilm() -> Path:
 class _TextModel:
     """A model with its tokenizer, run on batches of texts."""
 
-    def __init__(self, name_or_path: str | Path, auto_class: type, batch_size: int, max_length: int):
+    def __init__(self, name_or_path: str | Path, auto_class: type, batch_size: int, max_length: int) -> None:
         self.tokenizer = load_tokenizer(name_or_path)
         self.model = load_model(name_or_path, auto_class=auto_class).eval()
         self.batch_size = batch_size
@@ -78,7 +78,7 @@ class SentenceEncoder(_TextModel):
         max_length: Tokens beyond this are cut off.
     """
 
-    def __init__(self, name_or_path: str | Path, batch_size: int = 64, max_length: int = 256):
+    def __init__(self, name_or_path: str | Path, batch_size: int = 64, max_length: int = 256) -> None:
         super().__init__(name_or_path, AutoModel, batch_size, max_length)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -98,7 +98,7 @@ class RememberingEncoder:
         encoder: Anything with ``embed(texts)``.
     """
 
-    def __init__(self, encoder: Any):
+    def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
         self.rows: dict[str, np.ndarray] = {}
 
@@ -122,7 +122,7 @@ class CrossEncoder(_TextModel):
         ValueError: The model has more than one label.
     """
 
-    def __init__(self, name_or_path: str | Path, batch_size: int = 64, max_length: int = 512):
+    def __init__(self, name_or_path: str | Path, batch_size: int = 64, max_length: int = 512) -> None:
         super().__init__(name_or_path, AutoModelForSequenceClassification, batch_size, max_length)
         if self.model.config.num_labels != 1:
             raise ValueError(f"cross-encoder: {name_or_path} has {self.model.config.num_labels} labels; wanted 1")
@@ -149,7 +149,7 @@ class SequenceClassifier(_TextModel):
 
     def __init__(
         self, name_or_path: str | Path, unsafe_label: str | None = None, batch_size: int = 64, max_length: int = 512
-    ):
+    ) -> None:
         super().__init__(name_or_path, AutoModelForSequenceClassification, batch_size, max_length)
         labels = self.model.config.label2id
         if self.model.config.num_labels > 1 and unsafe_label not in labels:

@@ -74,7 +74,7 @@ class Relevance:
         middle: float = MIDDLE_COSINE,
         width: float = COSINE_WIDTH,
         has_guards: bool = True,
-    ):
+    ) -> None:
         if not -1 <= middle <= 1 or not width > 0:
             raise ValueError(f"middle={middle}, width={width}: allowed are -1 <= middle <= 1 and width > 0")
         self.__name__ = "relevance"  # GRPO and RLOO log a reward under its __name__

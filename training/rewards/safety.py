@@ -21,7 +21,7 @@ class Safety:
 
     name = "safety"
 
-    def __init__(self, classifier: Any = None):
+    def __init__(self, classifier: Any = None) -> None:
         from deepseek_training.rewards.safety_classifier import SafetyClassifier
 
         self.__name__ = self.name  # GRPO and RLOO log a reward under its __name__

@@ -32,7 +32,7 @@ class SafetyClassifier:
         bias: The intercept.
     """
 
-    def __init__(self, weights: np.ndarray, bias: float):
+    def __init__(self, weights: np.ndarray, bias: float) -> None:
         if weights.shape != (NUM_BUCKETS,):
             raise ValueError(f"safety classifier: weights of shape {weights.shape}; wanted ({NUM_BUCKETS},)")
         self.weights = weights

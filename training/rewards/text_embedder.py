@@ -32,7 +32,7 @@ class TextEmbedder:
         rarity: [len(words)], float32: log of documents over documents that hold the word, 0 or more.
     """
 
-    def __init__(self, words: Sequence[str], vectors: np.ndarray, rarity: np.ndarray):
+    def __init__(self, words: Sequence[str], vectors: np.ndarray, rarity: np.ndarray) -> None:
         if len(vectors) != len(words) + NUM_PIECES or len(rarity) != len(words):
             raise ValueError(
                 f"text embedder: {len(vectors)} vectors and {len(rarity)} rarities for {len(words)} words; wanted "

@@ -52,7 +52,7 @@ class WeightedReward:
         gate_threshold: float = 1.0,
         penalties: Sequence[Reward] = (),
         is_standardized: bool = False,
-    ):
+    ) -> None:
         if len(rewards) != len(weights) or not rewards:
             raise ValueError(f"weights: {len(weights)} given for {len(rewards)} rewards; wanted one for each")
         if any(not math.isfinite(weight) or weight < 0 for weight in weights) or sum(weights) <= 0:
@@ -130,7 +130,7 @@ class WeightedReward:
             sums = [total + value for total, value in zip(sums, values, strict=True)]
         return sums
 
-    def _standardize(self, parts: dict[str, list], kwargs: dict[str, Any]) -> dict[str, list]:
+    def _standardize(self, parts: dict[str, list[Any]], kwargs: dict[str, Any]) -> dict[str, list[Any]]:
         """Each score's place under a normal curve with the part's running mean and variance."""
         if not self.is_standardized:
             return parts
@@ -202,7 +202,7 @@ class MissingEosPenalty:
         penalty: What is taken off, finite and 0 or more.
     """
 
-    def __init__(self, eos_token_id: int, penalty: float):
+    def __init__(self, eos_token_id: int, penalty: float) -> None:
         if not 0 <= penalty < math.inf:
             raise ValueError(f"penalty={penalty}: allowed is a finite number of 0 or more")
         self.__name__ = "missing_eos_penalty"

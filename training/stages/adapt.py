@@ -104,7 +104,7 @@ def _results(held_out: list[HeldOut], measured: list[BitsPerByte], when: str) ->
     return [result_row(one.name, value, when=when) for one, value in zip(held_out, measured, strict=True)]
 
 
-def _describe(recipe: AdaptRecipe, corpora: dict, held_out: list[HeldOut]) -> list[dict[str, Any]]:
+def _describe(recipe: AdaptRecipe, corpora: dict[str, Any], held_out: list[HeldOut]) -> list[dict[str, Any]]:
     rows = [describe_data(name, "train", train, "training") for name, (train, _) in corpora.items()]
     for name, one in zip(corpora, held_out, strict=True):
         rows.append(describe_data(name, "validation", one.texts, "evaluation"))

@@ -108,7 +108,7 @@ def open_run(recipe: AlignRecipe, args: Any, output: str | Path, *, overwrite: b
     return run
 
 
-def evaluate_once(trainer: Any, path: Path) -> dict[str, list]:
+def evaluate_once(trainer: Any, path: Path) -> dict[str, list[Any]]:
     """Return the start model's evaluation; a resumed run reads it instead of logging it again.
 
     Args:
@@ -311,7 +311,12 @@ def save_models(trainer: Any, run: RunFolder, tokenizer: Any) -> None:
 
 
 def summarize(
-    recipe: AlignRecipe, prompts: dict, held_out: Any, before: dict, after: dict, seconds: float
+    recipe: AlignRecipe,
+    prompts: dict[str, Any],
+    held_out: Any,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
     """Return the summary: results before and after, the gain with its error, data, checks and samples."""
     from deepseek_training.data.texts import describe_data

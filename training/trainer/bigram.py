@@ -28,7 +28,7 @@ class BigramModel:
         Chen and Goodman 1998, "An Empirical Study of Smoothing Techniques for Language Modeling", section 3.
     """
 
-    def __init__(self, documents: Sequence[np.ndarray], vocab_size: int):
+    def __init__(self, documents: Sequence[np.ndarray], vocab_size: int) -> None:
         self.vocab_size = vocab_size
         pairs = np.concatenate([self._pairs(document) for document in documents])
         self.pairs, counts = np.unique(pairs, return_counts=True)

@@ -10,9 +10,10 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deepseek_records.run_folder import write_json
 from modeling_deepseek.modeling_deepseek import DeepseekPreTrainedModel
@@ -28,7 +29,7 @@ class CheckpointMarker(TrainerCallback):
     `Trainer`'s own `save_total_limit` would delete the last good checkpoint before its successor is marked.
     """
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the marker; `Trainer` calls this after the last file of a checkpoint."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process writes its random state into the checkpoint

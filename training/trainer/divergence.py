@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class StopWhenDiverged(TrainerCallback):
     """Checks each line of the log; `Trainer` logs before it saves."""
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Raise a one-line ValueError at a training line that is not finite."""
         if logs and "loss" in logs:
             figures = {name: logs[name] for name in ("loss", "grad_norm") if name in logs}

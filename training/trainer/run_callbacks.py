@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deepseek_records.run_folder import METRICS_FILE, RunFolder, write_text
 from deepseek_training.balance.training_figures import TrainingFigures
@@ -19,11 +19,18 @@ class MetricsFile(TrainerCallback):
         figures: Whose load of the experts, too large for a tracker, goes into the file too.
     """
 
-    def __init__(self, run: RunFolder, figures: TrainingFigures):
+    def __init__(self, run: RunFolder, figures: TrainingFigures) -> None:
         self.run = run
         self.figures = figures
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Append training and evaluation lines; the closing line of times is left to the summary."""
         if not state.is_world_process_zero or not logs:
             return
@@ -38,28 +45,41 @@ class MetricsFile(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """Shows steps, time left and the last loss on one line."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str) -> None:
         self.description = description
         self.bar = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Open the bar at the step the run starts from."""
         if state.is_world_process_zero:
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, desc=self.description, unit="step", mininterval=0.5
             )
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Move on by one."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Show the loss."""
         if self.bar is not None and logs and "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the bar."""
         self.close()
 

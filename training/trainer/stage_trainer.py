@@ -125,7 +125,7 @@ class StageTrainer(StageTraining, Trainer):
         **kwargs: As for `transformers.Trainer`.
     """
 
-    def __init__(self, recipe: TrainerSettings, held_out: Sequence[HeldOut], **kwargs: Any):
+    def __init__(self, recipe: TrainerSettings, held_out: Sequence[HeldOut], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.recipe = recipe
         self.held_out = held_out
