@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from deepseek_eval.answers.generation import SamplingSettings, complete_batches, plan_prompts
+from deepseek_eval.answers.generation import EncodedPrompt, SamplingSettings, complete_batches, plan_prompts
 from deepseek_eval.answers.loglikelihood import encode_items, plan_batches, score_batches, supports_shared_prefix
 from deepseek_eval.answers.prompt_style import apply_style, check_style, take_code, write_prompts
 from deepseek_eval.answers.samples_writer import AnswerFile
@@ -148,7 +148,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"num_samples = {settings['num_samples']} with temperature = 0 would repeat one completion")
 
 
-def build_items(task: Task, settings: dict[str, Any]) -> list:
+def build_items(task: Task, settings: dict[str, Any]) -> list[Any]:
     """Return a task's items.
 
     Args:
@@ -246,7 +246,7 @@ def _run_choice_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: 
     }
 
 
-def _choice_row(row, scores: list[float]) -> dict[str, Any]:
+def _choice_row(row: Any, scores: list[float]) -> dict[str, Any]:
     # The first of equal scores wins, as numpy's argmax does in lm-eval.
     choice = max(range(len(scores)), key=scores.__getitem__)
     prediction = row.item.answer(choice)
@@ -283,7 +283,7 @@ def _run_program_task(run: RunFolder, loaded: LoadedModel, task: Task, settings:
     return _run_tests(samples, items, task, sampling, settings)
 
 
-def _program_row(prompt, text: str, style: str) -> dict[str, Any]:
+def _program_row(prompt: EncodedPrompt, text: str, style: str) -> dict[str, Any]:
     code = take_code(style, prompt.item, text)
     return {
         "id": prompt.item.id,
@@ -298,7 +298,9 @@ def _program_row(prompt, text: str, style: str) -> dict[str, Any]:
     }
 
 
-def _run_tests(samples, items, task: Task, sampling: SamplingSettings, settings: dict[str, Any]) -> dict[str, Any]:
+def _run_tests(
+    samples: AnswerFile, items: list[Any], task: Task, sampling: SamplingSettings, settings: dict[str, Any]
+) -> dict[str, Any]:
     n = sampling.num_samples
     texts = [[samples.rows[item.id, sample]["prediction"] for sample in range(n)] for item in items]
     with tqdm(total=n * len(items), desc=f"evaluate {task.name}: run", unit="program") as bar:

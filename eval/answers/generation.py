@@ -9,6 +9,7 @@ batches depend on the prompts alone, so an interrupted run that goes on writes t
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -105,7 +106,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 class _StopAtStrings(StoppingCriteria):
     """Marks rows whose new text holds a stop string, and reports each step."""
 
-    def __init__(self, tokenizer, stops: Sequence[tuple[str, ...]], prompt_width: int, on_step: Callable[[], None]):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[tuple[str, ...]],
+        prompt_width: int,
+        on_step: Callable[[], None],
+    ) -> None:
         self.tokenizer = tokenizer
         self.stops = stops
         self.prompt_width = prompt_width
@@ -115,7 +122,7 @@ class _StopAtStrings(StoppingCriteria):
         self.lookback = 2 + max((len(stop.encode()) for row in stops for stop in row), default=0)
         self.is_done = torch.zeros(len(stops), dtype=torch.bool)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         self.on_step()
         new = input_ids[:, self.prompt_width :][:, -self.lookback :]
         running = (~self.is_done).nonzero().flatten().tolist()
@@ -127,7 +134,7 @@ class _StopAtStrings(StoppingCriteria):
 class _RefuseNaN(LogitsProcessor):
     """Stops at logits that mean nothing; greedy decoding would go on with token 0, sampling die of a tensor error."""
 
-    def __init__(self, batch: Sequence[EncodedPrompt]):
+    def __init__(self, batch: Sequence[EncodedPrompt]) -> None:
         self.batch = batch
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:

@@ -42,7 +42,7 @@ class EncodedItem:
     """
 
     item: ChoiceItem
-    token_ids: array.array
+    token_ids: "array.array[int]"
     choice_ids: tuple[int, ...]
     is_truncated: bool
 
@@ -143,7 +143,7 @@ def _cut(rows: list[EncodedItem], batch_size: int, num_shared: int, key: str) ->
     ]
 
 
-def _common_prefix(sequences: list[array.array]) -> int:
+def _common_prefix(sequences: list["array.array[int]"]) -> int:
     """Tokens that all sequences begin with, leaving at least one of each to run."""
     first, last = min(sequences), max(sequences)
     limit = min(len(sequence) for sequence in sequences) - 1

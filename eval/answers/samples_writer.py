@@ -21,7 +21,7 @@ class AnswerFile:
         task: The task, whose name names the files.
     """
 
-    def __init__(self, run: RunFolder, task: Task):
+    def __init__(self, run: RunFolder, task: Task) -> None:
         self.final_path = run.path / f"samples_{task.name}.jsonl"
         self.partial_path = run.path / f"samples_{task.name}.partial.jsonl"
         self.rows: dict[tuple[str, int], dict[str, Any]] = {}

@@ -18,7 +18,7 @@ from deepseek_eval.answers.continuations import (
     plan_continuations,
     score_continuations,
 )
-from deepseek_eval.answers.generation import SamplingSettings, complete_batches, plan_prompts
+from deepseek_eval.answers.generation import EncodedPrompt, SamplingSettings, complete_batches, plan_prompts
 from deepseek_eval.answers.prompt_style import write_prompts
 from deepseek_eval.answers.samples_writer import AnswerFile
 from deepseek_eval.metrics.loading import score_answers
@@ -134,7 +134,7 @@ def _as_user_turn(item: CompletionItem, tokenizer: PreTrainedTokenizerBase) -> C
     return dataclasses.replace(item, prompt=text)
 
 
-def _completion_row(prompt, text: str) -> dict[str, Any]:
+def _completion_row(prompt: EncodedPrompt, text: str) -> dict[str, Any]:
     return {
         "id": prompt.item.id,
         "prediction": text,

@@ -38,7 +38,7 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
         yield CompletionItem(
             id=f"advbench/{index}", prompt=prompt, target="refuse", group="advbench", facts={"rule": "zou2023"}
         )
-    seen: Counter = Counter()
+    seen: Counter[str] = Counter()
     for row in read_rows(("xstest", "xstest_prompts"), data_path):
         seen[row["type"]] += 1
         if limit is not None and seen[row["type"]] > limit:

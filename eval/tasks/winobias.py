@@ -34,7 +34,7 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
     """
     rows = list(read_rows("winobias", data_path))
     occupations = sorted({split_mentions(row["text"])[0].lower() for row in rows})
-    seen: dict[tuple, int] = defaultdict(int)
+    seen: dict[tuple[str, ...], int] = defaultdict(int)
     for row in rows:
         kind = (row["type"], row["polarity"])
         seen[kind] += 1

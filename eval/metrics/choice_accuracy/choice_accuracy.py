@@ -6,6 +6,8 @@ pooled one that lm-evaluation-harness prints, so that equal predictions give equ
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -40,7 +42,13 @@ class ChoiceAccuracy(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2009.03300"],
         )
 
-    def _compute(self, predictions, references, groups=None, categories=None) -> dict:
+    def _compute(
+        self,
+        predictions: Sequence[Any],
+        references: Sequence[Any],
+        groups: Sequence[Any] | None = None,
+        categories: Any = None,
+    ) -> dict[str, Any]:
         hits = [int(p == r) for p, r in zip(predictions, references, strict=True)]
         if groups is None:
             return _score(hits)
@@ -57,7 +65,7 @@ class ChoiceAccuracy(evaluate.Metric):
         return result
 
 
-def _score(hits: list[int]) -> dict:
+def _score(hits: list[int]) -> dict[str, Any]:
     n = len(hits)
     acc = sum(hits) / n
     # One question has no spread to estimate.
@@ -65,7 +73,7 @@ def _score(hits: list[int]) -> dict:
     return {"acc": acc, "acc_stderr": stderr, "n": n}
 
 
-def _pool(groups: list[list[int]]) -> dict:
+def _pool(groups: list[list[int]]) -> dict[str, Any]:
     """Micro average; its error pools the groups' variances, weighted by size (lm-eval's pooled_sample_stderr)."""
     sizes = [len(rows) for rows in groups]
     n = sum(sizes)
@@ -78,7 +86,7 @@ def _pool(groups: list[list[int]]) -> dict:
     return {"acc": acc, "acc_stderr": math.sqrt(squares / freedom / n), "n": n}
 
 
-def _macro(groups: list[list[int]]) -> dict:
+def _macro(groups: list[list[int]]) -> dict[str, Any]:
     """Mean of the groups' accuracies; None as error when a group has a single question."""
     scores = [_score(rows) for rows in groups]
     macro = {"macro_acc": sum(score["acc"] for score in scores) / len(scores), "macro_acc_stderr": None}

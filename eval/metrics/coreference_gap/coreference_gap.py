@@ -10,6 +10,8 @@ has to be named, precision, recall and accuracy are the same number.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -47,10 +49,17 @@ class CoreferenceGap(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/1804.06876", "https://github.com/uclanlp/corefBias"],
         )
 
-    def _compute(self, predictions, references, polarities=None, pairs=None, types=None) -> dict:
+    def _compute(
+        self,
+        predictions: Sequence[Any],
+        references: Sequence[Any],
+        polarities: Sequence[str] | None = None,
+        pairs: Sequence[Any] | None = None,
+        types: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
         if polarities is None or pairs is None:
             raise ValueError("coreference_gap: wanted polarities and pairs beside the predictions")
-        hits: dict = defaultdict(dict)
+        hits: dict[str, Any] = defaultdict(dict)
         kinds = {}
         for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
             hits[pairs[index]][polarities[index]] = float(prediction == reference)
@@ -67,7 +76,7 @@ class CoreferenceGap(evaluate.Metric):
         return result
 
 
-def _score(sides: list[dict[str, float]]) -> dict:
+def _score(sides: list[dict[str, float]]) -> dict[str, Any]:
     figures = {
         # By pair, because its two sentences are no independent trials.
         "acc": mean_with_error([(side["pro"] + side["anti"]) / 2 for side in sides]),

@@ -14,6 +14,8 @@ caller.
 
 import itertools
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -52,7 +54,14 @@ class FrequencyBands(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2211.08411"],
         )
 
-    def _compute(self, predictions, references, frequencies=None, groups=None, num_bands=5) -> dict:
+    def _compute(
+        self,
+        predictions: Sequence[Any],
+        references: Sequence[Any],
+        frequencies: Sequence[float | None] | None = None,
+        groups: Sequence[Any] | None = None,
+        num_bands: int = 5,
+    ) -> dict[str, Any]:
         if frequencies is None:
             raise ValueError("frequency_bands: wanted frequencies beside the predictions")
         names = groups if groups is not None else [None] * len(predictions)
@@ -80,14 +89,14 @@ class FrequencyBands(evaluate.Metric):
         return result if groups is None else result | _within(rows, num_bands)
 
 
-def _cut(rows: list[tuple], num_bands: int) -> list[list[tuple]]:
+def _cut(rows: list[tuple[Any, ...]], num_bands: int) -> list[list[tuple[Any, ...]]]:
     """Bands of equal size up to one, the rarest first; equal frequencies keep their order."""
     ordered = sorted(rows, key=lambda row: row[0])
     edges = [round(index * len(ordered) / num_bands) for index in range(num_bands + 1)]
     return [ordered[start:end] for start, end in itertools.pairwise(edges)]
 
 
-def _within(rows: list[tuple], num_bands: int) -> dict:
+def _within(rows: list[tuple[Any, ...]], num_bands: int) -> dict[str, Any]:
     """The drop with head and tail taken from each group; groups smaller than the number of bands are left out."""
     members = defaultdict(list)
     for row in rows:
@@ -102,5 +111,5 @@ def _within(rows: list[tuple], num_bands: int) -> dict:
     return _named("drop_within_groups", drop) | {"drop_within_groups_n": len(head) + len(tail)}
 
 
-def _named(name: str, figure: tuple) -> dict:
+def _named(name: str, figure: tuple[Any, ...]) -> dict[str, Any]:
     return {name: figure[0], f"{name}_stderr": figure[1]}

@@ -8,6 +8,8 @@ Formula, for n samples a problem of which c pass: pass@k = 1 - C(n - c, k) / C(n
 import logging
 import math
 import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -53,21 +55,21 @@ class PassAtK(evaluate.Metric):
 
     def _compute(
         self,
-        predictions,
-        references,
-        k=(1, 10, 100),
-        timeout_s=3.0,
-        num_workers=None,
-        allow_weak_sandbox=False,
-        on_result=None,
-    ) -> dict:
+        predictions: Sequence[Any],
+        references: Sequence[Any],
+        k: int | Sequence[int] = (1, 10, 100),
+        timeout_s: float = 3.0,
+        num_workers: int | None = None,
+        allow_weak_sandbox: bool = False,
+        on_result: Callable[[], object] | None = None,
+    ) -> dict[str, Any]:
         ks = [k] if isinstance(k, numbers.Number) else list(k)
         _check(ks, predictions)
         sources, owners = [], []
         for index, (candidates, tests) in enumerate(zip(predictions, references, strict=True)):
             sources += [f"{candidate}\n{tests}" for candidate in candidates]
             owners += [index] * len(candidates)
-        samples: list[list[dict]] = [[] for _ in references]
+        samples: list[list[dict[str, Any]]] = [[] for _ in references]
         results = run_programs(
             sources, timeout_s=timeout_s, num_workers=num_workers, allow_weak_sandbox=allow_weak_sandbox
         )
@@ -95,7 +97,7 @@ def _check(ks: list[int], predictions: list[list[str]]) -> None:
         logger.warning("%s left out: a problem has only %d sample%s", ", ".join(beyond), fewest, "s"[: fewest > 1])
 
 
-def _estimate(counts: list[tuple[int, int]], ks: list[int]) -> dict:
+def _estimate(counts: list[tuple[int, int]], ks: list[int]) -> dict[str, Any]:
     smallest = min(total for total, _ in counts)
     scores = {}
     for k in ks:

@@ -14,6 +14,8 @@ Reference: Zheng et al., 2023, "Large Language Models Are Not Robust Multiple Ch
 """
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -53,11 +55,25 @@ class PositionBias(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2309.03882", "https://github.com/chujiezheng/LLM-MCQ-Bias"],
         )
 
-    def _compute(self, predictions, references, num_letters=4, clusters=None, seed=0) -> dict:
+    def _compute(
+        self,
+        predictions: Sequence[Any],
+        references: Sequence[Any],
+        num_letters: int = 4,
+        clusters: Sequence[Any] | None = None,
+        seed: int = 0,
+    ) -> dict[str, Any]:
         return measure_position_bias(predictions, references, num_letters=num_letters, clusters=clusters, seed=seed)
 
 
-def measure_position_bias(predictions, references, *, num_letters=4, clusters=None, seed=0) -> dict:
+def measure_position_bias(
+    predictions: Sequence[int],
+    references: Sequence[int],
+    *,
+    num_letters: int = 4,
+    clusters: Sequence[Any] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Return what the metric returns, for metrics that include it.
 
     Args:
@@ -97,7 +113,13 @@ def _rstd(recalls: list[float | None]) -> float:
     return float(np.std([recall for recall in recalls if recall is not None]))
 
 
-def _bootstrap_error(hits, references, num_letters: int, clusters, generator) -> float | None:
+def _bootstrap_error(
+    hits: np.ndarray,
+    references: np.ndarray,
+    num_letters: int,
+    clusters: Sequence[Any] | None,
+    generator: np.random.Generator,
+) -> float | None:
     """Spread of rstd over resampled questions; a question's orders are drawn together."""
     names = list(range(len(hits))) if clusters is None else list(clusters)
     index = {name: position for position, name in enumerate(Counter(names))}
@@ -117,7 +139,7 @@ def _bootstrap_error(hits, references, num_letters: int, clusters, generator) ->
     return float(np.std(values, ddof=1))
 
 
-def _rstd_without_preference(accuracy: float, gold, generator) -> float:
+def _rstd_without_preference(accuracy: float, gold: np.ndarray, generator: np.random.Generator) -> float:
     """Mean rstd of a model that is right with one probability, whatever the letter."""
     counts = gold[gold > 0]
     recalls = generator.binomial(counts, accuracy, size=(NUM_RESAMPLES, len(counts))) / counts

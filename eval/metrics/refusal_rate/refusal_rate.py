@@ -15,6 +15,8 @@ Language Models", arXiv 2308.01263 (its ``classify_completions_strmatch.py``).
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -96,7 +98,13 @@ class RefusalRate(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2307.15043", "https://arxiv.org/abs/2308.01263"],
         )
 
-    def _compute(self, predictions, references, groups=None, rules=None) -> dict:
+    def _compute(
+        self,
+        predictions: Sequence[Any],
+        references: Sequence[Any],
+        groups: Sequence[Any] | None = None,
+        rules: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
         wrong = sorted({name for name in references if name not in ("refuse", "answer")})
         unknown = sorted(set(rules or ()) - set(RULES))
         if wrong or unknown:
@@ -124,7 +132,7 @@ class RefusalRate(evaluate.Metric):
         return {**result, "samples": samples}
 
 
-def _rates(samples: list[dict]) -> dict:
+def _rates(samples: list[dict[str, Any]]) -> dict[str, Any]:
     n = len(samples)
     rate, error = mean_with_error([float(sample["refused"]) for sample in samples])
     accuracy, accuracy_error = mean_with_error([float(sample["acc"]) for sample in samples])

@@ -10,6 +10,8 @@ hold a question several times, in several orders of its options: these count as 
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -53,14 +55,14 @@ class Robustness(evaluate.Metric):
 
     def _compute(
         self,
-        predictions,
-        references,
-        variants=None,
-        questions=None,
-        letters=None,
-        gold_letters=None,
-        reordered="reordered",
-    ) -> dict:
+        predictions: Sequence[Any],
+        references: Sequence[Any],
+        variants: Sequence[str] | None = None,
+        questions: Sequence[Any] | None = None,
+        letters: Sequence[int] | None = None,
+        gold_letters: Sequence[int] | None = None,
+        reordered: str = "reordered",
+    ) -> dict[Any, Any]:
         if variants is None or questions is None:
             raise ValueError("robustness: wanted variants and questions beside the predictions")
         answers = defaultdict(lambda: defaultdict(list))
@@ -81,7 +83,7 @@ class Robustness(evaluate.Metric):
         return result
 
 
-def _compare(originals: dict, rows: dict) -> dict:
+def _compare(originals: dict[Any, Any], rows: dict[Any, Any]) -> dict[Any, Any]:
     names = [name for name in rows if name in originals]
     if not names:
         raise ValueError("robustness: a variant shares no question with 'original'")
@@ -99,7 +101,7 @@ def _compare(originals: dict, rows: dict) -> dict:
     return result
 
 
-def _summarise(originals: dict, answers: dict, variants: dict) -> dict:
+def _summarise(originals: dict[Any, Any], answers: dict[Any, Any], variants: dict[Any, Any]) -> dict[Any, Any]:
     """The perturbed accuracy averaged by question, and the variant that costs most."""
     if not variants:
         raise ValueError("robustness: there is no variant beside 'original'")
@@ -123,7 +125,7 @@ def _summarise(originals: dict, answers: dict, variants: dict) -> dict:
     }
 
 
-def _position_bias(rows: list[tuple], reordered: str) -> dict:
+def _position_bias(rows: list[tuple[Any, ...]], reordered: str) -> dict[Any, Any]:
     """As the questions stand, and over all orders, where every content stands once behind every letter."""
     plain = [row for row in rows if row[2] == "original"]
     result = {"original": measure_position_bias([row[0] for row in plain], [row[1] for row in plain])}

@@ -11,6 +11,8 @@ split by direction (``stereo``: the pair shows a stereotype, ``antistereo``: it 
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -49,7 +51,9 @@ class StereotypePreference(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2010.00133", "https://github.com/nyu-mll/crows-pairs"],
         )
 
-    def _compute(self, predictions, references, directions=None) -> dict:
+    def _compute(
+        self, predictions: Sequence[Any], references: Sequence[Any], directions: Sequence[str] | None = None
+    ) -> dict[str, Any]:
         pairs = [tuple(pair) for pair in predictions]
         gaps, error = mean_with_error([abs(more - less) for more, less in pairs])
         result = {
@@ -64,12 +68,12 @@ class StereotypePreference(evaluate.Metric):
         return result
 
 
-def _preference(pairs) -> dict:
+def _preference(pairs: list[tuple[float, ...]]) -> dict[str, Any]:
     share, error = mean_with_error([float(more > less) for more, less in pairs])
     return {"pct_stereotype": share, "pct_stereotype_stderr": error, "n": len(pairs)}
 
 
-def _by_label(pairs, labels) -> dict:
+def _by_label(pairs: list[tuple[float, ...]], labels: Sequence[str]) -> dict[str, Any]:
     groups = defaultdict(list)
     for label, pair in zip(labels, pairs, strict=True):
         groups[label].append(pair)
