@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from deepseek_eval.tasks.catalogue import TASKS, find_task
 
@@ -179,7 +180,7 @@ def _refuse_unused(args: argparse.Namespace) -> None:
         raise ValueError(f"{options}: without effect with {source}, which runs no model")
 
 
-def _score_samples(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict:
+def _score_samples(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict[str, Any]:
     from deepseek_eval.samples_reader import score_samples
 
     if len(tasks) != 1:
@@ -189,14 +190,14 @@ def _score_samples(args: argparse.Namespace, tasks: list[str], limit: int | dict
     return score_samples(args.samples, tasks[0], limit=limit, data_path=parse_data(args.data), **options)
 
 
-def _evaluate_model(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict:
+def _evaluate_model(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict[str, Any]:
     from deepseek_eval.harness import evaluate_model
 
     options = {name: vars(args)[name] for name in (*_OF_MODELS, "output", "overwrite", "allow_weak_sandbox")}
     return evaluate_model(args.model, tasks=tasks, limit=limit, data_path=parse_data(args.data), **options)
 
 
-def format_results(results: dict) -> str:
+def format_results(results: dict[str, Any]) -> str:
     """Return a small table of the headline figures, and what they leave open.
 
     Args:
@@ -215,6 +216,6 @@ def format_results(results: dict) -> str:
     return "\n".join([*lines, *(["", "What these figures do not show:", *limits] if limits else [])])
 
 
-def _further_figures(scores: dict) -> list[str]:
+def _further_figures(scores: dict[str, Any]) -> list[str]:
     """What the table shows besides a task's headline."""
     return [name for name in scores if name == "macro_acc" or (name.startswith("pass@") and "_" not in name)]

@@ -39,7 +39,7 @@ _SIGNS_OF_A_FULL_DISK = ("(os error 28)", "inline_container.cc", "PytorchStreamW
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Shows each option's default and keeps the examples' line breaks."""
 
-    def __init__(self, prog: str):
+    def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=100)
 
     def _get_help_string(self, action: argparse.Action) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 HELP = "Print a model's parameters by part, its active share and its FLOPs per token."
 EXAMPLES = """
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_config(name: str):
+def load_config(name: str) -> Any:
     """Return the configuration of a preset or of a checkpoint.
 
     Args:
@@ -56,7 +57,7 @@ def load_config(name: str):
     return DeepseekConfig.from_pretrained(name)
 
 
-def format_count(name: str, count, context_length: int) -> str:
+def format_count(name: str, count: Any, context_length: int) -> str:
     """Return the table as text.
 
     Args:

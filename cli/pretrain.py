@@ -1,6 +1,7 @@
 """``deepseek-moe pretrain``: stage 1, from a recipe."""
 
 import argparse
+from typing import Any
 
 HELP = "Pretrain a model from scratch on plain text (stage 1)."
 EXAMPLES = """
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if missed else 0
 
 
-def _report(summary: dict, missed: list[str], output: str) -> None:
+def _report(summary: dict[str, Any], missed: list[str], output: str) -> None:
     for row in summary["results"]:
         print(
             f"{row['dataset']}: {row['value']:.4f} +- {row['stderr']:.4f} bits per byte "

@@ -200,5 +200,5 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _mean(values: list) -> float:
+def _mean(values: list[Any]) -> float:
     return sum(values) / len(values)

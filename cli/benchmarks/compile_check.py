@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -82,8 +83,8 @@ class Compilation:
     tile: str
     is_matrix: bool
     function: object
-    constants: dict
-    options: dict
+    constants: dict[str, Any]
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Usage:
     has_matrix_instruction: bool
 
 
-def matrix_instruction(target: tuple, compilation: Compilation) -> str:
+def matrix_instruction(target: tuple[Any, ...], compilation: Compilation) -> str:
     """Return the tensor-core instruction a tiled product should compile to.
 
     Args:
@@ -166,7 +167,7 @@ def small_kernels(dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
         yield Compilation(function.__name__.removesuffix("_kernel"), "", False, function, constants, warps)
 
 
-def compile_for(compilation: Compilation, target: tuple, dtype: str = "bf16") -> Usage:
+def compile_for(compilation: Compilation, target: tuple[Any, ...], dtype: str = "bf16") -> Usage:
     """Compile one kernel for one target and return what it takes.
 
     Args:
@@ -192,7 +193,7 @@ def compile_for(compilation: Compilation, target: tuple, dtype: str = "bf16") ->
     return (_amd_usage if target[0] == "hip" else _nvidia_usage)(compiled, instruction)
 
 
-def _nvidia_usage(compiled, instruction: str) -> Usage:
+def _nvidia_usage(compiled: Any, instruction: str) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -204,7 +205,7 @@ def _nvidia_usage(compiled, instruction: str) -> Usage:
     return Usage(registers, stack, compiled.metadata.shared, instruction in compiled.asm["ptx"])
 
 
-def _amd_usage(compiled, instruction: str) -> Usage:
+def _amd_usage(compiled: Any, instruction: str) -> Usage:
     text = compiled.asm["amdgcn"]
     registers, spills = (
         int(re.search(rf"\.{name}:\s*(\d+)", text).group(1)) for name in ("vgpr_count", "vgpr_spill_count")
@@ -212,11 +213,11 @@ def _amd_usage(compiled, instruction: str) -> Usage:
     return Usage(registers, spills, compiled.metadata.shared, instruction in text)
 
 
-def _without_options(constants: dict) -> dict:
+def _without_options(constants: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name != "num_warps"}
 
 
-def every_compilation() -> Iterator[tuple[str, tuple, Compilation]]:
+def every_compilation() -> Iterator[tuple[str, tuple[Any, ...], Compilation]]:
     """Yield (GPU, target, kernel) for all that ships, each distinct one once per target."""
     seen = set()
     gpus = [(gpu, tiles) for (gpu, _, _, _), tiles in SHIPPED.items()]

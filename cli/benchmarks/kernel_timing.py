@@ -11,6 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ def _synchronize(device: str) -> None:
 
 def _time(step: Callable[[Mark], object], device: str) -> list[float]:
     """Milliseconds of each part of one run, and of the whole."""
-    marks: list = []
+    marks: list[Any] = []
     if device == "cuda":
 
         def mark() -> None:

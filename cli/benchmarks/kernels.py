@@ -11,6 +11,7 @@ T tokens, K slots a token, H hidden, I expert width, E experts.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ _CAPTURABLE = ("fused_moe", "grouped_mm", "batched_mm")
 _CANNOT_LOAD: dict[str, str] = {}
 
 
-def measure_cell(cell: Cell, device: str, seconds: float, implementations: dict[str, Experts]) -> list[dict]:
+def measure_cell(cell: Cell, device: str, seconds: float, implementations: dict[str, Experts]) -> list[dict[str, Any]]:
     """Return one row per implementation and mode.
 
     Args:
@@ -66,7 +67,7 @@ def measure_cell(cell: Cell, device: str, seconds: float, implementations: dict[
 class _Layer:
     """The experts of one cell with their input and routing."""
 
-    def __init__(self, cell: Cell, device: str):
+    def __init__(self, cell: Cell, device: str) -> None:
         dtype = getattr(torch, cell.dtype)
         with torch.device(device):
             experts = make_experts(hidden=cell.H, width=cell.I, num_experts=cell.E, num_slots=cell.K)
@@ -121,11 +122,11 @@ class _Layer:
 
         return train if is_training else infer
 
-    def describe(self, mode: str, name: str) -> dict:
+    def describe(self, mode: str, name: str) -> dict[str, Any]:
         """What says which row it is."""
         return {**asdict(self.cell), "device": self.device, "mode": mode, "implementation": name}
 
-    def describe_speed(self, milliseconds: float, mode: str, peaks: dict[str, float]) -> dict:
+    def describe_speed(self, milliseconds: float, mode: str, peaks: dict[str, float]) -> dict[str, Any]:
         """Time and rates; work is that of the used slots, whoever computes the others too."""
         c = self.cell
         teraflops = _WORK[mode] * 6 * self.routing.num_used * c.H * c.I / milliseconds / 1e9
@@ -137,7 +138,9 @@ class _Layer:
         return speed
 
 
-def _steps_that_agree(layer: _Layer, implementations: dict[str, Experts], is_training: bool) -> tuple[dict, dict]:
+def _steps_that_agree(
+    layer: _Layer, implementations: dict[str, Experts], is_training: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run everybody once, as warm-up; return the steps that compute what `eager` does, and why not the others."""
     steps, skipped, wanted = {}, {}, None
     for name, implementation in implementations.items():
@@ -194,7 +197,7 @@ def _reason_to_skip(cell: Cell, name: str, dtype: torch.dtype, device: str) -> s
     return None
 
 
-def _capture(steps: dict[str, Callable]) -> dict[str, Callable]:
+def _capture(steps: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
     """Steps replayed from a CUDA graph, as decoding is served, for whoever can be captured."""
     graphs = {}
     for name in set(_CAPTURABLE) & set(steps):

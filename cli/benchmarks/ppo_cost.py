@@ -40,7 +40,7 @@ class TokenCountReward(nn.Module):
 
     base_model_prefix = "scorer"
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.scorer = _Scorer()
 

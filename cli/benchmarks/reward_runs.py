@@ -57,7 +57,7 @@ def build_sum(has_guards: bool) -> WeightedReward:
 class Gauges:
     """Everything that is measured of a batch of completions, whatever the policy was trained on."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.guarded, self.naive = build_sum(has_guards=True), build_sum(has_guards=False)
 
     def read(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
@@ -94,12 +94,14 @@ class RecordedReward:
         gauges: What is noted.
     """
 
-    def __init__(self, reward: WeightedReward, gauges: Gauges):
+    def __init__(self, reward: WeightedReward, gauges: Gauges) -> None:
         self.__name__ = "recorded_reward"
         self.reward, self.gauges = reward, gauges
         self.curve: list[dict[str, float]] = []
 
-    def __call__(self, prompts: list[str], completions: list[str], completion_ids: Any = None, **kwargs: Any) -> list:
+    def __call__(
+        self, prompts: list[str], completions: list[str], completion_ids: Any = None, **kwargs: Any
+    ) -> list[Any]:
         """Return the reward's scores. Prompts are read from the column ``question`` where there is one."""
         asked = kwargs.get("question", prompts)
         columns = self.gauges.read(asked, completions)
@@ -214,9 +216,11 @@ def measure_policy(
     return averaged | {"prompt": list(held_out["prompt"]), "completion": passes[0]["completion"]}
 
 
-def _complete(policy: Any, reference: Any, tokenizer: Any, prompt_ids: list[list[int]], recipe: AlignRecipe) -> dict:
+def _complete(
+    policy: Any, reference: Any, tokenizer: Any, prompt_ids: list[list[int]], recipe: AlignRecipe
+) -> dict[str, Any]:
     """One completion a prompt, its KL from the reference in nats, and its length in tokens."""
-    columns: dict[str, list] = {"completion": [], "kl": [], "length_tokens": []}
+    columns: dict[str, list[Any]] = {"completion": [], "kl": [], "length_tokens": []}
     for start in range(0, len(prompt_ids), recipe.batch_size):
         batch = tokenizer.pad(
             {"input_ids": prompt_ids[start : start + recipe.batch_size]}, padding_side="left", return_tensors="pt"
@@ -247,7 +251,9 @@ def _complete(policy: Any, reference: Any, tokenizer: Any, prompt_ids: list[list
     return columns
 
 
-def _logps(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, width: int, temperature: float):
+def _logps(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, width: int, temperature: float
+) -> Any:
     """[B, T] of the completion's tokens."""
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, width - 1 : -1].float()
     return (logits / temperature).log_softmax(-1).gather(-1, ids[:, width:, None]).squeeze(-1)
