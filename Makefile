@@ -3,7 +3,8 @@
 #   make demo       the whole path at small size, offline, into runs/demo
 #   make test       the default tests (under 8 minutes on two cores)
 #   make test-all   also the tests marked slow
-#   make check      what CI runs: lint, format, tests
+#   make lint       ruff (rules and format) and mypy (every signature)
+#   make check      what CI runs: lint, tests
 #
 # TORCH picks another build, for example on a machine with a GPU:
 #   make demo TORCH="--index-url URL torch==2.13.0"
@@ -12,6 +13,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# The folders under the names they install as, for mypy.
+TYPES := $(VENV)/types
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
@@ -44,7 +47,10 @@ test-all: setup
 	@$(OFFLINE) $(PYTEST) -m "not gpu and not network"
 
 lint: setup
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)
+	@sed -n 's/^    \([a-z_]*\) = \([a-z_]*\)$$/\1 \2/p' setup.cfg | while read name folder; do ln -s "$(CURDIR)/$$folder" $(TYPES)/$$name; done
+	@$(BIN)/python -m mypy
 
 style: setup
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
