@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 HELP = "Time the fused MoE layer against every experts implementation present."
 EXAMPLES = """
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     begun, rows = time.time(), _read_rows(folder.path)
     if args.tune:
         _tune(GRIDS[name])
-    told = set()
+    told: set[tuple[str, str]] = set()
     for cell in tqdm(GRIDS[name], desc="cells", unit="cell", dynamic_ncols=True):
         if any(_cell_of(row) == _cell_of(asdict(cell)) for row in rows):
             continue
@@ -104,7 +105,7 @@ def _check(args: argparse.Namespace, has_gpu: bool) -> str:
     return args.grid if args.grid != "auto" else ("gpu" if has_gpu else "cpu")
 
 
-def _find_failure(rows: list[dict], speedups: list[dict]) -> str | None:
+def _find_failure(rows: list[dict[str, Any]], speedups: list[dict[str, Any]]) -> str | None:
     """What keeps the run from counting as a measurement."""
     failed = _failures(rows)
     if failed:
@@ -112,7 +113,7 @@ def _find_failure(rows: list[dict], speedups: list[dict]) -> str | None:
     return None if speedups else "fused_moe and another ran no shape in common"
 
 
-def _read_rows(path: Path) -> list[dict]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a run that was interrupted."""
     from deepseek_records.json_files import read_object
 
@@ -126,15 +127,15 @@ def _read_rows(path: Path) -> list[dict]:
     return [row for row in rows if _cell_of(row) not in failed]  # A failure is measured again.
 
 
-def _failures(rows: list[dict]) -> list[dict]:
+def _failures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["implementation"] == "fused_moe" and "skipped" in row]
 
 
-def _cell_of(row: dict) -> tuple:
+def _cell_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(key) for key in _CELL)
 
 
-def _save(path: Path, rows: list[dict], absent: dict[str, str]) -> None:
+def _save(path: Path, rows: list[dict[str, Any]], absent: dict[str, str]) -> None:
     from deepseek_records.run_folder import write_json, write_text
 
     write_json(path / "results.json", {"rows": rows, "speedups": compute_speedups(rows), "absent": absent})
@@ -145,7 +146,7 @@ def _save(path: Path, rows: list[dict], absent: dict[str, str]) -> None:
     write_text(path / "results.csv", table.getvalue())
 
 
-def _tune(grid: list) -> None:
+def _tune(grid: list[Any]) -> None:
     """Find tiles for every shape of the grid, one with the rows per expert of another only once."""
     import torch
 
@@ -167,14 +168,14 @@ def _tune(grid: list) -> None:
         print(f"  {best}", flush=True)
 
 
-def compute_speedups(rows: list[dict]) -> list[dict]:
+def compute_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, for every shape and mode that `fused_moe` and another ran, how many times faster it is than the best.
 
     Args:
         rows: What `measure_cell` returned.
     """
     keys = (*_CELL, "mode")
-    groups: dict[tuple, dict[str, float]] = {}
+    groups: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
         if "ms" in row:
             groups.setdefault(tuple(row[key] for key in keys), {})[row["implementation"]] = row["ms"]
@@ -188,7 +189,7 @@ def compute_speedups(rows: list[dict]) -> list[dict]:
     return speedups
 
 
-def _format_rows(title: str, rows: list[dict], told: set[tuple[str, str]]) -> str:
+def _format_rows(title: str, rows: list[dict[str, Any]], told: set[tuple[str, str]]) -> str:
     """One cell's table; why somebody is missing is said once a run for each reason.
 
     Args:
@@ -225,13 +226,13 @@ def _in_units(num_bytes: float | None, unit: int) -> str:
     return "" if num_bytes is None else f"{num_bytes / unit:.1f}"
 
 
-def _describe_worst(speedups: list[dict]) -> str:
+def _describe_worst(speedups: list[dict[str, Any]]) -> str:
     worst = min(speedups, key=lambda entry: entry["speedup"])
     shape = " ".join(str(worst[key]) for key in (*_CELL, "mode"))
     return f"worst {worst['speedup']:.2f}x at {shape}"
 
 
-def _draw(path: Path, speedups: list[dict], settings: dict) -> None:
+def _draw(path: Path, speedups: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     try:  # Not in the common CUDA images, where kernels are measured.
         import matplotlib
     except ImportError:

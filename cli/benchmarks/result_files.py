@@ -25,7 +25,7 @@ class BenchmarkRun:
         FileExistsError: The folder holds a finished run, a run with other settings, or files of another kind.
     """
 
-    def __init__(self, what: str, output: str, settings: dict[str, Any], *, overwrite: bool = False):
+    def __init__(self, what: str, output: str, settings: dict[str, Any], *, overwrite: bool = False) -> None:
         self.began = time.time()
         self.folder = RunFolder.create(output, settings, command=f"bench {what}", seed=0, overwrite=overwrite)
 
