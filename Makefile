@@ -4,6 +4,7 @@
 #   make test       the default tests (under 8 minutes on two cores)
 #   make test-all   also the tests marked slow
 #   make lint       ruff (rules and format) and mypy (every signature)
+#   make claims     measure the registered figures again (ONLY=id: one of them)
 #   make check      what CI runs: lint, tests
 #
 # TORCH picks another build, for example on a machine with a GPU:
@@ -20,7 +21,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test test-all check lint style bench clean
+.PHONY: setup demo test test-all check lint style claims bench clean
 
 setup: $(VENV)/installed
 
@@ -56,6 +57,9 @@ style: setup
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 check: lint test
+
+claims: setup
+	@$(OFFLINE) $(BIN)/python dev/claims.py run $(if $(ONLY),--only $(ONLY))
 
 bench: setup
 	@$(BIN)/deepseek-moe bench kernels
