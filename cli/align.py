@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, AlignRecipe, collect_overrides(args))
     summary = align(recipe, args.output, overwrite=args.overwrite)
-    gain = summary["gain"]
-    if PartialState().is_main_process:
-        error = f"paired standard error {gain['stderr_paired']:.4f}"
-        print(f"held-out reward {gain['value']:+.4f} ({error}, n {gain['n']})")
+    gain = summary.gain
+    if PartialState().is_main_process and gain is not None:
+        error = f"paired standard error {gain.stderr_paired:.4f}"
+        print(f"held-out reward {gain.value:+.4f} ({error}, n {gain.n})")
     return 0

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek_records.summary import Summary
+
 HELP = "Run the whole path at small size, offline: pretrain, adapt, sft, align, evaluate, model card, report."
 EXAMPLES = """
   deepseek-moe demo
@@ -168,17 +170,17 @@ def _close(root: Path, size: Size) -> int:
     print()
     print(summary_table(root))
     print("\nA model of this size is at chance; its benchmark scores show that the harness runs, not what it knows:")
-    for row in RunFolder(root / "evaluate").summary["results"]:
-        error = "none" if row["stderr"] is None else f"{row['stderr']:.3f}"  # None: one question a subject.
-        score = f"{row['value']:.3f} (standard error {error}, n {row['n']})"
-        print(f"  {row['dataset']} {row['metric']}: {score}, {compare_to_chance(row, chance_level(row))}")
+    for row in RunFolder(root / "evaluate").summary.results:
+        error = "none" if row.stderr is None else f"{row.stderr:.3f}"  # None: one question a subject.
+        score = f"{row.value:.3f} (standard error {error}, n {row.n})"
+        print(f"  {row.dataset} {row.metric}: {score}, {compare_to_chance(row, chance_level(row))}")
     print(f"\nmodel card  {card}\nreport      {report}\nmodel       {root / 'align' / 'model'}")
     seconds, memory_gib = _cost(summaries)
     print(
         f"\nstages took {seconds:.0f} s (bar {MAX_SECONDS} s on two CPU cores); "
         f"this process took at most {memory_gib:.1f} GiB (bar {MAX_MEMORY_GIB:g} GiB)"
     )
-    missed = [check["name"] for summary in summaries for check in summary["checks"] if not check["passed"]]
+    missed = [name for summary in summaries for name in summary.missed]
     if seconds > MAX_SECONDS:
         missed.append(f"within {MAX_SECONDS} s")
     if memory_gib > MAX_MEMORY_GIB:
@@ -189,9 +191,9 @@ def _close(root: Path, size: Size) -> int:
     return 0
 
 
-def _cost(summaries: list[dict[str, Any]]) -> tuple[float, float]:
+def _cost(summaries: list[Summary]) -> tuple[float, float]:
     """Seconds of all stages, also those of an earlier run, and this process's most memory in GiB."""
     import resource
 
-    seconds = sum(summary["seconds"] for summary in summaries)
+    seconds = sum(summary.seconds for summary in summaries)
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB.

@@ -1,7 +1,8 @@
 """``deepseek-moe pretrain``: stage 1, from a recipe."""
 
 import argparse
-from typing import Any
+
+from deepseek_records.summary import Summary
 
 HELP = "Pretrain a model from scratch on plain text (stage 1)."
 EXAMPLES = """
@@ -35,18 +36,17 @@ def run(args: argparse.Namespace) -> int:
     from deepseek_training.stages.pretrain import pretrain
 
     summary = pretrain(recipe, args.output, overwrite=args.overwrite)
-    missed = [check["name"] for check in summary["checks"] if not check["passed"]]
     if PartialState().is_main_process:
-        _report(summary, missed, args.output)
-    return 1 if missed else 0
+        _report(summary, args.output)
+    return 1 if summary.missed else 0
 
 
-def _report(summary: dict[str, Any], missed: list[str], output: str) -> None:
-    for row in summary["results"]:
+def _report(summary: Summary, output: str) -> None:
+    for row in summary.results:
         print(
-            f"{row['dataset']}: {row['value']:.4f} +- {row['stderr']:.4f} bits per byte "
-            f"({row['baseline_name']}: {row['baseline']:.4f})"
+            f"{row.dataset}: {row.value:.4f} +- {row.stderr:.4f} bits per byte "
+            f"({row.baseline_name}: {row.baseline:.4f})"
         )
-    print(f"model in {output}/model after {summary['seconds']:.0f} s")
-    if missed:
-        print(f"missed: {', '.join(missed)}")
+    print(f"model in {output}/model after {summary.seconds:.0f} s")
+    if summary.missed:
+        print(f"missed: {', '.join(summary.missed)}")

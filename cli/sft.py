@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     summary = sft(recipe, args.output, overwrite=args.overwrite)
     if PartialState().is_main_process:
-        for check in summary["checks"]:
-            print(f"held-out answers: bits per byte {check['value']:+.1%} ({'ok' if check['passed'] else 'missed'})")
-        print(f"model and chat template in {args.output}/model after {summary['seconds']:.0f} s")
-    return 0 if all(check["passed"] for check in summary["checks"]) else 1
+        for check in summary.checks:
+            print(f"held-out answers: bits per byte {check.value:+.1%} ({'ok' if check.passed else 'missed'})")
+        print(f"model and chat template in {args.output}/model after {summary.seconds:.0f} s")
+    return 1 if summary.missed else 0

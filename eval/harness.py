@@ -27,6 +27,7 @@ from deepseek_eval.tasks.catalogue import find_task
 from deepseek_eval.tasks.rows import find_source
 from deepseek_eval.tasks.task import Task
 from deepseek_records.run_folder import RunFolder, write_json
+from deepseek_records.summary import DataUse, Result, Summary
 
 logger = logging.getLogger(__name__)
 # What makes the figures comparable: whose prompts, stop strings and aggregation they follow.
@@ -106,7 +107,7 @@ def evaluate_model(
     for task in chosen:
         results["tasks"][task.name] = _run_task(run, loaded, _unshare(task, settings), settings)
         write_json(run.path / "results.json", results)
-    run.finish(_summarise(chosen, results, settings, time.monotonic() - started))
+    run.finish(_summarize(chosen, results, settings, time.monotonic() - started))
     return results
 
 
@@ -330,43 +331,35 @@ def _run_tests(
     }
 
 
-def _summarise(tasks: list[Task], results: dict[str, Any], settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _summarize(tasks: list[Task], results: dict[str, Any], settings: dict[str, Any], seconds: float) -> Summary:
     """The run folder's summary: headline figures for cards and reports."""
-    lines = [
-        {
-            "metric": name,
-            "dataset": task.dataset,
-            "split": task.split,
-            "value": scores[name],
-            "stderr": scores[f"{name}_stderr"],
-            "n": scores.get(f"{name}_n", scores["n"]),
-            "task": task.name,
-            "num_fewshot": scores["num_fewshot"],
-            "harness": "deepseek-moe" if task.metric_inputs else HARNESS,
-            **({"prompt_style": "chat"} if scores.get("prompt_style") == "chat" else {}),
-            **({"does_not_show": task.does_not_show} if task.does_not_show else {}),
-        }
+    lines = tuple(
+        Result(
+            metric=name,
+            dataset=task.dataset,
+            split=task.split,
+            value=scores[name],
+            stderr=scores[f"{name}_stderr"],
+            n=scores.get(f"{name}_n", scores["n"]),
+            task=task.name,
+            num_fewshot=scores["num_fewshot"],
+            harness="deepseek-moe" if task.metric_inputs else HARNESS,
+            prompt_style="chat" if scores.get("prompt_style") == "chat" else None,
+            does_not_show=task.does_not_show or None,
+        )
         for task, scores in ((task, results["tasks"][task.name]) for task in tasks)
         for name in task.headline
         if scores[name] is not None
-    ]
-    data = [
-        {
-            "name": t.dataset,
-            "licence": t.licence,
-            "source": t.source,
-            "split": t.split,
-            "num_rows": results["tasks"][t.name]["n"],
-            "used_for": "evaluation",
-        }
-        for t in tasks
-    ]
-    return {
-        "stage": "evaluate",
-        "model": settings["model_name_or_path"],
-        "results": lines,
-        "data": data,
-        "checks": [],
-        "samples": [],
-        "seconds": seconds,
-    }
+    )
+    data = tuple(
+        DataUse(
+            name=task.dataset,
+            license=task.licence,
+            source=task.source,
+            split=task.split,
+            num_rows=results["tasks"][task.name]["n"],
+            used_for="evaluation",
+        )
+        for task in tasks
+    )
+    return Summary(stage="evaluate", model=settings["model_name_or_path"], results=lines, data=data, seconds=seconds)

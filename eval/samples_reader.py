@@ -18,6 +18,7 @@ from deepseek_eval.sandbox.client import describe_protection
 from deepseek_eval.tasks.catalogue import find_task
 from deepseek_eval.tasks.task import ProgramItem
 from deepseek_records.run_folder import RunFolder, write_json, write_text
+from deepseek_records.summary import Result, Summary
 
 # How many names of missing problems a message lists.
 _NUM_NAMED = 3
@@ -169,7 +170,14 @@ def score_samples(
     write_prompts(run, task, items)
     results = {"model": None, "tasks": {task.name: {**scores, "sandbox": describe_protection()}}}
     write_json(run.path / "results.json", results)
-    figure = {"metric": "pass@1", "value": scores["pass@1"], "stderr": scores["pass@1_stderr"], "n": scores["n"]}
-    figure |= {"dataset": task.dataset, "split": task.split, "task": task.name}
-    run.finish({"stage": "evaluate", "results": [figure], "data": [], "checks": [], "samples": []})
+    figure = Result(
+        metric="pass@1",
+        value=scores["pass@1"],
+        stderr=scores["pass@1_stderr"],
+        n=scores["n"],
+        dataset=task.dataset,
+        split=task.split,
+        task=task.name,
+    )
+    run.finish(Summary(stage="evaluate", results=(figure,)))
     return results

@@ -6,8 +6,8 @@ which stay honest there.
 
 from typing import Any
 
-from deepseek_records.stages import is_number
 from deepseek_records.statistics import wilson_interval
+from deepseek_records.summary import Result
 
 # Hub id, name, configuration, chance level and published scores of the benchmarks that `deepseek_eval` runs; `tasks`
 # are the harness' names of what measures it (other tasks over the same data are no such measure).
@@ -48,61 +48,57 @@ PUBLISHED_NOTE = (
 SHARE_METRICS = ("acc", "acc_norm", "exact_match", "pass_at_1", "pass@1")
 
 
-def benchmark_of(row: dict[str, Any]) -> dict[str, Any] | None:
+def benchmark_of(row: Result) -> dict[str, Any] | None:
     """Return the benchmark that a result belongs to, or None: other measures on its data are not it.
 
     Args:
-        row: One entry of a summary's ``results``.
+        row: A measured figure.
     """
-    name = str(row.get("dataset")).lower()
+    name = str(row.dataset).lower()
     known = next((known for key, known in BENCHMARKS.items() if name in (key, known["hub_id"].lower())), None)
-    return known if known and row.get("task", known["key"]) in known["tasks"] else None
+    return known if known and (row.task or known["key"]) in known["tasks"] else None
 
 
-def chance_level(row: dict[str, Any]) -> float | None:
+def chance_level(row: Result) -> float | None:
     """Return what guessing would score on a result's benchmark, or None where that is not known.
 
     Args:
-        row: One entry of a summary's ``results``.
+        row: A measured figure.
     """
-    if is_number(row.get("chance")):
-        return row["chance"]
+    if row.chance is not None:
+        return row.chance
     known = benchmark_of(row)
-    return known["chance"] if known and row["metric"] in SHARE_METRICS else None
+    return known["chance"] if known and row.metric in SHARE_METRICS else None
 
 
-def compare_to_chance(row: dict[str, Any], chance: float | None) -> str:
+def compare_to_chance(row: Result, chance: float | None) -> str:
     """Say whether guessing lies within a result's 95 % interval.
 
     Args:
-        row: One entry of a summary's ``results``.
+        row: A measured figure.
         chance: What guessing scores, or None.
     """
-    if chance is None or not is_number(row.get("value")):
+    if chance is None:
         return ""
-    if chance == 0 and row["value"] == 0:
+    if chance == 0 and row.value == 0:
         # The usual error of a share is zero at zero; what n failures do bound is 1 - 0.05^(1/n).
-        return (
-            f"none solved (under {1 - 0.05 ** (1 / row['n']):.1%} at 95 % confidence)"
-            if row.get("n")
-            else "none solved"
-        )
+        return f"none solved (under {1 - 0.05 ** (1 / row.n):.1%} at 95 % confidence)" if row.n else "none solved"
     low, high = score_interval(row)
     if low is None:
         return "no error known, so not compared"
     if low <= chance <= high:
         return "at chance"
-    return "above chance" if row["value"] > chance else "below chance"
+    return "above chance" if row.value > chance else "below chance"
 
 
-def score_interval(row: dict[str, Any]) -> tuple[float, float] | tuple[None, None]:
+def score_interval(row: Result) -> tuple[float, float] | tuple[None, None]:
     """Return the 95 % interval of a share: Wilson's where the number of items is known, else two standard errors.
 
     Args:
-        row: One entry of a summary's ``results``.
+        row: A measured figure.
     """
-    if is_number(row.get("n")) and row["n"] > 0:
-        return wilson_interval(row["value"], row["n"])
-    if is_number(row.get("stderr")):
-        return row["value"] - 2 * row["stderr"], row["value"] + 2 * row["stderr"]
+    if row.n:
+        return wilson_interval(row.value, row.n)
+    if row.stderr is not None:
+        return row.value - 2 * row.stderr, row.value + 2 * row.stderr
     return None, None

@@ -6,7 +6,9 @@ import yaml
 
 from deepseek_model_cards.summary_table import check_rows, pair_results
 from deepseek_model_cards.wording import format_bytes, format_seconds, format_value
-from deepseek_records.stages import Stage, is_number
+from deepseek_records.environment import Environment
+from deepseek_records.stages import Stage
+from deepseek_records.summary import DataUse
 
 STAGE_TITLES = {
     "tokenizer": "Tokenizer",
@@ -20,20 +22,22 @@ STAGE_TITLES = {
 WATTS_PER_CPU, WATTS_PER_GPU = 10, 700
 
 
-def data_row(stage: Stage, row: dict[str, Any]) -> dict[str, str]:
+def data_row(stage: Stage, row: DataUse) -> dict[str, str]:
     """Return a data set as ready text.
 
     Args:
         stage: The stage that used it.
-        row: One entry of its summary's ``data``.
+        row: One of its data sets.
     """
-    cells = {key: str(row.get(key) or "not stated") for key in ("name", "split", "licence", "source")}
     return {
-        **cells,
+        "name": row.name,
+        "split": row.split or "not stated",
+        "license": row.license,
+        "source": row.source,
         "stage": stage.name,
-        "used_for": str(row.get("used_for", "training")),
-        "num_rows": format_value(row.get("num_rows")),
-        "size": format_bytes(row.get("num_bytes")),
+        "used_for": row.used_for,
+        "num_rows": format_value(row.num_rows),
+        "size": format_bytes(row.num_bytes),
     }
 
 
@@ -48,9 +52,9 @@ def stage_row(stage: Stage) -> dict[str, Any]:
         "title": STAGE_TITLES.get(stage.name, stage.name),
         "finished": stage.is_finished,
         "command": stage.command_line or "not recorded",
-        "time": format_seconds(stage.summary.get("seconds")),
-        "seed": format_value(environment.get("seed")),
-        "commit": environment.get("commit") or "not recorded",
+        "time": format_seconds(stage.seconds),
+        "seed": format_value(environment.seed),
+        "commit": environment.commit or "not recorded",
         "machine": describe_machine(environment),
         "results": pair_results(stage.results),
         "checks": check_rows(stage),
@@ -58,17 +62,17 @@ def stage_row(stage: Stage) -> dict[str, Any]:
     }
 
 
-def describe_machine(environment: dict[str, Any]) -> str:
+def describe_machine(environment: Environment) -> str:
     """Return a run's machine in words.
 
     Args:
-        environment: The run's ``environment.json``.
+        environment: The run's environment.
     """
-    machine = environment.get("machine", {})
-    parts = [str(machine[key]) for key in ("system", "processor") if machine.get(key)]
-    if machine.get("num_cpus"):
-        parts.append(f"{machine['num_cpus']} CPU cores")
-    parts += machine.get("gpus") or (["no GPU"] if parts else [])
+    machine = environment.machine
+    parts = [part for part in (machine.system, machine.processor) if part]
+    if machine.num_cpus:
+        parts.append(f"{machine.num_cpus} CPU cores")
+    parts += machine.gpus or (["no GPU"] if parts else [])
     return ", ".join(parts) or "not recorded"
 
 
@@ -78,7 +82,7 @@ def total_seconds(stages: dict[str, Stage]) -> float | None:
     Args:
         stages: What `read_stages` gave.
     """
-    seconds = [stage.summary["seconds"] for stage in stages.values() if is_number(stage.summary.get("seconds"))]
+    seconds = [stage.seconds for stage in stages.values() if stage.seconds is not None]
     return sum(seconds) if seconds else None
 
 
@@ -90,9 +94,9 @@ def energy_estimate(stages: dict[str, Stage]) -> str:
     """
     watt_seconds = 0.0
     for stage in stages.values():
-        machine = stage.environment.get("machine", {})
-        watts = WATTS_PER_CPU * (machine.get("num_cpus") or 0) + WATTS_PER_GPU * len(machine.get("gpus") or [])
-        watt_seconds += watts * (stage.summary.get("seconds") or 0)
+        machine = stage.environment.machine
+        watts = WATTS_PER_CPU * (machine.num_cpus or 0) + WATTS_PER_GPU * len(machine.gpus)
+        watt_seconds += watts * (stage.seconds or 0)
     if not watt_seconds:
         return "Energy: not estimated, for neither time nor machine was recorded."
     return (

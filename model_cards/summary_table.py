@@ -3,12 +3,13 @@
 The same rows fill the terminal's table and the report's, so both say the same.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deepseek_model_cards.wording import format_value, label_dataset, label_metric
-from deepseek_records.stages import Stage, is_number, read_stages
+from deepseek_records.stages import Stage, read_stages
+from deepseek_records.summary import Check, Result
 
 COLUMNS = ("stage", "what", "before / baseline", "after", "bar", "met")
 
@@ -38,31 +39,31 @@ class Row:
         return self.stage, self.what, self.before, self.after, self.bar, self.met
 
 
-def pair_results(results: list[dict[str, Any]]) -> list[dict[str, str]]:
+def pair_results(results: Sequence[Result]) -> list[dict[str, str]]:
     """Return results as ready text, what was measured before and after training in one row.
 
     Args:
-        results: Entries of a summary's ``results``, of one stage.
+        results: Figures of one stage.
 
     Returns:
         Rows with ``metric``, ``dataset``, ``before``, ``after`` and ``n``, in the order they were measured.
     """
-    rows: dict[tuple[Any, ...], dict[str, str]] = {}
+    rows: dict[tuple[str | None, ...], dict[str, str]] = {}
     for result in results:
         row = rows.setdefault(
-            (result["metric"], result.get("dataset"), result.get("split")),
+            (result.metric, result.dataset, result.split),
             {
-                "metric": label_metric(result["metric"]),
+                "metric": label_metric(result.metric),
                 "dataset": label_dataset(result),
                 "before": "",
                 "after": "",
-                "n": format_value(result.get("n")),
+                "n": format_value(result.n),
             },
         )
-        shown = format_value(result.get("value"), result.get("stderr"))
-        row["before" if result.get("when") == "before" else "after"] = shown
-        if is_number(result.get("baseline")) and not row["before"]:
-            row["before"] = f"{format_value(result['baseline'])} ({result.get('baseline_name', 'baseline')})"
+        shown = format_value(result.value, result.stderr)
+        row["before" if result.when == "before" else "after"] = shown
+        if result.baseline is not None and not row["before"]:
+            row["before"] = f"{format_value(result.baseline)} ({result.baseline_name or 'baseline'})"
     return list(rows.values())
 
 
@@ -90,11 +91,10 @@ def summary_rows(run_path: str | Path) -> list[Row]:
     return rows
 
 
-def _check_row(stage: str, check: dict[str, Any]) -> Row:
-    bound = check.get("bound")
-    bar = " ".join(part for part in (str(check.get("comparison") or ""), format_value(bound)) if part)
-    met = "yes" if check["passed"] else "NO"
-    return Row(stage, check["name"], after=format_value(check.get("value")), bar=bar, met=met)
+def _check_row(stage: str, check: Check) -> Row:
+    bar = " ".join(part for part in (check.comparison, format_value(check.bound)) if part)
+    met = "yes" if check.passed else "NO"
+    return Row(stage, check.name, after=format_value(check.value), bar=bar, met=met)
 
 
 def summary_table(run_path: str | Path) -> str:

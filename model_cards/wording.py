@@ -8,6 +8,7 @@ from typing import Any
 
 from deepseek_model_cards.benchmarks import benchmark_of
 from deepseek_records.stages import is_number
+from deepseek_records.summary import Result
 
 _METRIC_WORDS = {
     "acc": "accuracy",
@@ -118,13 +119,13 @@ def label_metric(metric: str) -> str:
     return _METRIC_WORDS.get(metric, metric.replace("_", " "))
 
 
-def label_dataset(row: dict[str, Any]) -> str:
+def label_dataset(row: Result) -> str:
     """Return a result's data set and split in words.
 
     Args:
-        row: One entry of a summary's ``results``.
+        row: A measured figure.
     """
-    parts = [str(row[key]) for key in ("dataset", "split") if row.get(key)]
+    parts = [part for part in (row.dataset, row.split) if part]
     known = benchmark_of(row)
     if known:
         parts[0] = known["name"]

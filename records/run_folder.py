@@ -10,44 +10,29 @@ Every command of ``deepseek-moe`` works in one folder::
     plots/             pictures
     summary.json       results, data and checks; written last, so its presence means the run is whole
 
-``training`` and ``eval`` write it, ``model_cards`` and ``cli`` read it. Surprising: a run is finished if and only if
+``training`` and ``eval`` write it, ``model_cards`` and ``cli`` read it. A run is finished if and only if
 ``summary.json`` exists, and that file appears by an atomic rename; anything else in the folder may be half-written.
 """
 
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
-import time
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from deepseek_records.environment import Environment, describe_environment
 from deepseek_records.json_files import read_object
+from deepseek_records.summary import Summary
+from deepseek_records.typed_json import from_json, to_json
 
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 MODEL_FOLDER = "model"
-_DISTRIBUTIONS = (
-    "deepseek-moe",
-    "torch",
-    "triton",
-    "transformers",
-    "trl",
-    "accelerate",
-    "peft",
-    "datasets",
-    "evaluate",
-    "tokenizers",
-    "huggingface_hub",
-    "numpy",
-)
 
 
 class RunFolder:
@@ -55,10 +40,12 @@ class RunFolder:
 
     Args:
         path: The folder. Reading needs it to hold a run; `create` makes one.
+        is_resumed: Whether `create` took up a run that was begun before.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, is_resumed: bool = False) -> None:
         self.path = Path(path)
+        self.is_resumed = is_resumed
 
     @classmethod
     def create(
@@ -86,17 +73,15 @@ class RunFolder:
             FileExistsError: The folder holds a finished run, a run with other settings, or files of another kind.
         """
         run = cls(path)
-        run.is_resumed = False
         if run.path.exists() and not run.path.is_dir():
             raise FileExistsError(f"output: {run.path} is a file, wanted a folder")
         if (overwrite and (run.path / RECIPE_FILE).exists()) or run._has_only_begun():
             shutil.rmtree(run.path)
         if run.path.exists() and any(run.path.iterdir()):
             run._check_resumable(settings)
-            run.is_resumed = True
-            return run
+            return cls(path, is_resumed=True)
         run.path.mkdir(parents=True, exist_ok=True)
-        write_json(run.path / ENVIRONMENT_FILE, describe_environment(command, seed))
+        write_json(run.path / ENVIRONMENT_FILE, to_json(describe_environment(command, seed)))
         write_text(run.path / RECIPE_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         return run
 
@@ -154,14 +139,39 @@ class RunFolder:
         return settings
 
     @property
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> Environment:
         """Versions, seed, commit, command line and machine."""
-        return self._read_object(ENVIRONMENT_FILE)
+        return self.read_environment()
 
     @property
-    def summary(self) -> dict[str, Any]:
-        """What the run ended with. See `finish` for its keys."""
-        return self._read_object(SUMMARY_FILE)
+    def summary(self) -> Summary:
+        """What the run ended with."""
+        return self.read_summary()
+
+    def read_environment(self, clean: Callable[[Any], Any] = lambda value: value) -> Environment:
+        """Return the environment.
+
+        Args:
+            clean: Applied to the JSON value first.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: The file does not fit, in one line that names the place.
+        """
+        value = clean(self._read_object(ENVIRONMENT_FILE))
+        return from_json(Environment, value, f"run: {self.path / ENVIRONMENT_FILE}")
+
+    def read_summary(self, clean: Callable[[Any], Any] = lambda value: value) -> Summary:
+        """Return the summary.
+
+        Args:
+            clean: Applied to the JSON value first.
+
+        Raises:
+            FileNotFoundError: The run is not finished.
+            ValueError: The file does not fit, in one line that names the place.
+        """
+        return Summary.from_json(clean(self._read_object(SUMMARY_FILE)), f"run: {self.path / SUMMARY_FILE}")
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -201,53 +211,19 @@ class RunFolder:
         with open(self.path / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
-    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, summary: Summary) -> Summary:
         """Write the summary, which marks the run as finished, and return it.
 
         Args:
-            summary: ``stage`` (str); ``results``: list of {``metric``, ``dataset``, ``split``, ``value``, ``stderr``,
-                ``n``, and where it applies ``when`` ("before" or "after"), ``baseline``, ``command``}; ``data``: list
-                of {``name``, ``licence``, ``source``, ``split``, ``num_rows``, ``num_bytes``}; ``checks``: list of
-                {``name``, ``value``, ``bound``, ``passed``}; ``samples``: list of {``prompt``, ``completion``};
-                ``seconds``; other keys are the stage's own.
+            summary: What the run ended with.
+
+        Raises:
+            ValueError: A figure in it is NaN or infinite.
         """
-        write_json(self.path / SUMMARY_FILE, summary)
+        value = summary.to_json()
+        Summary.from_json(value, f"run: {self.path / SUMMARY_FILE}")  # What is written can be read.
+        write_json(self.path / SUMMARY_FILE, value)
         return summary
-
-
-def describe_environment(command: str, seed: int | None = None) -> dict[str, Any]:
-    """Return versions, commit, command line, machine and start time as plain JSON values.
-
-    Args:
-        command: The subcommand.
-        seed: The seed of the run, if it has one.
-    """
-    versions = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "command": command,
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "seed": seed,
-        "commit": _git_commit(),
-        "versions": {"python": platform.python_version(), **versions},
-        "machine": {"system": platform.system(), "processor": platform.machine(), "num_cpus": os.cpu_count()},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the source tree this file lies in; None outside a checkout (an installed wheel)."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def write_json(path: Path, value: Any) -> None:

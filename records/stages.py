@@ -2,14 +2,15 @@
 
 A run path is either a parent folder whose subfolders are stages (``runs/demo/{pretrain,adapt,align,evaluate}``) or one
 stage by itself. Everything shown later comes from here, so a number in a card is always a number in a run folder.
-Surprising: texts are scrubbed of local paths and tokens as they are read, here and nowhere else; and an unfinished
-stage is kept, without its summary, so that readers can say what is missing instead of hiding it.
+Texts are scrubbed of local paths and tokens as they are read, here and nowhere else. An unfinished stage is kept,
+without its summary, so that readers can say what is missing.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deepseek_records.environment import Environment
 from deepseek_records.leaks import scrub
 from deepseek_records.run_folder import (
     ENVIRONMENT_FILE,
@@ -17,6 +18,7 @@ from deepseek_records.run_folder import (
     RECIPE_FILE,
     RunFolder,
 )
+from deepseek_records.summary import Check, DataUse, Result, Sample, Summary
 
 STAGE_ORDER = ("tokenizer", "pretrain", "adapt", "sft", "align", "evaluate")
 
@@ -30,21 +32,21 @@ class Stage:
         run: The folder itself.
         settings: The resolved settings.
         environment: Versions, seed, commit, command line, machine.
-        summary: What the stage ended with; empty while unfinished.
+        summary: What the stage ended with; None while unfinished.
         metrics: The logged rows, in order.
     """
 
     name: str
     run: RunFolder
     settings: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
+    environment: Environment = field(default_factory=Environment)
+    summary: Summary | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
         """The command that made it, whatever its folder is called."""
-        return self.environment.get("command") or self.summary.get("stage") or self.name
+        return self.environment.command or (self.summary.stage if self.summary else "") or self.name
 
     @property
     def has_model(self) -> bool:
@@ -54,27 +56,37 @@ class Stage:
     @property
     def is_finished(self) -> bool:
         """True once the stage wrote its summary."""
-        return bool(self.summary)
+        return self.summary is not None
 
     @property
     def command_line(self) -> str:
         """The command as typed, program name first."""
-        return " ".join(self.environment.get("argv", []))
+        return " ".join(self.environment.argv)
 
     @property
-    def results(self) -> list[dict[str, Any]]:
-        """The measured results; see `RunFolder.finish` for the keys."""
-        return self.summary.get("results", [])
+    def results(self) -> tuple[Result, ...]:
+        """The measured results."""
+        return self.summary.results if self.summary else ()
 
     @property
-    def checks(self) -> list[dict[str, Any]]:
+    def checks(self) -> tuple[Check, ...]:
         """The bars the stage held itself to."""
-        return self.summary.get("checks", [])
+        return self.summary.checks if self.summary else ()
 
     @property
-    def data(self) -> list[dict[str, Any]]:
-        """The data sets the stage used, with their licences."""
-        return self.summary.get("data", [])
+    def data(self) -> tuple[DataUse, ...]:
+        """The data sets the stage used."""
+        return self.summary.data if self.summary else ()
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The texts the stage wrote."""
+        return self.summary.samples if self.summary else ()
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the stage took, where it was recorded."""
+        return self.summary.seconds if self.summary else None
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Return the steps and the values of one logged metric.
@@ -109,7 +121,7 @@ def read_stages(run_path: str | Path) -> dict[str, Stage]:
         run_path: A stage's folder, or the parent of several.
 
     Returns:
-        At least one finished stage; unfinished ones have an empty summary.
+        At least one finished stage; unfinished ones have no summary.
 
     Raises:
         FileNotFoundError: There is no such folder, or no finished run in it.
@@ -136,11 +148,11 @@ def _order(stage: Stage) -> tuple[int, str]:
 
 def _read_stage(folder: Path, *, is_alone: bool) -> Stage:
     run = RunFolder(folder)
-    summary = scrub(run.summary) if run.is_finished else {}
-    environment = scrub(run.environment) if (folder / ENVIRONMENT_FILE).is_file() else {}
+    summary = run.read_summary(scrub) if run.is_finished else None
+    environment = run.read_environment(scrub) if (folder / ENVIRONMENT_FILE).is_file() else Environment()
     name = folder.name
     if is_alone:
-        name = summary.get("stage") or environment.get("command") or folder.name
+        name = (summary.stage if summary else "") or environment.command or folder.name
     return Stage(
         name=name,
         run=run,
@@ -188,7 +200,7 @@ def merged_versions(stages: dict[str, Stage]) -> dict[str, str]:
     """
     versions: dict[str, list[str]] = {}
     for stage in stages.values():
-        for name, version in stage.environment.get("versions", {}).items():
+        for name, version in stage.environment.versions.items():
             seen = versions.setdefault(name, [])
             if version not in seen:
                 seen.append(version)

@@ -97,8 +97,8 @@ def measure_variant(run: RunFolder, recipe: PretrainRecipe) -> dict[str, float]:
     used = held_out_experts(model, held_out_blocks(run, recipe))
     on_held_out = used.double().mean().item()
     return {
-        "bits_per_byte": run.summary["results"][0]["value"],
-        "bigram_bits_per_byte": run.summary["results"][0]["baseline"],
+        "bits_per_byte": run.summary.results[0].value,
+        "bigram_bits_per_byte": run.summary.results[0].baseline,
         "mean_experts_in_training": sum(row["mean_experts_per_tok"] for row in late) / len(late),
         "mean_experts": on_held_out,
         "load_imbalance": sum(row["load_imbalance"] for row in late) / len(late),

@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from deepseek_cli.benchmarks.kernel_peers import find_implementations
     from deepseek_cli.benchmarks.kernels import measure_cell
     from deepseek_records.run_folder import RunFolder
+    from deepseek_records.summary import Result, Summary
 
     name = _check(args, torch.cuda.is_available())
     device = "cuda" if name == "gpu" else "cpu"
@@ -88,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
         f"geometric mean of fused_moe over the best other: {mean:.2f}x in {len(whole)} rows; {_describe_worst(whole)}"
     )
     _draw(folder.path / "plots" / "speedup.png", speedups, settings)
-    result = {"metric": "speedup_geometric_mean", "dataset": f"{name} grid", "value": mean, "n": len(whole)}
-    folder.finish({"stage": "bench", "results": [result], "seconds": time.time() - begun})
+    result = Result(metric="speedup_geometric_mean", dataset=f"{name} grid", value=mean, n=len(whole))
+    folder.finish(Summary(stage="bench", results=(result,), seconds=time.time() - begun))
     print(f"written to {folder.path}")
     return 0
 

@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepseek_records.run_folder import ENVIRONMENT_FILE, RunFolder, describe_environment, write_json, write_text
+from deepseek_records.environment import describe_environment
+from deepseek_records.run_folder import ENVIRONMENT_FILE, RunFolder, write_json, write_text
+from deepseek_records.summary import Summary
+from deepseek_records.typed_json import to_json
 
 RESULTS_FILE, TABLE_FILE = "results.json", "table.txt"
 
@@ -38,7 +41,7 @@ class BenchmarkRun:
         """
         write_json(self.folder.path / RESULTS_FILE, figures)
         write_text(self.folder.path / TABLE_FILE, table + "\n")
-        self.folder.finish({"stage": "bench", "results": [], "seconds": time.time() - self.began})
+        self.folder.finish(Summary(stage="bench", seconds=time.time() - self.began))
         print(f"written to {self.folder.path}")
 
 
@@ -51,7 +54,7 @@ def write_over_runs(root: Path, what: str, figures: dict[str, Any], table: str) 
         figures: Plain JSON values.
         table: As printed.
     """
-    write_json(root / ENVIRONMENT_FILE, describe_environment(f"bench {what}"))
+    write_json(root / ENVIRONMENT_FILE, to_json(describe_environment(f"bench {what}")))
     write_json(root / RESULTS_FILE, figures)
     write_text(root / TABLE_FILE, table + "\n")
     print(f"written to {root}")

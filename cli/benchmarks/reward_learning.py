@@ -17,6 +17,7 @@ from deepseek_cli.benchmarks.result_files import write_over_runs
 from deepseek_cli.benchmarks.reward_runs import METHODS, measure_policy, train_policy
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.statistics import mean_with_error
+from deepseek_records.summary import Summary
 from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.recipes.loading import collect_overrides, load_recipe, recipe_settings
 
@@ -91,7 +92,7 @@ def run_start(root: Path, recipe: AlignRecipe, num_samples: int, *, overwrite: b
     if not _is_done(root / START, settings):
         policy = load_model(recipe.model)  # before the folder: a wrong path leaves none behind
         run = _open(root / START, settings, overwrite)
-        run.finish({"columns": measure_policy(policy, recipe, num_samples), "curve": []})
+        run.finish(_summarize(measure_policy(policy, recipe, num_samples), []))
 
 
 def run_one(root: Path, name: str, recipe: AlignRecipe, num_samples: int, *, overwrite: bool = False) -> None:
@@ -101,8 +102,12 @@ def run_one(root: Path, name: str, recipe: AlignRecipe, num_samples: int, *, ove
     if not _is_done(path, settings):
         run = _open(path, settings, overwrite)
         policy, curve = train_policy(METHODS[name], recipe, path)
-        run.finish({"columns": measure_policy(policy, recipe, num_samples), "curve": curve})
+        run.finish(_summarize(measure_policy(policy, recipe, num_samples), curve))
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
+
+
+def _summarize(columns: dict[str, Any], curve: list[dict[str, Any]]) -> Summary:
+    return Summary(stage="reward_learning", details={"columns": columns, "curve": curve})
 
 
 def run_path(root: Path, name: str, seed: int) -> Path:
@@ -128,10 +133,10 @@ def _open(path: Path, settings: dict[str, Any], overwrite: bool) -> RunFolder:
 
 def collect(root: Path, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Return, for the start and each method and gauge, the mean, and each method's gain with both errors."""
-    start = RunFolder(root / START).summary["columns"]
+    start = RunFolder(root / START).summary.details["columns"]
     results: dict[str, Any] = {START: {gauge: {"mean": statistics.fmean(start[gauge])} for gauge in GAUGES}}
     for name in methods:
-        runs = [RunFolder(run_path(root, name, seed)).summary["columns"] for seed in seeds]
+        runs = [RunFolder(run_path(root, name, seed)).summary.details["columns"] for seed in seeds]
         results[name] = {gauge: _gain([run[gauge] for run in runs], start[gauge]) for gauge in GAUGES}
     return results
 
@@ -196,7 +201,10 @@ def draw_curves(root: Path, methods: Sequence[str], seeds: Sequence[int], path: 
     figure, axes = plt.subplots(2, 4, figsize=(13, 5.6), sharex=True, constrained_layout=True)
     for axis, gauge in zip(axes.flat, names, strict=True):
         for i, name in enumerate(methods):
-            curves = [[row[gauge] for row in RunFolder(run_path(root, name, seed)).summary["curve"]] for seed in seeds]
+            curves = [
+                [row[gauge] for row in RunFolder(run_path(root, name, seed)).summary.details["curve"]]
+                for seed in seeds
+            ]
             for curve in curves:
                 axis.plot(range(1, len(curve) + 1), curve, color=f"C{i}", alpha=0.25, linewidth=0.8)
             mean = [statistics.fmean(values) for values in zip(*curves, strict=False)]

@@ -13,6 +13,7 @@ from typing import Any
 from deepseek_model_cards.benchmarks import benchmark_of, chance_level, compare_to_chance
 from deepseek_model_cards.card.block_picture import describe_block, draw_block
 from deepseek_model_cards.card.metadata import (
+    Measured,
     build_metadata,
     read_config,
     results_of_final_model,
@@ -29,6 +30,7 @@ from deepseek_model_cards.wording import (
     label_metric,
 )
 from deepseek_records.stages import Stage, final_model_path, merged_versions, read_stages
+from deepseek_records.summary import Result
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PICTURE = "block.png"
@@ -152,7 +154,7 @@ def describe_run(
     is_moe = "n_routed_experts" in config
     table = count_checkpoint(model_path) if is_moe else None
     finals = results_of_final_model(stages)
-    benchmarks = [row for row in finals if benchmark_of(row)]
+    benchmarks = [found for found in finals if benchmark_of(found.result)]
     return {
         "name": name,
         "introduction": _introduction(stages, table),
@@ -163,15 +165,15 @@ def describe_run(
         "stages": [stage_row(stage) for stage in stages.values()],
         "total_time": format_seconds(total_seconds(stages)),
         "energy": energy_estimate(stages),
-        "benchmarks": [_benchmark_row(row) for row in benchmarks],
-        "benchmark_commands": sorted({_how_measured(row, stages[row["stage"]]) for row in benchmarks}),
+        "benchmarks": [_benchmark_row(found.result) for found in benchmarks],
+        "benchmark_commands": sorted({_how_measured(found.result, found.stage) for found in benchmarks}),
         "safety": [row for stage in stages.values() for row in pair_results(_safety_results(stage))],
         "safety_notes": sorted(
             {
-                f"{label_dataset(row)}: {row['does_not_show']}"
+                f"{label_dataset(row)}: {row.does_not_show}"
                 for stage in stages.values()
                 for row in _safety_results(stage)
-                if row.get("does_not_show")
+                if row.does_not_show
             }
         ),
         "limits": _limits(table, finals),
@@ -182,8 +184,8 @@ def describe_run(
     }
 
 
-def _safety_results(stage: Stage) -> list[dict[str, Any]]:
-    return [row for row in stage.results if _SAFETY.search(f"{row['metric']} {row.get('dataset')}")]
+def _safety_results(stage: Stage) -> list[Result]:
+    return [row for row in stage.results if _SAFETY.search(f"{row.metric} {row.dataset}")]
 
 
 def _introduction(stages: dict[str, Stage], table: ParameterTable | None) -> str:
@@ -239,37 +241,37 @@ def _parameters(config: dict[str, Any], table: ParameterTable) -> dict[str, Any]
     }
 
 
-def _benchmark_row(row: dict[str, Any]) -> dict[str, str]:
+def _benchmark_row(row: Result) -> dict[str, str]:
     chance = chance_level(row)
     return {
         "dataset": label_dataset(row),
-        "metric": label_metric(row["metric"]),
-        "value": format_value(row["value"], row.get("stderr")),
-        "n": format_value(row.get("n")),
-        "shots": format_value(row.get("num_fewshot")),
+        "metric": label_metric(row.metric),
+        "value": format_value(row.value, row.stderr),
+        "n": format_value(row.n),
+        "shots": format_value(row.num_fewshot),
         "chance": format_value(chance),
         "reading": compare_to_chance(row, chance),
     }
 
 
-def _how_measured(row: dict[str, Any], stage: Stage) -> str:
-    versions = stage.environment.get("versions", {})
-    harness = row.get("harness") or f"deepseek-moe {versions.get('deepseek-moe', '(version not recorded)')}"
-    command = row.get("command") or stage.command_line or "not recorded"
+def _how_measured(row: Result, stage: Stage) -> str:
+    version = stage.environment.versions.get("deepseek-moe", "(version not recorded)")
+    harness = row.harness or f"deepseek-moe {version}"
+    command = row.command or stage.command_line or "not recorded"
     return f"{label_dataset(row)}: {harness}, `{command}`"
 
 
-def _limits(table: ParameterTable | None, finals: list[dict[str, Any]]) -> list[str]:
+def _limits(table: ParameterTable | None, finals: list[Measured]) -> list[str]:
     lines = []
     if table and table.total < SMALL_MODEL:
         lines.append(
             f"A model of this size ({format_count(table.total)} parameters) is at chance on MMLU and HumanEval; its "
             "figures there show that the measurement works, not that the model knows anything."
         )
-    for row in finals:
+    for row in (found.result for found in finals):
         reading = compare_to_chance(row, chance_level(row))
         if reading.startswith(("at chance", "below chance", "none solved")):
-            lines.append(f"{label_dataset(row)}: {format_value(row['value'], row.get('stderr'))}, {reading}.")
+            lines.append(f"{label_dataset(row)}: {format_value(row.value, row.stderr)}, {reading}.")
     lines += [
         "It states falsehoods fluently. Out of scope: medical, legal or financial advice, decisions about people, and "
         "any use where a wrong sentence does harm, whatever domain it was adapted to.",
@@ -281,7 +283,7 @@ def _limits(table: ParameterTable | None, finals: list[dict[str, Any]]) -> list[
 
 
 def _not_measured(stages: dict[str, Stage]) -> list[str]:
-    measured = " ".join(f"{row['metric']} {row.get('dataset')}" for stage in stages.values() for row in stage.results)
+    measured = " ".join(f"{row.metric} {row.dataset}" for stage in stages.values() for row in stage.results)
     missing = [text for text, pattern in MEASUREMENTS if not re.search(pattern, measured, re.IGNORECASE)]
     return [*missing, "energy by a meter (the figure above is an estimate)"]
 

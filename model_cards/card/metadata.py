@@ -7,6 +7,7 @@ metric's ``args`` there and in ``notes`` here.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deepseek_model_cards.benchmarks import benchmark_of, chance_level
 from deepseek_model_cards.wording import label_metric
 from deepseek_records.json_files import read_object
 from deepseek_records.stages import Stage, final_stage, is_number
+from deepseek_records.summary import Result
 
 PIPELINE_TAGS = {"text-generation", "text-classification", "feature-extraction"}
 LICENCES = {
@@ -45,14 +47,13 @@ def build_metadata(stages: dict[str, Stage], *, name: str, licence: str, config:
         library_name="transformers",
         pipeline_tag="text-classification" if is_classifier else "text-generation",
         tags=_tags(stages, config),
-        language=sorted({row["language"] for stage in stages.values() for row in stage.data if row.get("language")})
-        or None,
+        language=sorted({code for stage in stages.values() for row in stage.data for code in row.languages}) or None,
         datasets=sorted(
             {
-                row["hub_id"]
+                row.hub_id
                 for stage in stages.values()
                 for row in stage.data
-                if row.get("hub_id") and is_training(row)
+                if row.hub_id and row.used_for == "training"
             }
         )
         or None,
@@ -66,23 +67,14 @@ def build_metadata(stages: dict[str, Stage], *, name: str, licence: str, config:
     return data
 
 
-def is_training(row: dict[str, Any]) -> bool:
-    """Tell whether a data row was trained on, as far as it says.
-
-    Args:
-        row: One entry of a summary's ``data``.
-    """
-    return row.get("used_for", "training") == "training"
-
-
 def base_models(stages: dict[str, Stage]) -> list[str]:
     """Return the Hub ids of the models that the run started from.
 
     Args:
-        stages: What `read_stages` gave; a stage says in ``summary["base_model"]`` what it began with. What is a local
+        stages: What `read_stages` gave; a stage's summary says what it began with. What is a local
             path is no base model in the Hub's sense and is left out.
     """
-    named = {str(stage.summary["base_model"]) for stage in stages.values() if stage.summary.get("base_model")}
+    named = {stage.summary.base_model for stage in stages.values() if stage.summary and stage.summary.base_model}
     return sorted(name for name in named if is_hub_id(name))
 
 
@@ -110,7 +102,20 @@ def _tags(stages: dict[str, Stage], config: dict[str, Any]) -> list[str]:
     return tags
 
 
-def results_of_final_model(stages: dict[str, Stage]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Measured:
+    """A figure with the stage that measured it.
+
+    Args:
+        stage: The stage.
+        result: The figure.
+    """
+
+    stage: Stage
+    result: Result
+
+
+def results_of_final_model(stages: dict[str, Stage]) -> list[Measured]:
     """Return the results that describe the model the run ended with, not one on the way to it.
 
     A result counts if the stage that measured it made the final model, or ran after it, and it was not measured before
@@ -122,11 +127,11 @@ def results_of_final_model(stages: dict[str, Stage]) -> list[dict[str, Any]]:
     names = list(stages)
     maker = final_stage(stages)
     first = names.index(maker.name) if maker else 0
-    held: dict[tuple[Any, ...], dict[str, Any]] = {}
+    held: dict[tuple[str | None, ...], Measured] = {}
     for name in names[first:]:
         for row in stages[name].results:
-            if row.get("when") != "before" and is_number(row.get("value")):
-                held[row["metric"], row.get("dataset"), row.get("split"), row.get("task")] = {"stage": name, **row}
+            if row.when != "before":
+                held[row.metric, row.dataset, row.split, row.task] = Measured(stages[name], row)
     return list(held.values())
 
 
@@ -136,25 +141,25 @@ def model_index_results(stages: dict[str, Stage]) -> list[EvalResult]:
     Args:
         stages: What `read_stages` gave.
     """
-    return [_to_eval_result(row) for row in results_of_final_model(stages)]
+    return [_to_eval_result(found.result) for found in results_of_final_model(stages)]
 
 
-def _to_eval_result(row: dict[str, Any]) -> EvalResult:
-    dataset = str(row.get("dataset") or "not named")
+def _to_eval_result(row: Result) -> EvalResult:
+    dataset = row.dataset or "not named"
     known = benchmark_of(row) or {}
-    extra = {key: row[key] for key in ("stderr", "n") if is_number(row.get(key))}
-    shots = row.get("num_fewshot")
-    label = label_metric(row["metric"])
+    extra = {key: value for key, value in (("stderr", row.stderr), ("n", row.n)) if value is not None}
+    shots = row.num_fewshot
+    label = label_metric(row.metric)
     return EvalResult(
         task_type="text-generation",
         dataset_type=known.get("hub_id", re.sub(r"[^\w./-]+", "-", dataset)),
         dataset_name=known.get("name", dataset),
         dataset_config=known.get("config"),
-        dataset_split=row.get("split"),
+        dataset_split=row.split,
         dataset_args={"num_few_shot": shots} if shots is not None else None,
-        metric_type=row["metric"],
+        metric_type=row.metric,
         metric_name=f"{label} ({shots}-shot)" if shots is not None else label,
-        metric_value=row["value"],
+        metric_value=row.value,
         metric_args=extra or None,
     )
 
@@ -172,10 +177,10 @@ def write_eval_results(stages: dict[str, Stage], folder: str | Path) -> list[Pat
     import yaml
 
     by_benchmark: dict[str, list[EvalResultEntry]] = {}
-    for row in results_of_final_model(stages):
-        benchmark = benchmark_of(row)
+    for found in results_of_final_model(stages):
+        benchmark = benchmark_of(found.result)
         if benchmark:
-            entry = _to_entry(row, benchmark["hub_id"], stages[row["stage"]])
+            entry = _to_entry(found.result, benchmark["hub_id"], found.stage)
             by_benchmark.setdefault(benchmark["key"], []).append(entry)
     target = Path(folder) / ".eval_results"
     files = []
@@ -187,21 +192,22 @@ def write_eval_results(stages: dict[str, Stage], folder: str | Path) -> list[Pat
     return files
 
 
-def _to_entry(row: dict[str, Any], hub_id: str, stage: Stage) -> EvalResultEntry:
-    notes = [f"{key} {row[key]}" for key in ("metric", "stderr", "n") if row.get(key) is not None]
-    if row.get("num_fewshot") is not None:
-        notes.append(f"{row['num_fewshot']}-shot")
-    if row.get("prompt_style"):
-        notes.append(f"{row['prompt_style']} prompts")
-    if row.get("task") not in (None, benchmark_of(row)["key"]):
-        notes.append(f"task {row['task']}")
+def _to_entry(row: Result, hub_id: str, stage: Stage) -> EvalResultEntry:
+    named = (("metric", row.metric), ("stderr", row.stderr), ("n", row.n))
+    notes = [f"{key} {value}" for key, value in named if value is not None]
+    if row.num_fewshot is not None:
+        notes.append(f"{row.num_fewshot}-shot")
+    if row.prompt_style:
+        notes.append(f"{row.prompt_style} prompts")
+    if row.task not in (None, benchmark_of(row)["key"]):
+        notes.append(f"task {row.task}")
     if chance_level(row) is not None:
         notes.append(f"chance {chance_level(row)}")
-    date = stage.environment.get("started")
+    date = stage.environment.started
     return EvalResultEntry(
         dataset_id=hub_id,
-        task_id=row["metric"],
-        value=row["value"],
+        task_id=row.metric,
+        value=row.value,
         date=re.sub(r"([+-]\d\d)(\d\d)$", r"\1:\2", date) if date else None,
         notes="; ".join(notes),
     )

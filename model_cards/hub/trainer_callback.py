@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from deepseek_model_cards.hub.push import UploadFile, check_leaks, drop_origin
 from deepseek_model_cards.report.report import write_report
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.stages import is_number
+from deepseek_records.summary import DataUse, Result, Summary
 
 logger = logging.getLogger(__name__)
 # The Trainer leaves names that begin with an underscore out of its uploads.
@@ -33,7 +35,7 @@ class HubCardCallback(TrainerCallback):
 
     Args:
         trainer: The trainer; add the callback to it with ``trainer.add_callback(HubCardCallback(trainer))``.
-        data: Data sets for the card, entries as in `RunFolder.finish`.
+        data: Data sets for the card.
         evaluated_on: The name of the evaluation data in results.
         licence: The licence of the weights, as the Hub spells it.
 
@@ -46,12 +48,12 @@ class HubCardCallback(TrainerCallback):
         self,
         trainer: Trainer,
         *,
-        data: list[dict[str, Any]] | None = None,
+        data: Sequence[DataUse] = (),
         evaluated_on: str = "evaluation data",
         licence: str = "apache-2.0",
     ) -> None:
         self.trainer = trainer
-        self.data = data or []
+        self.data = data
         self.evaluated_on = evaluated_on
         self.licence = licence
         self.run: RunFolder | None = None
@@ -112,16 +114,14 @@ class HubCardCallback(TrainerCallback):
         (output / "training_args.bin").unlink(missing_ok=True)
         _clean(output)
 
-    def _summarize(self) -> dict[str, Any]:
+    def _summarize(self) -> Summary:
         """The summary of the run: the last value of everything evaluated."""
         last: dict[str, float] = {}
         for row in self.run.metrics:
             last.update({key[5:]: value for key, value in row.items() if key.startswith("eval_")})
         names = [key for key in last if not any(word in key for word in _SPEED)]
-        rows = [{"metric": key, "dataset": self.evaluated_on, "value": last[key], "stderr": None} for key in names]
-        seconds = time.monotonic() - self.started
-        empty = {"checks": [], "samples": []}
-        return {"stage": "train", "results": rows, "data": self.data, "seconds": seconds, **empty}
+        rows = tuple(Result(metric=key, dataset=self.evaluated_on, value=last[key]) for key in names)
+        return Summary(stage="train", results=rows, data=tuple(self.data), seconds=time.monotonic() - self.started)
 
 
 def _begin_run(path: Path, settings: dict[str, Any], seed: int) -> RunFolder:

@@ -20,6 +20,7 @@ from deepseek_model_cards.card.metadata import results_of_final_model
 from deepseek_model_cards.report import charts
 from deepseek_model_cards.wording import format_value, label_dataset, label_metric
 from deepseek_records.stages import Stage, is_number
+from deepseek_records.summary import Result
 
 # The smallest group worth a line of its own; below, an interval covers nearly everything.
 _MIN_GROUP = 20
@@ -33,7 +34,8 @@ def benchmark_section(stages: dict[str, Stage]) -> dict[str, Any]:
     Args:
         stages: What `read_stages` gave.
     """
-    rows = [row for row in results_of_final_model(stages) if row.get("task") or benchmark_of(row)]
+    found = (measured.result for measured in results_of_final_model(stages))
+    rows = [row for row in found if row.task or benchmark_of(row)]
     drawn = _score_charts(rows) + [chart for stage in stages.values() for chart in _group_charts(stage)]
     missing = ""
     if "evaluate" not in stages:
@@ -51,17 +53,17 @@ def benchmark_section(stages: dict[str, Stage]) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _table(rows: list[Result]) -> dict[str, Any]:
     published = [_published_scores(row) for row in rows]
     names = [name for name in _PUBLISHED if any(name in scores for scores in published)]
     columns = ["benchmark", "score \u00b1 standard error", "95 % interval", "n", "shots", "against chance", *names]
     lines = [
         [
             _label(row),
-            format_value(row["value"], row.get("stderr")),
+            format_value(row.value, row.stderr),
             _interval_cell(row),
-            format_value(row.get("n")),
-            format_value(row.get("num_fewshot")),
+            format_value(row.n),
+            format_value(row.num_fewshot),
             compare_to_chance(row, chance_level(row)) or "-",
             *(_published_cell(scores.get(name)) for name in names),
         ]
@@ -71,20 +73,20 @@ def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"columns": columns, "rows": lines, "note": note}
 
 
-def _is_known_share(row: dict[str, Any]) -> bool:
-    return benchmark_of(row) is not None and row["metric"] in SHARE_METRICS
+def _is_known_share(row: Result) -> bool:
+    return benchmark_of(row) is not None and row.metric in SHARE_METRICS
 
 
-def _published_scores(row: dict[str, Any]) -> dict[str, tuple[float, str]]:
+def _published_scores(row: Result) -> dict[str, tuple[float, str]]:
     return benchmark_of(row)["published"] if _is_known_share(row) else {}
 
 
-def _interval_cell(row: dict[str, Any]) -> str:
+def _interval_cell(row: Result) -> str:
     """Wilson's interval for a share of items, 1.96 standard errors for any other figure that has one."""
     if _is_known_share(row):
         low, high = score_interval(row)
-    elif is_number(row.get("stderr")) and row["stderr"] > 0:
-        low, high = (row["value"] + sign * 1.96 * row["stderr"] for sign in (-1, 1))
+    elif row.stderr:
+        low, high = (row.value + sign * 1.96 * row.stderr for sign in (-1, 1))
     else:
         low = high = None
     return "-" if low is None else f"{low:.3f} to {high:.3f}"
@@ -97,25 +99,25 @@ def _published_cell(entry: tuple[float, str] | None) -> str:
     return f"{value:.3f} ({remark})" if remark else f"{value:.3f}"
 
 
-def _label(row: dict[str, Any]) -> str:
+def _label(row: Result) -> str:
     known = benchmark_of(row)
-    is_variant = row.get("task") and row["task"] != (known or {}).get("key")
-    name = row["task"] if is_variant else label_dataset(row).partition(",")[0]
-    style = f", {row['prompt_style']} prompts" if row.get("prompt_style") else ""
-    return f"{name}, {label_metric(row['metric'])}{style}"
+    is_variant = row.task and row.task != (known or {}).get("key")
+    name = row.task if is_variant else label_dataset(row).partition(",")[0]
+    style = f", {row.prompt_style} prompts" if row.prompt_style else ""
+    return f"{name}, {label_metric(row.metric)}{style}"
 
 
-def _score_charts(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _score_charts(rows: list[Result]) -> list[dict[str, str]]:
     drawn = []
     for row in rows:
         known = benchmark_of(row)
-        if not known or row["metric"] not in SHARE_METRICS or not is_number(row["value"]):
+        if not known or row.metric not in SHARE_METRICS:
             continue
         low, high = score_interval(row)
         drawn.append(
             {
-                "label": f"{_label(row).replace(', ', chr(10), 1)}, n = {row.get('n', '?')}",
-                "value": row["value"],
+                "label": f"{_label(row).replace(', ', chr(10), 1)}, n = {row.n or '?'}",
+                "value": row.value,
                 "interval": None if low is None else (low, high),
                 "chance": chance_level(row),
                 "published": {name: value for name, (value, _) in known["published"].items()},
@@ -151,7 +153,7 @@ def _group_rows(groups: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "label": name.replace("_", " "),
             "value": score["acc"],
-            "interval": score_interval({"value": score["acc"], **score}),
+            "interval": score_interval(Result(metric="acc", value=score["acc"], n=score["n"])),
         }
         for name, score in shares.items()
     ]

@@ -8,7 +8,7 @@ here too, for whoever ends a run with both.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from deepseek_model_cards.stage_rows import STAGE_TITLES, data_row, describe_mac
 from deepseek_model_cards.summary_table import summary_rows, summary_table
 from deepseek_model_cards.wording import format_count, format_seconds, format_value, label_dataset, label_metric
 from deepseek_records.run_folder import write_text
-from deepseek_records.stages import Stage, final_model_path, is_number, merged_versions, read_stages
+from deepseek_records.stages import Stage, final_model_path, merged_versions, read_stages
+from deepseek_records.summary import Result
 
 __all__ = ["summary_table", "write_report"]
 
@@ -59,7 +60,7 @@ def write_report(run_path: str | Path, output: str | Path, *, with_items: bool =
     template = environment.get_template(TEMPLATE.name)
     page = template.render(
         title=f"Run report: {Path(run_path).resolve().name}",
-        subtitle=f"{first.environment.get('started', 'start not recorded')[:16].replace('T', ' ')}, "
+        subtitle=f"{(first.environment.started or 'start not recorded')[:16].replace('T', ' ')}, "
         f"{describe_machine(first.environment)}, {format_seconds(total_seconds(stages))} in all",
         tiles=_tiles(stages),
         rows=summary_rows(run_path),
@@ -102,15 +103,15 @@ def _tiles(stages: dict[str, Stage]) -> list[dict[str, str]]:
         share = f"{format_count(table.active)} active on a token ({table.active / table.total:.0%})"
         tiles.append({"name": "parameters", "value": format_count(table.total), "note": share})
     for stage in stages.values():
-        for row in _pairs(stage.results):
-            tile = _change_tile(row)
+        for pair in _pairs(stage.results):
+            tile = _change_tile(pair)
             if tile:
                 tiles.append(tile)
-    for row in results_of_final_model(stages):
-        if benchmark_of(row) and row["metric"] in SHARE_METRICS:
+    for row in (found.result for found in results_of_final_model(stages)):
+        if benchmark_of(row) and row.metric in SHARE_METRICS:
             note = compare_to_chance(row, chance_level(row)).partition(" (")[0]
-            tiles.append({"name": label_dataset(row), "value": f"{row['value']:.1%}", "note": note})
-    checks = [check["passed"] for stage in stages.values() for check in stage.checks]
+            tiles.append({"name": label_dataset(row), "value": f"{row.value:.1%}", "note": note})
+    checks = [check.passed for stage in stages.values() for check in stage.checks]
     if checks:
         tiles.append({"name": "bars met", "value": f"{sum(checks)} of {len(checks)}", "note": "see the table below"})
     return tiles
@@ -126,17 +127,15 @@ def _change_tile(row: dict[str, Any]) -> dict[str, str] | None:
     return {"name": name, "value": change, "note": f"{format_value(before)} to {format_value(after)}"}
 
 
-def _pairs(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _pairs(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Join what was measured before and after: ``before`` and ``after`` as (value, stderr)."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in results:
-        if not is_number(result.get("value")):
-            continue
-        key = (result["metric"], result.get("dataset"), result.get("split"))
-        row = rows.setdefault(key, {"metric": result["metric"], "dataset": result.get("dataset") or ""})
-        row["before" if result.get("when") == "before" else "after"] = (result["value"], result.get("stderr"))
-        if is_number(result.get("baseline")):
-            row["baseline"] = (result.get("baseline_name", "baseline"), result["baseline"])
+        key = (result.metric, result.dataset, result.split)
+        row = rows.setdefault(key, {"metric": result.metric, "dataset": result.dataset or ""})
+        row["before" if result.when == "before" else "after"] = (result.value, result.stderr)
+        if result.baseline is not None:
+            row["baseline"] = (result.baseline_name or "baseline", result.baseline)
     return list(rows.values())
 
 
@@ -144,10 +143,10 @@ def _samples(stages: dict[str, Stage]) -> list[dict[str, Any]]:
     """Generations by stage and prompt, what was written before and after training under one prompt."""
     samples: dict[tuple[str, str], dict[str, Any]] = {}
     for stage in stages.values():
-        for row in stage.summary.get("samples", []):
-            empty = {"stage": stage.name, "prompt": row["prompt"], "completions": []}
-            sample = samples.setdefault((stage.name, row["prompt"]), empty)
-            sample["completions"].append({"when": row.get("when", ""), "text": row["completion"]})
+        for row in stage.samples:
+            empty = {"stage": stage.name, "prompt": row.prompt, "completions": []}
+            sample = samples.setdefault((stage.name, row.prompt), empty)
+            sample["completions"].append({"when": row.when or "", "text": row.completion})
     return list(samples.values())
 
 
@@ -220,7 +219,7 @@ def _reward_section(stages: dict[str, Stage]) -> Section:
 def _load_section(stages: dict[str, Stage]) -> Section:
     found = []
     for stage in stages.values():
-        loads = stage.summary.get("tokens_per_expert")
+        loads = stage.summary.tokens_per_expert if stage.summary else ()
         if loads:
             source = charts.heatmap(loads, [f"MoE layer {i + 1}" for i in range(len(loads))])
             alt = f"Load of each expert by layer: {json.dumps(loads)[:400]}"

@@ -6,6 +6,7 @@ from huggingface_hub import ModelCard
 
 from deepseek_cli import card
 from deepseek_records.run_folder import RunFolder
+from deepseek_records.summary import Result, Summary
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -17,8 +18,8 @@ def parse(*words: str) -> argparse.Namespace:
 @pytest.fixture
 def evaluated(tmp_path):
     run = RunFolder.create(tmp_path / "demo" / "evaluate", {"model": "fox"}, command="evaluate", seed=1)
-    row = {"metric": "acc", "dataset": "mmlu", "split": "test", "value": 0.25, "stderr": 0.04, "n": 114}
-    run.finish({"stage": "evaluate", "results": [row], "checks": [], "data": [], "samples": [], "seconds": 3})
+    row = Result(metric="acc", dataset="mmlu", split="test", value=0.25, stderr=0.04, n=114)
+    run.finish(Summary(stage="evaluate", results=(row,), seconds=3))
     return tmp_path / "demo"
 
 

@@ -50,11 +50,11 @@ def test_a_run_writes_results_and_samples(finished):
 def test_the_summary_is_what_cards_read(finished):
     run = RunFolder(finished)
     assert run.is_finished
-    lines = {line["task"]: line for line in run.summary["results"]}
-    assert (lines["mmlu"]["metric"], lines["mmlu"]["n"]) == ("acc", 57)
-    assert (lines["humaneval"]["metric"], lines["humaneval"]["n"]) == ("pass@1", 3)
-    assert all(line["stderr"] is None or line["stderr"] >= 0 for line in lines.values())
-    assert [data["licence"] for data in run.summary["data"]] == ["MIT", "MIT"]
+    lines = {line.task: line for line in run.summary.results}
+    assert (lines["mmlu"].metric, lines["mmlu"].n) == ("acc", 57)
+    assert (lines["humaneval"].metric, lines["humaneval"].n) == ("pass@1", 3)
+    assert all(line.stderr is None or line.stderr >= 0 for line in lines.values())
+    assert [data.license for data in run.summary.data] == ["MIT", "MIT"]
 
 
 class _Interrupt(Exception):

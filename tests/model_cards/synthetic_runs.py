@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_records.run_folder import RunFolder
+from deepseek_records.summary import Check, DataUse, Result, Sample, Summary
 
 HOME = "/home/someone/projects"
 
@@ -36,31 +37,42 @@ def make_stage(
     for row in metrics or []:
         run.log(row)
     if summary is not None:
-        run.finish({"stage": name, "results": [], "data": [], "checks": [], "samples": [], **summary})
+        run.finish(Summary(**{"stage": name, **{key: as_tuple(value) for key, value in summary.items()}}))
     return run
 
 
-def result(metric, dataset, value, *, stderr=None, n=None, when=None, split="validation", **more) -> dict:
-    row = {"metric": metric, "dataset": dataset, "split": split, "value": value, "stderr": stderr, "n": n, **more}
-    return {**row, "when": when} if when else row
+def as_tuple(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def result(metric, dataset, value, *, split="validation", **more) -> Result:
+    return Result(metric=metric, dataset=dataset, split=split, value=value, **more)
 
 
 def make_pretrain(root: Path) -> RunFolder:
     steps = range(0, 200, 10)
     metrics = [{"step": s, "loss": 6.5 * math.exp(-s / 90) + 2.2, "learning_rate": 3e-4} for s in steps]
     metrics += [{"step": s, "eval_books_bits_per_byte": 4.0 * math.exp(-s / 80) + 2.1} for s in range(0, 200, 50)]
-    data = {"name": "books", "licence": "public domain", "source": "synthetic", "split": "train", "num_rows": 16}
+    data = DataUse(
+        name="books",
+        license="public domain",
+        source="synthetic",
+        split="train",
+        num_rows=16,
+        num_bytes=4_100_000,
+        languages=("en",),
+    )
     summary = {
         "results": [
             result("bits_per_byte", "books", 2.41, stderr=0.02, n=120, baseline=3.3, baseline_name="bigram"),
         ],
-        "data": [{**data, "num_bytes": 4_100_000, "used_for": "training", "language": "en"}],
+        "data": [data],
         "checks": [
-            {"name": "below the bigram", "value": 2.41, "bound": 3.3, "comparison": "<", "passed": True},
+            Check.compare("below the bigram", 2.41, "<", 3.3),
         ],
-        "samples": [{"prompt": "Once upon a time", "completion": " there was a fox & a <crow>."}],
+        "samples": [Sample(prompt="Once upon a time", completion=" there was a fox & a <crow>.")],
         "seconds": 171.4,
-        "tokens_per_expert": [[110, 90, 130, 70]],
+        "tokens_per_expert": [(110, 90, 130, 70)],
     }
     run = make_stage(root, "pretrain", settings={"model": "nano", "data": "books"}, summary=summary, metrics=metrics)
     tiny_checkpoint(run.model_path)
@@ -77,17 +89,17 @@ def make_adapt(root: Path) -> RunFolder:
             result("bits_per_byte", "books", 2.45, stderr=0.02, n=120, when="after"),
         ],
         "data": [
-            {
-                "name": "someone/notes",
-                "hub_id": "someone/notes",
-                "licence": "cc-by-4.0",
-                "source": "huggingface.co/datasets/someone/notes",
-                "split": "train",
-                "num_rows": 1252,
-                "num_bytes": 1_900_000,
-            }
+            DataUse(
+                name="someone/notes",
+                hub_id="someone/notes",
+                license="cc-by-4.0",
+                source="huggingface.co/datasets/someone/notes",
+                split="train",
+                num_rows=1252,
+                num_bytes=1_900_000,
+            )
         ],
-        "checks": [{"name": "domain falls by 8 %", "value": -0.19, "bound": -0.08, "passed": True}],
+        "checks": [Check.compare("domain falls by 8 %", -0.19, "<=", -0.08)],
         "seconds": 61.0,
     }
     settings = {"model": f"{HOME}/demo/pretrain/model", "data": "someone/notes"}
@@ -115,10 +127,10 @@ def make_align(root: Path) -> RunFolder:
             result("reward_safety", "dialogues", 0.91, stderr=0.01, n=64, when="after"),
             result("kl", "dialogues", 1.2, n=64, when="after"),
         ],
-        "checks": [{"name": "reward rises by 2 standard errors", "value": 1.1, "bound": ">= 2", "passed": False}],
+        "checks": [Check.compare("reward rises by 2 standard errors", 1.1, ">=", 2)],
         "samples": [
-            {"prompt": "How are you?", "completion": " the the the", "when": "before"},
-            {"prompt": "How are you?", "completion": " I am well, thank you.", "when": "after"},
+            Sample(prompt="How are you?", completion=" the the the", when="before"),
+            Sample(prompt="How are you?", completion=" I am well, thank you.", when="after"),
         ],
         "seconds": 99.0,
     }
@@ -136,8 +148,15 @@ def make_evaluate(root: Path) -> RunFolder:
             result("pass_at_1", "humaneval", 0.0, stderr=0.0, n=164, split="test", **shots),
         ],
         "data": [
-            {"name": "mmlu", "licence": "MIT", "source": "cais/mmlu", "split": "test", "num_rows": 114}
-            | {"hub_id": "cais/mmlu", "used_for": "evaluation"}
+            DataUse(
+                name="mmlu",
+                license="MIT",
+                source="cais/mmlu",
+                split="test",
+                num_rows=114,
+                hub_id="cais/mmlu",
+                used_for="evaluation",
+            )
         ],
         "seconds": 66.0,
     }

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from deepseek_model_cards.benchmarks import chance_level, compare_to_chance
 from deepseek_records.statistics import wilson_interval
+from deepseek_records.summary import Result
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 164), (30, 114), (1, 7), (164, 164)])
@@ -23,27 +26,27 @@ def test_the_interval_solves_the_score_equation(successes, n):
     ],
 )
 def test_a_score_is_read_against_guessing(value, stderr, reading):
-    row = {"dataset": "mmlu", "metric": "acc", "value": value, "stderr": stderr, "n": 114}
+    row = Result(dataset="mmlu", metric="acc", value=value, stderr=stderr, n=114)
     assert chance_level(row) == 0.25
     assert compare_to_chance(row, 0.25).startswith(reading)
 
 
 def test_an_error_is_taken_from_the_count_else_from_the_standard_error():
-    row = {"dataset": "cais/mmlu", "metric": "acc", "value": 0.3}
+    row = Result(dataset="cais/mmlu", metric="acc", value=0.3)
     assert compare_to_chance(row, 0.25) == "no error known, so not compared"
-    assert compare_to_chance({**row, "stderr": 0.02}, 0.25) == "above chance"
-    assert compare_to_chance({**row, "n": 57}, 0.25) == "at chance"
-    assert compare_to_chance({**row, "n": 5700}, 0.25) == "above chance"
+    assert compare_to_chance(replace(row, stderr=0.02), 0.25) == "above chance"
+    assert compare_to_chance(replace(row, n=57), 0.25) == "at chance"
+    assert compare_to_chance(replace(row, n=5700), 0.25) == "above chance"
 
 
 def test_none_solved_says_what_that_bounds():
-    row = {"dataset": "humaneval", "metric": "pass_at_1", "value": 0.0, "stderr": 0.0, "n": 164}
+    row = Result(dataset="humaneval", metric="pass_at_1", value=0.0, stderr=0.0, n=164)
     # 0.982^164 = 0.05: at a true rate of 1.8 %, 164 failures in a row happen one time in twenty.
     assert compare_to_chance(row, chance_level(row)) == "none solved (under 1.8% at 95 % confidence)"
-    assert compare_to_chance({**row, "value": 0.05, "stderr": 0.017}, 0.0) == "above chance"
+    assert compare_to_chance(replace(row, value=0.05, stderr=0.017), 0.0) == "above chance"
 
 
 def test_chance_is_not_guessed_for_other_data_or_metrics():
-    assert chance_level({"dataset": "books", "metric": "acc"}) is None
-    assert chance_level({"dataset": "mmlu", "metric": "perplexity"}) is None
-    assert chance_level({"dataset": "own", "metric": "acc", "chance": 0.5}) == 0.5
+    assert chance_level(Result(dataset="books", metric="acc", value=0.5)) is None
+    assert chance_level(Result(dataset="mmlu", metric="perplexity", value=9.0)) is None
+    assert chance_level(Result(dataset="own", metric="acc", value=0.6, chance=0.5)) == 0.5

@@ -7,11 +7,11 @@ from deepseek_records.run_folder import RunFolder
 def test_every_result_and_every_check_is_in_the_table(finished_run):
     rows = [row.cells() for row in summary_rows(finished_run)]
     stages = [RunFolder(finished_run / name).summary for name in ("pretrain", "adapt", "align", "evaluate")]
-    measured = {(s["stage"], r["metric"], r["dataset"]) for s in stages for r in s["results"]}
-    checks = [check for s in stages for check in s["checks"]]
+    measured = {(s.stage, r.metric, r.dataset) for s in stages for r in s.results}
+    checks = [check for s in stages for check in s.checks]
     assert len(rows) == len(measured) + len(checks)
-    assert [row[1] for row in rows if row[5]] == [check["name"] for check in checks]
-    assert [row[5] for row in rows if row[5]] == ["yes" if check["passed"] else "NO" for check in checks]
+    assert [row[1] for row in rows if row[5]] == [check.name for check in checks]
+    assert [row[5] for row in rows if row[5]] == ["yes" if check.passed else "NO" for check in checks]
 
 
 def test_before_and_after_share_a_line_and_a_baseline_is_named(finished_run):

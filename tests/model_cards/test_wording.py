@@ -1,6 +1,7 @@
 import pytest
 
 from deepseek_model_cards.wording import format_bytes, format_count, format_seconds, format_value, label_dataset
+from deepseek_records.summary import Result
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,6 @@ def test_counts_times_and_sizes_read_as_words():
 
 
 def test_data_sets_are_named_with_their_split():
-    assert label_dataset({"dataset": "mmlu", "split": "test"}) == "MMLU, test"
-    assert label_dataset({"dataset": "openai/openai_humaneval"}) == "HumanEval"
-    assert label_dataset({"dataset": None}) == ""
+    assert label_dataset(Result(metric="acc", value=0.3, dataset="mmlu", split="test")) == "MMLU, test"
+    assert label_dataset(Result(metric="pass@1", value=0.3, dataset="openai/openai_humaneval")) == "HumanEval"
+    assert label_dataset(Result(metric="acc", value=0.3)) == ""

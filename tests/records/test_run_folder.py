@@ -4,7 +4,10 @@ import sys
 
 import pytest
 
-from deepseek_records.run_folder import RunFolder, describe_environment, write_json
+from deepseek_records.environment import describe_environment
+from deepseek_records.run_folder import RunFolder, write_json
+from deepseek_records.summary import Summary
+from deepseek_records.typed_json import to_json
 
 SETTINGS = {"seed": 3, "model": "nano", "words": "na\u00efve"}
 
@@ -14,13 +17,13 @@ def test_a_run_reads_back_what_it_wrote(tmp_path):
     run.log({"step": 1, "loss": 2.5})
     run.log({"step": 2, "loss": 2.25})
     assert not run.is_finished and not run.is_resumed
-    run.finish({"stage": "pretrain", "seconds": 1.5})
+    run.finish(Summary(stage="pretrain", seconds=1.5))
     again = RunFolder(tmp_path / "run")
     assert again.is_finished
     assert again.settings == SETTINGS
     assert again.metrics == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]
-    assert again.summary == {"stage": "pretrain", "seconds": 1.5}
-    assert again.environment["seed"] == 3 and again.environment["command"] == "pretrain"
+    assert again.summary == Summary(stage="pretrain", seconds=1.5) and not again.is_resumed
+    assert again.environment.seed == 3 and again.environment.command == "pretrain"
 
 
 def test_an_unfinished_run_is_taken_up_only_with_equal_settings(tmp_path):
@@ -32,7 +35,7 @@ def test_an_unfinished_run_is_taken_up_only_with_equal_settings(tmp_path):
 
 
 def test_a_finished_run_is_kept_unless_told_to_overwrite(tmp_path):
-    RunFolder.create(tmp_path / "run", SETTINGS, command="pretrain").finish({"stage": "pretrain"})
+    RunFolder.create(tmp_path / "run", SETTINGS, command="pretrain").finish(Summary(stage="pretrain"))
     with pytest.raises(FileExistsError, match="finished run"):
         RunFolder.create(tmp_path / "run", SETTINGS, command="pretrain")
     fresh = RunFolder.create(tmp_path / "run", {"seed": 9}, command="pretrain", overwrite=True)
@@ -86,9 +89,9 @@ def test_a_writer_killed_midway_leaves_the_old_file(tmp_path):
 def test_the_environment_names_versions_and_machine_but_no_variable(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 30)
     environment = describe_environment("pretrain", 5)
-    assert environment["versions"]["torch"].startswith("2.")
-    assert environment["machine"]["num_cpus"] >= 1
-    assert "hf_" + "a" * 30 not in json.dumps(environment)
+    assert environment.versions["torch"].startswith("2.")
+    assert environment.machine.num_cpus >= 1
+    assert "hf_" + "a" * 30 not in json.dumps(to_json(environment))
 
 
 def test_a_run_that_only_began_is_replaced(tmp_path):
@@ -115,7 +118,7 @@ def test_a_run_that_only_began_is_replaced(tmp_path):
 def test_a_broken_file_is_named(tmp_path, name, content, message):
     run = RunFolder.create(tmp_path / "run", {"a": 1}, command="test")
     run.log({"step": 1})
-    run.finish({"stage": "test"})
+    run.finish(Summary(stage="test"))
     (run.path / name).write_bytes(content)
     with pytest.raises(ValueError) as caught:
         _ = run.settings, run.environment, run.summary, run.metrics

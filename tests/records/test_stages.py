@@ -2,6 +2,8 @@ import pytest
 
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.stages import final_model_path, merged_versions, read_stages
+from deepseek_records.summary import Summary
+from deepseek_records.typed_json import to_json
 
 
 def test_stages_of_a_parent_come_in_the_order_they_ran(finished_run):
@@ -13,7 +15,7 @@ def test_stages_of_a_parent_come_in_the_order_they_ran(finished_run):
 def test_one_stage_alone_is_named_by_its_summary(finished_run):
     stages = read_stages(finished_run / "adapt")
     assert list(stages) == ["adapt"]
-    assert stages["adapt"].results[0]["dataset"] == "medicine"
+    assert stages["adapt"].results[0].dataset == "medicine"
 
 
 def test_a_series_holds_only_the_rows_that_logged_it(finished_run):
@@ -26,7 +28,7 @@ def test_an_unfinished_stage_is_kept_without_results(tmp_path, builders):
     builders["stage"](tmp_path, "align", settings={"a": 1}, summary=None)
     builders["stage"](tmp_path, "evaluate", settings={"a": 1}, summary={"seconds": 1})
     stages = read_stages(tmp_path)
-    assert not stages["align"].is_finished and stages["align"].results == []
+    assert not stages["align"].is_finished and stages["align"].results == ()
     assert final_model_path(stages) is None
 
 
@@ -46,7 +48,7 @@ def test_local_paths_and_tokens_are_gone_as_soon_as_a_run_is_read(tmp_path, buil
     builders["stage"](tmp_path, "adapt", settings=settings, summary={"seconds": 1})
     stage = read_stages(tmp_path)["adapt"]
     assert stage.settings == {"model": "base", "hub_token": "[removed]", "note": "pass [removed]"}
-    assert not any(word.startswith("/") for word in stage.environment["argv"])
+    assert not any(word.startswith("/") for word in stage.environment.argv)
 
 
 def test_versions_that_differ_between_stages_are_both_named(finished_run, tmp_path, builders):
@@ -54,7 +56,7 @@ def test_versions_that_differ_between_stages_are_both_named(finished_run, tmp_pa
 
     for name, version in (("pretrain", "1.0"), ("adapt", "2.0")):
         run = builders["stage"](tmp_path, name, settings={}, summary={"seconds": 1})
-        environment = {**run.environment, "versions": {"torch": version, "python": "3.11"}}
+        environment = to_json(run.environment) | {"versions": {"torch": version, "python": "3.11"}}
         (run.path / "environment.json").write_text(json.dumps(environment))
     assert merged_versions(read_stages(tmp_path)) == {"torch": "1.0 / 2.0", "python": "3.11"}
 
@@ -63,7 +65,7 @@ def test_the_final_model_is_told_by_its_command_not_by_its_folders_name(tmp_path
     """An older pretraining under a later name is not what the run ended with."""
     for name, command in (("pretrain", "pretrain"), ("mine", "align"), ("old-pretrain", "pretrain")):
         run = RunFolder.create(tmp_path / name, {}, command=command, seed=0)
-        run.finish({"stage": command, "results": [], "data": [], "checks": [], "samples": []})
+        run.finish(Summary(stage=command))
         run.model_path.mkdir()
         (run.model_path / "config.json").write_text("{}")
     assert final_model_path(read_stages(tmp_path)) == tmp_path / "mine" / "model"
@@ -81,7 +83,7 @@ def test_an_unfinished_stage_made_no_final_model(tmp_path, builders):
 def test_two_final_stages_of_one_kind_are_refused_in_one_line(tmp_path):
     for name in ("align-seed0", "align-seed1"):
         run = RunFolder.create(tmp_path / name, {}, command="align", seed=0)
-        run.finish({"stage": "align", "results": [], "data": [], "checks": [], "samples": []})
+        run.finish(Summary(stage="align"))
         run.model_path.mkdir()
         (run.model_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"align-seed0, .*align-seed1 are all made by align; pass one") as error:

@@ -14,7 +14,9 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from deepseek_records.summary import DataUse
 
 DATA_FOLDER = Path(__file__).parent
 SPLITS = ("train", "validation", "all")
@@ -107,8 +109,10 @@ def read_rows(name_or_path: str | Path, split: str = "all", *, column: str | Non
         yield {**row, "text": _pick_column(row, column or default, name)}
 
 
-def describe_data(name_or_path: str | Path, split: str, texts: list[str], used_for: str) -> dict[str, Any]:
-    """Return the summary's line on one data set: name, licence, source, split, rows and bytes.
+def describe_data(
+    name_or_path: str | Path, split: str, texts: list[str], used_for: Literal["training", "evaluation"]
+) -> DataUse:
+    """Return the summary's line on one data set: name, license, source, split, rows and bytes.
 
     Args:
         name_or_path: As given to `load_texts`.
@@ -119,16 +123,16 @@ def describe_data(name_or_path: str | Path, split: str, texts: list[str], used_f
     name = str(name_or_path)
     embedded = EMBEDDED.get(name)
     local = Path(name).exists() and not embedded
-    row = {
-        "name": Path(name).name if local else name,
-        "licence": embedded.licence if embedded else "not stated",
-        "source": embedded.source if embedded else ("local files" if local else f"huggingface.co/datasets/{name}"),
-        "split": split,
-        "num_rows": len(texts),
-        "num_bytes": sum(len(text.encode()) for text in texts),
-        "used_for": used_for,
-    }
-    return row if embedded or local else {**row, "hub_id": name.partition(":")[0]}
+    return DataUse(
+        name=Path(name).name if local else name,
+        license=embedded.licence if embedded else "not stated",
+        source=embedded.source if embedded else ("local files" if local else f"huggingface.co/datasets/{name}"),
+        split=split,
+        num_rows=len(texts),
+        num_bytes=sum(len(text.encode()) for text in texts),
+        used_for=used_for,
+        hub_id=None if embedded or local else name.partition(":")[0],
+    )
 
 
 def is_validation(text: str) -> bool:

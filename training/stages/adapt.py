@@ -6,12 +6,12 @@ and after. Any causal language model works, ours or not.
 
 import time
 from pathlib import Path
-from typing import Any
 
 from transformers import set_seed
 
 from deepseek_records.loading import load_model, load_tokenizer
 from deepseek_records.run_folder import METRICS_FILE
+from deepseek_records.summary import Check, DataUse, Result, Summary, When
 from deepseek_training.data.packing import MixedDataset, PackedDataset, encode_documents
 from deepseek_training.data.texts import describe_data, load_texts
 from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
@@ -30,7 +30,7 @@ from deepseek_training.trainer.stage_trainer import HeldOut, open_run, train_sta
 __all__ = ["AdaptRecipe", "adapt"]
 
 
-def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -> Summary:
     """Continue a model on a domain and return the summary.
 
     Args:
@@ -69,18 +69,18 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -
     trainer = train_stage(recipe, run, args, model, dataset, held_out)
     after = [one.measure(trainer.model_wrapped, recipe) for one in held_out]
     trainer.save_result(run, tokenizer)
-    summary = {
-        "stage": "adapt",
-        "base_model": recipe.model,
-        "results": _results(held_out, before, "before") + _results(held_out, after, "after"),
-        "data": _describe(recipe, corpora, held_out),
-        "checks": _checks(recipe, held_out, before, after),
-        "samples": write_samples(recipe, trainer, tokenizer),
-        "seconds": round(time.monotonic() - started, 1),
-        "num_training_tokens": recipe.max_steps * step_tokens(recipe, args),
-        "replay_share": recipe.replay_share,
-        "tokens_per_expert": trainer.figures.tokens_per_expert,
-    }
+    summary = Summary(
+        stage="adapt",
+        base_model=recipe.model,
+        results=_results(held_out, before, "before") + _results(held_out, after, "after"),
+        data=_describe(recipe, corpora, held_out),
+        checks=_checks(recipe, held_out, before, after),
+        samples=write_samples(recipe, trainer, tokenizer),
+        seconds=round(time.monotonic() - started, 1),
+        num_training_tokens=recipe.max_steps * step_tokens(recipe, args),
+        replay_share=recipe.replay_share,
+        tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
+    )
     if trainer.is_first:
         log_closing_line(run, {"step": recipe.max_steps, **_figures(held_out, after)})
         run.finish(summary)
@@ -100,35 +100,31 @@ def _figures(held_out: list[HeldOut], measured: list[BitsPerByte]) -> dict[str, 
     return {f"eval_{one.name}_bits_per_byte": value.value for one, value in zip(held_out, measured, strict=True)}
 
 
-def _results(held_out: list[HeldOut], measured: list[BitsPerByte], when: str) -> list[dict[str, Any]]:
-    return [result_row(one.name, value, when=when) for one, value in zip(held_out, measured, strict=True)]
+def _results(held_out: list[HeldOut], measured: list[BitsPerByte], when: When) -> tuple[Result, ...]:
+    return tuple(result_row(one.name, value, when=when) for one, value in zip(held_out, measured, strict=True))
 
 
-def _describe(recipe: AdaptRecipe, corpora: dict[str, Any], held_out: list[HeldOut]) -> list[dict[str, Any]]:
+def _describe(
+    recipe: AdaptRecipe, corpora: dict[str, tuple[list[str], list[str]]], held_out: list[HeldOut]
+) -> tuple[DataUse, ...]:
     rows = [describe_data(name, "train", train, "training") for name, (train, _) in corpora.items()]
     for name, one in zip(corpora, held_out, strict=True):
         rows.append(describe_data(name, "validation", one.texts, "evaluation"))
-    return rows
+    return tuple(rows)
 
 
 def _checks(
     recipe: AdaptRecipe, held_out: list[HeldOut], before: list[BitsPerByte], after: list[BitsPerByte]
-) -> list[dict[str, Any]]:
+) -> tuple[Check, ...]:
     """The domain's bits per byte fall enough, and the general ones rise little enough; values are relative changes."""
     domain, general = (new.value / old.value - 1 for old, new in zip(before, after, strict=True))
     bounds = (
         (domain, -recipe.min_domain_gain, f"falls by at least {recipe.min_domain_gain:.0%}"),
         (general, recipe.max_general_loss, f"rises by at most {recipe.max_general_loss:.0%}"),
     )
-    return [
-        {
-            "name": f"bits per byte on {one.name} {what}",
-            "metric": "bits_per_byte",
-            "dataset": one.name,
-            "value": change,
-            "bound": bound,
-            "comparison": "<=",
-            "passed": change <= bound,
-        }
+    return tuple(
+        Check.compare(
+            f"bits per byte on {one.name} {what}", change, "<=", bound, metric="bits_per_byte", dataset=one.name
+        )
         for one, (change, bound, what) in zip(held_out, bounds, strict=True)
-    ]
+    )

@@ -16,6 +16,7 @@ from typing import Any
 
 from deepseek_records.loading import load_model, load_tokenizer
 from deepseek_records.run_folder import RunFolder, write_json
+from deepseek_records.summary import Check, Gain, Result, Sample, Summary
 from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.recipes.loading import recipe_settings
 
@@ -24,7 +25,7 @@ METRIC_NAMES = ("reward", "reward_relevance", "reward_safety", "reward_diversity
 NUM_SAMPLES = 6
 
 
-def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -> Summary:
     """Align a model and return the summary, also written to the run folder.
 
     Args:
@@ -317,51 +318,44 @@ def summarize(
     before: dict[str, Any],
     after: dict[str, Any],
     seconds: float,
-) -> dict[str, Any]:
+) -> Summary:
     """Return the summary: results before and after, the gain with its error, data, checks and samples."""
     from deepseek_training.data.texts import describe_data
     from deepseek_training.ppo.evaluation import standard_error
 
-    results = [
-        {
-            "metric": name,
-            "dataset": recipe.prompts,
-            "split": "validation",
-            "when": when,
-            "value": sum(values[name]) / len(values[name]),
-            "stderr": standard_error(values[name]),
-            "n": len(values[name]),
-        }
+    results = tuple(
+        Result(
+            metric=name,
+            dataset=recipe.prompts,
+            split="validation",
+            when=when,
+            value=sum(values[name]) / len(values[name]),
+            stderr=standard_error(values[name]),
+            n=len(values[name]),
+        )
         for when, values in (("before", before), ("after", after))
         for name in METRIC_NAMES
         if name in values
-    ]
+    )
     gains = [new - old for old, new in zip(before["reward"], after["reward"], strict=True)]
     gain, paired = sum(gains) / len(gains), standard_error(gains)
     unpaired = math.hypot(standard_error(before["reward"]), standard_error(after["reward"]))
     ratio = gain / paired if paired else 0.0
     picks = range(0, len(held_out), max(1, len(held_out) // NUM_SAMPLES))[:NUM_SAMPLES]
-    return {
-        "stage": "align",
-        "results": results,
-        "gain": {"value": gain, "stderr_paired": paired, "stderr_unpaired": unpaired, "n": len(gains)},
-        "data": [
+    what = "held-out reward gain, in paired standard errors"
+    return Summary(
+        stage="align",
+        results=results,
+        gain=Gain(value=gain, stderr_paired=paired, stderr_unpaired=unpaired, n=len(gains)),
+        data=(
             describe_data(recipe.prompts, "train", prompts["train"]["prompt"], "training"),
             describe_data(recipe.prompts, "validation", held_out["prompt"], "evaluation"),
-        ],
-        "checks": [
-            {
-                "name": "held-out reward gain, in paired standard errors",
-                "value": ratio,
-                "bound": recipe.min_gain_stderr,
-                "comparison": ">=",
-                "passed": ratio >= recipe.min_gain_stderr,
-            }
-        ],
-        "samples": [
-            {"prompt": held_out[i]["prompt"], "completion": values["completion"][i], "when": when}
+        ),
+        checks=(Check.compare(what, ratio, ">=", recipe.min_gain_stderr),),
+        samples=tuple(
+            Sample(prompt=held_out[i]["prompt"], completion=values["completion"][i], when=when)
             for i in picks
             for when, values in (("before", before), ("after", after))
-        ],
-        "seconds": seconds,
-    }
+        ),
+        seconds=seconds,
+    )

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deepseek_records.loading import load_tokenizer
+from deepseek_records.summary import Check, Result, Sample, Summary
 from deepseek_training.data.packing import PackedDataset, encode_documents
 from deepseek_training.data.texts import describe_data, load_texts
 from deepseek_training.data.tokenizer import train_tokenizer
@@ -28,7 +29,7 @@ from modeling_deepseek import DeepseekConfig
 __all__ = ["PretrainRecipe", "pretrain"]
 
 
-def pretrain(recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+def pretrain(recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = False) -> Summary:
     """Train a model from scratch and return the summary.
 
     Args:
@@ -63,21 +64,21 @@ def pretrain(recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = Fa
         held_out.num_bytes,
         sequence_length=recipe.sequence_length,
     )
-    summary = {
-        "stage": "pretrain",
-        "results": [result_row(held_out.name, measured, baseline=bigram.value, baseline_name="interpolated bigram")],
-        "data": [
+    summary = Summary(
+        stage="pretrain",
+        results=(result_row(held_out.name, measured, baseline=bigram.value, baseline_name="interpolated bigram"),),
+        data=(
             describe_data(recipe.data, "train", texts, "training"),
             describe_data(recipe.data, "validation", held_out.texts, "evaluation"),
-        ],
-        "checks": [bigram_check(held_out.name, measured, bigram)] if recipe.check_bigram else [],
-        "samples": write_samples(recipe, trainer, tokenizer),
-        "seconds": round(time.monotonic() - started, 1),
-        "num_training_tokens": recipe.max_steps * step_tokens(recipe, args),
-        "num_parameters": model.num_parameters(),
-        "vocab_size": len(tokenizer),
-        "tokens_per_expert": trainer.figures.tokens_per_expert,
-    }
+        ),
+        checks=(bigram_check(held_out.name, measured, bigram),) if recipe.check_bigram else (),
+        samples=write_samples(recipe, trainer, tokenizer),
+        seconds=round(time.monotonic() - started, 1),
+        num_training_tokens=recipe.max_steps * step_tokens(recipe, args),
+        num_parameters=model.num_parameters(),
+        vocab_size=len(tokenizer),
+        tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
+    )
     if trainer.is_first:
         log_closing_line(run, {"step": recipe.max_steps, f"eval_{held_out.name}_bits_per_byte": measured.value})
         run.finish(summary)
@@ -155,49 +156,42 @@ def step_tokens(recipe: TrainerSettings, args: TrainingArguments) -> int:
     return recipe.sequence_length * recipe.batch_size * recipe.gradient_accumulation_steps * args.world_size
 
 
-def result_row(name: str, measured: BitsPerByte, **extra: Any) -> dict[str, Any]:
+def result_row(name: str, measured: BitsPerByte, **extra: Any) -> Result:
     """Return the summary's line on a measured held-out set.
 
     Args:
         name: The set.
         measured: Its bits per byte.
-        **extra: Further keys, for example ``when`` or ``baseline``.
+        **extra: Further fields, for example ``when`` or ``baseline``.
     """
-    return {
-        "metric": "bits_per_byte",
-        "dataset": name,
-        "split": "validation",
-        "value": measured.value,
-        "stderr": measured.stderr,
-        "n": measured.num_windows,
-        "num_tokens": measured.num_tokens,
-        "num_bytes": measured.num_bytes,
+    return Result(
+        metric="bits_per_byte",
+        dataset=name,
+        split="validation",
+        value=measured.value,
+        stderr=measured.stderr,
+        n=measured.num_windows,
+        num_tokens=measured.num_tokens,
+        num_bytes=measured.num_bytes,
         **extra,
-    }
+    )
 
 
-def bigram_check(name: str, measured: BitsPerByte, bigram: BitsPerByte) -> dict[str, Any]:
+def bigram_check(name: str, measured: BitsPerByte, bigram: BitsPerByte) -> Check:
     """Return the check that the model beats the bigram."""
-    return {
-        "name": "bits per byte below the interpolated bigram's",
-        "metric": "bits_per_byte",
-        "dataset": name,
-        "value": measured.value,
-        "bound": bigram.value,
-        "comparison": "<",
-        "passed": measured.value < bigram.value,
-    }
+    what = "bits per byte below the interpolated bigram's"
+    return Check.compare(what, measured.value, "<", bigram.value, metric="bits_per_byte", dataset=name)
 
 
 def write_samples(
     recipe: TrainerSettings, trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, str]]:
+) -> tuple[Sample, ...]:
     """Return what the model makes of the recipe's prompts, sampled at temperature 0.8 from the recipe's seed.
 
     A model sharded over processes writes none: load it from the run folder for that.
     """
     if trainer.is_sharded:
-        return []
+        return ()
     model = trainer.model
     set_seed(recipe.seed)
     model.eval()
@@ -213,5 +207,5 @@ def write_samples(
                 temperature=0.8,
             )
         completion = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        samples.append({"prompt": prompt, "completion": completion})
-    return samples
+        samples.append(Sample(prompt=prompt, completion=completion))
+    return tuple(samples)

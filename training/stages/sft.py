@@ -6,6 +6,7 @@ answer, given the question. Surprising: ``align`` speaks to the model by the sam
 null``; any other template asks it in a way that it was not taught.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from deepseek_records.loading import load_model, load_tokenizer
 from deepseek_records.run_folder import METRICS_FILE, RunFolder
+from deepseek_records.summary import Check, Sample, Summary
 from deepseek_training.data.texts import describe_data, load_texts, read_rows
 from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.stages.pretrain import check_context, data_name, result_row
@@ -43,7 +45,7 @@ class SftStageTrainer(StageTraining, SFTTrainer):
         return metrics
 
 
-def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False) -> Summary:
     """Teach a model to answer and return the summary.
 
     Args:
@@ -75,8 +77,11 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False) -> di
     trainer.save_result(run, tokenizer)
     samples = write_answers(trainer.model, tokenizer, held_out, recipe)
     summary = summarize(recipe, {"train": train, "validation": held_out}, (before, after), samples)
-    summary["tokens_per_expert"] = trainer.figures.tokens_per_expert
-    summary["seconds"] = round(time.monotonic() - started, 1)
+    summary = dataclasses.replace(
+        summary,
+        tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
+        seconds=round(time.monotonic() - started, 1),
+    )
     if trainer.is_first:
         log_closing_line(run, {"step": recipe.max_steps, f"eval_{name}_bits_per_byte": after.value})
         run.finish(summary)
@@ -201,9 +206,7 @@ def _encode(row: dict[str, str], tokenizer: Any, length: int) -> tuple[list[int]
 
 
 @torch.no_grad()
-def write_answers(
-    model: Any, tokenizer: Any, rows: Sequence[dict[str, str]], recipe: SftRecipe
-) -> list[dict[str, str]]:
+def write_answers(model: Any, tokenizer: Any, rows: Sequence[dict[str, str]], recipe: SftRecipe) -> tuple[Sample, ...]:
     """Return sampled answers to a few held-out questions."""
     set_seed(recipe.seed)
     model.eval()
@@ -215,40 +218,31 @@ def write_answers(
         ).to(model.device)
         output = model.generate(**inputs, max_new_tokens=recipe.sample_tokens, do_sample=True, temperature=0.8)
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        samples.append({"prompt": row["prompt"], "completion": answer})
-    return samples
+        samples.append(Sample(prompt=row["prompt"], completion=answer))
+    return tuple(samples)
 
 
 def summarize(
     recipe: SftRecipe,
     rows: dict[str, list[dict[str, str]]],
     measured: tuple[BitsPerByte, BitsPerByte],
-    samples: list[dict[str, str]],
-) -> dict[str, Any]:
+    samples: tuple[Sample, ...],
+) -> Summary:
     """Return the summary but for times and loads: bits per byte before and after, data, check and samples."""
     name = data_name(recipe.data)
     change = measured[1].value / measured[0].value - 1
-    return {
-        "stage": "sft",
-        "base_model": recipe.model,
-        "results": [
+    what = f"bits per byte of held-out answers on {name} fall"
+    return Summary(
+        stage="sft",
+        base_model=recipe.model,
+        results=tuple(
             result_row(f"{name} (answers)", value, when=when)
             for when, value in zip(("before", "after"), measured, strict=True)
-        ],
-        "data": [
+        ),
+        data=tuple(
             describe_data(recipe.data, split, [f"{row['prompt']}{row['answer']}" for row in rows[split]], used_for)
             for split, used_for in (("train", "training"), ("validation", "evaluation"))
-        ],
-        "checks": [
-            {
-                "name": f"bits per byte of held-out answers on {name} fall",
-                "metric": "bits_per_byte",
-                "dataset": name,
-                "value": change,
-                "bound": 0.0,
-                "comparison": "<",
-                "passed": change < 0,
-            }
-        ],
-        "samples": samples,
-    }
+        ),
+        checks=(Check.compare(what, change, "<", 0.0, metric="bits_per_byte", dataset=name),),
+        samples=samples,
+    )

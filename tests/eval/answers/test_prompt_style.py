@@ -101,7 +101,7 @@ def test_a_chat_run_end_to_end(tmp_path):
     results = evaluate_model(model, prompt_style="chat", output=tmp_path / "run", **settings)
     assert results["tasks"]["humaneval"]["prompt_style"] == "chat"
     # A card must not pass the figure off as one of base prompts.
-    assert RunFolder(tmp_path / "run").summary["results"][0]["prompt_style"] == "chat"
+    assert RunFolder(tmp_path / "run").summary.results[0].prompt_style == "chat"
     assert "chat prompts" in write_eval_results(read_stages(tmp_path / "run"), tmp_path)[0].read_text()
 
     with gzip.open(tmp_path / "run/prompts_humaneval.jsonl.gz", "rt") as file:

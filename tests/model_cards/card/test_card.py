@@ -7,6 +7,7 @@ from huggingface_hub import ModelCard
 from deepseek_model_cards.card.card import MEASUREMENTS, write_card
 from deepseek_model_cards.card.parameter_table import count_checkpoint
 from deepseek_records.run_folder import RunFolder
+from deepseek_records.summary import DataUse
 
 
 @pytest.fixture
@@ -32,8 +33,8 @@ def test_the_parameters_are_the_checkpoints(card, demo_run):
 
 def test_every_number_of_the_results_is_in_the_card(card, demo_run):
     for name in ("pretrain", "adapt", "align", "evaluate"):
-        for row in RunFolder(demo_run / name).summary["results"]:
-            value = f"{row['value']:.3f}".rstrip("0").rstrip(".")
+        for row in RunFolder(demo_run / name).summary.results:
+            value = f"{row.value:.3f}".rstrip("0").rstrip(".")
             assert value in card.text, row
 
 
@@ -140,7 +141,7 @@ def test_writing_twice_gives_the_same_card(demo_run):
 
 
 def test_a_pipe_in_a_name_breaks_no_table(tmp_path, builders):
-    data = [{"name": "a|b", "licence": "MIT", "source": "x\ny", "split": "train", "num_rows": 1, "num_bytes": 2}]
+    data = [DataUse(name="a|b", license="MIT", source="x\ny", split="train", num_rows=1, num_bytes=2)]
     builders["stage"](tmp_path, "pretrain", settings={}, summary={"data": data})
     text = write_card(tmp_path / "pretrain").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| a"))

@@ -28,7 +28,9 @@ def metadata(stages):
 
 def test_only_the_final_models_results_are_claimed(stages):
     """What was measured before training, or on the way, belongs to another model."""
-    claimed = {(row["metric"], row["dataset"]): row["value"] for row in results_of_final_model(stages)}
+    claimed = {
+        (found.result.metric, found.result.dataset): found.result.value for found in results_of_final_model(stages)
+    }
     assert claimed[("reward", "dialogues")] == 0.58
     assert ("bits_per_byte", "books") not in claimed  # last measured on the adapted model, which is not the final one
     assert claimed[("acc", "mmlu")] == 0.263

@@ -9,6 +9,7 @@ import yaml
 
 from deepseek_model_cards.hub.push import push_run
 from deepseek_records.run_folder import RunFolder
+from deepseek_records.typed_json import to_json
 
 REPO = "someone/fox"
 TOKEN = "hf_goodtoken"
@@ -176,9 +177,10 @@ def planted_run(stage_run, monkeypatch):
     run = RunFolder(stage_run)
     settings = {**run.settings, "data": "/home/someone/private/books", "hub_token": OTHER_TOKEN, "note": SECRET}
     (run.path / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    environment = {**run.environment, "argv": ["deepseek-moe", f"--token={OTHER_TOKEN}", str(run.path)]}
+    environment = to_json(run.environment) | {"argv": ["deepseek-moe", f"--token={OTHER_TOKEN}", str(run.path)]}
     (run.path / "environment.json").write_text(json.dumps(environment))
-    summary = {**run.summary, "samples": [{"prompt": SECRET, "completion": "/home/someone/private/books"}]}
+    sample = {"prompt": SECRET, "completion": "/home/someone/private/books"}
+    summary = run.summary.to_json() | {"samples": [sample]}
     (run.path / "summary.json").write_text(json.dumps(summary))
     model = stage_run / "model"
     config = json.loads((model / "config.json").read_text())

@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from deepseek_model_cards.hub.trainer_callback import HubCardCallback
+from deepseek_records.summary import DataUse
 from modeling_deepseek import DeepseekForCausalLM
 
 
@@ -37,7 +38,7 @@ def pushed(hub, finished_stage, tmp_path, monkeypatch):
         **{"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True},
     )
     trainer = Trainer(model, args, train_dataset=Tokens(), eval_dataset=Tokens(), processing_class=tokenizer)
-    data = [{"name": "random tokens", "licence": "mit", "source": "made here", "split": "train", "num_rows": 8}]
+    data = [DataUse(name="random tokens", license="mit", source="made here", split="train", num_rows=8)]
     trainer.add_callback(HubCardCallback(trainer, data=data, evaluated_on="random tokens", licence="mit"))
     trainer.train()
     trainer.push_to_hub()

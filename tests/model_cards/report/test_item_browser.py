@@ -4,12 +4,14 @@ import base64
 import gzip
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from deepseek_model_cards.report import item_browser
 from deepseek_model_cards.report.report import write_report
 from deepseek_records.run_folder import RunFolder
+from deepseek_records.summary import Result, Summary
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }} \u2028 \x00 \U0001f40b"
 
@@ -72,10 +74,10 @@ def evaluated(tmp_path):
     acc = {"acc": 0.25, "acc_stderr": 0.09, "n": 25}
     scores = {"acc": 0.25, "n": 50, "groups": {"birds": acc, "wolves": acc}}
     (run.path / "results.json").write_text(json.dumps({"tasks": {"mmlu": scores}}))
-    figures = {"split": "test", "task": "mmlu", "num_fewshot": 5}
-    rows = [{"metric": "acc", "dataset": "cais/mmlu", "value": 0.25, "stderr": 0.06, "n": 50, **figures}]
-    rows += [{**rows[0], "task": "mmlu_robust", "value": 0.2}]
-    run.finish({"stage": "evaluate", "results": rows, "data": [], "checks": [], "samples": [], "seconds": 1})
+    figures = {"split": "test", "num_fewshot": 5}
+    row = Result(metric="acc", dataset="cais/mmlu", value=0.25, stderr=0.06, n=50, task="mmlu", **figures)
+    rows = (row, replace(row, task="mmlu_robust", value=0.2))
+    run.finish(Summary(stage="evaluate", results=rows, seconds=1))
     return run.path
 
 

@@ -85,7 +85,7 @@ def test_embedded_data_has_disjoint_splits_and_a_licence():
         train, held_out = load_texts(name), load_texts(name, "validation")
         assert len(held_out) >= 2 and not set(train) & set(held_out)
         row = describe_data(name, "train", train, "training")
-        assert row["num_bytes"] > 1e6 and row["licence"] and "hub_id" not in row
+        assert row.num_bytes > 1e6 and row.license and row.hub_id is None
     files = [path for path in DATA_FOLDER.iterdir() if path.name.startswith(("books", "medicine"))]
     assert sum(path.stat().st_size for path in files) < 4.3e6
     assert all(path.name in (DATA_FOLDER / "SOURCES.md").read_text() for path in files)

@@ -125,6 +125,6 @@ def test_the_command_runs_in_two_processes(policy_path, tmp_path):
     run = RunFolder(tmp_path / "run")
     assert [row["step"] for row in run.metrics] == [0, 1, 2, 2]  # written by one process only
     assert run.metrics[2]["episode"] == 2 * 8 * 2
-    assert run.summary["gain"]["n"] == 9
+    assert run.summary.gain.n == 9
     AutoModelForCausalLM.from_pretrained(run.model_path)
     AutoModelForSequenceClassification.from_pretrained(run.path / "value_model")

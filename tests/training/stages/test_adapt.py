@@ -39,13 +39,13 @@ def test_the_domain_is_learned_and_both_sets_are_reported(tiny_settings, setting
     pretrain(build_recipe(tiny_settings, PretrainRecipe), tmp_path / "base")
     recipe = build_recipe({**settings, "model": str(tmp_path / "base" / "model")}, AdaptRecipe)
     summary = adapt(recipe, tmp_path / "run")
-    values = {(row["dataset"], row["when"]): row["value"] for row in summary["results"]}
+    values = {(row.dataset, row.when): row.value for row in summary.results}
     assert values["doses", "after"] < 0.8 * values["doses", "before"]
-    domain_check, general_check = summary["checks"]
-    assert domain_check["passed"] and domain_check["comparison"] == "<="
-    assert domain_check["value"] == pytest.approx(values["doses", "after"] / values["doses", "before"] - 1)
-    assert general_check["value"] == pytest.approx(values["tales", "after"] / values["tales", "before"] - 1)
-    assert general_check["dataset"] == "tales" and general_check["bound"] == 0.04
+    domain_check, general_check = summary.checks
+    assert domain_check.passed and domain_check.comparison == "<="
+    assert domain_check.value == pytest.approx(values["doses", "after"] / values["doses", "before"] - 1)
+    assert general_check.value == pytest.approx(values["tales", "after"] / values["tales", "before"] - 1)
+    assert general_check.dataset == "tales" and general_check.bound == 0.04
     rows = [row for row in RunFolder(tmp_path / "run").metrics if "eval_doses_bits_per_byte" in row]
     assert [row["step"] for row in rows] == [0, 20]
     assert rows[0]["eval_tales_bits_per_byte"] == values["tales", "before"]
@@ -64,7 +64,7 @@ def test_a_model_that_is_not_ours_is_adapted(settings, tmp_path):
     tokenizer.save_pretrained(tmp_path / "theirs")
     change = {"model": str(tmp_path / "theirs"), "max_steps": 4, "experts_implementation": "eager"}
     summary = adapt(build_recipe({**settings, **change}, AdaptRecipe), tmp_path / "run")
-    (load,) = summary["tokens_per_expert"]  # one MoE layer: 2 of 4 experts a token, two steps of 4 x 32 tokens
+    (load,) = summary.tokens_per_expert  # one MoE layer: 2 of 4 experts a token, two steps of 4 x 32 tokens
     assert sum(load) == 2 * 2 * 4 * 32
     DeepseekV3ForCausalLM.from_pretrained(tmp_path / "run" / "model")
 

@@ -23,16 +23,16 @@ def make_recipe(policy_path, **settings):
 def test_leaves_a_whole_run_folder(policy_path, tmp_path):
     summary = align(make_recipe(policy_path), tmp_path / "run")
     run = RunFolder(tmp_path / "run")
-    assert run.summary == json.loads(json.dumps(summary))
+    assert run.summary == summary
     rows = [row for row in run.metrics if "reward" in row]
     assert [row["step"] for row in rows] == [1, 2]
     parts = ("reward_relevance", "reward_safety", "reward_diversity", "kl", "entropy", "grad_norm", "learning_rate")
     assert all(name in row for row in rows for name in parts)
-    by_key = {(row["metric"], row["when"]): row for row in summary["results"]}
-    assert by_key["kl", "before"]["value"] == pytest.approx(0.0, abs=1e-4)
-    gain = by_key["reward", "after"]["value"] - by_key["reward", "before"]["value"]
-    assert summary["gain"]["value"] == pytest.approx(gain)
-    assert {row["when"] for row in summary["samples"]} == {"before", "after"}
+    by_key = {(row.metric, row.when): row.value for row in summary.results}
+    assert by_key["kl", "before"] == pytest.approx(0.0, abs=1e-4)
+    gain = by_key["reward", "after"] - by_key["reward", "before"]
+    assert summary.gain.value == pytest.approx(gain)
+    assert {row.when for row in summary.samples} == {"before", "after"}
     AutoTokenizer.from_pretrained(run.model_path)
     reference = AutoModelForCausalLM.from_pretrained(run.path / "reference").state_dict()
     start = AutoModelForCausalLM.from_pretrained(policy_path).state_dict()
@@ -80,7 +80,7 @@ def test_an_interrupted_run_ends_like_a_whole_one(policy_path, tmp_path, monkeyp
         patch.setattr(CorrectedPPOTrainer, "_train_step", stop)
         align(recipe, tmp_path / "cut")
     resumed = align(recipe, tmp_path / "cut")
-    assert resumed["results"] == whole["results"] and resumed["samples"] == whole["samples"]
+    assert resumed.results == whole.results and resumed.samples == whole.samples
     clocked = ("eps", "time/", "tokens_per_second")
     rows = [
         [{k: v for k, v in row.items() if not any(part in k for part in clocked)} for row in RunFolder(path).metrics]

@@ -42,15 +42,15 @@ def test_the_run_folder_is_whole(finished, tiny_settings):
     path, summary = finished
     run = RunFolder(path)
     assert run.is_finished and run.summary == summary
-    assert run.settings["vocab_size"] == 300 and run.environment["command"] == "pretrain"
+    assert run.settings["vocab_size"] == 300 and run.environment.command == "pretrain"
     assert [row["step"] for row in run.metrics if "loss" in row] == [2, 4, 6, 8, 10, 12]
     assert [row["step"] for row in run.metrics if "eval_tales_bits_per_byte" in row] == [4, 8, 12, 12]
-    (result,) = summary["results"]
-    assert result["metric"] == "bits_per_byte" and result["dataset"] == "tales" and result["stderr"] > 0
-    assert result["value"] == run.metrics[-1]["eval_tales_bits_per_byte"]
-    assert result["baseline_name"] == "interpolated bigram" and 1 < result["baseline"] < 8
-    assert {row["used_for"] for row in summary["data"]} == {"training", "evaluation"}
-    assert summary["samples"][0]["prompt"] == "The" and summary["num_training_tokens"] == 12 * 4 * 32
+    (result,) = summary.results
+    assert result.metric == "bits_per_byte" and result.dataset == "tales" and result.stderr > 0
+    assert result.value == run.metrics[-1]["eval_tales_bits_per_byte"]
+    assert result.baseline_name == "interpolated bigram" and 1 < result.baseline < 8
+    assert {row.used_for for row in summary.data} == {"training", "evaluation"}
+    assert summary.samples[0].prompt == "The" and summary.num_training_tokens == 12 * 4 * 32
 
 
 def test_the_model_learns_and_loads_by_the_auto_classes(finished):
@@ -59,7 +59,7 @@ def test_the_model_learns_and_loads_by_the_auto_classes(finished):
     assert losses[-1] < losses[0] - 0.3
     model = AutoModelForCausalLM.from_pretrained(path / "model")
     tokenizer = AutoTokenizer.from_pretrained(path / "model")
-    assert model.config.vocab_size == len(tokenizer) == summary["vocab_size"]
+    assert model.config.vocab_size == len(tokenizer) == summary.vocab_size
     assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
@@ -78,7 +78,7 @@ def test_figures_count_every_routed_token(finished, tiny_settings):
         assert 0 < row["router_entropy"] <= 2.08  # ln 8
         assert row["tokens_per_second"] > 0 and row["grad_norm"] > 0 and 0 < row["mfu"] < 1
     assert (path / "plots" / "expert_load.png").read_bytes()[:4] == b"\x89PNG"
-    assert summary["tokens_per_expert"] == rows[-1]["tokens_per_expert"]
+    assert [list(load) for load in summary.tokens_per_expert] == rows[-1]["tokens_per_expert"]
 
 
 class Stop(TrainerCallback):
@@ -118,8 +118,8 @@ def test_a_run_stopped_after_its_last_step_trains_no_further(finished, tiny_sett
     (tmp_path / "run" / "summary.json").unlink()
     summary = pretrain(build_recipe(tiny_settings, PretrainRecipe), tmp_path / "run")
     assert_same_run(finished[0], tmp_path / "run")
-    assert summary["tokens_per_expert"] == finished[1]["tokens_per_expert"]
-    assert summary["results"] == finished[1]["results"] and summary["samples"] == finished[1]["samples"]
+    assert summary.tokens_per_expert == finished[1].tokens_per_expert
+    assert summary.results == finished[1].results and summary.samples == finished[1].samples
 
 
 def test_a_checkpoint_cut_short_is_passed_over(finished, tiny_settings, tmp_path, caplog):

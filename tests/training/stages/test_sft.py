@@ -59,10 +59,10 @@ def test_teaches_balances_and_saves_the_template(make_recipe, tmp_path):
     (tmp_path / "mine.jinja").write_text(TEMPLATE)
     recipe = make_recipe(chat_template=str(tmp_path / "mine.jinja"), learning_rate=1e-2, bias_update_speed=0.02)
     summary = sft(recipe, tmp_path / "run")
-    before, after = summary["results"]
-    assert (before["when"], after["when"]) == ("before", "after")
-    assert after["value"] < 0.8 * before["value"]
-    assert summary["checks"][0]["passed"]
+    before, after = summary.results
+    assert (before.when, after.when) == ("before", "after")
+    assert after.value < 0.8 * before.value
+    assert summary.checks[0].passed
     run = RunFolder(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(run.model_path)
     assert tokenizer.chat_template == TEMPLATE
@@ -76,7 +76,7 @@ def test_teaches_balances_and_saves_the_template(make_recipe, tmp_path):
     rows = [row for row in run.metrics if "loss" in row]
     assert [row["step"] for row in rows] == [3, 6]
     assert all(row["load_imbalance"] >= 1 and sum(map(sum, row["tokens_per_expert"])) > 0 for row in rows)
-    assert len(summary["samples"]) == 4
+    assert len(summary.samples) == 4
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(make_recipe, tmp_path, monke
         sft(make_recipe(), tmp_path / "cut")
     assert not RunFolder(tmp_path / "cut").is_finished
     resumed = sft(make_recipe(), tmp_path / "cut")
-    assert resumed["results"] == whole["results"]
+    assert resumed.results == whole.results
     one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / n / "model").state_dict() for n in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
