@@ -24,7 +24,8 @@ from deepseek_training.balance.callback import find_routers
 from deepseek_training.data.packing import PackedDataset, cut_to_share, encode_documents
 from deepseek_training.data.texts import load_texts
 from deepseek_training.recipes.loading import load_recipe, recipe_settings
-from deepseek_training.stages.pretrain import PretrainRecipe, model_config, pretrain
+from deepseek_training.stages.pretrain import PretrainRecipe, pretrain
+from deepseek_training.trainer.new_model import model_config
 from modeling_deepseek.parameter_count import count_parameters
 
 
@@ -63,8 +64,8 @@ def check_options(args: argparse.Namespace, recipe: PretrainRecipe) -> None:
             raise ValueError(f"{name}: got {getattr(args, name)}, expected at least 1")
     for count in args.counts:
         if args.counts.count(count) > 1:
-            raise ValueError(f"counts: got {count!r} {args.counts.count(count)} times, expected each once")
-        model_config(variant_recipe(recipe, count, seed=0), {"vocab_size": recipe.vocab_size})
+            raise ValueError(f"counts: {count!r} is there {args.counts.count(count)} times, want each once")
+        model_config(variant_recipe(recipe, count, seed=0), vocab_size=recipe.vocab_size)
 
 
 def train_variant(recipe: PretrainRecipe, folder: Path, *, overwrite: bool = False) -> RunFolder:

@@ -4,7 +4,6 @@ The gain is judged pairwise, prompt by prompt with the same random numbers: prom
 than a prompt's rewards before and after. The unpaired error is reported beside it.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_records.run_folder import METRICS_FILE, RunFolder, write_json
+from deepseek_records.summary import Check, Gain, Result, Sample, When
 from deepseek_training.ppo.evaluation import standard_error
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from deepseek_training.ppo.value import merged, without_adapter
@@ -40,46 +40,32 @@ def evaluate_once(trainer: CorrectedPPOTrainer, run: RunFolder) -> dict[str, lis
     return trainer.last_evaluation
 
 
-@dataclasses.dataclass(frozen=True)
-class Gain:
-    """What the held-out reward has risen by.
+def measure_gain(before: Sequence[float], after: Sequence[float]) -> Gain:
+    """Return what the rewards of the same prompts have risen by.
 
-    Attributes:
-        value: The mean rise per prompt.
-        stderr_paired: Its standard error over prompts.
-        stderr_unpaired: The same as if before and after had been measured on different prompts.
-        n: Prompts.
+    Args:
+        before: One reward per prompt.
+        after: The same prompts', in the same order.
     """
-
-    value: float
-    stderr_paired: float
-    stderr_unpaired: float
-    n: int
-
-    @classmethod
-    def between(cls, before: Sequence[float], after: Sequence[float]) -> "Gain":
-        """Return the gain from the rewards of the same prompts before and after."""
-        gains = [new - old for old, new in zip(before, after, strict=True)]
-        unpaired = math.hypot(standard_error(before), standard_error(after))
-        return cls(sum(gains) / len(gains), standard_error(gains), unpaired, len(gains))
-
-    def check(self, bound: float) -> dict[str, Any]:
-        """Return the summary's line on the target.
-
-        Args:
-            bound: Least gain in paired standard errors.
-        """
-        ratio = self.value / self.stderr_paired if self.stderr_paired else 0.0
-        return {
-            "name": "held-out reward gain, in paired standard errors",
-            "value": ratio,
-            "bound": bound,
-            "comparison": ">=",
-            "passed": ratio >= bound,
-        }
+    gains = [new - old for old, new in zip(before, after, strict=True)]
+    unpaired = math.hypot(standard_error(before), standard_error(after))
+    return Gain(
+        value=sum(gains) / len(gains), stderr_paired=standard_error(gains), stderr_unpaired=unpaired, n=len(gains)
+    )
 
 
-def reward_rows(dataset: str, when: str, columns: dict[str, list]) -> list[dict[str, Any]]:
+def gain_check(gain: Gain, bound: float) -> Check:
+    """Return the summary's line on the target.
+
+    Args:
+        gain: What was measured.
+        bound: Least gain in paired standard errors.
+    """
+    ratio = gain.value / gain.stderr_paired if gain.stderr_paired else 0.0
+    return Check.compare("held-out reward gain, in paired standard errors", ratio, ">=", bound)
+
+
+def reward_rows(dataset: str, when: When, columns: dict[str, list[Any]]) -> tuple[Result, ...]:
     """Return the summary's lines on one evaluation.
 
     Args:
@@ -87,22 +73,22 @@ def reward_rows(dataset: str, when: str, columns: dict[str, list]) -> list[dict[
         when: ``before`` or ``after``.
         columns: One list per metric, one value per prompt.
     """
-    return [
-        {
-            "metric": name,
-            "dataset": dataset,
-            "split": "validation",
-            "when": when,
-            "value": sum(columns[name]) / len(columns[name]),
-            "stderr": standard_error(columns[name]),
-            "n": len(columns[name]),
-        }
+    return tuple(
+        Result(
+            metric=name,
+            dataset=dataset,
+            split="validation",
+            when=when,
+            value=sum(columns[name]) / len(columns[name]),
+            stderr=standard_error(columns[name]),
+            n=len(columns[name]),
+        )
         for name in METRIC_NAMES
         if name in columns
-    ]
+    )
 
 
-def pair_samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
+def pair_samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> tuple[Sample, ...]:
     """Return a few prompts with what the model made of them before and after.
 
     Args:
@@ -111,11 +97,10 @@ def pair_samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[
         after: Their completions by the aligned one.
     """
     picks = range(0, len(prompts), max(1, len(prompts) // NUM_SAMPLES))[:NUM_SAMPLES]
-    return [
-        {"prompt": prompts[i], "completion": completions[i], "when": when}
-        for i in picks
-        for when, completions in (("before", before), ("after", after))
-    ]
+    columns: tuple[tuple[When, Sequence[str]], ...] = (("before", before), ("after", after))
+    return tuple(
+        Sample(prompt=prompts[i], completion=completions[i], when=when) for i in picks for when, completions in columns
+    )
 
 
 def save_models(trainer: CorrectedPPOTrainer, run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:
