@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,7 +143,7 @@ def read_rows(name_or_path: str | Path, split: str = "all", *, column: str | Non
         yield {**row, "text": _pick_column(row, column or default, name)}
 
 
-def describe_data(name_or_path: str | Path, split: str, texts: list[str], used_for: UsedFor) -> DataUse:
+def describe_data(name_or_path: str | Path, split: str, texts: Sequence[str], used_for: UsedFor) -> DataUse:
     """Return the summary's line on one data set: name, license, source, split, rows and bytes.
 
     Args:
@@ -165,6 +165,18 @@ def describe_data(name_or_path: str | Path, split: str, texts: list[str], used_f
         used_for=used_for,
         hub_id=None if embedded or local else name.partition(":")[0],
     )
+
+
+def describe_corpora(corpora: Sequence[Corpus], evaluated: Sequence[Sequence[str]]) -> tuple[DataUse, ...]:
+    """Return the summary's lines on what a stage trained on and what it was measured on.
+
+    Args:
+        corpora: The data sets.
+        evaluated: Of each the held-out texts that were scored.
+    """
+    train = [describe_data(corpus.source, "train", corpus.train, "training") for corpus in corpora]
+    pairs = zip(corpora, evaluated, strict=True)
+    return (*train, *(describe_data(corpus.source, "validation", texts, "evaluation") for corpus, texts in pairs))
 
 
 def is_validation(text: str) -> bool:

@@ -41,7 +41,9 @@ def load_models(recipe: AlignRecipe) -> tuple[PreTrainedModel, PreTrainedModel |
     """
     disable_progress_bar()  # "Loading weights" would stand in front of our own bar and of errors
     torch.manual_seed(recipe.seed)
-    options = {"experts_implementation": recipe.experts_implementation} if recipe.experts_implementation else {}
+    options: dict[str, Any] = (
+        {"experts_implementation": recipe.experts_implementation} if recipe.experts_implementation else {}
+    )
     policy = load_model(recipe.model, **options)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)  # Bloom, for one, has no end
     if context is not None and recipe.max_prompt_tokens + recipe.response_length > context:

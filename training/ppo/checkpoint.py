@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -116,7 +117,7 @@ class PPOCheckpoints:
             setattr(state, name, getattr(saved, name))
         load_reward_state(self.reward_model, reward_states[self.accelerator.process_index])
 
-    def _check(self, folder: Path) -> list:
+    def _check(self, folder: Path) -> list[Any]:
         """Return the reward's states in a checkpoint that this training can go on from."""
         if not (folder / STATE_FILE).is_file() or not is_complete(folder):
             raise FileNotFoundError(f"resume_from_checkpoint: got {folder}, expected a whole PPO checkpoint")

@@ -5,7 +5,7 @@ evaluations differ by the policy alone, and training does not notice.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ def evaluate_prompts(
     *,
     num_samples: int,
     seed: int,
-) -> dict[str, list]:
+) -> dict[str, list[Any]]:
     """Return a column each of reward, its parts, KL, length and completion, one row per prompt, in the data's order.
 
     Args:
@@ -126,6 +126,6 @@ def show_samples(prompts: list[str], columns: dict[str, list[Any]], report_to: l
             wandb.log({"completions": wandb.Table(dataframe=table)})
 
 
-def standard_error(values: list[float]) -> float:
+def standard_error(values: Sequence[float]) -> float:
     """Return the standard error of the mean; 0 for a single value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

@@ -21,7 +21,7 @@ METRIC_NAMES = ("reward", "reward_relevance", "reward_safety", "reward_diversity
 NUM_SAMPLES = 6
 
 
-def evaluate_once(trainer: CorrectedPPOTrainer, run: RunFolder) -> dict[str, list]:
+def evaluate_once(trainer: CorrectedPPOTrainer, run: RunFolder) -> dict[str, list[Any]]:
     """Return the start model's evaluation; a resumed run reads it instead of logging it again.
 
     Args:

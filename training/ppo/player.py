@@ -55,7 +55,7 @@ class Player:
     adapter_off: Callable[[], AbstractContextManager[None]]
     watch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
     metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    extra_columns: dict[str, list] = dataclasses.field(default_factory=dict)
+    extra_columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
     @torch.no_grad()
     def play(self, batch: dict[str, Any], *, is_evaluation: bool = False) -> Rollout:

@@ -44,7 +44,7 @@ class RewardAdapter(nn.Module):
         tokenizer: Turns token ids into the text that the reward reads.
     """
 
-    def __init__(self, reward: Callable[..., list[float | None]], tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, reward: Callable[..., list[float | None]], tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.reward = reward
         self.tokenizer = tokenizer
@@ -65,13 +65,14 @@ class RewardAdapter(nn.Module):
         if inspect.isawaitable(scores):
             scores = asyncio.run(_wait(scores))
         if len(scores) != len(completions):
-            raise ValueError(f"reward: {len(scores)} scores for {len(completions)} completions")
+            raise ValueError(f"reward: got {len(scores)} scores, expected {len(completions)}, one per completion")
         if any(score is None for score in scores):
-            raise ValueError("reward: no part could score a completion, and PPO needs a score for each")
-        scores = torch.tensor([float(score) for score in scores])
-        if not torch.isfinite(scores).all():
-            raise ValueError(f"reward: a score is {scores[~torch.isfinite(scores)][0].item()}, wanted a finite number")
-        return scores, completions
+            raise ValueError("reward: got no score for a completion, expected one for each (PPO needs it)")
+        values = torch.tensor([float(score) for score in scores if score is not None])
+        if not torch.isfinite(values).all():
+            found = values[~torch.isfinite(values)][0].item()
+            raise ValueError(f"reward: got a score of {found}, expected a finite number")
+        return values, completions
 
 
 def reward_state(reward_model: nn.Module) -> Any:

@@ -8,7 +8,7 @@ from deepseek_training.trainer.run_callbacks import ProgressBar
 class RewardBar(ProgressBar):
     """Shows updates, time left, and the last batch's reward and KL on one line."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Show the reward."""
         if self.bar is not None and logs and "objective/scores" in logs:
             self.bar.set_postfix(

@@ -12,7 +12,7 @@ class Stopwatch:
         seconds: By part: generation, reward, logps (reference and values), update.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds = dict.fromkeys(("generation", "reward", "logps", "update"), 0.0)
 
     @contextlib.contextmanager

@@ -116,7 +116,7 @@ class CorrectedPPOTrainer(PPOTrainer):
             )
         self.is_distributed_loading_by_transformers = False  # Trainer's own constructor, which TRL skips, sets it
         self.num_eval_samples = num_eval_samples
-        self.last_evaluation: dict[str, list] = {}
+        self.last_evaluation: dict[str, list[Any]] = {}
         self.player = Player(
             args=args,
             accelerator=self.accelerator,
@@ -358,7 +358,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         if self.accelerator.is_main_process:
             show_samples(self.processing_class.batch_decode(list(dataset["input_ids"])), columns, self.args.report_to)
 
-    def _complete(self, dataset: Dataset) -> dict[str, list]:
+    def _complete(self, dataset: Dataset) -> dict[str, list[Any]]:
         """Complete and score held-out prompts; the next step's log holds nothing of it."""
         with self.player.figures_kept():
             return evaluate_prompts(

@@ -12,7 +12,7 @@ from transformers import set_seed
 from deepseek_records.loading import load_model, load_tokenizer
 from deepseek_records.summary import Check, Summary
 from deepseek_training.data.packing import MixedDataset, PackedDataset, encode_documents
-from deepseek_training.data.texts import Corpus, describe_data, distinct_names
+from deepseek_training.data.texts import Corpus, describe_corpora, distinct_names
 from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from deepseek_training.trainer.expert_parallel import split_experts
@@ -42,8 +42,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -
     started = time.monotonic()
     domain = Corpus.load(recipe.data, recipe.data_column)
     general = Corpus.load(recipe.general_data, recipe.general_column)
-    tokenizer = load_tokenizer(recipe.model)
-    model = load_model(recipe.model)
+    tokenizer, model = load_tokenizer(recipe.model), load_model(recipe.model)
     check_context(recipe, model.config)
     args = training_arguments(recipe, Path(output))
     run = open_run(recipe, output, args, command="adapt", overwrite=overwrite)
@@ -73,12 +72,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -
         stage="adapt",
         base_model=recipe.model,
         results=bits_rows(before, when="before") + bits_rows(after, when="after"),
-        data=[
-            describe_data(domain.source, "train", domain.train, "training"),
-            describe_data(general.source, "train", general.train, "training"),
-            describe_data(domain.source, "validation", held_out[0].texts, "evaluation"),
-            describe_data(general.source, "validation", held_out[1].texts, "evaluation"),
-        ],
+        data=describe_corpora([domain, general], [one.texts for one in held_out]),
         checks=_checks(recipe, before, after),
         samples=write_samples(recipe, trainer, tokenizer),
         seconds=round(time.monotonic() - started, 1),

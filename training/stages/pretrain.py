@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deepseek_records.summary import Check, Summary
 from deepseek_training.data.packing import PackedDataset, encode_documents
-from deepseek_training.data.texts import Corpus, data_name, describe_data
+from deepseek_training.data.texts import Corpus, data_name, describe_corpora
 from deepseek_training.data.tokenizer import tokenizer_for
 from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 from deepseek_training.trainer.bigram import BigramModel
@@ -57,10 +57,7 @@ def pretrain(recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = Fa
     summary = Summary(
         stage="pretrain",
         results=bits_rows(measured, baseline=bigram.value, baseline_name="interpolated bigram"),
-        data=[
-            describe_data(recipe.data, "train", corpus.train, "training"),
-            describe_data(recipe.data, "validation", held_out.texts, "evaluation"),
-        ],
+        data=describe_corpora([corpus], [held_out.texts]),
         checks=(Check.compare(what, value, "<", bigram.value, **about),) if recipe.check_bigram else (),
         samples=write_samples(recipe, trainer, tokenizer),
         seconds=round(time.monotonic() - started, 1),

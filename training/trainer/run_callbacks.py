@@ -27,11 +27,18 @@ class MetricsFile(TrainerCallback):
         figures: Whose load of the experts, too large for a tracker, goes into the file too.
     """
 
-    def __init__(self, run: RunFolder, figures: TrainingFigures | None = None):
+    def __init__(self, run: RunFolder, figures: TrainingFigures | None = None) -> None:
         self.run = run
         self.figures = figures
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Append the line."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return

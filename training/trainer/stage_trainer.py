@@ -40,7 +40,7 @@ class StageTraining:
         figures: The figures of the training, added to its log.
     """
 
-    def __init__(self, recipe: TrainerSettings, held_out: Sequence[HeldOutSet], **kwargs: Any):
+    def __init__(self, recipe: TrainerSettings, held_out: Sequence[HeldOutSet], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.recipe = recipe
         self.held_out = held_out
@@ -114,7 +114,7 @@ class StageTrainer(StageTraining, Trainer):
         *,
         dataset: torch.utils.data.Dataset,
         **kwargs: Any,
-    ):
+    ) -> None:
         # Trainer wants an evaluation set; `evaluate` reads `held_out`.
         evaluated = dataset if recipe.eval_steps else None
         super().__init__(recipe, held_out, train_dataset=dataset, eval_dataset=evaluated, **kwargs)
