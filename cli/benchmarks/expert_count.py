@@ -64,7 +64,7 @@ def check_options(args: argparse.Namespace, recipe: PretrainRecipe) -> None:
             raise ValueError(f"{name}: got {getattr(args, name)}, expected at least 1")
     for count in args.counts:
         if args.counts.count(count) > 1:
-            raise ValueError(f"counts: {count!r} is there {args.counts.count(count)} times, want each once")
+            raise ValueError(f"counts: got {count!r} {args.counts.count(count)} times, expected each once")
         model_config(variant_recipe(recipe, count, seed=0), vocab_size=recipe.vocab_size)
 
 

@@ -58,7 +58,7 @@ class PPOCheckpoints:
         model: nn.Module,
         ref_model: nn.Module | None,
         reward_model: nn.Module,
-    ):
+    ) -> None:
         self.args = args
         self.accelerator = accelerator
         self.model = model

@@ -91,7 +91,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         optimizers: tuple[Any, ...] = (None, None),
         prompt_column: str = "prompt",
         num_eval_samples: int = 1,
-    ):
+    ) -> None:
         check_settings(args, processing_class, model.config)
         check_prompts(args, model.config, train_dataset, eval_dataset)
         if value_model is None:
