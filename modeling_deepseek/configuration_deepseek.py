@@ -35,6 +35,13 @@ _SETTINGS_OF_TRANSFORMERS = {
     "label2id",
     "problem_type",
 }
+_TRAINING_TERMS = (
+    "router_bias_update_speed",
+    "seq_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_aux_loss_coef",
+    "mtp_loss_coef",
+)
 _TOPK_METHODS = ("noaux_tc", "greedy", "group_limited_greedy")
 _COUNTS = (
     "vocab_size",
@@ -78,6 +85,9 @@ class DeepseekConfig(DeepseekV3Config):
             `ExpertBalanceCallback`. 0 leaves the bias alone. Loading a checkpoint sets it to 0 unless it is passed.
         seq_aux_loss_coef: Weight of the sequence-wise balance loss (DeepSeek-V3: 1e-4).
         router_z_loss_coef: Weight of the router's z-loss (ST-MoE: 1e-3).
+        router_aux_loss_coef: Weight of `aux_loss`, the layers' mean sequence-wise balance loss, in the loss that the
+            model returns for labels with `output_router_logits=True`. TRL's trainers set it under this name.
+            `seq_aux_loss_coef` trains the same loss without asking for router logits.
         mtp_loss_coef: Weight of the multi-token prediction loss (DeepSeek-V3: 0.3). Above 0, the model has
             `num_nextn_predict_layers` more layers, trained on the labels, or without labels on the tokens themselves.
             Loading a checkpoint sets it to 0 unless it is passed; the layers' weights are then no part of the model,
@@ -101,6 +111,7 @@ class DeepseekConfig(DeepseekV3Config):
     router_bias_update_speed: float = 0.0
     seq_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
+    router_aux_loss_coef: float = 0.0
     mtp_loss_coef: float = 0.0
     norm_type: str = "rmsnorm"
     hidden_dropout: float = 0.0
@@ -163,21 +174,22 @@ class DeepseekConfig(DeepseekV3Config):
             raise ValueError(
                 f"model_type: {model_type!r} is not allowed, want {cls.model_type}, deepseek_v3 or deepseek_v2"
             )
-        return adopt_fp8(config_dict), kwargs
+        return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DeepseekConfig":
-        """Make a configuration from saved settings, with bias update and MTP loss off unless `kwargs` asks for them.
+        """Make a configuration from saved settings, with balancing and MTP loss off unless `kwargs` asks for them.
 
         A finished model's bias is part of how it routes; fine-tuning moves it only on request. The layers for
-        multi-token prediction are dead weight outside training: transformers' `generate(use_mtp=True)` reads its own,
+        multi-token prediction are of no use outside training: transformers' `generate(use_mtp=True)` reads its own,
         and the model carries the checkpoint's to the next one (`carried_mtp.py`).
 
         Args:
             config_dict: The settings.
             **kwargs: As for `transformers.PreTrainedConfig.from_dict`.
         """
-        settings = {**config_dict, "router_bias_update_speed": 0.0, "mtp_loss_coef": 0.0}
+        # Here and not in get_config_dict, which the Auto classes pass by.
+        settings = adopt_fp8({**config_dict, **dict.fromkeys(_TRAINING_TERMS, 0.0)})
         try:
             return super().from_dict(settings, **kwargs)
         except StrictDataclassFieldValidationError as error:
@@ -294,20 +306,12 @@ class DeepseekConfig(DeepseekV3Config):
             )
 
     def _check_training_terms(self) -> None:
-        for name in ("router_bias_update_speed", "seq_aux_loss_coef", "router_z_loss_coef", "mtp_loss_coef"):
+        for name in _TRAINING_TERMS:
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, value, "a number of at least 0")
         depths = self.num_nextn_predict_layers
         _require(
             self.mtp_loss_coef == 0 or depths > 0, "num_nextn_predict_layers", depths, "1 or more with mtp_loss_coef"
-        )
-        # The prediction loss is scaled by what the last layer's router knows of accumulation.
-        dense, last = self.first_k_dense_replace, self.num_hidden_layers + depths - 1
-        _require(
-            self.mtp_loss_coef == 0 or dense <= last,
-            "first_k_dense_replace",
-            dense,
-            f"at most {last} with mtp_loss_coef, so that the last prediction layer has experts",
         )
 
 

@@ -1,9 +1,9 @@
 """The router: which experts a token goes to, with what weights, and how many of them.
 
-`DeepseekMoE` calls it. With default settings it *is* transformers' `DeepseekV3TopkRouter`, bit for bit. Surprising:
-an expert that a token does not use keeps a valid index and gets weight zero, because transformers' `grouped_mm` turns
-an out-of-range index into NaN and `batched_mm` into an IndexError; only our `fused_moe`, which skips such slots, is
-given the index `num_experts`.
+`DeepseekMoE` calls it. With default settings it computes what transformers' `DeepseekV3TopkRouter` computes, bit for
+bit. An expert that a token does not use keeps a valid index and gets weight 0, because transformers' `grouped_mm`
+turns an out-of-range index into NaN and `batched_mm` into an IndexError. Only our `fused_moe`, which skips such slots,
+is given the index `num_experts`.
 
 Axes: T tokens, D hidden, E experts, K = `num_experts_per_tok` slots.
 """
@@ -16,15 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
-from transformers.utils import logging
 
 from .auxiliary_loss import AttachLoss, router_z_loss, sequence_balance_loss
 from .configuration_deepseek import DeepseekConfig
-from .expert_load import ExpertLoad
 from .expert_share import ExpertShareController, restore_float32
 from .token_layout import TokenLayout, one_sequence
-
-logger = logging.get_logger(__name__)
+from .training_pass import TrainingPass
 
 
 class DeepseekRouter(DeepseekV3TopkRouter):
@@ -53,25 +50,22 @@ class DeepseekRouter(DeepseekV3TopkRouter):
             self.query_weight = nn.Parameter(torch.zeros(self.key_dim, self.hidden_dim))
             self.expert_keys = nn.Parameter(torch.zeros(self.num_experts, self.key_dim))
         self.share = ExpertShareController(config) if config.has_dynamic_experts else None
-        self.load = ExpertLoad(self.num_experts, self.top_k)
 
     def forward(
-        self, hidden_states: torch.Tensor, layout: TokenLayout | None = None, *, marks_unused: bool = True
+        self, hidden_states: torch.Tensor, training_pass: TrainingPass | None = None, *, marks_unused: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route each token.
 
         Args:
             hidden_states: `[..., D]`.
-            layout: Sequences and padding, which is routed but neither counted nor in any loss; None: one
-                sequence.
+            training_pass: Sequences, padding and the weight of the auxiliary losses. Padding is routed but in no
+                loss. None: one sequence, weight 1.
             marks_unused: Whether the experts may be given an index that is none of theirs.
 
         Returns:
             `router_logits` `[T, E]` fp32, `topk_weights` `[T, K]` fp32 and `topk_indices` `[T, K]`; an unused slot
             has weight 0.
         """
-        if self.training and self.load.is_stale(self.anchor):
-            self._finish_step_alone()
         is_used = None
         if self.is_extended:
             router_logits = self.compute_logits(hidden_states)
@@ -81,10 +75,9 @@ class DeepseekRouter(DeepseekV3TopkRouter):
             topk_weights = self._weigh(router_logits, scores, topk_indices, is_used) * self.routed_scaling_factor
         else:
             router_logits, topk_weights, topk_indices = super().forward(hidden_states)
-        if self.load.admits(self.training):
-            self.load.count(router_logits, topk_indices, is_used, layout, self.anchor)
         if self.training and self.has_losses and torch.is_grad_enabled():
-            topk_weights = AttachLoss.apply(topk_weights, self._loss(router_logits, topk_indices, is_used, layout))
+            loss = self._loss(router_logits, topk_indices, is_used, training_pass)
+            topk_weights = AttachLoss.apply(topk_weights, loss)
         if is_used is not None and marks_unused and self.config._experts_implementation == "fused_moe":
             topk_indices = topk_indices.masked_fill(~is_used, self.num_experts)
         return router_logits, topk_weights, topk_indices
@@ -99,11 +92,6 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         """True if any setting departs from DeepSeek-V3's router."""
         is_like_v3 = self.scoring_func == "sigmoid" and self.topk_method != "group_limited_greedy"
         return self.share is not None or not is_like_v3 or self.key_dim is not None
-
-    @property
-    def anchor(self) -> nn.Parameter:
-        """The parameter whose in-place changes tell that the optimizer has stepped."""
-        return self.weight if self.key_dim is None else self.expert_keys
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return `router_logits` `[T, E]` in fp32: `x W^T`, or with `router_key_dim` d, `(x Q^T) K^T / sqrt(d)`.
@@ -153,22 +141,17 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         router_logits: torch.Tensor,
         topk_indices: torch.Tensor,
         is_used: torch.Tensor | None,
-        layout: TokenLayout | None,
+        training_pass: TrainingPass | None,
     ) -> torch.Tensor:
         """The weighted auxiliary losses of this pass, scaled to its part of an optimizer step."""
-        layout = one_sequence(router_logits) if layout is None else layout
+        layout, weight = (one_sequence(router_logits), 1.0) if training_pass is None else training_pass
         loss = router_logits.new_zeros(())
         if self.config.seq_aux_loss_coef > 0:
             balance = sequence_balance_loss(self._score(router_logits), topk_indices, is_used, layout)
             loss = loss + self.config.seq_aux_loss_coef * balance
         if self.config.router_z_loss_coef > 0:
             loss = loss + self.config.router_z_loss_coef * router_z_loss(router_logits, layout)
-        if self.load.loss_scale == 0:
-            logger.warning_once(
-                "gradient accumulation without ExpertBalanceCallback: only each step's first pass bears the router's "
-                "auxiliary losses"
-            )
-        return loss * self.load.loss_scale
+        return loss * weight
 
     def balance_loss(self, router_logits: torch.Tensor, layout: TokenLayout | None) -> torch.Tensor:
         """Return the sequence-wise balance loss of given logits, unweighted.
@@ -184,42 +167,20 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         return sequence_balance_loss(scores, topk_indices, is_used, layout)
 
     @torch.no_grad()
-    def finish_step(self, tokens_per_expert: torch.Tensor, num_tokens: float, speed: float | None = None) -> None:
-        """Update bias and share once after an optimizer step, and begin to count anew.
-
-        The bias moves against the load, centred so that its mean stays where it is::
-
-            d_i = speed * sign(mean load - load_i),    b_i <- b_i + d_i - mean(d)
+    def finish_step(self, tokens_per_expert: torch.Tensor, num_tokens: int, speed: float | None = None) -> None:
+        """Update bias and share once after an optimizer step.
 
         Args:
             tokens_per_expert: `[E]`, of all data-parallel ranks.
-            num_tokens: Likewise, padding left out.
+            num_tokens: Likewise, padding left out; with 0 nothing is updated.
             speed: In place of the configuration's `router_bias_update_speed`.
-
-        Reference:
-            Wang et al. 2024, arXiv 2408.15664, algorithm 1; DeepSeek-V3 uses a speed of 0.001.
         """
-        self.load.reset()
         if num_tokens == 0:
             return
         speed = self.config.router_bias_update_speed if speed is None else speed
-        if speed > 0:
-            load = tokens_per_expert.to(self.e_score_correction_bias)
-            delta = speed * torch.sign(load.mean() - load)
-            self.e_score_correction_bias += delta - delta.mean()
+        move_bias(self.e_score_correction_bias, tokens_per_expert, speed)
         if self.share is not None:
             self.share.step(float(tokens_per_expert.sum() / num_tokens))
-
-    def _finish_step_alone(self) -> None:
-        """What is done at the next pass where no callback did it right after the optimizer step: only the share."""
-        if self.config.router_bias_update_speed > 0:
-            logger.warning_once(
-                f"router_bias_update_speed={self.config.router_bias_update_speed}: the balancing bias stays as it is, "
-                "for nothing updates it; pass ExpertBalanceCallback to the trainer"
-            )
-        if self.share is not None and self.load.num_tokens > 0:
-            self.share.step(float(self.load.tokens_per_expert.sum() / self.load.num_tokens))
-        self.load.reset()
 
     def _weigh(
         self,
@@ -260,3 +221,25 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         super()._apply(fn, recurse)
         self.e_score_correction_bias = restore_float32(before, self.e_score_correction_bias)
         return self
+
+
+@torch.no_grad()
+def move_bias(bias: torch.Tensor, tokens_per_expert: torch.Tensor, speed: float) -> None:
+    """Move a balancing bias against the load, in place, centered so that its mean stays where it is.
+
+    ::
+
+        d_i = speed * sign(mean load - load_i),    b_i <- b_i + d_i - mean(d)
+
+    Args:
+        bias: `[E]`, fp32.
+        tokens_per_expert: `[E]`, of all data-parallel ranks.
+        speed: 0 leaves the bias alone; DeepSeek-V3 uses 0.001.
+
+    Reference:
+        Wang et al. 2024, arXiv 2408.15664, algorithm 1.
+    """
+    if speed > 0:
+        load = tokens_per_expert.to(bias)
+        delta = speed * torch.sign(load.mean() - load)
+        bias += delta - delta.mean()

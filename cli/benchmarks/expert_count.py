@@ -20,12 +20,11 @@ from deepseek_cli.benchmarks.step_cost import median_step_times
 from deepseek_records.loading import load_tokenizer
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.statistics import mean_with_error
-from deepseek_training.balance.callback import find_routers
 from deepseek_training.data.packing import PackedDataset, cut_to_share, encode_documents
 from deepseek_training.data.texts import load_texts
 from deepseek_training.recipes.loading import load_recipe, recipe_settings
-from deepseek_training.stages.pretrain import PretrainRecipe, pretrain
-from deepseek_training.trainer.new_model import model_config
+from deepseek_training.stages.pretrain import PretrainRecipe, model_config, pretrain
+from modeling_deepseek.families import find_moe_layers
 from modeling_deepseek.parameter_count import count_parameters
 
 
@@ -65,7 +64,7 @@ def check_options(args: argparse.Namespace, recipe: PretrainRecipe) -> None:
     for count in args.counts:
         if args.counts.count(count) > 1:
             raise ValueError(f"counts: got {count!r} {args.counts.count(count)} times, expected each once")
-        model_config(variant_recipe(recipe, count, seed=0), vocab_size=recipe.vocab_size)
+        model_config(variant_recipe(recipe, count, seed=0), {"vocab_size": recipe.vocab_size})
 
 
 def train_variant(recipe: PretrainRecipe, folder: Path, *, overwrite: bool = False) -> RunFolder:
@@ -127,8 +126,8 @@ def held_out_experts(model: torch.nn.Module, blocks: torch.Tensor) -> torch.Tens
     """
     used = []
     handles = [
-        router.register_forward_hook(lambda _module, _args, output: used.append((output[1] != 0).sum(-1)))
-        for router in find_routers(model)
+        layer.router.register_forward_hook(lambda _module, _args, output: used.append((output[1] != 0).sum(-1)))
+        for layer in find_moe_layers(model)
     ]
     for batch in blocks.split(16):
         model.eval()(input_ids=batch.long(), use_cache=False)

@@ -19,8 +19,10 @@ from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from deepseek_cli.benchmarks.result_files import BenchmarkRun
-from deepseek_training.balance.callback import ExpertBalanceCallback, find_routers
+from deepseek_training.balance.callback import ExpertBalanceCallback
+from deepseek_training.balance.routing_observer import has_own_losses
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
+from modeling_deepseek.families import find_moe_layers
 
 STOCK_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 EVERYTHING = {"router_bias_update_speed": 1e-3, "seq_aux_loss_coef": 1e-4, "router_z_loss_coef": 1e-3}
@@ -100,6 +102,7 @@ def median_step_times(
         drop_slow: Names that are dropped after the warm-up if they are `FAR_BEHIND` the fastest of all.
     """
     optimizers = {name: torch.optim.AdamW(model.train().parameters(), lr=1e-4) for name, model in models.items()}
+    balances = {name: begin_balancing(model) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(WARM_UP_ROUNDS + num_rounds):
         if turn == WARM_UP_ROUNDS:
@@ -110,25 +113,40 @@ def median_step_times(
         names = list(seconds)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             began = time.perf_counter()
-            train_step(models[name], optimizers[name], input_ids)
+            train_step(models[name], optimizers[name], input_ids, balances[name])
             seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(row) for name, row in seconds.items()}
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, input_ids: torch.Tensor) -> float:
+def begin_balancing(model: nn.Module) -> ExpertBalanceCallback | None:
+    """Return what counts and balances a model's experts, already begun; None for models that are not ours."""
+    if not any(has_own_losses(layer.router) for layer in find_moe_layers(model)):
+        return None
+    balance = ExpertBalanceCallback()
+    balance.begin(model)
+    return balance
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    input_ids: torch.Tensor,
+    balance: ExpertBalanceCallback | None = None,
+) -> float:
     """Take one optimizer step and return the loss; our routers' biases move too.
 
     Args:
         model: A causal language model in training mode.
         optimizer: Of its parameters.
         input_ids: `[B, S]`, also the labels.
+        balance: From `begin_balancing`.
     """
     loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    if find_routers(model):
-        ExpertBalanceCallback().finish_step(model)
+    if balance is not None:
+        balance.finish_step()
     return loss.item()
 
 

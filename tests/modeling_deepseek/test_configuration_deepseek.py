@@ -38,10 +38,6 @@ def test_defaults_are_deepseek_v3s():
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim: 7 is not allowed, want an even number"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3 is not allowed"),
         ({"router_z_loss_coef": -1e-3}, "router_z_loss_coef: -0.001 is not allowed"),
-        (
-            {"mtp_loss_coef": 0.3, "num_nextn_predict_layers": 2, "first_k_dense_replace": 5},
-            "first_k_dense_replace: 5 is not allowed, want at most 4 with mtp_loss_coef",
-        ),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(tiny, settings, message):

@@ -9,9 +9,10 @@ import os
 import sys
 
 import torch.distributed
+from moe_routers import find_routers
 
 from deepseek_cli.main import main
-from deepseek_training.balance.callback import ExpertBalanceCallback, find_routers
+from deepseek_training.balance.callback import ExpertBalanceCallback
 from deepseek_training.stages import pretrain
 from deepseek_training.trainer import stage_trainer
 
@@ -35,9 +36,11 @@ def describe(trainer):
     }
 
 
-def train_and_describe(trainer, run):
-    train(trainer, run)
-    (run.path / f"rank{trainer.args.process_index}.json").write_text(json.dumps(describe(trainer)))
+def train_and_describe(*args):
+    trainer = train(*args)
+    folder, rank = args[1].path, trainer.args.process_index
+    (folder / f"rank{rank}.json").write_text(json.dumps(describe(trainer)))
+    return trainer
 
 
 class StoppingTrainer(stage_trainer.StageTrainer):
@@ -49,8 +52,8 @@ class StoppingTrainer(stage_trainer.StageTrainer):
         return super().compute_loss(*args, **kwargs)
 
 
-train = pretrain.run_training
-pretrain.run_training = train_and_describe
+train = pretrain.train_stage
+pretrain.train_stage = train_and_describe
 if "STOP_AT" in os.environ:
-    pretrain.StageTrainer = StoppingTrainer
+    stage_trainer.StageTrainer = StoppingTrainer
 sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 It is drawn from ``metrics.jsonl``, so a resumed run shows the whole history.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deepseek_records.run_folder import RunFolder
+from deepseek_training.balance.router_figures import LoadRecord
 
 
 class LoadPlot(TrainerCallback):
@@ -25,7 +27,8 @@ class LoadPlot(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draw what the run has logged so far."""
         if state.is_world_process_zero:
-            plot_expert_load(self.run.metrics, self.run.path / "plots" / "expert_load.png")
+            records = [LoadRecord.from_row(row) for row in self.run.metrics if "tokens_per_expert" in row]
+            plot_expert_load(records, self.run.path / "plots" / "expert_load.png")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -34,26 +37,25 @@ class LoadPlot(TrainerCallback):
         self.on_save(args, state, control)
 
 
-def plot_expert_load(rows: list[dict[str, Any]], path: Path) -> bool:
+def plot_expert_load(records: Sequence[LoadRecord], path: Path) -> bool:
     """Draw each layer's load, relative to an even one, over the steps; return whether there was anything to draw.
 
     Args:
-        rows: Lines of ``metrics.jsonl``.
+        records: For example `ExpertBalanceCallback.history`.
         path: The PNG file; its folder is made.
     """
-    rows = [row for row in rows if "tokens_per_expert" in row]
-    if not rows:
+    if not records:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps = [row["step"] for row in rows]
-    num_layers = len(rows[-1]["tokens_per_expert"])
+    steps = [record.step for record in records]
+    num_layers = len(records[-1].tokens_per_expert)
     figure = Figure(figsize=(7, 0.6 + 1.5 * num_layers), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: it would choose a display and keep the figure
     panels = figure.subplots(num_layers, 1, sharex=True, squeeze=False)[:, 0]
     for layer, axes in enumerate(panels):
-        load_SE = np.array([row["tokens_per_expert"][layer] for row in rows], dtype=float)
+        load_SE = np.array([record.tokens_per_expert[layer] for record in records], dtype=float)
         relative = load_SE / load_SE.mean(axis=1, keepdims=True).clip(min=1e-12)
         edges = [steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1), *steps]
         image = axes.pcolormesh(edges, np.arange(relative.shape[1] + 1), relative.T, cmap="viridis", vmin=0, vmax=3)

@@ -1,9 +1,8 @@
-"""What one sees of a model while it trains: speed, memory, share of the matmul peak, and its routers' figures.
+"""Speed, memory, share of the matmul peak and router figures of a training, in the trainer's own log.
 
-`TrainingFigures` works with any `transformers.Trainer` and any model; that of its routers needs some that transformers
-can record and that return which experts they choose (`recorded_routers.py`). It adds its figures to the trainer's own
-log, so whatever `report_to` names gets them. Surprising: beside an `ExpertBalanceCallback` it leaves the routers to
-that one, whose counts are exact: over all ranks, without padding, and a layer that is recomputed counted once.
+`TrainingFigures` works with any `transformers.Trainer` and any model. Beside an `ExpertBalanceCallback`, pass that one
+to
+it: the router figures are then left to the callback, whose counts are over all ranks.
 """
 
 import math
@@ -16,11 +15,14 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from deepseek_training.balance.callback import TRAINING_KEYS, ExpertBalanceCallback
-from deepseek_training.balance.callback import find_routers as find_balanced
-from deepseek_training.balance.callback_order import move_before_trackers
-from deepseek_training.balance.recorded_routers import entropy_sum, find_routers, read_choice
+from deepseek_training.balance.callback import (
+    TRAINING_KEYS,
+    ExpertBalanceCallback,
+    add_to_log,
+    warn_of_silent_router,
+)
 from deepseek_training.balance.router_figures import RouterWindow, router_figures
+from deepseek_training.balance.routing_observer import RoutingObserver
 from modeling_deepseek import DeepseekConfig
 from modeling_deepseek.parameter_count import count_parameters
 
@@ -30,30 +32,36 @@ logger = logging.get_logger(__name__)
 class TrainingFigures(TrainerCallback):
     """Collects figures over the steps since the last log line and adds them to it.
 
+    Args:
+        balance: The balancing callback of the same trainer, which counts the routers over all ranks. Without one, they
+            are counted here, in one process.
+
     Attributes:
-        tokens_per_expert: Routed tokens of each expert in the last logged window, one list a MoE layer.
+        tokens_per_expert: Routed tokens of each expert in the last logged window, one list per MoE layer.
     """
 
-    reads_before_trackers = True
-
-    def __init__(self) -> None:
+    def __init__(self, balance: ExpertBalanceCallback | None = None) -> None:
         self.tokens_per_expert: list[list[int]] = []
-        self._balance: ExpertBalanceCallback | None = None
-        self._routers: list[_HookedRouter] = []
-        self._handles = []
+        self._balance = balance
+        self._observer: RoutingObserver | None = None
+        self._handle = None
+        self._is_attached = False
         self._num_tokens, self._seconds, self._began = 0, 0.0, 0.0
         self._config, self._context_length, self._peak_flops = None, 0, 0.0
 
     @classmethod
     def attach(cls, trainer: Trainer, *, balance: ExpertBalanceCallback | None = None) -> "TrainingFigures":
-        """Add figures to a trainer, before its trackers.
+        """Add figures to a trainer, before its trackers, and return them.
 
         Args:
             trainer: Any trainer, before `train`.
-            balance: A balancing callback, which adds its own figures to the log and so belongs before them too.
+            balance: A balancing callback, which adds its own figures to the log and so is put before them too.
         """
-        figures = cls()
-        trainer.callback_handler.callbacks[:0] = [figures] if balance is None else [balance, figures]
+        figures = cls(balance)
+        figures._is_attached = True
+        trainer.callback_handler.callbacks.insert(0, figures)
+        if balance is not None:
+            balance.move_before_trackers(trainer)
         return figures
 
     def on_train_begin(
@@ -61,16 +69,20 @@ class TrainingFigures(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        model: nn.Module,
         **kwargs: Any,
     ) -> None:
         """Hook the model's input, and its routers unless a balancing callback counts them."""
-        others = move_before_trackers(self)
-        self._balance = next((other for other in others if isinstance(other, ExpertBalanceCallback)), None)
-        is_counted = self._balance is not None and bool(find_balanced(model))
-        self._routers = [] if is_counted else [_HookedRouter(*found) for found in find_routers(model)]
-        self._handles = [router.hook() for router in self._routers]
-        self._handles.append(model.register_forward_pre_hook(self._count_tokens, with_kwargs=True))
+        if args.report_to and not self._is_attached:
+            logger.warning_once(
+                f"TrainingFigures: the trackers {', '.join(args.report_to)} come before it and do not get its "
+                "figures; TrainingFigures.attach(trainer) puts it first"
+            )
+        if self._balance is None:
+            self._observer = RoutingObserver(model, report=warn_of_silent_router).attach()
+            if args.torch_compile:
+                torch.compiler.reset()  # a graph from an earlier training would not know of the hooks
+        self._handle = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
         self._config = model.config
         if self._config.model_type == DeepseekConfig.model_type:  # other models' products are not counted
             self._peak_flops = measure_matmul_peak(args.device, torch.bfloat16 if args.bf16 else torch.float32)
@@ -79,9 +91,9 @@ class TrainingFigures(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._handle.remove()
+        if self._observer is not None:
+            self._observer.detach()
 
     def _count_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids")
@@ -113,58 +125,27 @@ class TrainingFigures(TrainerCallback):
         if logs is None or TRAINING_KEYS.isdisjoint(logs) or not self._seconds:
             return
         speed = self._num_tokens / self._seconds
-        figures = {"tokens_per_second": round(speed, 1), "peak_memory_gib": round(peak_memory_gib(), 3)}
+        figures = {"peak_memory_gib": round(peak_memory_gib(), 3)}
+        if speed:  # 0 where the model is given embeddings instead of tokens
+            figures["tokens_per_second"] = round(speed, 1)
         self._num_tokens, self._seconds = 0, 0.0
-        windows = [router.take() for router in self._routers if router.num_tokens]
-        if windows:
-            self.tokens_per_expert = [window.tokens_per_expert.tolist() for window in windows]
-            figures.update(router_figures(windows))
-        elif self._balance is not None and self._balance.tokens_per_expert is not None:
-            self.tokens_per_expert = self._balance.tokens_per_expert.tolist()
-        if self._peak_flops:
+        figures.update(self._take_router_figures())
+        if self._peak_flops and speed:
             counted = count_parameters(self._config, {**logs, **figures}.get("mean_experts_per_tok"))
             figures["mfu"] = 3 * counted.flops_per_token(self._context_length) * speed / self._peak_flops
-        logs.update(figures)
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(figures)
+        add_to_log(figures, logs, state)
 
-
-class _HookedRouter:
-    """Counts of one router since the last log line, by a hook."""
-
-    def __init__(self, module: nn.Module, place: int) -> None:
-        self.module, self.place = module, place
-        self._reset()
-
-    def _reset(self) -> None:
-        self.tokens_per_expert, self.entropy, self.num_tokens = 0, 0.0, 0
-
-    def take(self) -> RouterWindow:
-        """Return the window and begin another."""
-        bias = dict(self.module.named_buffers()).get("e_score_correction_bias")
-        window = RouterWindow(self.tokens_per_expert.cpu(), float(self.entropy), self.num_tokens, bias)
-        self._reset()
-        return window
-
-    def hook(self) -> Any:
-        return self.module.register_forward_hook(self._record)
-
-    def _record(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if module.training and torch.is_grad_enabled():
-            self._count(type(module).__name__, output)
-
-    @torch.no_grad()
-    def _count(self, name: str, output: object) -> None:
-        choice = read_choice(output, self.place)
-        if choice is None:
-            logger.warning_once(
-                f"TrainingFigures: {name} does not return which experts it chooses; the log has no figures of them"
-            )
-            return
-        router_logits, load = choice
-        self.tokens_per_expert = self.tokens_per_expert + load
-        self.entropy = self.entropy + entropy_sum(router_logits)
-        self.num_tokens += len(router_logits)
+    def _take_router_figures(self) -> dict[str, float]:
+        if self._balance is not None:
+            self.tokens_per_expert = [load.tolist() for load in self._balance.tokens_per_expert]
+            return {}
+        counts = self._observer.take(over_ranks=False)
+        layers = self._observer.counted_layers
+        windows = [RouterWindow.of(counted, layer) for counted, layer in zip(counts, layers, strict=True)]
+        figures = router_figures(windows)
+        if figures:
+            self.tokens_per_expert = [window.tokens_per_expert.tolist() for window in windows]
+        return figures
 
 
 def peak_memory_gib() -> float:
@@ -175,7 +156,7 @@ def peak_memory_gib() -> float:
 
 
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOPs a second of a large matrix product, what `mfu` is a share of.
+    """Return the FLOPs per second of a large matrix product, what `mfu` is a share of.
 
     Measured rather than looked up: no table knows every CPU, and a shared machine gives less than its sheet says.
 

@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_cli.benchmarks.step_cost import Shape, build_models, compare, median_step_times, train_step
-from deepseek_training.balance.callback import find_routers
+from deepseek_cli.benchmarks.step_cost import (
+    Shape,
+    begin_balancing,
+    build_models,
+    compare,
+    median_step_times,
+    train_step,
+)
+from modeling_deepseek.families import find_moe_layers
 
 TINY = Shape(8, 2, 64, 16, 2, 12)
 
@@ -22,12 +29,12 @@ def test_all_models_start_alike_and_ours_does_more():
     for name in ("ours", "ours with MTP"):
         model = models[name].train()
         before = [parameter.clone() for parameter in model.parameters()]
-        loss = train_step(model, torch.optim.AdamW(model.parameters(), lr=1e-4), input_ids)
+        loss = train_step(model, torch.optim.AdamW(model.parameters(), lr=1e-4), input_ids, begin_balancing(model))
         assert loss == pytest.approx(expected), "the auxiliary losses do not show"
-        assert all(router.e_score_correction_bias.abs().max() > 5e-4 for router in find_routers(model))
+        assert all(layer.bias.abs().max() > 5e-4 for layer in find_moe_layers(model))
         changed = [not torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True)]
         assert all(changed), "every parameter, the prediction layer's too"
-    assert len(find_routers(models["ours with MTP"])) == len(find_routers(models["ours"])) + 1
+    assert len(find_moe_layers(models["ours with MTP"])) == len(find_moe_layers(models["ours"])) + 1
 
 
 def test_the_comparison_of_a_tiny_shape():

@@ -38,14 +38,14 @@ def test_the_mean_is_held_on_real_text(tmp_path, first_p):
     )  # fmt: skip
     Trainer(model, arguments, train_dataset=byte_rows(8 * num_steps, 64), callbacks=[balance]).train()
     for layer in range(2):
-        means = [row[f"mean_experts_per_tok_layer_{layer}"] for row in balance.history]
+        means = [record.figures[f"mean_experts_per_tok_layer_{layer}"] for record in balance.history]
         assert len(means) == num_steps and (first_p is None or means[0] == 8), "p = 0.05 keeps the least"
         late = means[SETTLING:]
         spans = [sum(late[i : i + SPAN]) / SPAN for i in range(len(late) - SPAN + 1)]
         print(f"layer {layer}: mean of {SPAN} steps {min(spans):.3f} to {max(spans):.3f}")
         assert max(abs(mean - 10) for mean in spans) < 0.1
-    shares = [balance.history[-1][f"share_of_tokens_with_{count}_experts"] for count in range(8, 13)]
+    shares = [balance.history[-1].figures[f"share_of_tokens_with_{count}_experts"] for count in range(8, 13)]
     assert sum(shares) == pytest.approx(1)
     mean = sum(count * share for count, share in zip(range(8, 13), shares, strict=True))
-    assert mean == pytest.approx(balance.history[-1]["mean_experts_per_tok"])
+    assert mean == pytest.approx(balance.history[-1].figures["mean_experts_per_tok"])
     assert sum(share > 0.05 for share in shares) >= 3, "tokens differ"

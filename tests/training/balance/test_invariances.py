@@ -1,8 +1,9 @@
 """What must not change a training does not, and each of these comparisons notices the naive version.
 
-Beside the weights, biases and shares of `test_balance`: the counters of the experts, every parameter's gradient for
-packed against padded batches, the cache, and bf16 autocast. `test_the_comparison_notices` writes our code as it is
-commonly written, one fault at a time, and wants the comparison to fail.
+Held for our model, which balances by its configuration, and for transformers' own DeepSeek-V3, which the callback
+balances: weights, biases, shares, the counters of the experts, every parameter's gradient for packed against padded
+batches, the cache, and bf16 autocast. `test_the_comparison_notices` writes our code as it is commonly written, one
+fault at a time, and wants the comparison to fail.
 """
 
 import subprocess
@@ -11,14 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from moe_routers import find_routers
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Trainer, TrainingArguments
 
-from deepseek_training.balance.callback import ExpertBalanceCallback, find_routers
+from deepseek_training.balance import routing_observer
+from deepseek_training.balance.callback import ExpertBalanceCallback
+from deepseek_training.balance.routing_observer import RouterLosses, RoutingObserver
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM, modeling_deepseek
-from modeling_deepseek.expert_load import ExpertLoad
+from modeling_deepseek.token_layout import one_sequence
 
 # Weights a hundred times the usual, so that a lost or doubled auxiliary gradient cannot hide behind the main one.
-SETTINGS = {"router_bias_update_speed": 0.01, "seq_aux_loss_coef": 0.5, "router_z_loss_coef": 0.2}
+LOSSES = {"seq_aux_loss_coef": 0.5, "router_z_loss_coef": 0.2}
+SETTINGS = {"router_bias_update_speed": 0.01, **LOSSES}
 ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 CHECKPOINTED = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
@@ -27,25 +32,45 @@ REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs"
 def build(**settings):
     torch.manual_seed(0)
     model = DeepseekForCausalLM(DeepseekConfig.from_preset("debug", vocab_size=61, **SETTINGS, **settings))
+    return with_wide_gates(model)
+
+
+def build_stock(**settings):
+    """transformers' own model of the same sizes, which has neither losses nor a number of experts that varies."""
+    torch.manual_seed(0)
+    ours = DeepseekConfig.from_preset("debug", vocab_size=61).to_dict()
+    known = DeepseekV3Config().to_dict().keys() - {"model_type", "architectures", "auto_map"}
+    config = DeepseekV3Config(**{key: value for key, value in ours.items() if key in known})
+    return with_wide_gates(DeepseekV3ForCausalLM(config))
+
+
+def with_wide_gates(model):
     for router in find_routers(model):
         torch.nn.init.normal_(router.weight, std=0.3)
     return model.train()
+
+
+BUILDERS = {"ours": build, "stock": build_stock}
+
+
+def make_callback(family, cls=ExpertBalanceCallback):
+    return cls() if family == "ours" else cls(bias_update_speed=0.01, **LOSSES)
 
 
 def batch(rows=8, length=15):
     return torch.randint(3, 61, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def train(folder, callback=None, *, num_rows=8, settings=None, resume=None, **arguments):
+def train(folder, callback=None, *, family="ours", num_rows=8, settings=None, resume=None, **arguments):
     """Two steps of plain SGD on the same eight rows; the model and the load of its experts."""
-    model, callback = build(**(settings or {})), callback or ExpertBalanceCallback()
+    model, callback = BUILDERS[family](**(settings or {})), callback or make_callback(family)
     rows = [{"input_ids": row, "labels": row} for row in batch(num_rows)]
     options = {"per_device_train_batch_size": 8, "max_steps": 2, "optim": "sgd", "learning_rate": 0.5, **arguments}
     options |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1}
     options = {"save_strategy": "no", **options}
     arguments = TrainingArguments(folder, use_cpu=True, report_to=[], disable_tqdm=True, **options)
     Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train(resume)
-    return model, callback.tokens_per_expert
+    return model, torch.stack(callback.tokens_per_expert)
 
 
 def assert_same(one, other, tolerance=2e-5):
@@ -59,25 +84,36 @@ def assert_same(one, other, tolerance=2e-5):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("whole"))
+def wholes(tmp_path_factory):
+    return {family: train(tmp_path_factory.mktemp(family), family=family) for family in BUILDERS}
 
 
+@pytest.fixture
+def whole(wholes):
+    return wholes["ours"]
+
+
+@pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize(
     "arguments",
     [ACCUMULATED, CHECKPOINTED, REENTRANT, {**ACCUMULATED, **CHECKPOINTED}, {**ACCUMULATED, **REENTRANT}],
     ids=["accumulated", "checkpointed", "reentrant", "accumulated, checkpointed", "accumulated, reentrant"],
 )
-def test_weights_biases_shares_and_counters(tmp_path, whole, arguments):
-    assert_same(whole, train(tmp_path, **arguments))
+def test_weights_biases_shares_and_counters(tmp_path, wholes, family, arguments):
+    whole = wholes[family]
+    assert_same(whole, train(tmp_path, family=family, **arguments))
     assert whole[1].sum() > 0 and all(router.e_score_correction_bias.any() for router in find_routers(whole[0]))
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_nextn_predict_layers": 1, "mtp_loss_coef": 2.0}], ids=["", "mtp"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("ours", {}), ("ours", {"num_nextn_predict_layers": 1, "mtp_loss_coef": 2.0}), ("stock", {})],
+    ids=["ours", "mtp", "stock"],
+)
 @pytest.mark.parametrize("num_rows", [10, 14])
-def test_a_shorter_last_accumulation_of_an_epoch(tmp_path, num_rows, settings):
+def test_a_shorter_last_accumulation_of_an_epoch(tmp_path, num_rows, family, settings):
     """Eight rows as four passes, then two or six as one or three; twice, so that a whole step follows a short one."""
-    options = {"num_rows": num_rows, "settings": settings, "max_steps": 4, "learning_rate": 0.02}
+    options = {"family": family, "num_rows": num_rows, "settings": settings, "max_steps": 4, "learning_rate": 0.02}
     whole = train(tmp_path / "whole", **options)
     assert_same(whole, train(tmp_path / "parts", **options, **ACCUMULATED))
 
@@ -100,42 +136,51 @@ def test_a_resumed_epoch_knows_its_shorter_last_accumulation(tmp_path):
 
 
 class UpdatesAtEachPass(ExpertBalanceCallback):
-    def on_substep_end(self, args, state, control, model=None, **kwargs):
-        self.finish_step(model)
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.finish_step()
 
 
-class UpdatesNotCentred(ExpertBalanceCallback):
-    def finish_step(self, model):
-        super().finish_step(model)
-        for router in find_routers(model):
-            router.e_score_correction_bias += 0.001
+class UpdatesNotCentered(ExpertBalanceCallback):
+    def finish_step(self):
+        super().finish_step()
+        for layer in self._observer.layers:
+            layer.bias.add_(0.001)
 
 
-def admits_recomputation(load, training):
-    return training and torch.is_grad_enabled()
+class DoesNotKnowOfPasses(ExpertBalanceCallback):
+    def _set_passes(self, model, num_passes):
+        super()._set_passes(model, 1)
 
 
-def admits_first_run_only(load, training):
-    return training and torch._C._current_graph_task_id() == -1
+def leave_the_pass_open(observer, place, decoder, args, output):
+    """So that a layer which the backward pass runs again counts again."""
+
+
+def attach_in_first_runs_only(observer, number, place, router, args, output):
+    return SEE(observer, number, place, router, args, output) if observer._open[place] else None
+
+
+SEE = RoutingObserver._see
 
 
 @pytest.mark.parametrize(
-    ("arguments", "callback", "faults"),
+    ("family", "arguments", "callback", "faults"),
     [
-        (ACCUMULATED, None, {"loss_scale": property(lambda load: 1.0)}),  # four times the auxiliary losses
-        (ACCUMULATED, UpdatesAtEachPass, {}),
-        (ACCUMULATED, UpdatesNotCentred, {}),
-        (CHECKPOINTED, None, {"admits": admits_recomputation}),  # counts twice
-        (REENTRANT, None, {"admits": admits_first_run_only, "loss_scale": property(lambda load: 0.0)}),
+        ("ours", ACCUMULATED, DoesNotKnowOfPasses, {}),  # four times the auxiliary losses
+        ("stock", ACCUMULATED, DoesNotKnowOfPasses, {}),
+        ("ours", ACCUMULATED, UpdatesAtEachPass, {}),
+        ("ours", ACCUMULATED, UpdatesNotCentered, {}),
+        ("ours", CHECKPOINTED, ExpertBalanceCallback, {"_end_pass": leave_the_pass_open}),
+        ("stock", REENTRANT, ExpertBalanceCallback, {"_see": attach_in_first_runs_only}),
     ],
-    ids=["not divided by passes", "bias moves each pass", "bias drifts", "counts twice", "loss lost in recomputation"],
+    ids=["not divided", "stock not divided", "moves each pass", "drifts", "counts twice", "lost in recomputation"],
 )
-def test_the_comparison_notices(tmp_path, whole, monkeypatch, arguments, callback, faults):
+def test_the_comparison_notices(tmp_path, wholes, monkeypatch, family, arguments, callback, faults):
     for name, fault in faults.items():
-        monkeypatch.setattr(ExpertLoad, name, fault)
-    found = train(tmp_path, callback() if callback else None, **arguments)
+        monkeypatch.setattr(RoutingObserver, name, fault)
+    found = train(tmp_path, make_callback(family, callback), family=family, **arguments)
     with pytest.raises(AssertionError):
-        assert_same(whole, found)
+        assert_same(wholes[family], found)
 
 
 # Packing, padding and the cache --------------------------------------------------------------------------------------
@@ -143,11 +188,14 @@ def test_the_comparison_notices(tmp_path, whole, monkeypatch, arguments, callbac
 LENGTHS = [15, 4, 9, 11]
 
 
-def gradients(model, **inputs):
-    """Gradients of the whole loss, summed over tokens so that it does not depend on how they are laid out."""
-    model.zero_grad()
+def gradients(family="ours", **inputs):
+    """The load, and the gradients of the loss summed over tokens, so that it does not depend on their layout."""
+    model = BUILDERS[family]()
+    losses = None if family == "ours" else RouterLosses(**LOSSES)
+    observer = RoutingObserver(model, losses=losses).attach()
     model(**inputs, num_items_in_batch=torch.tensor(10.0)).loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    load = torch.stack([counts.tokens_per_expert for counts in observer.take(over_ranks=False)])
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}, load
 
 
 def padded(side):
@@ -166,7 +214,9 @@ def packed(**extra):
     return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100), **extra}
 
 
-def assert_same_gradients(expected, found, tolerance=1e-5):
+def assert_same_gradients(one, other, tolerance=1e-5):
+    (expected, load), (found, other_load) = one, other
+    assert torch.equal(load, other_load), "counters"
     for name, gradient in expected.items():
         scale = gradient.abs().max()
         torch.testing.assert_close(
@@ -174,47 +224,37 @@ def assert_same_gradients(expected, found, tolerance=1e-5):
         )
 
 
-def counts(model):
-    return torch.stack([router.load.tokens_per_expert for router in find_routers(model)])
-
-
+@pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_packed_equals_padded_in_every_gradient(side):
-    one, other = build(), build()
-    expected, found = gradients(one, **padded(side)), gradients(other, **packed())
-    assert_same_gradients(expected, found)
-    assert torch.equal(counts(one), counts(other))
+def test_packed_equals_padded_in_every_gradient(family, side):
+    """Stock's decoder lets packed sequences see one another unless the cache is off; ours switches it off."""
+    cache = {} if family == "ours" else {"use_cache": False}
+    assert_same_gradients(gradients(family, **padded(side), **cache), gradients(family, **packed(), **cache))
 
 
-def test_packed_against_padded_notices_a_pooled_loss_and_counted_padding(monkeypatch):
-    expected = build()
-    wanted = gradients(expected, **padded("right"))
-    monkeypatch.setattr(modeling_deepseek, "make_layout", lambda *args: None)
-    blind = build()
-    with pytest.raises(AssertionError):
-        assert_same_gradients(wanted, gradients(blind, **packed()))
-    blind = build()
-    gradients(blind, **padded("right"))
-    assert not torch.equal(counts(expected), counts(blind))
+@pytest.mark.parametrize("family", BUILDERS)
+def test_packed_against_padded_notices_a_pooled_loss_and_counted_padding(monkeypatch, family):
+    wanted = gradients(family, **padded("right"), use_cache=False)
+    monkeypatch.setattr(modeling_deepseek, "make_layout", lambda shape, *_: one_sequence(torch.zeros(shape).flatten()))
+    monkeypatch.setattr(routing_observer, "make_layout", lambda *_: None)
+    blind = gradients(family, **packed(), use_cache=False)
+    with pytest.raises(AssertionError, match="weight"):
+        assert_same_gradients(wanted, blind)
+    assert not torch.equal(wanted[1], gradients(family, **padded("right"), use_cache=False)[1])
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_the_cache_changes_no_gradient(use_cache):
-    one, other = build(), build()
-    expected = gradients(one, **padded("right"))
-    found = gradients(other, **padded("right"), use_cache=use_cache)
-    assert_same_gradients(expected, found)
-    assert torch.equal(counts(one), counts(other))
+    assert_same_gradients(gradients(**padded("right")), gradients(**padded("right"), use_cache=use_cache))
 
 
 def test_a_configured_cache_does_not_mix_packed_sequences():
     """With a cache, transformers lets the sequences of a pack see one another; `use_cache` is True by default."""
-    model = build()
-    assert model.config.use_cache
-    expected = gradients(build(), **padded("right"))
-    assert_same_gradients(expected, gradients(model, **packed()))
+    assert build().config.use_cache
+    expected = gradients(**padded("right"))
+    assert_same_gradients(expected, gradients(**packed()))
     with pytest.raises(AssertionError):
-        assert_same_gradients(expected, gradients(build(), **packed(use_cache=True)))
+        assert_same_gradients(expected, gradients(**packed(use_cache=True)))
 
 
 # bf16 autocast -------------------------------------------------------------------------------------------------------
@@ -243,7 +283,7 @@ def test_bf16_autocast(tmp_path):
 
 RANK = """
 import sys, torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(":")
 from test_invariances import count_on_a_rank
 count_on_a_rank(sys.argv[2], int(sys.argv[3]), sys.argv[4])
 """
@@ -255,8 +295,9 @@ def count_on_a_rank(folder, rank, kind):
     if kind == "local":
         torch.distributed.all_reduce = lambda tensor: None
     model, callback = build(), ExpertBalanceCallback()
+    callback.begin(model)
     model(batch()[rank::2]).logits.sum().backward()
-    callback.finish_step(model)
+    callback.finish_step()
     torch.save([router.e_score_correction_bias for router in find_routers(model)], f"{folder}/{kind}{rank}.pt")
     all_reduce(torch.zeros(1))  # the first to end would cut the other's connection
 
@@ -264,11 +305,13 @@ def count_on_a_rank(folder, rank, kind):
 @pytest.mark.slow
 def test_ranks_agree_on_the_bias_only_because_counts_are_summed(tmp_path):
     alone, callback = build(), ExpertBalanceCallback()
+    callback.begin(alone)
     alone(batch()).logits.sum().backward()
-    callback.finish_step(alone)
+    callback.finish_step()
     expected = [router.e_score_correction_bias for router in find_routers(alone)]
     for kind in ("summed", "local"):
-        command = [sys.executable, "-c", RANK, str(Path(__file__).parents[1]), str(tmp_path)]
+        here = Path(__file__).parent
+        command = [sys.executable, "-c", RANK, f"{here}:{here.parent}", str(tmp_path)]
         ranks = [subprocess.Popen([*command, str(rank), kind]) for rank in range(2)]
         assert [rank.wait(120) for rank in ranks] == [0, 0]
         for rank in range(2):

@@ -5,14 +5,17 @@ import math
 import pytest
 import torch
 import transformers
+from moe_routers import find_routers
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from deepseek_training.balance import training_figures as figures_module
-from deepseek_training.balance.callback import ExpertBalanceCallback, find_routers
+from deepseek_training.balance import callback as callback_module
+from deepseek_training.balance.callback import ExpertBalanceCallback
 from deepseek_training.balance.expert_load_plot import plot_expert_load
-from deepseek_training.balance.recorded_routers import find_routers as find_recorded
+from deepseek_training.balance.router_figures import RouterWindow, router_figures
+from deepseek_training.balance.routing_observer import LayerCounts
 from deepseek_training.balance.training_figures import TrainingFigures
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
+from modeling_deepseek.families import find_moe_layers
 
 NUM_STEPS, WINDOW, BATCH, LENGTH, NUM_PADDING = 4, 2, 4, 16, 5
 
@@ -30,9 +33,10 @@ class Tracker(TrainerCallback):
         self.rows.append(dict(logs))
 
 
-def train(model, folder, callbacks, **options):
+def train(model, folder, callbacks=(), *, balance=None, figures=False, padded=True, **options):
+    """Train with callbacks in a user's list, and with `balance` and `figures` attached before the tracker."""
     mask = torch.ones(LENGTH, dtype=torch.long)
-    mask[-NUM_PADDING:] = 0
+    mask[LENGTH - NUM_PADDING * padded :] = 0
     generator = torch.Generator().manual_seed(0)
     rows = [
         {"input_ids": ids, "labels": ids, "attention_mask": mask}
@@ -44,9 +48,12 @@ def train(model, folder, callbacks, **options):
     )  # fmt: skip
     tracker = Tracker()
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[tracker, *callbacks])
+    attached = TrainingFigures.attach(trainer, balance=balance) if figures else None
+    if balance is not None and not figures:
+        balance.move_before_trackers(trainer)
     trainer.train()
     assert tracker.num_begun == 1, "moving a callback repeats none"
-    return trainer, [row for row in tracker.rows if "loss" in row]
+    return trainer, attached, [row for row in tracker.rows if "loss" in row]
 
 
 def build(**settings):
@@ -83,7 +90,7 @@ def test_a_tracker_sees_what_the_routers_did(tmp_path, mtp):
     model = build(**({"num_nextn_predict_layers": 1, "mtp_loss_coef": 0.3} if mtp else {}))
     seen = watch(model)
     balance = ExpertBalanceCallback()
-    trainer, logged = train(model, tmp_path, [balance, TrainingFigures()])
+    trainer, _, logged = train(model, tmp_path, balance=balance, figures=True)
     assert [type(callback) for callback in trainer.callback_handler.callbacks[:2]] == [
         ExpertBalanceCallback,
         TrainingFigures,
@@ -94,7 +101,7 @@ def test_a_tracker_sees_what_the_routers_did(tmp_path, mtp):
         assert len(layers) == 2 + mtp
         for number, tokens in enumerate(layers):
             load = [sum(expert in used for used, _, _ in tokens) for expert in range(8)]
-            assert balance.history[window]["tokens_per_expert"][number] == load
+            assert balance.history[window].tokens_per_expert[number] == load
             mean = sum(load) / 8
             assert row[f"load_imbalance_layer_{number}"] == pytest.approx(max(load) / mean)
             assert row[f"num_idle_experts_layer_{number}"] == load.count(0)
@@ -117,7 +124,7 @@ def test_a_tracker_sees_what_the_routers_did(tmp_path, mtp):
 def test_recomputation_is_not_counted_twice(tmp_path):
     figures = []
     for options in ({}, {"activation_checkpointing": True}):
-        _, logged = train(build(), tmp_path, [ExpertBalanceCallback(), TrainingFigures()], **options)
+        _, _, logged = train(build(), tmp_path, balance=ExpertBalanceCallback(), figures=True, **options)
         figures.append([{k: v for k, v in row.items() if "_experts" in k or "router" in k} for row in logged])
     for plain, recomputed in zip(*figures, strict=True):
         assert plain == pytest.approx(recomputed, rel=1e-4) and plain
@@ -125,7 +132,7 @@ def test_recomputation_is_not_counted_twice(tmp_path):
 
 def test_a_fixed_number_has_no_shares(tmp_path):
     fixed = {"min_experts_per_tok": None, "target_experts_per_tok": None}
-    _, logged = train(build(**fixed), tmp_path, [ExpertBalanceCallback()])
+    _, _, logged = train(build(**fixed), tmp_path, balance=ExpertBalanceCallback())
     for row in logged:
         assert row["mean_experts_per_tok"] == 3 and not any(key.startswith("share_of_tokens") for key in row)
 
@@ -180,15 +187,14 @@ def test_routers_that_report_their_choice_otherwise(tmp_path, name):
     make_config, model_class, k, num_routers = OTHERS[name]
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(make_config())
-    routers = find_recorded(model)
-    assert len(routers) == num_routers
-    seen = [[] for _ in routers]
-    for rows, (router, place) in zip(seen, routers, strict=True):
-        router.register_forward_hook(
-            lambda _m, _a, out, rows=rows, place=place: rows.append(out[place].flatten(0, -2))
+    layers = find_moe_layers(model)
+    assert len(layers) == num_routers
+    seen = [[] for _ in layers]
+    for rows, layer in zip(seen, layers, strict=True):
+        layer.router.register_forward_hook(
+            lambda _m, _a, out, rows=rows, place=layer.logits_place: rows.append(out[place].flatten(0, -2))
         )
-    figures = TrainingFigures()
-    _, logged = train(model, tmp_path, [figures])
+    _, figures, logged = train(model, tmp_path, figures=True, padded=False)
     for number, rows in enumerate(seen):
         logits = torch.cat(rows[-WINDOW:]).float()  # Of the last log line.
         load = torch.bincount(logits.topk(k).indices.flatten(), minlength=4).tolist()
@@ -200,34 +206,44 @@ def test_routers_that_report_their_choice_otherwise(tmp_path, name):
 
 
 def test_routers_that_do_not_report_their_choice_are_named_once(tmp_path, caplog):
-    type(figures_module.logger).warning_once.cache_clear()
+    type(callback_module.logger).warning_once.cache_clear()
     torch.manual_seed(0)
     config = transformers.DbrxConfig(
         d_model=32, n_heads=2, n_layers=2, max_seq_len=64, vocab_size=97,
         attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     )  # fmt: skip
-    _, logged = train(transformers.DbrxForCausalLM(config), tmp_path, [TrainingFigures()])
+    _, _, logged = train(transformers.DbrxForCausalLM(config), tmp_path, figures=True)
     assert all(row["tokens_per_second"] > 0 and "load_imbalance" not in row for row in logged)
     named = [
         record.getMessage() for record in caplog.records if "does not return which experts" in record.getMessage()
     ]
-    assert named == [
-        "TrainingFigures: DbrxRouter does not return which experts it chooses; the log has no figures of them"
-    ]
+    assert named == ["DbrxRouter does not return which experts it chooses; the log has no figures of it"]
 
 
 def test_any_other_moe_has_figures_too(tmp_path):
-    """Mixtral's routers are watched by hooks; there, padding counts."""
+    """Mixtral's, alone and beside a callback that counts them too: padding is left out."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
-    figures = TrainingFigures()
-    _, logged = train(MixtralForCausalLM(config), tmp_path, [figures])
+    _, figures, logged = train(MixtralForCausalLM(config), tmp_path, figures=True)
     for row in logged:
         assert row["mean_experts_per_tok"] == 2 and 1 <= row["load_imbalance"] <= 2
         assert 0 < row["router_entropy_layer_1"] <= math.log(4) + 1e-6 and row["tokens_per_second"] > 0
         assert "router_bias_range" not in row
-    assert [sum(load) for load in figures.tokens_per_expert] == [2 * WINDOW * BATCH * LENGTH] * 2
+    num_tokens = WINDOW * BATCH * (LENGTH - NUM_PADDING)
+    assert [sum(load) for load in figures.tokens_per_expert] == [2 * num_tokens] * 2
+    torch.manual_seed(0)
+    balance = ExpertBalanceCallback(seq_aux_loss_coef=0.1)
+    _, beside, _ = train(MixtralForCausalLM(config), tmp_path, balance=balance, figures=True)
+    assert [sum(load) for load in beside.tokens_per_expert] == [2 * num_tokens] * 2
+    assert [sum(load) for load in balance.history[-1].tokens_per_expert] == [2 * num_tokens] * 2
+
+
+def test_what_was_not_measured_is_absent(tmp_path):
+    """Without a pass through the routers in a window, no figure of them, rather than 0."""
+    windows = [RouterWindow.of(LayerCounts(torch.zeros(8).long(), torch.zeros(4).long(), 0.0, 0), layer)
+               for layer in find_moe_layers(build())]  # fmt: skip
+    assert router_figures(windows) == {}

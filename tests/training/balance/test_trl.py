@@ -3,11 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset
+from moe_routers import find_routers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from deepseek_training.balance.callback import ExpertBalanceCallback, find_routers
-from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekForSequenceClassification, routing
+from deepseek_training.balance.callback import ExpertBalanceCallback
+from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekForSequenceClassification, modeling_deepseek
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +57,7 @@ def assert_balanced(model, callback):
     for router in find_routers(model):
         assert router.e_score_correction_bias.abs().max() > 0.005
         assert router.e_score_correction_bias.mean().abs() < 1e-6
-    assert callback.history and callback.history[-1]["load_imbalance"] >= 1
+    assert callback.history and callback.history[-1].figures["load_imbalance"] >= 1
 
 
 def assert_auxiliary_gradient(train):
@@ -164,15 +165,67 @@ def test_ppo(tmp_path, tokenizer):
     assert_auxiliary_gradient(train)
 
 
+@pytest.mark.parametrize("trainer", ["sft nll", "sft chunked_nll", "dpo", "grpo"])
+def test_their_own_coefficient_gives_a_gradient(tmp_path, tokenizer, trainer):
+    """`router_aux_loss_coef` of TRL, on by default, raises the loss; it must move the routers too."""
+    gradients = []
+    for coefficient in (0.0, 1.0):
+        build(router_bias_update_speed=0.0, seq_aux_loss_coef=0.0, router_z_loss_coef=0.0).save_pretrained(
+            tmp_path / "m"
+        )
+        model = DeepseekForCausalLM.from_pretrained(tmp_path / "m")
+        watch = Watch()
+        make_trl_trainer(trainer, tmp_path, tokenizer, model, watch, router_aux_loss_coef=coefficient).train()
+        gradients.append(watch.gradients)
+    off, on = gradients
+    assert max((on[name] - off[name]).abs().max() for name in off) > 1e-4
+
+
+class Watch(TrainerCallback):
+    """Keeps the routers' gradients before the optimizer's step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if n.endswith("mlp.gate.weight")}
+
+
+def make_trl_trainer(name, folder, tokenizer, model, callback, **settings):
+    from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+    common = {"processing_class": tokenizer, "callbacks": [callback]}
+    options = {**ONE_SGD_STEP, **settings}
+    if name.startswith("sft"):
+        rows = Dataset.from_dict({"text": ["the cat sat on a mat", "a dog ran under the tree and slept"] * 4})
+        return SFTTrainer(
+            model, SFTConfig(str(folder), loss_type=name.split()[1], **options), train_dataset=rows, **common
+        )
+    if name == "dpo":
+        rows = {"prompt": ["the cat", "a dog"] * 4, "chosen": ["sat on a mat"] * 8, "rejected": ["ran away"] * 8}
+        return DPOTrainer(
+            model, None, DPOConfig(str(folder), **options), train_dataset=Dataset.from_dict(rows), **common
+        )
+    rows = Dataset.from_dict({"prompt": ["the cat", "a dog"] * 4})
+    config = GRPOConfig(str(folder), num_generations=2, max_completion_length=6, **options)
+    return GRPOTrainer(
+        model, lambda completions, **_: [float(len(c)) for c in completions], config, train_dataset=rows, **common
+    )
+
+
+def test_their_coefficient_without_a_gradient_is_said(tmp_path, tokenizer, caplog):
+    """Reentrant checkpointing records router logits that have none."""
+    type(modeling_deepseek.logger).warning_once.cache_clear()
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    make_trl_trainer("sft nll", tmp_path, tokenizer, build(), Watch(), router_aux_loss_coef=1.0, **options).train()
+    assert sum("aux_loss: it has no gradient" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_without_the_callback_each_says_so_once(tmp_path, tokenizer, caplog):
     from trl import SFTConfig, SFTTrainer
 
-    type(routing.logger).warning_once.cache_clear()  # another test may have made it speak already
+    type(modeling_deepseek.logger).warning_once.cache_clear()  # another test may have made it speak already
     dataset = Dataset.from_dict({"text": ["the cat sat on a mat", "a dog ran under the tree and slept"] * 4})
     model = build()
     arguments = SFTConfig(str(tmp_path), gradient_accumulation_steps=2, **OPTIONS)
     SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer).train()
     messages = [record.getMessage() for record in caplog.records]
-    assert sum("pass ExpertBalanceCallback to the trainer" in message for message in messages) == 1
-    assert sum("gradient accumulation without ExpertBalanceCallback" in message for message in messages) == 1
+    assert sum("without ExpertBalanceCallback; pass one to the trainer" in message for message in messages) == 2
     assert not any(router.e_score_correction_bias.any() for router in find_routers(model))

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+from moe_routers import find_routers
 from ppo_parts import losses, make_ours, mended, steps_of
 from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
-from deepseek_training.balance.callback import ExpertBalanceCallback, find_routers
+from deepseek_training.balance.callback import ExpertBalanceCallback
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 

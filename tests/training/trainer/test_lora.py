@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
+from moe_routers import find_routers
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from deepseek_training.balance.callback import ExpertBalanceCallback, find_routers
+from deepseek_training.balance.callback import ExpertBalanceCallback
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -74,7 +75,7 @@ def test_only_the_adapter_trains_and_the_experts_are_balanced(base_path, tmp_pat
     changed = {name for name, value in model.named_parameters() if "lora_B" in name and value.any()}
     assert any("experts" in name for name in changed) and any("kv_b_proj" in name for name in changed)
     assert len(changed) == sum("lora_B" in name for name, _ in model.named_parameters())
-    assert callback.history[-1]["load_imbalance"] >= 1 and len(callback.tokens_per_expert) == 2
+    assert callback.history[-1].figures["load_imbalance"] >= 1 and len(callback.tokens_per_expert) == 2
     after = model.unload().state_dict()
     for name, value in before.items():
         # The routers' state moves with every optimizer step, for the callback was asked to move it.
@@ -183,7 +184,7 @@ def test_router_state_travels_with_the_adapter_if_the_router_is_saved(base_path,
         moved = (router.e_score_correction_bias - untrained.e_score_correction_bias).abs().max()
         assert 0.005 < moved < 3 * 2 * 0.01, "three steps, each by the speed once"
         assert router.e_score_correction_bias.dtype == torch.float32
-    assert callback.history[-1]["num_idle_experts"] < 8
+    assert callback.history[-1].figures["num_idle_experts"] < 8
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(load(base_path), tmp_path / "adapter").eval()
     assert torch.equal(logits(again), logits(model))

@@ -3,9 +3,9 @@
 import torch
 from transformers import TrainingArguments
 
-from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.trainer.stage_trainer import StageTrainer
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
+from modeling_deepseek.training_pass import set_accumulation_steps
 
 
 def test_prediction_layers_come_back_from_a_checkpoint(tmp_path):
@@ -13,8 +13,7 @@ def test_prediction_layers_come_back_from_a_checkpoint(tmp_path):
     saved, resumed = DeepseekForCausalLM(config), DeepseekForCausalLM(config)
     saved.save_pretrained(tmp_path / "checkpoint-1")
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    recipe = TrainerSettings(max_steps=1, learning_rate=1e-3)
-    trainer = StageTrainer(recipe, [], dataset=None, model=resumed, args=arguments)
+    trainer = StageTrainer(recipe=None, held_out={}, model=resumed, args=arguments)
     trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
     wanted, found = saved.state_dict(), resumed.state_dict()
     assert wanted.keys() == found.keys()
@@ -34,10 +33,7 @@ def test_accumulating_uneven_sequences_changes_no_prediction_gradient():
     for parts in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
         model.zero_grad()
         for part in parts:
-            for layer in model.model.layers:
-                if layer.is_moe:
-                    layer.mlp.gate.load.reset()
-                    layer.mlp.gate.load.num_accumulation_steps = len(parts)
+            set_accumulation_steps(model, len(parts))
             (model(input_ids=rows[part], attention_mask=mask[part]).logits.sum() * 0).backward()
         gradients.append(model.model.layers[-1].eh_proj.weight.grad.clone())
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
