@@ -2,8 +2,9 @@
 #
 #   make demo       the whole path at small size, offline, into runs/demo
 #   make test       the default tests (under 8 minutes on two cores)
-#   make test-all   also the tests marked slow
+#   make test-all   also the tests marked slow, and the site
 #   make lint       ruff (rules and format) and mypy (every signature)
+#   make docs       the pages as a site, in build/site
 #   make claims     measure the registered figures again (ONLY=id: one of them)
 #   make check      what CI runs: lint, tests
 #
@@ -21,7 +22,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test test-all check lint style claims bench clean
+.PHONY: setup demo test test-all check lint style claims docs bench clean
 
 setup: $(VENV)/installed
 
@@ -44,8 +45,16 @@ demo: setup
 test: setup
 	@$(OFFLINE) $(PYTEST)
 
-test-all: setup
+test-all: setup docs
 	@$(OFFLINE) $(PYTEST) -m "not gpu and not network"
+
+$(VENV)/docs: $(VENV)/installed
+	@echo "Installing what the pages' site needs"
+	@$(PIP) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "The site is in build/site"
 
 lint: setup
 	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .

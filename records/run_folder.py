@@ -4,6 +4,7 @@ Every command of ``deepseek-moe`` works in one folder::
 
     recipe.yaml        the resolved settings
     environment.json   versions, seed, commit, command line, machine, start time
+    inputs.json        hashes of the data, the model and the tokenizer it was begun with
     metrics.jsonl      one JSON object a line, as training logs
     checkpoints/       what a resumed run starts from
     model/             the finished model and its tokenizer
@@ -16,7 +17,6 @@ Every command of ``deepseek-moe`` works in one folder::
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,32 @@ import yaml
 
 from deepseek_records.environment import Environment, describe_environment
 from deepseek_records.json_files import read_object
+from deepseek_records.run_files import (
+    ENVIRONMENT_FILE,
+    INPUTS_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    SUMMARY_FILE,
+    delete_run,
+    is_own_run,
+)
+from deepseek_records.run_lock import lock_run, unlock_run
 from deepseek_records.summary import Summary
 from deepseek_records.typed_json import from_json, to_json
 
-RECIPE_FILE = "recipe.yaml"
-ENVIRONMENT_FILE = "environment.json"
-METRICS_FILE = "metrics.jsonl"
-SUMMARY_FILE = "summary.json"
-MODEL_FOLDER = "model"
+__all__ = [
+    "ENVIRONMENT_FILE",
+    "METRICS_FILE",
+    "MODEL_FOLDER",
+    "RECIPE_FILE",
+    "SUMMARY_FILE",
+    "RunFolder",
+    "write_json",
+    "write_text",
+]
+_HINT = "pass another --output, or --overwrite"
 
 
 class RunFolder:
@@ -57,30 +75,37 @@ class RunFolder:
         seed: int | None = None,
         overwrite: bool = False,
     ) -> "RunFolder":
-        """Make the folder, or take up an unfinished run with equal settings.
+        """Make the folder, or take up an unfinished run with equal settings, and become its owner.
 
         Args:
             path: The folder to write into.
             settings: The resolved settings, plain YAML values.
             command: The subcommand, for example ``pretrain``.
             seed: The seed of the run, if it has one.
-            overwrite: Delete whatever run the folder holds.
+            overwrite: Delete the run that the folder holds; a file that no run writes is never deleted.
 
         Returns:
             The run; `is_resumed` tells whether it was begun before.
 
         Raises:
-            FileExistsError: The folder holds a finished run, a run with other settings, or files of another kind.
+            FileExistsError: The folder holds a finished run, a run with other settings, or files of another kind, or
+                another process is writing it.
         """
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
-            raise FileExistsError(f"output: {run.path} is a file, wanted a folder")
-        if (overwrite and (run.path / RECIPE_FILE).exists()) or run._has_only_begun():
-            shutil.rmtree(run.path)
+            raise FileExistsError(f"output: got the file {run.path}, expected a folder")
         if run.path.exists() and any(run.path.iterdir()):
-            run._check_resumable(settings)
-            return cls(path, is_resumed=True)
+            if not is_own_run(run.path):
+                raise FileExistsError(
+                    f"output: {run.path} is not empty and holds no run of ours; pass another --output"
+                )
+            lock_run(run.path)
+            if not (overwrite or run._has_only_begun()):
+                run._check_resumable(settings)
+                return cls(path, is_resumed=True)
+            delete_run(run.path, hint="pass another --output")
         run.path.mkdir(parents=True, exist_ok=True)
+        lock_run(run.path)
         write_json(run.path / ENVIRONMENT_FILE, to_json(describe_environment(command, seed)))
         write_text(run.path / RECIPE_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         return run
@@ -102,20 +127,45 @@ class RunFolder:
 
     def _has_only_begun(self) -> bool:
         """True for a run that stopped, say at a wrong setting, before it wrote anything worth keeping."""
-        return self.path.is_dir() and {path.name for path in self.path.iterdir()} == {RECIPE_FILE, ENVIRONMENT_FILE}
+        names = {path.name for path in self.path.iterdir()}
+        return names - {INPUTS_FILE, LOCK_FILE} == {RECIPE_FILE, ENVIRONMENT_FILE}
 
     def _check_resumable(self, settings: dict[str, Any]) -> None:
-        hint = "pass another --output, or --overwrite"
         if not (self.path / RECIPE_FILE).exists():
-            raise FileExistsError(f"output: {self.path} is not empty and holds no run of ours; {hint}")
+            raise FileExistsError(f"output: {self.path} is not empty and holds no run of ours; pass another --output")
         if self.is_finished:
-            raise FileExistsError(f"output: {self.path} holds a finished run; {hint}")
+            raise FileExistsError(f"output: {self.path} holds a finished run; {_HINT}")
         if self.settings != settings:
             old, new = self.settings, settings
             changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
             raise FileExistsError(
-                f"output: {self.path} holds another run (it differs in {', '.join(changed)}); {hint}"
+                f"output: {self.path} holds another run (it differs in {', '.join(changed)}); {_HINT}"
             )
+
+    def hold_to(self, **inputs: str) -> None:
+        """Keep the hashes of what the run is made of, or check those of a run that was begun before.
+
+        Args:
+            **inputs: A hash by what it is of, for example ``data``, ``model`` and ``tokenizer``; see
+                `deepseek_records.hashes`.
+
+        Raises:
+            FileExistsError: The run was begun with something else under the same name.
+        """
+        kept = self.inputs
+        for name, value in inputs.items():
+            if kept.get(name, value) != value:
+                raise FileExistsError(
+                    f"output: {self.path} was begun with another content of {name.replace('_', ' ')} (hash "
+                    f"{str(kept[name])[:12]} then, {value[:12]} now); bring the old one back, or {_HINT}"
+                )
+        if not inputs.items() <= kept.items():
+            write_json(self.path / INPUTS_FILE, {**kept, **inputs})
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The hashes that `hold_to` kept; empty for a run of an earlier version."""
+        return read_object(self.path / INPUTS_FILE, "run") if (self.path / INPUTS_FILE).is_file() else {}
 
     @property
     def is_finished(self) -> bool:
@@ -223,6 +273,7 @@ class RunFolder:
         value = summary.to_json()
         Summary.from_json(value, f"run: {self.path / SUMMARY_FILE}")  # What is written can be read.
         write_json(self.path / SUMMARY_FILE, value)
+        unlock_run(self.path)
         return summary
 
 

@@ -23,7 +23,8 @@ from deepseek_records.statistics import mean_with_error
 from deepseek_training.data.packing import PackedDataset, cut_to_share, encode_documents
 from deepseek_training.data.texts import load_texts
 from deepseek_training.recipes.loading import load_recipe, recipe_settings
-from deepseek_training.stages.pretrain import PretrainRecipe, model_config, pretrain
+from deepseek_training.stages.pretrain import PretrainRecipe, pretrain
+from deepseek_training.trainer.new_model import model_config
 from modeling_deepseek.families import find_moe_layers
 from modeling_deepseek.parameter_count import count_parameters
 
@@ -64,7 +65,7 @@ def check_options(args: argparse.Namespace, recipe: PretrainRecipe) -> None:
     for count in args.counts:
         if args.counts.count(count) > 1:
             raise ValueError(f"counts: got {count!r} {args.counts.count(count)} times, expected each once")
-        model_config(variant_recipe(recipe, count, seed=0), {"vocab_size": recipe.vocab_size})
+        model_config(variant_recipe(recipe, count, seed=0), vocab_size=recipe.vocab_size)
 
 
 def train_variant(recipe: PretrainRecipe, folder: Path, *, overwrite: bool = False) -> RunFolder:

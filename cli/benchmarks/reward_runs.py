@@ -14,12 +14,13 @@ import torch
 
 from deepseek_records.loading import load_model, load_tokenizer
 from deepseek_records.run_folder import RunFolder
-from deepseek_training.ppo.run_callbacks import RewardBar
+from deepseek_training.data.prompts import load_prompts
+from deepseek_training.ppo.assembly import build_trainer, load_models, ppo_config
+from deepseek_training.ppo.reward_bar import RewardBar
 from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
 from deepseek_training.rewards.relevance import guard
 from deepseek_training.rewards.words import FUNCTION_WORDS, content_words, split_words
-from deepseek_training.stages.align import build_trainer, load_models, load_prompts, ppo_config
 
 WEIGHTS = [0.7, 0.2, 0.1]
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from deepseek_cli.main import SUBCOMMANDS, main
+from deepseek_records.run_folder import RunFolder
 from deepseek_training.data.tokenizer import train_tokenizer
 from modeling_deepseek import DeepseekConfig
 
@@ -122,9 +123,7 @@ def test_a_refused_run_leaves_the_folder_usable(capsys, tmp_path):
 
 
 def test_output_that_holds_another_run(capsys, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text("seed: 1\n")
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    RunFolder.create(tmp_path / "run", {"seed": 1}, command="pretrain").log({"step": 1})
     assert "holds another run" in error_line(capsys, *pretrain_arguments(tmp_path))
     assert (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -63,6 +63,70 @@ def test_modeling_is_flat():
     assert not [path for path in (ROOT / "modeling_deepseek").rglob("*.py") if path.parent.name != "modeling_deepseek"]
 
 
+def module_name(path: Path) -> str:
+    folder, *parts = path.relative_to(ROOT).with_suffix("").parts
+    package = {"modeling_deepseek": folder}.get(folder, f"deepseek_{folder}")
+    return ".".join([package, *parts]).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, known: set[str]) -> set[str]:
+    """The modules of ours that a file imports: at its top, under TYPE_CHECKING or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module if node.level == 0 else f"{module_name(path.parent / '__init__.py')}.{node.module}"
+            found.update([module, *(f"{module}.{alias.name}" for alias in node.names)])
+    return found & known - {module_name(path)}
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str] | None:
+    """A path that comes back to where it began, by depth-first search; None if there is none."""
+    done: set[str] = set()
+
+    def visit(module: str, trail: list[str]) -> list[str] | None:
+        if module in trail:
+            return [*trail[trail.index(module) :], module]
+        if module in done:
+            return None
+        found = next(filter(None, (visit(other, [*trail, module]) for other in sorted(graph[module]))), None)
+        done.add(module)
+        return found
+
+    return next(filter(None, (visit(module, []) for module in graph)), None)
+
+
+def test_a_cycle_is_found():
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": set()}) is None
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_no_module_imports_one_that_imports_it():
+    names = {module_name(path): path for path in FILES}
+    # `cli/main.py` finds its subcommands by name, so that they are no imports of its own.
+    assert find_cycle({name: imported_modules(path, set(names)) for name, path in names.items()}) is None
+
+
+STAGES = sorted(path for path in (ROOT / "training/stages").glob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_a_stage_is_one_function_that_calls_down(path):
+    (main,) = [
+        node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name == path.stem
+    ]
+    assert main.end_lineno - main.lineno + 1 <= 60
+    modules = {module_name(other) for other in STAGES}
+    assert not imported_modules(path, modules)
+    rooms = [other for other in (ROOT / "training").rglob("*.py") if other.parent != path.parent]
+    # The files straight under training/ are the stages' names of earlier versions.
+    callers = [other for other in rooms if module_name(path) in imported_modules(other, modules)]
+    assert all(other.parent == ROOT / "training" for other in callers)
+
+
 def run_seconds(*command: str) -> float:
     started = time.perf_counter()
     subprocess.run(command, capture_output=True, check=True)

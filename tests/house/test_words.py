@@ -11,67 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("kernels", "modeling_deepseek", "records", "model_cards", "training", "eval", "serving", "cli", "dev", "docs")
-MOST_SURPRISES = 111
+MOST_SURPRISES = 109
 
-_STEMS = [
-    "normalis",
-    "summaris",
-    "organis",
-    "initialis",
-    "optimis",
-    "recognis",
-    "generalis",
-    "specialis",
-    "tokenis",
-    "quantis",
-    "penalis",
-    "minimis",
-    "maximis",
-    "characteris",
-    "memoris",
-    "parallelis",
-    "serialis",
-    "customis",
-    "utilis",
-    "visualis",
-    "synchronis",
-    "standardis",
-    "randomis",
-    "categoris",
-    "emphasis(?=e|ing)",
-    "prioritis",
-    "localis",
-    "factoris",
-    "vectoris",
-    "regularis",
-    "binaris",
-    "discretis",
-    "equalis",
-    "finalis",
-    "materialis",
-    "realis(?=e|ing|ation)",
-    "licenc",
-    "colour",
-    "behaviour",
-    "favour",
-    "neighbour",
-    "honour",
-    "centr(?=e\\b|ed\\b)",
-    "modell",
-    "labell",
-    "cancell",
-    "travell",
-    "judgement",
-    "programme\\b",
-    "defence",
-    "artefact",
-    "whilst",
-    "amongst",
-    "learnt",
-    "spelt",
-    "practis",
-    "grey",
-]
+_STEMS = (
+    "normalis|summaris|organis|initialis|optimis|recognis|generalis|specialis|tokenis|quantis|penalis|minimis|maximis|"
+    "characteris|memoris|parallelis|serialis|customis|utilis|visualis|synchronis|standardis|randomis|categoris|"
+    "emphasis(?=e|ing)|prioritis|localis|factoris|vectoris|regularis|binaris|discretis|equalis|finalis|materialis|"
+    "realis(?=e|ing|ation)|licenc|colour|behaviour|favour|neighbour|honour|centr(?=e\\b|ed\\b)|modell|labell|cancell|"
+    "travell|judgement|programme\\b|defence|artefact|whilst|amongst|learnt|spelt|practis|grey"
+)
 _PER = (
     r"\b(?:tokens?|bytes?|experts?|steps?|rows?|samples?|items?|figures?|questions?|times|once|passes|completions?|"
     r"blocks?|KiB|MiB|ms|us|texts?|bits|kB|MB|s|lines?|slots?|processes|updates?|prompts?|problems?|programs?) an? "
@@ -86,7 +34,7 @@ _NO = (
 KINDS = {
     "British spelling": (
         "all",
-        rf"(?i)\b(?:un|re|de|pre)?(?:{'|'.join(_STEMS)})",
+        rf"(?i)\b(?:un|re|de|pre)?(?:{_STEMS})",
         "American spelling: normalize, license",
     ),
     "error dialect": (
@@ -101,10 +49,10 @@ KINDS = {
 ALLOWANCE: dict[str, tuple[int, ...]] = {
     "kernels": (8, 18, 1, 9),
     "modeling_deepseek": (20, 12, 2, 16),
-    "records": (2, 4, 8, 0),
-    "model_cards": (41, 0, 9, 5),
-    "training": (22, 20, 10, 9),
-    "eval": (23, 26, 14, 6),
+    "records": (1, 4, 8, 0),
+    "model_cards": (38, 0, 9, 5),
+    "training": (20, 20, 10, 9),
+    "eval": (22, 26, 14, 6),
     "serving": (0, 1, 1, 7),
     "cli": (12, 21, 1, 14),
     "dev": (14, 1, 1, 0),

@@ -47,7 +47,7 @@ def test_a_folder_of_another_kind_is_never_touched(tmp_path, overwrite):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="no run of ours"):
         RunFolder.create(tmp_path, SETTINGS, command="pretrain", overwrite=overwrite)
-    with pytest.raises(FileExistsError, match="is a file"):
+    with pytest.raises(FileExistsError, match=r"got the file .*, expected a folder"):
         RunFolder.create(tmp_path / "thesis.txt", SETTINGS, command="pretrain", overwrite=overwrite)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

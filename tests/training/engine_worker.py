@@ -36,11 +36,9 @@ def describe(trainer):
     }
 
 
-def train_and_describe(*args):
-    trainer = train(*args)
-    folder, rank = args[1].path, trainer.args.process_index
-    (folder / f"rank{rank}.json").write_text(json.dumps(describe(trainer)))
-    return trainer
+def train_and_describe(trainer, run):
+    train(trainer, run)
+    (run.path / f"rank{trainer.args.process_index}.json").write_text(json.dumps(describe(trainer)))
 
 
 class StoppingTrainer(stage_trainer.StageTrainer):
@@ -52,8 +50,8 @@ class StoppingTrainer(stage_trainer.StageTrainer):
         return super().compute_loss(*args, **kwargs)
 
 
-train = pretrain.train_stage
-pretrain.train_stage = train_and_describe
+train = pretrain.run_training
+pretrain.run_training = train_and_describe
 if "STOP_AT" in os.environ:
-    stage_trainer.StageTrainer = StoppingTrainer
+    pretrain.StageTrainer = StoppingTrainer
 sys.exit(main(sys.argv[1:]))

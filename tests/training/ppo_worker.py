@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from ppo_parts import losses, make_models, make_ours, make_prompts, make_stock, share_of_liked
 
-import deepseek_training.ppo.play as ppo_play
+import deepseek_training.ppo.player as ppo_player
 from deepseek_training.ppo.forward import NO_TOKEN, response_logprobs
 from deepseek_training.ppo.trainer import RewardError
 
@@ -116,12 +116,12 @@ def fail_in_one(make, folder, num_processes):
 
 def learn_from_given_rollouts(make, folder, num_processes):
     """Train on completions that depend on the prompt alone, so that one process and two see the same."""
-    original, ppo_play.sample = ppo_play.sample, sample_by_prompt
+    original, ppo_player.sample = ppo_player.sample, sample_by_prompt
     try:
         trainer = make(folder / "given", **settings_for(num_processes))
         trainer.train()
     finally:
-        ppo_play.sample = original
+        ppo_player.sample = original
     return result(trainer)
 
 

@@ -12,12 +12,13 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from deepseek_records.summary import DataUse
 
+UsedFor = Literal["training", "evaluation"]
 DATA_FOLDER = Path(__file__).parent
 SPLITS = ("train", "validation", "all")
 VALIDATION_SHARE = 10  # one document in ten
@@ -60,6 +61,39 @@ EMBEDDED = {
         "github.com/abachaa/MedQuAD, github.com/anthropics/hh-rlhf, github.com/google-research-datasets/Taskmaster",
     ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A text data set, split.
+
+    Attributes:
+        source: As the user named it.
+        train: Documents to train on.
+        validation: Held-out documents.
+    """
+
+    source: str
+    train: list[str]
+    validation: list[str]
+
+    @classmethod
+    def load(cls, name_or_path: str, column: str | None = None) -> "Corpus":
+        """Return both splits of what `load_texts` reads."""
+        return cls(name_or_path, *(load_texts(name_or_path, split, column=column) for split in SPLITS[:2]))
+
+
+def data_name(name_or_path: str) -> str:
+    """Return a data set's name as figures carry it: an embedded name, or the last part of a path or Hub id."""
+    return Path(name_or_path).name.split(".")[0]
+
+
+def distinct_names(*sources: str) -> list[str]:
+    """Return a name for each data set; where two would be equal, both get their folder in front."""
+    names = [data_name(source) for source in sources]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{Path(source).absolute().parent.name}-{name}" for source, name in zip(sources, names, strict=True)]
 
 
 def load_texts(name_or_path: str | Path, split: str = "train", *, column: str | None = None) -> list[str]:
@@ -109,9 +143,7 @@ def read_rows(name_or_path: str | Path, split: str = "all", *, column: str | Non
         yield {**row, "text": _pick_column(row, column or default, name)}
 
 
-def describe_data(
-    name_or_path: str | Path, split: str, texts: list[str], used_for: Literal["training", "evaluation"]
-) -> DataUse:
+def describe_data(name_or_path: str | Path, split: str, texts: Sequence[str], used_for: UsedFor) -> DataUse:
     """Return the summary's line on one data set: name, license, source, split, rows and bytes.
 
     Args:
@@ -133,6 +165,18 @@ def describe_data(
         used_for=used_for,
         hub_id=None if embedded or local else name.partition(":")[0],
     )
+
+
+def describe_corpora(corpora: Sequence[Corpus], evaluated: Sequence[Sequence[str]]) -> tuple[DataUse, ...]:
+    """Return the summary's lines on what a stage trained on and what it was measured on.
+
+    Args:
+        corpora: The data sets.
+        evaluated: Of each the held-out texts that were scored.
+    """
+    train = [describe_data(corpus.source, "train", corpus.train, "training") for corpus in corpora]
+    pairs = zip(corpora, evaluated, strict=True)
+    return (*train, *(describe_data(corpus.source, "validation", texts, "evaluation") for corpus, texts in pairs))
 
 
 def is_validation(text: str) -> bool:

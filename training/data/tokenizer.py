@@ -1,15 +1,19 @@
 """A byte-level BPE tokenizer, trained through ``tokenizers`` and saved as ``transformers`` expects it.
 
-The pretrain stage and the demo train one; every later stage loads it beside the model. Surprising: padding, begin and
-end are three different tokens (a pad that equals eos hides the end of a text from the loss), and none is added by
-itself: a prompt and its continuation can be encoded apart and joined. Every byte is in the vocabulary, so any text
-survives ``decode(encode(text))``.
+The pretrain stage trains one; every later stage loads it beside the model. Padding, begin and end are three different
+tokens, because a pad that equals eos hides the end of a text from the loss. None of them is added by itself, so a
+prompt and its continuation can be encoded apart and joined. Every byte is in the vocabulary, so any text survives
+``decode(encode(text))``.
 """
 
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from deepseek_records.loading import load_tokenizer
+from deepseek_training.data.texts import load_texts
+from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 
 PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
 MIN_VOCAB_SIZE = 256 + 3
@@ -22,6 +26,23 @@ CHAT_TEMPLATE = (
     "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+
+
+def tokenizer_for(recipe: PretrainRecipe, texts: list[str]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that a recipe names, or one trained on its data.
+
+    Training it takes seconds and gives the same result each time, so a resumed run trains it anew.
+
+    Args:
+        recipe: The settings.
+        texts: The training texts, which a new tokenizer learns from unless `tokenizer_data` names others.
+    """
+    if recipe.tokenizer is not None:
+        return load_tokenizer(recipe.tokenizer)
+    corpora = [load_texts(name, "train") for name in recipe.tokenizer_data] or [texts]
+    return train_tokenizer(
+        (text for corpus in corpora for text in corpus), recipe.vocab_size, model_max_length=recipe.sequence_length
+    )
 
 
 def train_tokenizer(

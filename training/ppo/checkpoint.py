@@ -1,31 +1,32 @@
 """Checkpoints of PPO: the parts that TRL leaves out, and the way back.
 
 A folder ``checkpoint-N`` holds the policy (or its adapter), optimizer, schedule and trainer state as `Trainer` writes
-them, and beside them ``value_model/`` (or its adapter and head), ``reference/`` unless it is the policy without its
-adapter, and ``ppo_state.json`` with the reward's state in each process. The reference never changes, so that only a
-training's first checkpoint writes it and the others link to the same files. Surprising: the list of files that makes
-a checkpoint complete (see `trainer/checkpoints.py`) is written last, so a folder whose writing was cut short is
-passed over, and older checkpoints are deleted only after that.
+them. Beside them lie ``value_model/`` (or its adapter and head), ``reference/`` unless it is the policy without its
+adapter, and ``ppo_state.json`` with the reward's state in each process. The reference never changes, so only a
+training's first checkpoint writes it and the others link to the same files. The list of files that makes a checkpoint
+complete (`trainer/checkpoints.py`) is written last, so a folder whose writing was cut short is passed over. Older
+checkpoints are deleted only after that.
 """
 
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
+from trl.experimental.ppo import PPOConfig
 from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 
 from deepseek_records.run_folder import write_json
+from deepseek_training.ppo.reward_adapter import load_reward_state, reward_state
 from deepseek_training.trainer.checkpoints import is_complete, load_weights, mark_complete, step_of
-
-if TYPE_CHECKING:
-    from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 
 VALUE_FOLDER = "value_model"
 REFERENCE_FOLDER = "reference"
@@ -38,91 +39,110 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return max(found, key=step_of, default=None)
 
 
-def finish_checkpoint(trainer: "CorrectedPPOTrainer") -> None:
-    """Add value model and reward state to the checkpoint `Trainer` has just written, and mark it as whole.
+class PPOCheckpoints:
+    """Writes and reads what a PPO training needs beside `Trainer`'s own checkpoint.
 
     Args:
-        trainer: Whose checkpoint it is.
+        args: TRL's settings; they name the folder and how many checkpoints are kept.
+        accelerator: Knows the processes.
+        model: Policy and value model, wrapped by the accelerator.
+        ref_model: The reference; None where it is the policy without its adapter.
+        reward_model: Whose state is kept.
     """
-    args = trainer.args
-    folder = Path(args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-    states = gather_object([reward_state(trainer)])
-    trainer.accelerator.wait_for_everyone()  # every process writes its random state into the checkpoint
-    if trainer.accelerator.is_main_process:
-        trainer.value_model.save_pretrained(folder / VALUE_FOLDER)
-        _save_reference(trainer, folder / REFERENCE_FOLDER)
-        write_json(folder / STATE_FILE, {"reward": states})
-        mark_complete(folder)
-        rotate_checkpoints(args.output_dir, args.save_total_limit, trainer.state.best_model_checkpoint)
-    trainer.accelerator.wait_for_everyone()
 
+    def __init__(
+        self,
+        args: PPOConfig,
+        accelerator: Accelerator,
+        *,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        reward_model: nn.Module,
+    ) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.model = model
+        self.ref_model = ref_model
+        self.reward_model = reward_model
+        self._saved_reference: Path | None = None
 
-def load_checkpoint(trainer: "CorrectedPPOTrainer", folder: str | Path) -> None:
-    """Bring a fresh trainer to the state of a checkpoint.
+    def finish(self, state: TrainerState) -> None:
+        """Add value model and reward state to the checkpoint `Trainer` has just written, and mark it as whole.
 
-    Args:
-        trainer: Built with the same settings.
-        folder: The checkpoint.
+        Args:
+            state: The trainer's; it knows the step.
+        """
+        folder = Path(self.args.output_dir) / f"checkpoint-{state.global_step}"
+        states = gather_object([reward_state(self.reward_model)])
+        self.accelerator.wait_for_everyone()  # every process writes its random state into the checkpoint
+        if self.accelerator.is_main_process:
+            self.accelerator.unwrap_model(self.model).value_model.save_pretrained(folder / VALUE_FOLDER)
+            self._save_reference(folder / REFERENCE_FOLDER)
+            write_json(folder / STATE_FILE, {"reward": states})
+            mark_complete(folder)
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
 
-    Raises:
-        FileNotFoundError: The folder is no whole checkpoint of PPO.
-        ValueError: Another number of processes wrote it, or it holds weights only.
-    """
-    folder, accelerator = Path(folder), trainer.accelerator
-    if not (folder / STATE_FILE).is_file() or not is_complete(folder):
-        raise FileNotFoundError(f"resume_from_checkpoint: {folder} is no whole PPO checkpoint")
-    reward_states = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["reward"]
-    if len(reward_states) != accelerator.num_processes:
-        raise ValueError(
-            f"resume_from_checkpoint: {folder} was written by {len(reward_states)} processes, "
-            f"this training has {accelerator.num_processes}"
-        )
-    if not (folder / OPTIMIZER_NAME).is_file():
-        raise ValueError(f"resume_from_checkpoint: {folder} has no optimizer state (save_only_model=True)")
-    unwrapped = accelerator.unwrap_model(trainer.model)
-    _load_weights(unwrapped.policy, folder)
-    _load_weights(unwrapped.value_model, folder / VALUE_FOLDER)
-    if trainer.ref_model is not None:
-        _load_weights(accelerator.unwrap_model(trainer.ref_model), folder / REFERENCE_FOLDER)
-        trainer.saved_reference = folder / REFERENCE_FOLDER
-    trainer.optimizer.load_state_dict(torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
-    trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
-    state = OnlineTrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-    for name in ("global_step", "episode", "epoch", "log_history"):
-        setattr(trainer.state, name, getattr(state, name))
-    load_reward_state(trainer, reward_states[accelerator.process_index])
+    def load(
+        self,
+        folder: str | Path,
+        state: TrainerState,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        """Bring a fresh training to the state of a checkpoint.
 
+        Args:
+            folder: The checkpoint.
+            state: The trainer's; its counters and log are set.
+            optimizer: Of policy and value model.
+            lr_scheduler: Of the optimizer.
 
-def reward_state(trainer: "CorrectedPPOTrainer") -> Any:
-    """Return the state of this process's reward, or None if it keeps none.
+        Raises:
+            FileNotFoundError: The folder is not a whole checkpoint of PPO.
+            ValueError: Another number of processes wrote it, or it holds weights only.
+        """
+        folder = Path(folder)
+        reward_states = self._check(folder)
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        _load_weights(unwrapped.policy, folder)
+        _load_weights(unwrapped.value_model, folder / VALUE_FOLDER)
+        if self.ref_model is not None:
+            _load_weights(self.accelerator.unwrap_model(self.ref_model), folder / REFERENCE_FOLDER)
+            self._saved_reference = folder / REFERENCE_FOLDER
+        optimizer.load_state_dict(torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
+        lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        saved = OnlineTrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        for name in ("global_step", "episode", "epoch", "log_history"):
+            setattr(state, name, getattr(saved, name))
+        load_reward_state(self.reward_model, reward_states[self.accelerator.process_index])
 
-    Args:
-        trainer: Whose reward.
-    """
-    reward = _stateful(trainer)
-    return None if reward is None else reward.state_dict()
+    def _check(self, folder: Path) -> list[Any]:
+        """Return the reward's states in a checkpoint that this training can go on from."""
+        if not (folder / STATE_FILE).is_file() or not is_complete(folder):
+            raise FileNotFoundError(f"resume_from_checkpoint: got {folder}, expected a whole PPO checkpoint")
+        states = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["reward"]
+        if len(states) != self.accelerator.num_processes:
+            raise ValueError(
+                f"resume_from_checkpoint: got {folder} of {len(states)} processes, expected one of "
+                f"{self.accelerator.num_processes}, as in this training"
+            )
+        if not (folder / OPTIMIZER_NAME).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint: got {folder} without optimizer state (save_only_model=True), "
+                "expected one with it"
+            )
+        return states
 
-
-def load_reward_state(trainer: "CorrectedPPOTrainer", state: Any) -> None:
-    """Restore what `reward_state` returned.
-
-    Args:
-        trainer: Whose reward.
-        state: The state; None changes nothing.
-    """
-    if state is not None:
-        _stateful(trainer).load_state_dict(state)
-
-
-def _save_reference(trainer: "CorrectedPPOTrainer", folder: Path) -> None:
-    if trainer.ref_model is None or trainer.saved_reference == folder:
-        return
-    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while it wrote this checkpoint
-    if trainer.saved_reference is not None and trainer.saved_reference.is_dir():
-        shutil.copytree(trainer.saved_reference, folder, copy_function=_link)
-    else:
-        trainer.accelerator.unwrap_model(trainer.ref_model).save_pretrained(folder)
-    trainer.saved_reference = folder
+    def _save_reference(self, folder: Path) -> None:
+        if self.ref_model is None or self._saved_reference == folder:
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while it wrote this checkpoint
+        if self._saved_reference is not None and self._saved_reference.is_dir():
+            shutil.copytree(self._saved_reference, folder, copy_function=_link)
+        else:
+            self.accelerator.unwrap_model(self.ref_model).save_pretrained(folder)
+        self._saved_reference = folder
 
 
 def _link(source: str, target: str) -> None:
@@ -130,12 +150,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # a file system without links
         shutil.copy2(source, target)
-
-
-def _stateful(trainer: "CorrectedPPOTrainer") -> Any:
-    """The reward, if it keeps a state."""
-    reward = vars(trainer.reward_model).get("reward")
-    return reward if hasattr(reward, "state_dict") and not isinstance(reward, nn.Module) else None
 
 
 def _load_weights(model: nn.Module, folder: Path) -> None:

@@ -1,11 +1,12 @@
-"""PPO's evaluation on held-out prompts: each completed and scored, the processes' rows joined, errors over prompts.
+"""PPO's evaluation: held-out prompts are completed and scored, over all processes; errors are over prompts.
 
-Called by `deepseek_training.ppo.trainer`, whose `evaluate` adds logging. Surprising: the randomness is the same at
-every call, so that evaluations differ by the policy alone, and training does not notice.
+`CorrectedPPOTrainer.evaluate` calls it and adds logging. The randomness is the same at every call, so that two
+evaluations differ by the policy alone, and training does not notice.
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,34 +16,42 @@ from datasets import Dataset
 from transformers.utils import is_rich_available
 from trl.experimental.ppo.ppo_trainer import print_rich_table
 
-from deepseek_training.ppo.play import RewardError, play, raise_together
-
-if TYPE_CHECKING:
-    from deepseek_training.ppo.trainer import CorrectedPPOTrainer
+from deepseek_training.ppo.player import Player
+from deepseek_training.ppo.reward_adapter import RewardError, raise_together
 
 
-def evaluate_prompts(trainer: "CorrectedPPOTrainer", dataset: Dataset) -> dict[str, list[Any]]:
-    """Return a column each of reward, its parts, KL, length and completion, one row a prompt, in the data's order.
+def evaluate_prompts(
+    player: Player,
+    dataset: Dataset,
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    *,
+    num_samples: int,
+    seed: int,
+) -> dict[str, list[Any]]:
+    """Return a column each of reward, its parts, KL, length and completion, one row per prompt, in the data's order.
 
     Args:
-        trainer: Whose policy completes the prompts, `num_eval_samples` times each.
+        player: Completes and scores the prompts.
         dataset: The prompts; they are dealt out to the processes.
+        collator: Makes a batch of rows.
+        num_samples: Completions of each prompt; each column holds their mean.
+        seed: Of the sampling, in this process.
 
     Raises:
         RewardError: The reward failed, in whichever process.
     """
-    rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    rank, world = player.accelerator.process_index, player.accelerator.num_processes
     mine = list(range(rank, len(dataset), world))
-    size = trainer.args.per_device_eval_batch_size
+    size = player.args.per_device_eval_batch_size
     rows: list[dict[str, Any]] = []
     failure = None
     with torch.random.fork_rng():
-        torch.manual_seed(trainer.local_seed)
+        torch.manual_seed(seed)
         try:
-            for _ in range(trainer.num_eval_samples):
+            for _ in range(num_samples):
                 for start in range(0, len(mine), size):
                     indices = mine[start : start + size]
-                    rows += _evaluate_batch(trainer, trainer.data_collator(list(dataset.select(indices))), indices)
+                    rows += _evaluate_batch(player, collator(list(dataset.select(indices))), indices)
         except RewardError as error:
             failure = error
     raise_together(failure)
@@ -50,15 +59,15 @@ def evaluate_prompts(trainer: "CorrectedPPOTrainer", dataset: Dataset) -> dict[s
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def _evaluate_batch(trainer: "CorrectedPPOTrainer", batch: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
-    """One row a prompt: reward, its parts, KL, length, completion."""
-    trainer.extra_columns.clear()
-    rollout = play(trainer, batch, is_evaluation=True)
+def _evaluate_batch(player: Player, batch: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
+    """One row per prompt: reward, its parts, KL, length, completion."""
+    player.extra_columns.clear()
+    rollout = player.play(batch, is_evaluation=True)
     kl = (rollout.logprobs - rollout.ref_logprobs).masked_fill(rollout.padding_mask, 0).sum(1)
     columns = {
         "index": indices,
         "reward": rollout.scores.tolist(),
-        **trainer.extra_columns,
+        **player.extra_columns,
         "kl": kl.tolist(),
         "length_tokens": rollout.lengths.float().tolist(),
         "completion": rollout.completions,
@@ -67,10 +76,10 @@ def _evaluate_batch(trainer: "CorrectedPPOTrainer", batch: dict[str, Any], indic
 
 
 def average_by_prompt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row a prompt, in order: the mean of each number, and the first of anything else.
+    """Return one row per prompt, in order: the mean of each number, and the first of anything else.
 
     Args:
-        rows: Rows with an ``index`` that names the prompt, one a completion.
+        rows: Rows with an ``index`` that names the prompt, one per completion.
     """
     prompts: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
@@ -117,6 +126,6 @@ def show_samples(prompts: list[str], columns: dict[str, list[Any]], report_to: l
             wandb.log({"completions": wandb.Table(dataframe=table)})
 
 
-def standard_error(values: list[float]) -> float:
+def standard_error(values: Sequence[float]) -> float:
     """Return the standard error of the mean; 0 for a single value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

@@ -1,11 +1,8 @@
 """What PPO logs of a step, under TRL's names, and how the time of a step was spent.
 
-Called by `deepseek_training.ppo.trainer`.
+`trainer.py` calls it.
 """
 
-import contextlib
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,45 +11,26 @@ from trl.experimental.ppo import PPOConfig
 
 from deepseek_training.ppo.forward import NO_TOKEN
 from deepseek_training.ppo.rollout import Rollout
+from deepseek_training.ppo.stopwatch import Stopwatch
 from deepseek_training.ppo.update import Targets
 
 
-class Stopwatch:
-    """Adds up the seconds spent in each part of a step.
+def speed_metrics(watch: Stopwatch, rollout: Rollout, args: PPOConfig) -> dict[str, float]:
+    """Return episodes and tokens per second (of this process), and each part's share of the time.
 
-    Attributes:
-        seconds: By part: generation, reward, logps (reference and values), update.
+    Args:
+        watch: Of the step.
+        rollout: The step's.
+        args: The settings.
     """
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("generation", "reward", "logps", "update"), 0.0)
-
-    @contextlib.contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Count what runs inside as a part's time.
-
-        Args:
-            name: The part.
-        """
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-    def metrics(self, rollout: Rollout, args: PPOConfig) -> dict[str, float]:
-        """Return episodes and tokens per second (of this process), and each part's share of the time.
-
-        Args:
-            rollout: The step's.
-            args: The settings.
-        """
-        seconds, total = self.seconds, max(sum(self.seconds.values()), 1e-9)
-        update_tokens = int((rollout.query_responses != NO_TOKEN).sum()) * args.num_ppo_epochs
-        return {
-            "eps": args.batch_size / total,
-            "rollout_tokens_per_second": int(rollout.lengths.sum()) / max(seconds["generation"], 1e-9),
-            "update_tokens_per_second": update_tokens / max(seconds["update"], 1e-9),
-            **{f"time/{name}_share": value / total for name, value in seconds.items()},
-        }
+    seconds, total = watch.seconds, max(sum(watch.seconds.values()), 1e-9)
+    update_tokens = int((rollout.query_responses != NO_TOKEN).sum()) * args.num_ppo_epochs
+    return {
+        "eps": args.batch_size / total,
+        "rollout_tokens_per_second": int(rollout.lengths.sum()) / max(seconds["generation"], 1e-9),
+        "update_tokens_per_second": update_tokens / max(seconds["update"], 1e-9),
+        **{f"time/{name}_share": value / total for name, value in seconds.items()},
+    }
 
 
 def step_means(rollout: Rollout, targets: Targets, stats: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -1,19 +1,16 @@
-"""What PPO plays before it learns: prompts batched, completions sampled, logps and scores taken.
+"""A batch of completions: how prompts are padded, completions sampled, and what is kept about them.
 
-Called by `deepseek_training.ppo.trainer`. TRL tells padding from text by comparing token ids, which hides every eos
-when pad and eos are one token; here padding is `NO_TOKEN`, an id no tokenizer has, and TRL's functions work with it
-(they replace padding by token 0 under the mask before the model sees it).
+`player.py` fills a `Rollout`, `update.py` learns from it. TRL tells padding from text by comparing token ids, which
+hides every eos when pad and eos are one token. Here padding is `NO_TOKEN`, an id that no tokenizer has. TRL's own
+functions work with it: under the mask they replace padding by token 0 before the model sees it.
 """
 
-import asyncio
 import dataclasses
-import inspect
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 from trl.experimental.ppo.ppo_trainer import INVALID_LOGPROB, batch_generation, truncate_response
 from trl.experimental.utils import first_true_indices
 from trl.trainer.utils import selective_log_softmax
@@ -75,48 +72,6 @@ class PromptCollator:
             ids[i, width - len(row["input_ids"]) :] = torch.tensor(row["input_ids"])
         columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("input_ids", "attention_mask")}
         return {"input_ids": ids, **columns}
-
-
-async def _wait(scores: Awaitable[list[float | None]]) -> list[float | None]:
-    return await scores
-
-
-class RewardAdapter(nn.Module):
-    """A reward callable in the place where TRL wants a reward model.
-
-    Args:
-        reward: ``(prompts, completions, completion_ids, **columns) -> list[float | None]``; may be async, as for GRPO.
-        tokenizer: Turns token ids into the text that the reward reads.
-    """
-
-    def __init__(self, reward: Callable[..., list[float | None]], tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__()
-        self.reward = reward
-        self.tokenizer = tokenizer
-
-    def score(self, rollout_ids: list[list[int]], prompts: list[Any], **kwargs: Any) -> tuple[torch.Tensor, list[str]]:
-        """Return [B] scores and the decoded completions.
-
-        Args:
-            rollout_ids: The completions' token ids, eos included, no padding.
-            prompts: What the reward reads as prompts.
-            kwargs: Data columns and extras for the reward.
-
-        Raises:
-            ValueError: Another number of scores than completions, or a score that is missing or not finite.
-        """
-        completions = self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
-        scores = self.reward(prompts=prompts, completions=completions, completion_ids=rollout_ids, **kwargs)
-        if inspect.isawaitable(scores):
-            scores = asyncio.run(_wait(scores))
-        if len(scores) != len(completions):
-            raise ValueError(f"reward: {len(scores)} scores for {len(completions)} completions")
-        if any(score is None for score in scores):
-            raise ValueError("reward: no part could score a completion, and PPO needs a score for each")
-        scores = torch.tensor([float(score) for score in scores])
-        if not torch.isfinite(scores).all():
-            raise ValueError(f"reward: a score is {scores[~torch.isfinite(scores)][0].item()}, wanted a finite number")
-        return scores, completions
 
 
 def sample(

@@ -11,7 +11,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,17 +23,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from deepseek_training.ppo.checkpoint import (
-    finish_checkpoint,
-    last_checkpoint,
-    load_checkpoint,
+from deepseek_training.ppo.checkpoint import PPOCheckpoints, last_checkpoint
+from deepseek_training.ppo.evaluation import evaluate_prompts, mean_metrics, show_samples
+from deepseek_training.ppo.metrics import count_eos, mean_by_name, speed_metrics, step_means
+from deepseek_training.ppo.player import Player
+from deepseek_training.ppo.reward_adapter import (
+    RewardAdapter,
+    RewardError,
     load_reward_state,
+    raise_together,
     reward_state,
 )
-from deepseek_training.ppo.evaluation import evaluate_prompts, mean_metrics, show_samples
-from deepseek_training.ppo.metrics import Stopwatch, count_eos, mean_by_name, step_means
-from deepseek_training.ppo.play import RewardError, play, raise_together
-from deepseek_training.ppo.rollout import PromptCollator, RewardAdapter, Rollout
+from deepseek_training.ppo.rollout import PromptCollator, Rollout
 from deepseek_training.ppo.setup import (
     check_prompts,
     check_settings,
@@ -42,6 +42,7 @@ from deepseek_training.ppo.setup import (
     disable_functional_dropout,
     stock_parts_replaced,
 )
+from deepseek_training.ppo.stopwatch import Stopwatch
 from deepseek_training.ppo.update import Targets, compute_targets, micro_batch_loss
 from deepseek_training.ppo.value import value_model_for
 from deepseek_training.trainer.divergence import refuse_divergence
@@ -65,6 +66,10 @@ class CorrectedPPOTrainer(PPOTrainer):
         callbacks: More callbacks.
         peft_config: Makes the policy a LoRA one.
         prompt_column: The column passed to the reward as its prompts; without it the prompts are decoded.
+        num_eval_samples: Completions of each held-out prompt in `evaluate`, whose mean counts.
+
+    Attributes:
+        last_evaluation: What the last `evaluate` measured, one list per column, one value per prompt.
 
     Raises:
         ValueError: A setting with which training could not begin or never end.
@@ -85,6 +90,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         peft_config: Any = None,
         optimizers: tuple[Any, ...] = (None, None),
         prompt_column: str = "prompt",
+        num_eval_samples: int = 1,
     ) -> None:
         check_settings(args, processing_class, model.config)
         check_prompts(args, model.config, train_dataset, eval_dataset)
@@ -109,13 +115,23 @@ class CorrectedPPOTrainer(PPOTrainer):
                 peft_config=peft_config,
             )
         self.is_distributed_loading_by_transformers = False  # Trainer's own constructor, which TRL skips, sets it
-        self.prompt_column = prompt_column
+        self.num_eval_samples = num_eval_samples
         self.last_evaluation: dict[str, list[Any]] = {}
-        self.num_eval_samples = 1
-        self.saved_reference: Path | None = None
-        self._metrics: dict[str, list[float]] = {}
-        self.extra_columns: dict[str, list[Any]] = {}
-        self.watch = Stopwatch()
+        self.player = Player(
+            args=args,
+            accelerator=self.accelerator,
+            model=self.model,
+            ref_model=self.ref_model,
+            reward_model=self.reward_model,
+            tokenizer=processing_class,
+            stop_token_id=self.stop_token_id,
+            prompt_column=prompt_column,
+            state=self.state,
+            adapter_off=self.null_ref_context,
+        )
+        self.checkpoints = PPOCheckpoints(
+            args, self.accelerator, model=self.model, ref_model=self.ref_model, reward_model=self.reward_model
+        )
         for module in (self.policy_model, self.ref_model, self.value_model):
             if module is not None:
                 disable_functional_dropout(module)
@@ -170,7 +186,7 @@ class CorrectedPPOTrainer(PPOTrainer):
             if checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True: {args.output_dir} holds no whole checkpoint")
         if checkpoint:
-            load_checkpoint(self, checkpoint)
+            self.checkpoints.load(checkpoint, self.state, self.optimizer, self.lr_scheduler)
         self.model.train()
 
     def _tell_routers(self, num_passes: int | None) -> None:
@@ -200,16 +216,16 @@ class CorrectedPPOTrainer(PPOTrainer):
 
     def _play_or_save(self, batch: dict[str, Any]) -> Rollout:
         """Play; if a reward fails in any process, every process saves the last whole update and stops."""
-        state = copy.deepcopy(reward_state(self))
+        state = copy.deepcopy(reward_state(self.reward_model))
         rollout, failure = None, None
         try:
-            rollout = play(self, batch)
+            rollout = self.player.play(batch)
         except RewardError as error:
             failure = error
         try:
             raise_together(failure)
         except RewardError:
-            load_reward_state(self, state)  # parts called before the one that failed have moved on
+            load_reward_state(self.reward_model, state)  # parts called before the one that failed have moved on
             self._save_checkpoint(self.model, trial=None)
             raise
         return rollout
@@ -254,7 +270,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         """
         args = self.args
         logged: dict[str, list[torch.Tensor]] = {}
-        with self.watch.time("update"):
+        with self.player.watch.time("update"):
             for _ in range(args.num_ppo_epochs):
                 order = torch.from_numpy(np.random.permutation(args.local_batch_size)).to(self.accelerator.device)
                 for mini_batch in order.split(args.local_mini_batch_size):
@@ -319,8 +335,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("eval_dataset: none was given, neither to the trainer nor to evaluate()")
-        with self._training_figures_kept():
-            self.last_evaluation = evaluate_prompts(self, dataset)
+        self.last_evaluation = self._complete(dataset)
         metrics = mean_metrics(self.last_evaluation, metric_key_prefix)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -338,38 +353,30 @@ class CorrectedPPOTrainer(PPOTrainer):
             return
         count = min(self.args.per_device_eval_batch_size, len(self.eval_dataset)) if sampling else None
         dataset = self.eval_dataset if count is None else self.eval_dataset.select(range(count))
-        with self._training_figures_kept():
-            columns = evaluate_prompts(self, dataset)
+        columns = self._complete(dataset)
         if self.accelerator.is_main_process:
             show_samples(self.processing_class.batch_decode(list(dataset["input_ids"])), columns, self.args.report_to)
 
-    @contextlib.contextmanager
-    def _training_figures_kept(self) -> Iterator[None]:
-        """Keep what an evaluation measures out of the next step's log."""
-        kept = self._metrics, self.watch
-        self._metrics, self.watch = {}, Stopwatch()
-        try:
-            yield
-        finally:
-            self._metrics, self.watch = kept
-
-    def log_metric(self, name: str, value: float) -> None:
-        """What rewards receive as ``log_metric``; values are averaged over the processes at the next log."""
-        self._metrics.setdefault(name, []).append(value)
+    def _complete(self, dataset: Dataset) -> dict[str, list[Any]]:
+        """Complete and score held-out prompts; the next step's log holds nothing of it."""
+        with self.player.figures_kept():
+            return evaluate_prompts(
+                self.player, dataset, self.data_collator, num_samples=self.num_eval_samples, seed=self.local_seed
+            )
 
     def _log_step(self, rollout: Rollout, targets: Targets, stats: dict[str, torch.Tensor]) -> None:
         """Log under TRL's names, and the gradient's norm, the reward's parts and the share of time beside them."""
         own = {name: float(value) for name, value in step_means(rollout, targets, stats).items()}
-        own.update({name: float(np.mean(values)) for name, values in self._metrics.items()})
+        own.update({name: float(np.mean(values)) for name, values in self.player.metrics.items()})
         metrics = mean_by_name(gather_object([own]))
         ratios = self.accelerator.gather(stats["ratio"])
         metrics["val/ratio_var"] = ratios.var().item() if len(ratios) > 1 else 0.0
         metrics["val/num_eos_tokens"] = sum(gather_object([count_eos(rollout, self.processing_class)]))
-        metrics.update(self.watch.metrics(rollout, self.args))
+        metrics.update(speed_metrics(self.player.watch, rollout, self.args))
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode
-        self._metrics.clear()
-        self.watch = Stopwatch()
+        self.player.metrics.clear()
+        self.player.watch = Stopwatch()
         self.log(metrics)
         figures = {name: value for name, value in metrics.items() if name.startswith("loss/") or name == "grad_norm"}
         refuse_divergence(self.model, self.state.global_step, self.args.learning_rate, figures)
@@ -392,4 +399,4 @@ class CorrectedPPOTrainer(PPOTrainer):
             super(PPOTrainer, self)._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        finish_checkpoint(self)
+        self.checkpoints.finish(self.state)

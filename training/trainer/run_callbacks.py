@@ -10,16 +10,24 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from deepseek_records.run_folder import METRICS_FILE, RunFolder, write_text
 from deepseek_training.balance.training_figures import TrainingFigures
 
+# TRL's PPO names of figures that the card and the report read under the names of the other stages.
+_ALSO_CALLED = {
+    "objective/scores": "reward",
+    "objective/kl": "kl",
+    "policy/entropy_avg": "entropy",
+    "lr": "learning_rate",
+}
+
 
 class MetricsFile(TrainerCallback):
-    """Writes each line of the trainer's log into the run folder.
+    """Writes each line of a trainer's log into the run folder; the closing line of times is left to the summary.
 
     Args:
         run: The run.
         figures: Whose load of the experts, too large for a tracker, goes into the file too.
     """
 
-    def __init__(self, run: RunFolder, figures: TrainingFigures) -> None:
+    def __init__(self, run: RunFolder, figures: TrainingFigures | None = None) -> None:
         self.run = run
         self.figures = figures
 
@@ -31,13 +39,12 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append training and evaluation lines; the closing line of times is left to the summary."""
-        if not state.is_world_process_zero or not logs:
-            return
-        if "loss" not in logs and not any(key.startswith("eval_") for key in logs):
+        """Append the line."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         row = {"step": state.global_step, **{key: finite_or_none(value) for key, value in logs.items()}}
-        if "loss" in logs and self.figures.tokens_per_expert:
+        row.update({other: row[name] for name, other in _ALSO_CALLED.items() if name in row})
+        if "loss" in logs and self.figures is not None and self.figures.tokens_per_expert:
             row["tokens_per_expert"] = self.figures.tokens_per_expert
         self.run.log(row)
 
@@ -102,14 +109,15 @@ def drop_metrics_after(run: RunFolder, step: int) -> None:
     write_text(run.path / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def log_closing_line(run: RunFolder, row: dict[str, Any]) -> None:
-    """Append a run's last line, unless a run stopped right after it has left it there.
+def log_once(run: RunFolder, row: dict[str, Any]) -> None:
+    """Append a line that stands outside the training, unless an earlier, interrupted attempt has left it there.
 
     Args:
         run: The run.
-        row: The line.
+        row: The line, with its ``step``.
     """
-    if run.metrics[-1:] != [row]:
+    logged = run.metrics if (run.path / METRICS_FILE).exists() else []
+    if not any(other["step"] == row["step"] and other.keys() == row.keys() for other in logged):
         run.log(row)
 
 

@@ -74,7 +74,7 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
         assert last_checkpoint(tmp_path).name == "checkpoint-2"
-        with pytest.raises(FileNotFoundError, match="no whole PPO checkpoint"):
+        with pytest.raises(FileNotFoundError, match="expected a whole PPO checkpoint"):
             trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-3")
         path.write_bytes(content)
 
@@ -106,7 +106,7 @@ def test_true_takes_the_newest_checkpoint(tmp_path):
 def test_a_checkpoint_of_weights_alone_is_one_line(tmp_path):
     trainer = make_ours(tmp_path, save_strategy="steps", save_steps=3, save_only_model=True)
     trainer.train()
-    with pytest.raises(ValueError, match="no optimizer state") as caught:
+    with pytest.raises(ValueError, match="without optimizer state") as caught:
         trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-3")
     assert "\n" not in str(caught.value)
 

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from deepseek_records.run_folder import RunFolder
+from deepseek_training.data.prompts import encode_prompt, load_prompts
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.recipes.loading import build_recipe, load_recipe
-from deepseek_training.stages.align import align, encode_prompt, load_prompts
+from deepseek_training.stages.align import align
 
 
 def make_recipe(policy_path, **settings):

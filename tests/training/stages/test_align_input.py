@@ -99,9 +99,9 @@ class Failing:
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        (lambda n: [0.5] * (n - 1), "3 scores for 4 completions"),
-        (lambda n: [float("nan")] * n, "wanted a finite number"),
-        (lambda n: [None] * n, "no part could score"),
+        (lambda n: [0.5] * (n - 1), "got 3 scores, expected 4"),
+        (lambda n: [float("nan")] * n, "expected a finite number"),
+        (lambda n: [None] * n, "got no score for a completion"),
         (lambda n: None, "TypeError"),
         (lambda n: 1 / 0, "ZeroDivisionError: division by zero"),
     ],

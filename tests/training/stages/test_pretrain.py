@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.recipes.loading import build_recipe
 from deepseek_training.stages.pretrain import PretrainRecipe, pretrain
-from deepseek_training.trainer import stage_trainer
+from deepseek_training.trainer import run_start, stage_trainer
 from deepseek_training.trainer.checkpoints import MARKER_FILE
 
 # Figures of time and memory differ from run to run; everything else in the log must not.
@@ -177,7 +177,7 @@ def test_another_run_is_not_overwritten(finished, tiny_settings):
 def test_trackio_is_used_where_it_is_installed(tiny_settings, monkeypatch):
     recipe = build_recipe({**tiny_settings, "report_to": None}, PretrainRecipe)
     for found in (None, object()):
-        monkeypatch.setattr(stage_trainer.importlib.util, "find_spec", lambda name, found=found: found)
-        assert stage_trainer.choose_trackers(recipe) == (["trackio"] if found else [])
+        monkeypatch.setattr(run_start.importlib.util, "find_spec", lambda name, found=found: found)
+        assert run_start.choose_trackers(recipe) == (["trackio"] if found else [])
     named = build_recipe({**tiny_settings, "report_to": ["wandb"]}, PretrainRecipe)
-    assert stage_trainer.choose_trackers(named) == ["wandb"]
+    assert run_start.choose_trackers(named) == ["wandb"]

@@ -7,11 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepseek_records.run_folder import RunFolder
+from deepseek_training.data.conversations import load_conversations, to_messages
 from deepseek_training.data.texts import load_texts
 from deepseek_training.data.tokenizer import train_tokenizer
 from deepseek_training.recipes.loading import load_recipe
 from deepseek_training.recipes.sft import SftRecipe
-from deepseek_training.stages.sft import load_conversations, measure_answers, sft, to_messages
+from deepseek_training.stages.sft import sft
+from deepseek_training.trainer.answers import HeldOutAnswers
 from deepseek_training.trainer.run_callbacks import ProgressBar
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
@@ -101,7 +103,7 @@ def test_the_loss_is_of_the_answers_only(make_recipe, base_path):
     recipe = make_recipe()
     tokenizer, model = AutoTokenizer.from_pretrained(base_path), AutoModelForCausalLM.from_pretrained(base_path)
     rows = load_conversations(recipe, "validation")
-    measured = measure_answers(model, tokenizer, rows, recipe)
+    measured = HeldOutAnswers("mine", rows, tokenizer).measure(model, recipe)
     nats = num_bytes = num_tokens = 0
     for row in rows:  # one by one, without padding
         asked = tokenizer(f"<|begin|>User: {row['prompt']}\n\nAssistant:", add_special_tokens=False)["input_ids"]

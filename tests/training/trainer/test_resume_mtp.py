@@ -3,6 +3,7 @@
 import torch
 from transformers import TrainingArguments
 
+from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.trainer.stage_trainer import StageTrainer
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 from modeling_deepseek.training_pass import set_accumulation_steps
@@ -13,7 +14,8 @@ def test_prediction_layers_come_back_from_a_checkpoint(tmp_path):
     saved, resumed = DeepseekForCausalLM(config), DeepseekForCausalLM(config)
     saved.save_pretrained(tmp_path / "checkpoint-1")
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    trainer = StageTrainer(recipe=None, held_out={}, model=resumed, args=arguments)
+    recipe = TrainerSettings(max_steps=1, learning_rate=1e-3)
+    trainer = StageTrainer(recipe, [], dataset=None, model=resumed, args=arguments)
     trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
     wanted, found = saved.state_dict(), resumed.state_dict()
     assert wanted.keys() == found.keys()

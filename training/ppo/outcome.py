@@ -1,0 +1,127 @@
+"""What the align stage measures before and after, and what it leaves: results, gain, samples, models.
+
+The gain is judged pairwise, prompt by prompt with the same random numbers: prompts differ far more among themselves
+than a prompt's rewards before and after. The unpaired error is reported beside it.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from deepseek_records.run_folder import METRICS_FILE, RunFolder, write_json
+from deepseek_records.summary import Check, Gain, Result, Sample, When
+from deepseek_training.ppo.evaluation import standard_error
+from deepseek_training.ppo.trainer import CorrectedPPOTrainer
+from deepseek_training.ppo.value import merged, without_adapter
+
+METRIC_NAMES = ("reward", "reward_relevance", "reward_safety", "reward_diversity", "kl", "length_tokens")
+NUM_SAMPLES = 6
+
+
+def evaluate_once(trainer: CorrectedPPOTrainer, run: RunFolder) -> dict[str, list[Any]]:
+    """Return the start model's evaluation; a resumed run reads it instead of logging it again.
+
+    Args:
+        trainer: Before its training.
+        run: The run folder, where a file keeps it.
+    """
+    path = run.path / "before.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    if trainer.accelerator.is_main_process:
+        (run.path / METRICS_FILE).unlink(missing_ok=True)  # left by an evaluation that was interrupted
+    trainer.evaluate(metric_key_prefix="before")
+    if trainer.accelerator.is_main_process:
+        write_json(path, trainer.last_evaluation)
+    trainer.accelerator.wait_for_everyone()
+    return trainer.last_evaluation
+
+
+def measure_gain(before: Sequence[float], after: Sequence[float]) -> Gain:
+    """Return what the rewards of the same prompts have risen by.
+
+    Args:
+        before: One reward per prompt.
+        after: The same prompts', in the same order.
+    """
+    gains = [new - old for old, new in zip(before, after, strict=True)]
+    unpaired = math.hypot(standard_error(before), standard_error(after))
+    return Gain(
+        value=sum(gains) / len(gains), stderr_paired=standard_error(gains), stderr_unpaired=unpaired, n=len(gains)
+    )
+
+
+def gain_check(gain: Gain, bound: float) -> Check:
+    """Return the summary's line on the target.
+
+    Args:
+        gain: What was measured.
+        bound: Least gain in paired standard errors.
+    """
+    ratio = gain.value / gain.stderr_paired if gain.stderr_paired else 0.0
+    return Check.compare("held-out reward gain, in paired standard errors", ratio, ">=", bound)
+
+
+def reward_rows(dataset: str, when: When, columns: dict[str, list[Any]]) -> tuple[Result, ...]:
+    """Return the summary's lines on one evaluation.
+
+    Args:
+        dataset: The prompts, as the recipe names them.
+        when: ``before`` or ``after``.
+        columns: One list per metric, one value per prompt.
+    """
+    return tuple(
+        Result(
+            metric=name,
+            dataset=dataset,
+            split="validation",
+            when=when,
+            value=sum(columns[name]) / len(columns[name]),
+            stderr=standard_error(columns[name]),
+            n=len(columns[name]),
+        )
+        for name in METRIC_NAMES
+        if name in columns
+    )
+
+
+def pair_samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> tuple[Sample, ...]:
+    """Return a few prompts with what the model made of them before and after.
+
+    Args:
+        prompts: The held-out prompts.
+        before: Their completions by the start model.
+        after: Their completions by the aligned one.
+    """
+    picks = range(0, len(prompts), max(1, len(prompts) // NUM_SAMPLES))[:NUM_SAMPLES]
+    columns: tuple[tuple[When, Sequence[str]], ...] = (("before", before), ("after", after))
+    return tuple(
+        Sample(prompt=prompts[i], completion=completions[i], when=when) for i in picks for when, completions in columns
+    )
+
+
+def save_models(trainer: CorrectedPPOTrainer, run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the policy to ``model/``, beside it ``value_model/`` and ``reference/``, each loadable by itself.
+
+    With LoRA the adapters are merged into the weights there; the policy's also lies in ``adapter/``.
+
+    Args:
+        trainer: After training.
+        run: The run folder.
+        tokenizer: Saved beside each model.
+    """
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    policy, value_model = unwrapped.policy, unwrapped.value_model
+    if trainer.ref_model is None:
+        policy.save_pretrained(run.path / "adapter")
+    builders = {
+        "reference": lambda: without_adapter(policy) if trainer.ref_model is None else trainer.ref_model,
+        "value_model": lambda: merged(value_model),
+        "model": lambda: merged(policy),
+    }
+    for name, build in builders.items():  # one at a time, for each may be a copy
+        build().save_pretrained(run.path / name)
+        tokenizer.save_pretrained(run.path / name)

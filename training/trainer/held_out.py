@@ -1,0 +1,68 @@
+"""Held-out sets as the stages score them, and the figures that come of it."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from deepseek_training.data.packing import cut_to_share, encode_documents
+from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
+from deepseek_training.trainer.bigram import BigramModel
+from deepseek_training.trainer.bits_per_byte import BitsPerByte, measure_bigram, measure_model
+
+
+class HeldOutSet(Protocol):
+    """A held-out set that a stage can score."""
+
+    name: str
+
+    def measure(self, model: Any, recipe: TrainerSettings) -> BitsPerByte:
+        """Return the model's bits per byte on this set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Held-out documents.
+
+    Attributes:
+        name: As it appears in the figures.
+        texts: The texts.
+        documents: Their tokens.
+        num_bytes: Their UTF-8 bytes.
+    """
+
+    name: str
+    texts: list[str]
+    documents: Sequence[np.ndarray]
+    num_bytes: int
+
+    @classmethod
+    def prepare(cls, name: str, texts: Sequence[str], tokenizer: Any, max_bytes: int | None) -> "HeldOut":
+        """Return the set, shortened to `max_bytes` and encoded."""
+        texts = cut_to_share(texts, max_bytes)
+        return cls(name, texts, encode_documents(texts, tokenizer), sum(len(text.encode()) for text in texts))
+
+    def measure(self, model: Any, recipe: TrainerSettings) -> BitsPerByte:
+        """Return the model's bits per byte on this set."""
+        return measure_model(
+            model,
+            self.documents,
+            self.num_bytes,
+            sequence_length=recipe.sequence_length,
+            batch_size=recipe.batch_size,
+        )
+
+    def measure_bigram(self, bigram: BigramModel, recipe: TrainerSettings) -> BitsPerByte:
+        """Return a bigram's bits per byte on this set."""
+        return measure_bigram(bigram, self.documents, self.num_bytes, sequence_length=recipe.sequence_length)
+
+
+def measure_sets(held_out: Iterable[HeldOutSet], model: Any, recipe: TrainerSettings) -> dict[str, BitsPerByte]:
+    """Return the model's bits per byte on each set, by the set's name."""
+    return {one.name: one.measure(model, recipe) for one in held_out}
+
+
+def bits_figures(measured: dict[str, BitsPerByte]) -> dict[str, float]:
+    """Return ``eval_<name>_bits_per_byte`` of each set, as the log carries it."""
+    return {f"eval_{name}_bits_per_byte": value.value for name, value in measured.items()}

@@ -1,0 +1,68 @@
+"""A model from scratch, as a pretrain recipe describes it, and what every model must fit."""
+
+from pathlib import Path
+
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe, TrainerSettings
+from deepseek_training.trainer.engine import building_as_configured
+from deepseek_training.trainer.expert_parallel import split_experts
+from modeling_deepseek import DeepseekConfig
+
+
+def new_model(
+    recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, folder: Path
+) -> PreTrainedModel:
+    """Return a new model of the recipe's preset with the tokenizer's vocabulary, initialized from the seed.
+
+    Args:
+        recipe: The settings.
+        tokenizer: Its size and special tokens go into the configuration.
+        args: The trainer's arguments.
+        folder: The run's, where a model that is split over processes lies for a while.
+    """
+    vocabulary = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = model_config(recipe, **vocabulary)
+    with building_as_configured(args):
+        set_seed(recipe.seed)
+        model = AutoModelForCausalLM.from_config(config)
+        model.set_experts_implementation(recipe.experts_implementation)
+    if recipe.expert_parallel_size > 1:
+        model = split_experts(model, recipe.expert_parallel_size, folder, args)
+    return model
+
+
+def model_config(recipe: PretrainRecipe, **vocabulary: int | None) -> DeepseekConfig:
+    """Return the configuration of the recipe's model.
+
+    Args:
+        recipe: The settings.
+        **vocabulary: Settings that the tokenizer decides; the recipe's own win.
+
+    Raises:
+        ValueError: A setting of the model is refused, or the blocks are longer than its context.
+    """
+    config = DeepseekConfig.from_preset(recipe.preset, **{**vocabulary, **recipe.model})
+    check_context(recipe, config)
+    return config
+
+
+def check_context(recipe: TrainerSettings, config: PreTrainedConfig) -> None:
+    """Raise a one-line ValueError if the blocks do not fit the model's context."""
+    if recipe.sequence_length > config.max_position_embeddings:
+        raise ValueError(
+            f"sequence_length={recipe.sequence_length} must be at most the model's context "
+            f"(max_position_embeddings={config.max_position_embeddings})"
+        )
