@@ -56,7 +56,7 @@ ALLOWANCE: dict[str, tuple[int, ...]] = {
     "serving": (0, 1, 1, 7),
     "cli": (12, 21, 1, 14),
     "dev": (14, 1, 1, 0),
-    "docs": (29, 0, 6, 31),
+    "docs": (25, 0, 6, 30),
 }
 
 
