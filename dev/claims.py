@@ -13,6 +13,7 @@ What counts as a figure says ``figures_in_markdown.py``. ``docs/claims.yaml`` be
 
 import argparse
 import hashlib
+import json
 import math
 import re
 import shlex
@@ -282,10 +283,11 @@ def _stub(page: str, text: str, passage: tuple[int, int]) -> str:
     inside = [figure.text for figure in find_figures(text) if start <= figure.start and figure.end <= end]
     values = ", ".join(f"{number:g}" for number in dict.fromkeys(numbers_in(" ".join(inside))))
     values = values if not region else "FILL IN THE MAIN ONES"
-    place = f'text: "{shown}"'
+    place = f"text: {json.dumps(shown, ensure_ascii=False)}"
     if region:
         kind = "table" if text[start:].lstrip().startswith("|") else "block"
-        place = f'{kind}: "{region[0].first_line[:60]}", digest: {digest_of(text, [passage])}'
+        first = json.dumps(region[0].first_line[:60], ensure_ascii=False)
+        place = f"{kind}: {first}, digest: {digest_of(text, [passage])}"
     line = text[:start].count("\n") + 1
     return f"""{page}:{line}: not in docs/claims.yaml. Paste under claims (or under not_claims, with why):
 - id: FILL-IN
