@@ -2,6 +2,8 @@
 
 import argparse
 
+from deepseek_cli.stage_end import close_with_targets
+
 HELP = "Continue a model on a domain with replayed general text (stage 2)."
 EXAMPLES = """
   deepseek-moe adapt adapt-debug --model runs/first/model --output runs/second
@@ -38,4 +40,4 @@ def run(args: argparse.Namespace) -> int:
         for check in summary.checks:
             print(f"{check.dataset}: bits per byte {check.value:+.1%} ({'ok' if check.passed else 'missed'})")
         print(f"model in {args.output}/model after {summary.seconds:.0f} s")
-    return 1 if summary.missed else 0
+    return close_with_targets(args, summary.missed)

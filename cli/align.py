@@ -2,6 +2,8 @@
 
 import argparse
 
+from deepseek_cli.stage_end import close_with_targets
+
 HELP = "Align a model with PPO under 0.7 relevance + 0.2 safety + 0.1 diversity."
 EXAMPLES = """
   deepseek-moe align align-demo --model runs/demo/adapt/model --output runs/align
@@ -34,4 +36,5 @@ def run(args: argparse.Namespace) -> int:
     if PartialState().is_main_process and gain is not None:
         error = f"paired standard error {gain.stderr_paired:.4f}"
         print(f"held-out reward {gain.value:+.4f} ({error}, n {gain.n})")
-    return 0
+        print(f"model in {args.output}/model after {summary.seconds:.0f} s")
+    return close_with_targets(args, summary.missed)

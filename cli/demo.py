@@ -1,8 +1,8 @@
 """``deepseek-moe demo``: the whole path at small size, offline, on the embedded data.
 
 Joins the parts: each stage is the very function its own subcommand runs (`pretrain`, `adapt`, `sft`, `align`,
-`evaluate`, `card`), with an embedded recipe. Surprising: a stage that was interrupted starts afresh on the next run,
-and one that finished is never run twice, so that an interrupted demo ends with the figures of an uninterrupted one.
+`evaluate`, `card`), with an embedded recipe. A stage that was interrupted goes on from its last checkpoint, and one
+that finished is never run twice; an interrupted demo ends with the figures of an uninterrupted one.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek_cli.stage_end import close_with_targets
 from deepseek_records.summary import Summary
 
 HELP = "Run the whole path at small size, offline: pretrain, adapt, sft, align, evaluate, model card, report."
@@ -19,8 +20,9 @@ EXAMPLES = """
   deepseek-moe demo
   deepseek-moe demo --output runs/second --size debug
 """
-MAX_SECONDS = 8 * 60
-MAX_MEMORY_GIB = 6.0
+# What the demo took where its figures were measured; more is worth a note on another machine, not a failure.
+STATED_SECONDS = 8 * 60
+STATED_MEMORY_GIB = 6.0
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,18 @@ class Size:
         recipe_suffix: Ending of the embedded recipes' names.
         limit: Items a task: MMLU questions of each of the 57 subjects, HumanEval problems; a task not named is whole.
         max_new_tokens: Tokens written for a HumanEval problem.
-        has_bars: Whether the bars on quality hold at this size.
+        has_targets: Whether the targets of quality hold at this size.
     """
 
     recipe_suffix: str
     limit: dict[str, int]
     max_new_tokens: int
-    has_bars: bool
+    has_targets: bool
 
 
 SIZES = {
-    "demo": Size("demo", limit={"mmlu": 2}, max_new_tokens=96, has_bars=True),
-    "debug": Size("debug", limit={"mmlu": 1, "humaneval": 8}, max_new_tokens=16, has_bars=False),
+    "demo": Size("demo", limit={"mmlu": 2}, max_new_tokens=96, has_targets=True),
+    "debug": Size("debug", limit={"mmlu": 1, "humaneval": 8}, max_new_tokens=16, has_targets=False),
 }
 
 
@@ -50,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--output", default="runs/demo", help="folder of the demo's runs")
     parser.add_argument(
-        "--size", choices=sorted(SIZES), default="demo", help="debug: every step in about a minute, bars not checked"
+        "--size",
+        choices=sorted(SIZES),
+        default="demo",
+        help="debug: every step in about a minute, targets not checked",
     )
     parser.add_argument("--overwrite", action="store_true", help="start again even where stages have finished")
 
@@ -63,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     for number, (name, stage) in enumerate(STAGES.items(), start=1):
         _run_stage(root / name, f"[{number}/{len(STAGES) + 1}] {name}", lambda out, stage=stage: stage(out, size))
     print(f"[{len(STAGES) + 1}/{len(STAGES) + 1}] model card and report", flush=True)
-    return _close(root, size)
+    return close_with_targets(args, _close(root, size))
 
 
 def _prepare(root: Path, size_name: str, *, overwrite: bool) -> None:
@@ -90,17 +95,13 @@ def _prepare(root: Path, size_name: str, *, overwrite: bool) -> None:
 
 
 def _run_stage(output: Path, title: str, stage: Callable[[Path], Any]) -> None:
-    """Run one stage unless it has finished; what an interrupted one left is deleted first."""
+    """Run one stage, or the rest of it, unless it has finished."""
     from deepseek_records.run_folder import RunFolder
 
     if RunFolder(output).is_finished:
         print(f"{title}: done before, in {output}", flush=True)
         return
-    if output.exists():
-        print(f"{title}: was interrupted, starts afresh", flush=True)
-        shutil.rmtree(output)
-    else:
-        print(title, flush=True)
+    print(f"{title}: was interrupted, goes on" if output.exists() else title, flush=True)
     stage(output)
 
 
@@ -157,8 +158,8 @@ STAGES: dict[str, Callable[[Path, Size], Any]] = {
 }
 
 
-def _close(root: Path, size: Size) -> int:
-    """Write card and report, print the table, and tell by the exit code whether every bar holds."""
+def _close(root: Path, size: Size) -> list[str]:
+    """Write card and report, print the table, and return the targets that were missed."""
     from deepseek_model_cards.benchmarks import chance_level, compare_to_chance
     from deepseek_model_cards.card.card import write_card
     from deepseek_model_cards.report.report import summary_table, write_report
@@ -176,19 +177,11 @@ def _close(root: Path, size: Size) -> int:
         print(f"  {row.dataset} {row.metric}: {score}, {compare_to_chance(row, chance_level(row))}")
     print(f"\nmodel card  {card}\nreport      {report}\nmodel       {root / 'align' / 'model'}")
     seconds, memory_gib = _cost(summaries)
-    print(
-        f"\nstages took {seconds:.0f} s (bar {MAX_SECONDS} s on two CPU cores); "
-        f"this process took at most {memory_gib:.1f} GiB (bar {MAX_MEMORY_GIB:g} GiB)"
-    )
-    missed = [name for summary in summaries for name in summary.missed]
-    if seconds > MAX_SECONDS:
-        missed.append(f"within {MAX_SECONDS} s")
-    if memory_gib > MAX_MEMORY_GIB:
-        missed.append(f"under {MAX_MEMORY_GIB:g} GiB")
-    if missed and size.has_bars:
-        print(f"\nmissed: {', '.join(missed)}")
-        return 1
-    return 0
+    print(f"\nstages took {seconds:.0f} s; this process took at most {memory_gib:.1f} GiB")
+    if size.has_targets and (seconds > STATED_SECONDS or memory_gib > STATED_MEMORY_GIB):
+        stated = f"{STATED_SECONDS} s or {STATED_MEMORY_GIB:g} GiB"
+        print(f"note: that is more than the {stated} of two idle CPU cores; a slow or busy machine takes longer")
+    return [name for summary in summaries for name in summary.missed] if size.has_targets else []
 
 
 def _cost(summaries: list[Summary]) -> tuple[float, float]:

@@ -1,9 +1,9 @@
 """The ``deepseek-moe`` command: finds the subcommand, runs it, and turns what users get wrong into one line.
 
 Called by the console script and by ``python -m deepseek_cli.main``. Surprising: nothing heavy is imported here, nor by
-any subcommand's module at its top, so that ``--help`` answers at once; and a `ValueError`, a missing or occupied file
-or a machine that is full ends in one line on stderr and exit code 2 (``--traceback`` shows where it came from), while
-any other exception is a defect of ours and keeps its traceback.
+any subcommand's module at its top, so that ``--help`` answers at once; and a `ValueError` or a missing or occupied
+file ends in one line on stderr and exit code 2, a full disk or another failure on the way in one line and code 1
+(``--traceback`` shows where it came from), while any other exception is a defect of ours and keeps its traceback.
 """
 
 import argparse
@@ -11,9 +11,14 @@ import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
+import traceback
 from importlib import metadata
 from typing import NoReturn
+
+from deepseek_records.exit_codes import BAD_INPUT, FAILED, RunFailedError
+from deepseek_records.stop_signals import Interrupted, close_standard_output, how_to_go_on, stop_signals
 
 SUBCOMMANDS = (
     "demo",
@@ -31,7 +36,8 @@ SUBCOMMANDS = (
 )
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
-_ERRORS_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+_ERRORS_OF_THE_PATH = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+_ERRORS_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 # What safetensors, torch.save and numpy's tofile say in their own exceptions.
 _SIGNS_OF_A_FULL_DISK = ("(os error 28)", "inline_container.cc", "PytorchStreamWriter", " requested and ")
 
@@ -89,35 +95,54 @@ def main(argv: list[str] | None = None) -> int:
         argv: The arguments after the command's name; None takes the process's.
 
     Returns:
-        0 on success, 1 when a run misses one of its own bars, 2 for what the user can mend, 130 after Ctrl-C.
+        A code of `deepseek_records.exit_codes`; 130 after Ctrl-C, 143 after SIGTERM.
     """
-    args = _parse(build_parser(), argv)
-    _quieten_libraries()
-    try:
-        return args.run_command(args)
-    except KeyboardInterrupt:
-        print(f"\n{args.subparser.prog}: interrupted; nothing half-written counts as finished", file=sys.stderr)
-        return 130
-    except Exception as error:
-        message = _message_for_users(error)
-        if args.traceback or message is None:
-            raise
-        print(f"{args.subparser.prog}: error: {message}", file=sys.stderr)
-        return 2
+    prog = "deepseek-moe"
+    with stop_signals() as stop:
+        try:
+            args = _parse(build_parser(), argv)
+            prog = args.subparser.prog
+            _quieten_libraries()
+            return args.run_command(args)
+        except KeyboardInterrupt as error:
+            return _tell_interruption(prog, error, stop.number)
+        except BrokenPipeError:
+            close_standard_output()
+            return FAILED
+        except Exception as error:
+            if stop.number is not None:  # A library has made another exception of it.
+                return _tell_interruption(prog, error, stop.number)
+            told = _message_for_users(error)
+            if told is None:
+                raise
+            if args.traceback:
+                traceback.print_exc()
+            code, message = told
+            print(f"{prog}: error: {message}", file=sys.stderr)
+            return code
 
 
-def _message_for_users(error: Exception) -> str | None:
-    """One line on what the user can mend; None for a defect of ours."""
+def _tell_interruption(prog: str, error: BaseException, number: int | None) -> int:
+    print(f"\n{prog}: interrupted; {how_to_go_on(error)}", file=sys.stderr)
+    return Interrupted(number or signal.SIGINT).exit_code
+
+
+def _message_for_users(error: Exception) -> tuple[int, str] | None:
+    """Exit code and one line on what the user can mend; None for a defect of ours."""
     text = " ".join(str(error).split())
+    if isinstance(error, RunFailedError):
+        return FAILED, text
     if isinstance(error, OSError) and error.errno:
         path = error.filename2 or error.filename  # Of a copy the second: it is there that space was lacking.
-        is_mended = isinstance(error, _USER_ERRORS) or error.errno in _ERRORS_OF_THE_MACHINE
-        return (f"{path}: {error.strerror}" if path else error.strerror) if is_mended else None
+        message = f"{path}: {error.strerror}" if path else error.strerror
+        if error.errno in _ERRORS_OF_THE_MACHINE:
+            return FAILED, message
+        return (BAD_INPUT, message) if isinstance(error, _USER_ERRORS) or error.errno in _ERRORS_OF_THE_PATH else None
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return f"not enough memory ({text[:200]}); take a smaller model, batch or length"
+        return BAD_INPUT, f"not enough memory ({text[:200]}); take a smaller model, batch or length"
     if any(sign in text for sign in _SIGNS_OF_A_FULL_DISK):
-        return f"a file could not be written, is the disk full? ({text[:200]})"
-    return text if isinstance(error, _USER_ERRORS) else None
+        return FAILED, f"a file could not be written, is the disk full? ({text[:200]})"
+    return (BAD_INPUT, text) if isinstance(error, _USER_ERRORS) else None
 
 
 def _read_version() -> str:

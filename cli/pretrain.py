@@ -2,6 +2,7 @@
 
 import argparse
 
+from deepseek_cli.stage_end import close_with_targets
 from deepseek_records.summary import Summary
 
 HELP = "Pretrain a model from scratch on plain text (stage 1)."
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     summary = pretrain(recipe, args.output, overwrite=args.overwrite)
     if PartialState().is_main_process:
         _report(summary, args.output)
-    return 1 if summary.missed else 0
+    return close_with_targets(args, summary.missed)
 
 
 def _report(summary: Summary, output: str) -> None:
@@ -48,5 +49,3 @@ def _report(summary: Summary, output: str) -> None:
             f"({row.baseline_name}: {row.baseline:.4f})"
         )
     print(f"model in {output}/model after {summary.seconds:.0f} s")
-    if summary.missed:
-        print(f"missed: {', '.join(summary.missed)}")

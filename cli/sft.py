@@ -2,6 +2,8 @@
 
 import argparse
 
+from deepseek_cli.stage_end import close_with_targets
+
 HELP = "Teach a model to answer questions, by TRL's SFTTrainer (optional, before align)."
 EXAMPLES = """
   deepseek-moe sft sft-debug --model runs/first/model --output runs/taught
@@ -36,4 +38,4 @@ def run(args: argparse.Namespace) -> int:
         for check in summary.checks:
             print(f"held-out answers: bits per byte {check.value:+.1%} ({'ok' if check.passed else 'missed'})")
         print(f"model and chat template in {args.output}/model after {summary.seconds:.0f} s")
-    return 1 if summary.missed else 0
+    return close_with_targets(args, summary.missed)

@@ -15,6 +15,7 @@ from typing import Any
 
 from deepseek_cli.benchmarks.result_files import write_over_runs
 from deepseek_cli.benchmarks.reward_runs import METHODS, measure_policy, train_policy
+from deepseek_records.exit_codes import MISSED
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.statistics import mean_with_error
 from deepseek_records.summary import Summary
@@ -35,7 +36,6 @@ GAUGES = {
     "kl": "KL, nats a completion",
     "length_tokens": "length, tokens",
 }
-MISSED = 3  # the exit code of a run that missed a target
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         for name in methods:
             run_one(root, name, recipe, args.num_samples, overwrite=args.overwrite)
     results = collect(root, methods, args.seeds)
-    table, is_passed = format_table(results, recipe.min_gain_stderr, args.max_kl)
+    table, is_passed = format_table(results, recipe.min_gain_stderr or 0.0, args.max_kl)
     draw_curves(root, methods, args.seeds, root / "curves.png")
     print(table)
     write_over_runs(root, "rewards", results, table)

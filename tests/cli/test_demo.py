@@ -94,5 +94,5 @@ def test_an_interrupted_demo_ends_with_the_same_figures(demo_folder, tmp_path, s
         assert process.returncode == 130 and "Traceback" not in errors
     done = run_command("demo", "--size", "debug", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "was interrupted, starts afresh" in done.stdout
+    assert "was interrupted, goes on" in done.stdout
     assert figures(root) == figures(demo_folder / "runs/demo")

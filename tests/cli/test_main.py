@@ -281,7 +281,7 @@ def test_a_full_disk(checkpoint, tmp_path, size, commands):
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip("no user namespaces here")
     for name in calls:
-        assert f"\n{name} 2\n" in done.stderr, done.stderr[-3000:]
+        assert f"\n{name} 1\n" in done.stderr, done.stderr[-3000:]
     told = [line for line in done.stderr.splitlines() if ": error: " in line]
     assert len(told) == len(calls) and all("No space left" in line or "disk full?" in line for line in told), told
 

@@ -13,8 +13,10 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from deepseek_records.exit_codes import RunFailedError
 
-class RewardError(RuntimeError):
+
+class RewardError(RunFailedError, RuntimeError):
     """A reward failed in the middle of a run; a checkpoint of the last whole update has been written."""
 
 

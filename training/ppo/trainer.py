@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+from deepseek_records.stop_signals import undeferred
 from deepseek_training.ppo.checkpoint import PPOCheckpoints, last_checkpoint
 from deepseek_training.ppo.evaluation import evaluate_prompts, mean_metrics, show_samples
 from deepseek_training.ppo.metrics import count_eos, mean_by_name, speed_metrics, step_means
@@ -219,9 +220,13 @@ class CorrectedPPOTrainer(PPOTrainer):
         state = copy.deepcopy(reward_state(self.reward_model))
         rollout, failure = None, None
         try:
-            rollout = self.player.play(batch)
+            with undeferred():  # nothing has been learned of this batch yet
+                rollout = self.player.play(batch)
         except RewardError as error:
             failure = error
+        except KeyboardInterrupt:
+            load_reward_state(self.reward_model, state)
+            raise
         try:
             raise_together(failure)
         except RewardError:
@@ -359,7 +364,7 @@ class CorrectedPPOTrainer(PPOTrainer):
 
     def _complete(self, dataset: Dataset) -> dict[str, list[Any]]:
         """Complete and score held-out prompts; the next step's log holds nothing of it."""
-        with self.player.figures_kept():
+        with self.player.figures_kept(), undeferred():
             return evaluate_prompts(
                 self.player, dataset, self.data_collator, num_samples=self.num_eval_samples, seed=self.local_seed
             )

@@ -82,7 +82,9 @@ class AlignRecipe:
     vf_coef: float = setting(0.5, help="weight of the value loss")
     max_grad_norm: float = setting(1.0, help="gradients are clipped to this norm")
     missing_eos_penalty: float | None = setting(None, help="taken off the score of a completion that does not end")
-    min_gain_stderr: float = setting(2.0, help="bar: the held-out reward must rise by this many standard errors")
+    min_gain_stderr: float | None = setting(
+        2.0, help="target: the held-out reward rises by this many standard errors; null: no target"
+    )
     seed: int = setting(0, help="of prompts' order, sampling and the value head")
 
     def __post_init__(self) -> None:

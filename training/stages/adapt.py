@@ -17,6 +17,7 @@ from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from deepseek_training.trainer.expert_parallel import split_experts
 from deepseek_training.trainer.held_out import HeldOut, bits_figures, measure_sets
+from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.new_model import check_context
 from deepseek_training.trainer.outcome import bits_rows, step_tokens, write_samples
 from deepseek_training.trainer.run_callbacks import log_once
@@ -65,24 +66,25 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -
     if args.process_index == 0:
         log_once(run, {"step": 0, **bits_figures(before)})
     trainer = StageTrainer(recipe, held_out, dataset=dataset, model=model, args=args)
-    run_training(trainer, run)
-    after = measure_sets(held_out, trainer.model_wrapped, recipe)
-    trainer.save_result(run, tokenizer)
-    summary = Summary(
-        stage="adapt",
-        base_model=recipe.model,
-        results=bits_rows(before, when="before") + bits_rows(after, when="after"),
-        data=describe_corpora([domain, general], [one.texts for one in held_out]),
-        checks=_checks(recipe, before, after),
-        samples=write_samples(recipe, trainer, tokenizer),
-        seconds=round(time.monotonic() - started, 1),
-        num_training_tokens=recipe.max_steps * step_tokens(recipe, args),
-        replay_share=recipe.replay_share,
-        tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
-    )
-    if trainer.is_first:
-        log_once(run, {"step": recipe.max_steps, **bits_figures(after)})
-        run.finish(summary)
+    with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
+        run_training(trainer, run)
+        after = measure_sets(held_out, trainer.model_wrapped, recipe)
+        trainer.save_result(run, tokenizer)
+        summary = Summary(
+            stage="adapt",
+            base_model=recipe.model,
+            results=bits_rows(before, when="before") + bits_rows(after, when="after"),
+            data=describe_corpora([domain, general], [one.texts for one in held_out]),
+            checks=_checks(recipe, before, after),
+            samples=write_samples(recipe, trainer, tokenizer),
+            seconds=round(time.monotonic() - started, 1),
+            num_training_tokens=recipe.max_steps * step_tokens(recipe, args),
+            replay_share=recipe.replay_share,
+            tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
+        )
+        if trainer.is_first:
+            log_once(run, {"step": recipe.max_steps, **bits_figures(after)})
+            run.finish(summary)
     return summary
 
 

@@ -24,6 +24,7 @@ from deepseek_training.ppo.outcome import (
 )
 from deepseek_training.ppo.reward_bar import RewardBar
 from deepseek_training.recipes.align import AlignRecipe
+from deepseek_training.trainer.interruption import leaving_a_checkpoint, train_until_stopped
 from deepseek_training.trainer.run_start import open_run
 
 __all__ = ["AlignRecipe", "align"]
@@ -60,26 +61,27 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -
     models = {"model": policy, "value_model": value_model, "processing_class": tokenizer, "reward": reward}
     bar = RewardBar("align")
     trainer = build_trainer(recipe, args, run, bar, train_dataset=train, eval_dataset=held_out, **models)
-    before = evaluate_once(trainer, run)
-    with contextlib.closing(bar):
-        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
-    trainer.evaluate(metric_key_prefix="after")
-    after = trainer.last_evaluation
-    gain = measure_gain(before["reward"], after["reward"])
-    summary = Summary(
-        stage="align",
-        results=reward_rows(recipe.prompts, "before", before) + reward_rows(recipe.prompts, "after", after),
-        gain=gain,
-        data=(
-            describe_data(recipe.prompts, "train", train["prompt"], "training"),
-            describe_data(recipe.prompts, "validation", held_out["prompt"], "evaluation"),
-        ),
-        checks=(gain_check(gain, recipe.min_gain_stderr),),
-        samples=pair_samples(held_out["prompt"], before["completion"], after["completion"]),
-        seconds=time.time() - started,
-    )
-    if trainer.accelerator.is_main_process:
-        save_models(trainer, run, tokenizer)
-        run.finish(summary)
+    with leaving_a_checkpoint(trainer, run):
+        before = evaluate_once(trainer, run)
+        with contextlib.closing(bar):
+            train_until_stopped(trainer, last_checkpoint(args.output_dir))
+        trainer.evaluate(metric_key_prefix="after")
+        after = trainer.last_evaluation
+        gain = measure_gain(before["reward"], after["reward"])
+        summary = Summary(
+            stage="align",
+            results=reward_rows(recipe.prompts, "before", before) + reward_rows(recipe.prompts, "after", after),
+            gain=gain,
+            data=(
+                describe_data(recipe.prompts, "train", train["prompt"], "training"),
+                describe_data(recipe.prompts, "validation", held_out["prompt"], "evaluation"),
+            ),
+            checks=() if recipe.min_gain_stderr is None else (gain_check(gain, recipe.min_gain_stderr),),
+            samples=pair_samples(held_out["prompt"], before["completion"], after["completion"]),
+            seconds=time.time() - started,
+        )
+        if trainer.accelerator.is_main_process:
+            save_models(trainer, run, tokenizer)
+            run.finish(summary)
     trainer.accelerator.wait_for_everyone()
     return summary

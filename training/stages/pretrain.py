@@ -15,6 +15,7 @@ from deepseek_training.data.tokenizer import tokenizer_for
 from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 from deepseek_training.trainer.bigram import BigramModel
 from deepseek_training.trainer.held_out import HeldOut, bits_figures, measure_sets
+from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.new_model import model_config, new_model
 from deepseek_training.trainer.outcome import bits_rows, step_tokens, write_samples
 from deepseek_training.trainer.run_callbacks import log_once
@@ -48,25 +49,26 @@ def pretrain(recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = Fa
     dataset = PackedDataset(documents, recipe.sequence_length, seed=recipe.seed)
     held_out = HeldOut.prepare(data_name(recipe.data), corpus.validation, tokenizer, recipe.eval_bytes)
     trainer = StageTrainer(recipe, [held_out], dataset=dataset, model=model, args=args)
-    run_training(trainer, run)
-    measured = measure_sets([held_out], trainer.model_wrapped, recipe)
-    trainer.save_result(run, tokenizer)
-    bigram = held_out.measure_bigram(BigramModel(documents, len(tokenizer)), recipe)
-    value, what = measured[held_out.name].value, "bits per byte below the interpolated bigram's"
-    about = {"metric": "bits_per_byte", "dataset": held_out.name}
-    summary = Summary(
-        stage="pretrain",
-        results=bits_rows(measured, baseline=bigram.value, baseline_name="interpolated bigram"),
-        data=describe_corpora([corpus], [held_out.texts]),
-        checks=(Check.compare(what, value, "<", bigram.value, **about),) if recipe.check_bigram else (),
-        samples=write_samples(recipe, trainer, tokenizer),
-        seconds=round(time.monotonic() - started, 1),
-        num_training_tokens=recipe.max_steps * step_tokens(recipe, args),
-        num_parameters=model.num_parameters(),
-        vocab_size=len(tokenizer),
-        tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
-    )
-    if trainer.is_first:
-        log_once(run, {"step": recipe.max_steps, **bits_figures(measured)})
-        run.finish(summary)
+    with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
+        run_training(trainer, run)
+        measured = measure_sets([held_out], trainer.model_wrapped, recipe)
+        trainer.save_result(run, tokenizer)
+        bigram = held_out.measure_bigram(BigramModel(documents, len(tokenizer)), recipe)
+        value, what = measured[held_out.name].value, "bits per byte below the interpolated bigram's"
+        about = {"metric": "bits_per_byte", "dataset": held_out.name}
+        summary = Summary(
+            stage="pretrain",
+            results=bits_rows(measured, baseline=bigram.value, baseline_name="interpolated bigram"),
+            data=describe_corpora([corpus], [held_out.texts]),
+            checks=(Check.compare(what, value, "<", bigram.value, **about),) if recipe.check_bigram else (),
+            samples=write_samples(recipe, trainer, tokenizer),
+            seconds=round(time.monotonic() - started, 1),
+            num_training_tokens=recipe.max_steps * step_tokens(recipe, args),
+            num_parameters=model.num_parameters(),
+            vocab_size=len(tokenizer),
+            tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
+        )
+        if trainer.is_first:
+            log_once(run, {"step": recipe.max_steps, **bits_figures(measured)})
+            run.finish(summary)
     return summary

@@ -17,6 +17,7 @@ from deepseek_training.data.texts import data_name
 from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.trainer.answers import HeldOutAnswers
 from deepseek_training.trainer.held_out import bits_figures
+from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.new_model import check_context
 from deepseek_training.trainer.outcome import bits_rows
 from deepseek_training.trainer.run_callbacks import log_once
@@ -56,25 +57,26 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False) -> Su
     if args.process_index == 0:
         log_once(run, {"step": 0, **bits_figures({held_out.name: before})})
     trainer = sft_trainer(recipe, args, model=model, tokenizer=tokenizer, rows=train, held_out=[held_out])
-    run_training(trainer, run)
-    after = held_out.measure(trainer.model_wrapped, recipe)
-    trainer.save_result(run, tokenizer)
-    change, what = after.value / before.value - 1, f"bits per byte of held-out answers on {held_out.name} fall"
-    summary = Summary(
-        stage="sft",
-        base_model=recipe.model,
-        results=bits_rows({f"{held_out.name} (answers)": before}, when="before")
-        + bits_rows({f"{held_out.name} (answers)": after}, when="after"),
-        data=(
-            describe_conversations(recipe, "train", train, "training"),
-            describe_conversations(recipe, "validation", validation, "evaluation"),
-        ),
-        checks=(Check.compare(what, change, "<", 0.0, metric="bits_per_byte", dataset=held_out.name),),
-        samples=held_out.sample(trainer.model, recipe),
-        tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
-        seconds=round(time.monotonic() - started, 1),
-    )
-    if trainer.is_first:
-        log_once(run, {"step": recipe.max_steps, **bits_figures({held_out.name: after})})
-        run.finish(summary)
+    with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
+        run_training(trainer, run)
+        after = held_out.measure(trainer.model_wrapped, recipe)
+        trainer.save_result(run, tokenizer)
+        change, what = after.value / before.value - 1, f"bits per byte of held-out answers on {held_out.name} fall"
+        summary = Summary(
+            stage="sft",
+            base_model=recipe.model,
+            results=bits_rows({f"{held_out.name} (answers)": before}, when="before")
+            + bits_rows({f"{held_out.name} (answers)": after}, when="after"),
+            data=(
+                describe_conversations(recipe, "train", train, "training"),
+                describe_conversations(recipe, "validation", validation, "evaluation"),
+            ),
+            checks=(Check.compare(what, change, "<", 0.0, metric="bits_per_byte", dataset=held_out.name),),
+            samples=held_out.sample(trainer.model, recipe),
+            tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
+            seconds=round(time.monotonic() - started, 1),
+        )
+        if trainer.is_first:
+            log_once(run, {"step": recipe.max_steps, **bits_figures({held_out.name: after})})
+            run.finish(summary)
     return summary

@@ -11,6 +11,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from deepseek_records.exit_codes import RunFailedError
+
+
+class DivergedError(RunFailedError, ValueError):
+    """The figures or the weights of a training are no longer finite."""
+
 
 class StopWhenDiverged(TrainerCallback):
     """Checks each line of the log; `Trainer` logs before it saves."""
@@ -24,14 +30,14 @@ class StopWhenDiverged(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Raise a one-line ValueError at a training line that is not finite."""
+        """Raise a one-line `DivergedError` at a training line that is not finite."""
         if logs and "loss" in logs:
             figures = {name: logs[name] for name in ("loss", "grad_norm") if name in logs}
             refuse_divergence(model, state.global_step, args.learning_rate, figures)
 
 
 def refuse_divergence(model: nn.Module, step: int, learning_rate: float, figures: dict[str, Any]) -> None:
-    """Raise ValueError unless figures and weights are finite.
+    """Raise `DivergedError` unless figures and weights are finite.
 
     Args:
         model: Its weights count where this process holds them whole.
@@ -40,13 +46,13 @@ def refuse_divergence(model: nn.Module, step: int, learning_rate: float, figures
         figures: What the step logs.
 
     Raises:
-        ValueError: Something is NaN or infinite; the message names it.
+        DivergedError: Something is NaN or infinite; the message names it.
     """
     burst = next((f"{name} is {float(value)}" for name, value in figures.items() if not math.isfinite(value)), None)
     if burst is None and not _has_finite_weights(model):
         burst = "the weights are no longer finite"
     if burst is not None:
-        raise ValueError(
+        raise DivergedError(
             f"training: {burst} at step {step}, before anything of that step was saved; a smaller learning_rate (now "
             f"{learning_rate:g}) may help"
         )

@@ -15,14 +15,16 @@ from transformers import PrinterCallback, Trainer
 from transformers.utils.logging import disable_progress_bar
 
 from deepseek_records.run_folder import RunFolder
+from deepseek_records.stop_signals import undeferred
 from deepseek_training.balance.callback import ExpertBalanceCallback
 from deepseek_training.balance.expert_load_plot import LoadPlot
 from deepseek_training.balance.training_figures import TrainingFigures
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
-from deepseek_training.trainer.checkpoints import CheckpointMarker, last_complete_checkpoint, load_weights, step_of
+from deepseek_training.trainer.checkpoints import CheckpointMarker, last_complete_checkpoint, load_weights
 from deepseek_training.trainer.divergence import StopWhenDiverged
 from deepseek_training.trainer.engine import check_engine
 from deepseek_training.trainer.held_out import HeldOutSet, bits_figures, measure_sets
+from deepseek_training.trainer.interruption import train_until_stopped
 from deepseek_training.trainer.run_callbacks import MetricsFile, ProgressBar
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,8 @@ class StageTraining:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score every held-out set; log and return ``eval_<name>_bits_per_byte``."""
-        metrics = bits_figures(measure_sets(self.held_out, self.model_wrapped, self.recipe))
+        with undeferred():
+            metrics = bits_figures(measure_sets(self.held_out, self.model_wrapped, self.recipe))
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -62,6 +65,11 @@ class StageTraining:
     def is_sharded(self) -> bool:
         """True if no process holds the whole model."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+
+    @property
+    def can_save(self) -> bool:
+        """False where transformers cannot write the optimizer's state: of a model split over processes by itself."""
+        return not self.is_distributed_loading_by_transformers
 
     def save_result(self, run: RunFolder, tokenizer: Any) -> None:
         """Write model and tokenizer into the run folder, gathered from all processes.
@@ -138,16 +146,5 @@ def run_training(trainer: StageTraining, run: RunFolder) -> None:
         logger.warning("going on from %s", checkpoint)
         loads = [row["tokens_per_expert"] for row in run.metrics if "tokens_per_expert" in row]
         trainer.figures.tokens_per_expert = loads[-1] if loads else []  # what a finished training has logged last
-    try:
-        with contextlib.closing(bar):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        logger.warning("%s", describe_interruption(run))
-        raise
-
-
-def describe_interruption(run: RunFolder) -> str:
-    """Return one line on how to go on after Ctrl-C."""
-    checkpoint = last_complete_checkpoint(run.path / "checkpoints")
-    start = f"step {step_of(checkpoint)}" if checkpoint else "the beginning (no checkpoint was due yet)"
-    return f"stopped; run the same command again to go on from {start} in {run.path}"
+    with contextlib.closing(bar):
+        train_until_stopped(trainer, checkpoint, can_save=trainer.can_save)
