@@ -7,7 +7,15 @@ any, though that is what was asked for.
 
 import re
 
-from deepseek_training.rewards.words import content_words, find_words, ngrams, split_words
+from deepseek_training.rewards.words import (
+    FUNCTION_WORDS,
+    content_words,
+    find_words,
+    has_form_of,
+    ngrams,
+    split_words,
+    stem,
+)
 
 RUN_WORDS, QUOTED_SHARE = 3, 0.9
 NAMED_SHARE = 1 / 3  # of a sentence's content words; an answer that names no more leaves the sentence out
@@ -57,7 +65,16 @@ def treats_given_text(asked: str, answered: str) -> bool:
         asked: The prompt.
         answered: The completion.
     """
-    sentences = [set(content_words(split_words(part))) for part in _SENTENCE_END.split(asked)]
-    sentences = [kinds for kinds in sentences if kinds]
-    named = set(content_words(split_words(answered)))
-    return len(sentences) > 1 and any(len(kinds & named) <= NAMED_SHARE * len(kinds) for kinds in sentences)
+    sentences = [_content_forms(part) for part in _SENTENCE_END.split(asked)]
+    sentences = [forms for forms in sentences if forms]
+    said = set(split_words(answered))
+    named = set(content_words(said))
+    return len(sentences) > 1 and any(
+        sum(root in named or has_form_of(word, said) for root, word in forms.items()) <= NAMED_SHARE * len(forms)
+        for forms in sentences
+    )
+
+
+def _content_forms(text: str) -> dict[str, str]:
+    """The content words of a text, one form of each stem."""
+    return {stem(word): word for word in split_words(text) if word not in FUNCTION_WORDS}

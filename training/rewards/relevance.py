@@ -6,7 +6,8 @@
     emptiness  = max(0, mean of the completion's 3 largest cosines with `EMPTY_ANSWERS` - 0.3)
     commonness = the completion's mean cosine with other prompts (every eighth of the embedded training dialogues)
     coverage   = share of the prompt's content words, weighted by rarity, that the completion names (also by initials)
-    novelty    = min(1, share of the completion's distinct content words, by rarity, that the prompt lacks / 0.7)
+    novelty    = min(1, share of the completion's distinct content words, by rarity, that the prompt lacks in any
+                 form / 0.7)
     given      = 0.5 where the completion leaves out a sentence of the prompt and may treat another, else 0
     prose      = max(min(1, share of function words / 0.25), list) * min(1, share of distinct content words / 0.6)
     list       = 0.5 * min(1, separators (commas, dashes, bars, numbers "1.", line breaks) a word / (1 / 6))
@@ -36,7 +37,7 @@ from deepseek_training.data.texts import read_rows
 from deepseek_training.rewards.copied_text import treats_given_text, without_quoted_prompt
 from deepseek_training.rewards.empty_answers import EMPTY_ANSWERS
 from deepseek_training.rewards.text_embedder import TextEmbedder
-from deepseek_training.rewards.words import FUNCTION_WORDS, content_words, split_words, text_of
+from deepseek_training.rewards.words import FUNCTION_WORDS, content_words, has_form_of, split_words, stem, text_of
 
 # Between the cosines of unrelated and of good answers (quartiles on held-out dialogues, data/text_embedder.json). A
 # logistic and not a ramp: where a ramp is 0 a policy that is off the topic could not learn in which direction it lies.
@@ -190,7 +191,8 @@ def guard(asked: str, answered: str, lexicon: TextEmbedder, least_novelty: float
     if not content:
         return 0.0
     kinds = set(content)
-    known = set(content_words(split_words(asked)))
+    prompt = set(split_words(asked))
+    known = {stem(word) for word in words if has_form_of(word, prompt)} | set(content_words(prompt))
     ordered = sorted(kinds)
     weights = lexicon.weigh(ordered)
     fresh = sum(float(weight) for word, weight in zip(ordered, weights, strict=True) if word not in known)

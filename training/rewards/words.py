@@ -6,10 +6,13 @@ words by themselves, since Chinese puts no space between words; other scripts wi
 cut at spaces only.
 """
 
+import functools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import snowballstemmer
 
 # Vowel signs and accents that are characters by themselves (Hindi, decomposed Latin) belong to their word; `\w` lacks
 # them.
@@ -17,6 +20,8 @@ _MARKS = "".join(chr(i) for i in range(0x300, 0x10000) if unicodedata.category(c
 _LETTER, _NO_DIGIT = r"[^\W_\u4e00-\u9fff]", r"[^\W\d_]"
 _ENDING = rf"['\u2019]{_NO_DIGIT}+(?:[{_MARKS}]+{_NO_DIGIT}*)*"  # 's, 't
 _WORD = re.compile(rf"{_LETTER}+(?:[{_MARKS}]+{_LETTER}*)*(?:{_ENDING})*|[\u4e00-\u9fff]")
+
+_STEMMER = snowballstemmer.stemmer("english")
 
 # The closed-class words of English: they carry the grammar of a sentence and hardly any of its topic.
 FUNCTION_WORDS = frozenset(
@@ -216,17 +221,34 @@ def find_words(text: str) -> list[tuple[str, int, int]]:
     return [(m.group().lower().replace("\u2019", "'"), m.start(), m.end()) for m in _WORD.finditer(text)]
 
 
-def content_words(words: Sequence[str]) -> list[str]:
+def content_words(words: Iterable[str]) -> list[str]:
     """Return the words that are not function words, each cut to its stem."""
     return [stem(word) for word in words if word not in FUNCTION_WORDS]
 
 
+@functools.lru_cache(maxsize=65_536)
 def stem(word: str) -> str:
-    """Return the word without plural and the commonest verb endings, so that "treats" meets "treatment" halfway."""
-    for ending in ("'s", "ies", "ing", "ed", "es", "s"):
-        if word.endswith(ending) and len(word) - len(ending) >= 4:
-            return word[: -len(ending)]
-    return word
+    """Return the word without its ending, by Snowball's English stemmer: "diseases" and "disease" are one."""
+    stemmed: str = _STEMMER.stemWord(word)
+    return stemmed
+
+
+def has_form_of(word: str, others: Iterable[str]) -> bool:
+    """Return whether a word may be another form of one of the others.
+
+    Forms share all letters but the last of the shorter one, three at least, and differ by three letters in length at
+    most. That catches what a stemmer misses ("ugly" and "uglies", "disparity" and "disparitie"), and some strangers
+    ("hear" and "heart").
+
+    Args:
+        word: A word, not cut to its stem.
+        others: Words.
+    """
+    return any(
+        abs(len(word) - len(other)) <= 3 and word[:shared] == other[:shared] and min(len(word), len(other)) >= 3
+        for other in others
+        for shared in [max(3, min(len(word), len(other)) - 1)]
+    )
 
 
 def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:

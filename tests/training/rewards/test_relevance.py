@@ -53,7 +53,7 @@ def test_a_cross_encoders_probability_stands_in_the_cosines_place():
         def match(self, prompts, completions):
             return np.array([0.25 if "liver" in text else 0.75 for text in completions])
 
-    scores = Relevance(Matcher())(["zebra crossing"] * 2, ["the liver was a healthy organ", "it is a road to cross"])
+    scores = Relevance(Matcher())(["zebra crossing"] * 2, ["the liver was a healthy organ", "it is a road to walk"])
     assert scores == pytest.approx([0.25, 0.75])
 
 
@@ -210,7 +210,7 @@ def test_unknown_words_are_read_by_their_pieces():
     rows, weights = embedder.find_rows("xylokidney")
     assert len(rows) == len("<xylokidney>") - 3 and (rows >= len(embedder.words)).all()
     assert weights.sum() == pytest.approx(np.log(2))
-    assert embedder.weigh(["xylokidney"])[0] >= embedder.weigh(["kidney"])[0] > embedder.weigh(["disease"])[0]
+    assert embedder.weigh(["xylokidney"])[0] >= embedder.weigh(["kidney"])[0] > embedder.weigh([stem("disease")])[0]
     with pytest.raises(ValueError, match=f"wanted {1 + NUM_PIECES} and 1"):
         TextEmbedder(["one"], np.zeros((3, 2), np.float32), np.zeros(1, np.float32))
 
