@@ -19,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("model", metavar="MODEL", help="a local folder or a Hub id")
     parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="read text of the prompt that spells a special token as that token; otherwise it stays text",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=100, help="at most this many tokens are written")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.95, help="share of probability to sample from")
@@ -39,12 +44,14 @@ def run(args: argparse.Namespace) -> int:
 
     from deepseek_eval.model_loading import find_max_length
     from deepseek_records.loading import load_model, load_tokenizer
+    from deepseek_records.user_text import encode, protect
     from modeling_deepseek.draft_acceptance import count_drafts
 
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     model = load_model(args.model, trust_remote_code=args.trust_remote_code)
-    inputs = tokenizer(args.prompt, return_tensors="pt")
-    num_prompt_tokens = inputs["input_ids"].shape[1]
+    prompt = args.prompt if args.special_tokens else protect(args.prompt, tokenizer)
+    input_ids = torch.tensor([encode(prompt, tokenizer, add_special_tokens=True)], dtype=torch.long)
+    num_prompt_tokens = input_ids.shape[1]
     context = find_max_length(model.config, tokenizer)
     if num_prompt_tokens == 0:
         raise ValueError("--prompt: got an empty text, wanted at least one token")
@@ -55,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     set_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
     options = {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": inputs["attention_mask"],
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
         "max_new_tokens": min(args.max_new_tokens, context - num_prompt_tokens),
         "streamer": TextStreamer(tokenizer, skip_special_tokens=True),
         **(sampling if args.temperature > 0 else {"do_sample": False}),

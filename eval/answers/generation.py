@@ -23,6 +23,7 @@ from transformers import (
 
 from deepseek_eval.model_loading import LoadedModel
 from deepseek_eval.tasks.task import ProgramItem
+from deepseek_records.user_text import encode
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
     Args:
         tokenizer: The model's.
-        prompt: Raw text, or a rendered chat.
+        prompt: Raw text, or a rendered chat, whose contents are protected (`deepseek_records.user_text`).
     """
     starts_itself = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    return tokenizer.encode(prompt, verbose=False, **({"add_special_tokens": False} if starts_itself else {}))
+    return encode(prompt, tokenizer, add_special_tokens=not starts_itself)
 
 
 class _StopAtStrings(StoppingCriteria):

@@ -11,11 +11,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_eval.tasks.task import ProgramItem, Task
 from deepseek_records.run_folder import RunFolder
+from deepseek_records.user_text import render_chat, show
 
 STYLES = ("base", "chat")
 _CHOICE_KINDS = ("choice", "continuation")
@@ -41,7 +41,7 @@ def check_style(style: str, tasks: Sequence[Task]) -> None:
 def apply_style(
     style: str, items: Sequence[ProgramItem], tokenizer: PreTrainedTokenizerBase, source: str
 ) -> list[ProgramItem]:
-    """Return the items with the prompt and the stop strings of a style.
+    """Return the items with the prompt, protected where it is a chat's, and the stop strings of a style.
 
     Args:
         style: ``base`` or ``chat``.
@@ -61,11 +61,9 @@ def apply_style(
 
 def _render(item: ProgramItem, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     try:
-        return tokenizer.apply_chat_template(
-            list(item.chat.messages), tokenize=False, add_generation_prompt=False, continue_final_message=True
-        )
-    except (TemplateError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return render_chat(item.chat.messages, tokenizer, continue_final_message=True)
+    except ValueError as error:
+        reason = str(error).removeprefix("chat_template: ")
         raise ValueError(f"prompt_style = chat: the chat template of {source} refuses {item.id} ({reason})") from None
 
 
@@ -92,7 +90,7 @@ def write_prompts(run: RunFolder, task: Task, items: Sequence[Any]) -> None:
     temporary = path.with_name(path.name + ".partial")
     with gzip.open(temporary, "wt", encoding="utf-8", compresslevel=6) as file:
         for item in items:
-            row = {"id": item.id, "prompt": item.prompt}
+            row = {"id": item.id, "prompt": show(item.prompt)}
             if task.kind in _CHOICE_KINDS:
                 row["choices"] = item.choices
                 if item.answers is not None:

@@ -25,6 +25,7 @@ from deepseek_eval.metrics.loading import score_answers
 from deepseek_eval.model_loading import LoadedModel
 from deepseek_eval.tasks.task import ChoiceItem, CompletionItem, Task
 from deepseek_records.run_folder import RunFolder
+from deepseek_records.user_text import protect, render_chat
 
 
 def run_continuation_task(
@@ -128,10 +129,9 @@ def run_completion_task(
 def _as_user_turn(item: CompletionItem, tokenizer: PreTrainedTokenizerBase) -> CompletionItem:
     """The request as the model was taught to read one: the user's turn of its chat template, else a line of text."""
     if tokenizer.chat_template is None:
-        return dataclasses.replace(item, prompt=f"{item.prompt}\n")
+        return dataclasses.replace(item, prompt=f"{protect(item.prompt, tokenizer)}\n")
     turns = [{"role": "user", "content": item.prompt}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return dataclasses.replace(item, prompt=text)
+    return dataclasses.replace(item, prompt=render_chat(turns, tokenizer, add_generation_prompt=True))
 
 
 def _completion_row(prompt: EncodedPrompt, text: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from deepseek_records.user_text import encode_documents_plainly
+
 
 def encode_documents(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
     """Return each text's tokens between begin and end tokens, int32.
@@ -22,13 +24,7 @@ def encode_documents(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
         texts: The documents.
         tokenizer: A `transformers` tokenizer; where it has no begin token, none is put.
     """
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        verbose=False,  # documents are longer than the context by design
-    )["input_ids"]
+    encoded = encode_documents_plainly(texts, tokenizer)
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [np.array([*begin, *ids, *end], dtype=np.int32) for ids in encoded]

@@ -3,6 +3,8 @@
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from deepseek_records.user_text import encode, encode_chat, protect
+from deepseek_training.data.conversations import Message
 from deepseek_training.data.texts import load_texts, read_rows
 from deepseek_training.recipes.align import AlignRecipe
 
@@ -30,18 +32,16 @@ def load_prompts(recipe: AlignRecipe, tokenizer: PreTrainedTokenizerBase, split:
     return datasets.Dataset.from_dict({"prompt": texts, "input_ids": ids})
 
 
-def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
+def encode_prompt(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
     """Return a prompt's token ids, put as the template says; None takes the tokenizer's chat template.
 
     Raises:
-        ValueError: No template is given and the tokenizer has none.
+        ValueError: No template is given and the tokenizer has none, or it refuses the prompt.
     """
-    if template is not None:
+    if template is not None and isinstance(prompt, str):
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return start + tokenizer(template.replace("{prompt}", prompt), add_special_tokens=False)["input_ids"]
+        return start + encode(template.replace("{prompt}", protect(prompt, tokenizer)), tokenizer)
     if tokenizer.chat_template is None:
         raise ValueError("prompt_template=null: the tokenizer has no chat template; give one such as '{prompt}\\n'")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return encode_chat(messages, tokenizer, add_generation_prompt=True)

@@ -21,7 +21,8 @@ MIN_VOCAB_SIZE = 256 + 3
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}User: {{ message['content'] }}\n\n"
-    "{% elif message['role'] == 'assistant' %}Assistant: {{ message['content'] }}{{ eos_token }}"
+    "{% elif message['role'] == 'assistant' %}Assistant:"
+    "{% generation %} {{ message['content'] }}{{ eos_token }}{% endgeneration %}"  # what assistant_only_loss trains
     "{% elif message['role'] == 'system' %}{{ message['content'] }}\n\n"
     "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"

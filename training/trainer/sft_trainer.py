@@ -1,4 +1,7 @@
-"""TRL's `SFTTrainer` as the sft stage uses it."""
+"""TRL's `SFTTrainer` as the sft stage uses it, on conversations that are encoded here already.
+
+TRL finds the answer by the length of the prompt, and makes tokens of text that spells a special token.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +10,7 @@ import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from deepseek_training.data.conversations import to_messages
+from deepseek_training.data.conversations import encode_conversation
 from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.trainer.held_out import HeldOutSet
 from deepseek_training.trainer.stage_trainer import StageTraining
@@ -37,7 +40,8 @@ def sft_trainer(
         held_out: Sets scored every `eval_steps`.
     """
     datasets.disable_progress_bars()  # four bars of a second each before ours
-    conversations = datasets.Dataset.from_list([to_messages(row) for row in rows])
+    encoded = [one for row in rows for one in encode_conversation(row, tokenizer, recipe.sequence_length)]
+    conversations = datasets.Dataset.from_list([{"input_ids": one.input_ids, "labels": one.labels} for one in encoded])
     kept: dict[str, Any] = {key: value for key, value in args.to_dict().items() if not key.endswith("_token")}
     return SftStageTrainer(
         recipe,

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepseek_records.run_folder import RunFolder
-from deepseek_training.data.conversations import load_conversations, to_messages
+from deepseek_training.data.conversations import load_conversations, question_of
 from deepseek_training.data.texts import load_texts
 from deepseek_training.data.tokenizer import train_tokenizer
 from deepseek_training.recipes.loading import load_recipe
@@ -68,7 +68,7 @@ def test_teaches_balances_and_saves_the_template(make_recipe, tmp_path):
     run = RunFolder(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(run.model_path)
     assert tokenizer.chat_template == TEMPLATE
-    text = tokenizer.apply_chat_template(to_messages({"prompt": "a", "answer": "b"})["prompt"], tokenize=False)
+    text = tokenizer.apply_chat_template(question_of({"prompt": "a", "answer": "b"}), tokenize=False)
     assert text == "<|begin|><q> a\n"
     model = AutoModelForCausalLM.from_pretrained(run.model_path)
     biases = [
