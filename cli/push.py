@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="REPO", help="user/name on the Hub; made if it does not exist")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", help="branch to commit to, made if it does not exist; else the main branch")
-    parser.add_argument("--licence", default="apache-2.0", help="licence of the weights, as the Hub spells it")
+    parser.add_argument("--license", "--licence", metavar="ID", help="license of the weights, as the Hub spells it")
     parser.add_argument("--template", help="a Jinja template for the card in place of the embedded one")
     parser.add_argument("--message", default="Upload model, card and results", help="the commit's message")
     parser.add_argument("--dry-run", action="store_true", help="check and list what would be sent; contact nobody")
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         args.repo,
         private=args.private,
         revision=args.revision,
-        licence=args.licence,
+        license=args.license,
         template=args.template,
         message=args.message,
         dry_run=args.dry_run,

@@ -10,16 +10,27 @@ from deepseek_records.environment import Environment
 from deepseek_records.stages import Stage
 from deepseek_records.summary import DataUse
 
-STAGE_TITLES = {
+_TITLES = {
     "tokenizer": "Tokenizer",
-    "pretrain": "Stage 1: pretraining",
-    "adapt": "Stage 2: continued pretraining on a domain",
+    "pretrain": "Pretraining",
+    "adapt": "Continued pretraining on a domain",
     "sft": "Supervised fine-tuning on conversations",
-    "align": "Stage 3: alignment by PPO",
+    "align": "Alignment by PPO",
     "evaluate": "Evaluation",
+    "train": "Training with transformers' Trainer",
 }
 # Rough draw under load for the energy estimate; stated in the card as an assumption, never as a measurement.
 WATTS_PER_CPU, WATTS_PER_GPU = 10, 700
+
+
+def stage_title(stage: Stage) -> str:
+    """Return what a stage is called on a page: by the command that made it, and its folder's name where that differs.
+
+    Args:
+        stage: A stage.
+    """
+    title = _TITLES.get(stage.kind, stage.kind)
+    return title if stage.name == stage.kind else f"{title} ({stage.name})"
 
 
 def data_row(stage: Stage, row: DataUse) -> dict[str, str]:
@@ -49,7 +60,7 @@ def stage_row(stage: Stage) -> dict[str, Any]:
     """
     environment = stage.environment
     return {
-        "title": STAGE_TITLES.get(stage.name, stage.name),
+        "title": stage_title(stage),
         "finished": stage.is_finished,
         "command": stage.command_line or "not recorded",
         "time": format_seconds(stage.seconds),
@@ -58,8 +69,14 @@ def stage_row(stage: Stage) -> dict[str, Any]:
         "machine": describe_machine(environment),
         "results": pair_results(stage.results),
         "checks": check_rows(stage),
-        "recipe": yaml.safe_dump(stage.settings, sort_keys=False, allow_unicode=True).strip(),
+        "recipe": yaml.safe_dump(_without_prompts(stage.settings), sort_keys=False, allow_unicode=True).strip(),
     }
+
+
+def _without_prompts(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the prompts that samples are written for: texts go out with the samples or not at all."""
+    prompts = settings.get("sample_prompts")
+    return {**settings, "sample_prompts": f"{len(prompts)} prompts, not shown"} if prompts else settings
 
 
 def describe_machine(environment: Environment) -> str:
@@ -100,6 +117,6 @@ def energy_estimate(stages: dict[str, Stage]) -> str:
     if not watt_seconds:
         return "Energy: not estimated, for neither time nor machine was recorded."
     return (
-        f"Energy: about {watt_seconds / 3.6e6:.2g} kWh, an estimate (time, at {WATTS_PER_CPU} W a CPU core and "
-        f"{WATTS_PER_GPU} W a GPU under full load), not metered."
+        f"Energy: about {watt_seconds / 3.6e6:.2g} kWh, an estimate (time, at {WATTS_PER_CPU} W per CPU core and "
+        f"{WATTS_PER_GPU} W per GPU under full load), not metered."
     )

@@ -1,4 +1,4 @@
-"""The table a run ends with: what was measured before and after, and which bars were met.
+"""The table a run ends with: what was measured before and after, and which targets were met.
 
 The same rows fill the terminal's table and the report's, so both say the same.
 """
@@ -11,7 +11,7 @@ from deepseek_model_cards.wording import format_value, label_dataset, label_metr
 from deepseek_records.stages import Stage, read_stages
 from deepseek_records.summary import Check, Result
 
-COLUMNS = ("stage", "what", "before / baseline", "after", "bar", "met")
+COLUMNS = ("stage", "what", "before / baseline", "after", "target", "met")
 
 
 @dataclass
@@ -23,20 +23,20 @@ class Row:
         what: The metric and the data set.
         before: The value before the stage, else the named baseline.
         after: The value after it.
-        bar: What was demanded, empty where nothing was.
-        met: ``yes`` or ``NO``, empty where nothing was demanded.
+        target: What was demanded, empty where nothing was.
+        met: ``yes`` or ``no``, empty where nothing was demanded.
     """
 
     stage: str
     what: str
     before: str = ""
     after: str = ""
-    bar: str = ""
+    target: str = ""
     met: str = ""
 
     def cells(self) -> tuple[str, ...]:
         """Return the fields in the order of `COLUMNS`."""
-        return self.stage, self.what, self.before, self.after, self.bar, self.met
+        return self.stage, self.what, self.before, self.after, self.target, self.met
 
 
 def pair_results(results: Sequence[Result]) -> list[dict[str, str]]:
@@ -68,7 +68,7 @@ def pair_results(results: Sequence[Result]) -> list[dict[str, str]]:
 
 
 def check_rows(stage: Stage) -> list[Row]:
-    """Return the bars a stage held itself to, as rows of the table.
+    """Return the targets a stage held itself to, as rows of the table.
 
     Args:
         stage: A stage; an unfinished one has none.
@@ -77,7 +77,7 @@ def check_rows(stage: Stage) -> list[Row]:
 
 
 def summary_rows(run_path: str | Path) -> list[Row]:
-    """Return the table's rows: stage by stage its results in the order they were measured, then its bars.
+    """Return the table's rows: stage by stage its results in the order they were measured, then its targets.
 
     Args:
         run_path: A stage's folder, or the parent of several.
@@ -92,9 +92,9 @@ def summary_rows(run_path: str | Path) -> list[Row]:
 
 
 def _check_row(stage: str, check: Check) -> Row:
-    bar = " ".join(part for part in (check.comparison, format_value(check.bound)) if part)
-    met = "yes" if check.passed else "NO"
-    return Row(stage, check.name, after=format_value(check.value), bar=bar, met=met)
+    target = " ".join(part for part in (check.comparison, format_value(check.bound)) if part)
+    met = "yes" if check.passed else "no"
+    return Row(stage, check.name, after=format_value(check.value), target=target, met=met)
 
 
 def summary_table(run_path: str | Path) -> str:
@@ -104,7 +104,7 @@ def summary_table(run_path: str | Path) -> str:
         run_path: A stage's folder, or the parent of several.
 
     Returns:
-        Aligned columns, one line a metric or bar, no trailing newline.
+        Aligned columns, one line per metric or target, no trailing newline.
 
     Raises:
         FileNotFoundError: There is no finished run.

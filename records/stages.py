@@ -20,6 +20,7 @@ from deepseek_records.run_folder import (
 )
 from deepseek_records.summary import Check, DataUse, Result, Sample, Summary
 
+MODEL_MARKS = ("config.json", "adapter_config.json")
 STAGE_ORDER = ("tokenizer", "pretrain", "adapt", "sft", "align", "evaluate")
 
 
@@ -50,8 +51,9 @@ class Stage:
 
     @property
     def has_model(self) -> bool:
-        """True if it finished and left a model."""
-        return self.is_finished and (self.run.model_path / "config.json").is_file()
+        """True if it finished and left a model, or an adapter of one."""
+        path = self.run.model_path
+        return self.is_finished and any((path / name).is_file() for name in MODEL_MARKS)
 
     @property
     def is_finished(self) -> bool:
@@ -161,35 +163,6 @@ def _read_stage(folder: Path, *, is_alone: bool) -> Stage:
         summary=summary,
         metrics=run.metrics if (folder / METRICS_FILE).is_file() else [],
     )
-
-
-def final_stage(stages: dict[str, Stage]) -> Stage | None:
-    """Return the finished stage that made the model the run ended with, or None if no stage made one.
-
-    Args:
-        stages: What `read_stages` gave.
-
-    Raises:
-        ValueError: Two stages of the last kind made one, and nothing says which is meant.
-    """
-    makers = [stage for stage in stages.values() if stage.has_model]
-    if not makers:
-        return None
-    last = [stage for stage in makers if stage.kind == makers[-1].kind]
-    if len(last) > 1:
-        folders = ", ".join(str(stage.run.path) for stage in last)
-        raise ValueError(f"run: {folders} are all made by {last[0].kind}; pass one of them, or move the others away")
-    return last[0]
-
-
-def final_model_path(stages: dict[str, Stage]) -> Path | None:
-    """Return the folder of the model that the run ended with, or None if no stage made one.
-
-    Args:
-        stages: What `read_stages` gave.
-    """
-    stage = final_stage(stages)
-    return None if stage is None else stage.run.model_path
 
 
 def merged_versions(stages: dict[str, Stage]) -> dict[str, str]:

@@ -14,28 +14,13 @@ from modeling_deepseek.carried_mtp import mtp_part, with_carried
 from modeling_deepseek.configuration_deepseek import DeepseekConfig
 from modeling_deepseek.conversion import split_expert_names
 from modeling_deepseek.deepseek_v2 import obstacles_to_deepseek_v2, v2_config_of
+from modeling_deepseek.deepseek_v3_range import obstacles_to_deepseek_v3
 from modeling_deepseek.modeling_deepseek import DeepseekForCausalLM
 
 # transformers 5 neither writes nor reads these two, DeepSeek's own config.json has them: without topk_method vLLM and
 # SGLang make no balancing bias and stop at its tensor, without scoring_func vLLM takes softmax scores.
 _ENGINE_SETTINGS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 _BIAS = "e_score_correction_bias"
-
-
-def obstacles_to_deepseek_v3(config: DeepseekConfig) -> list[str]:
-    """Return the settings outside DeepSeek-V3's range, each as ``name=value``.
-
-    Args:
-        config: The configuration.
-    """
-    obstacles = {
-        "scoring_func": config.scoring_func != "sigmoid",
-        "topk_method": config.topk_method == "group_limited_greedy",
-        "min_experts_per_tok": config.has_dynamic_experts,
-        "router_key_dim": config.router_key_dim is not None,
-        "norm_type": config.norm_type != "rmsnorm",
-    }
-    return [f"{name}={getattr(config, name)!r}" for name, stands in obstacles.items() if stands]
 
 
 def export_deepseek_v3(model: DeepseekForCausalLM, output: str | Path) -> None:

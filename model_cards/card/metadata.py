@@ -2,8 +2,8 @@
 
 ``model-index`` (in the card's YAML) holds every result of the final model; ``.eval_results/*.yaml`` holds those of
 benchmarks that exist as Hub data sets. The Hub's own validator needs the network, so `check_metadata` checks offline
-what that validator would refuse. Surprising: neither format has a field for a standard error, so it travels in the
-metric's ``args`` there and in ``notes`` here.
+what that validator would refuse. Neither format has a field for a standard error: it is in the metric's ``args`` there
+and in ``notes`` here.
 """
 
 import re
@@ -15,67 +15,62 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from deepseek_model_cards.benchmarks import benchmark_of, chance_level
+from deepseek_model_cards.card.license_facts import LICENSES, License
+from deepseek_model_cards.card.model_facts import DRAWN, ModelFacts
 from deepseek_model_cards.wording import label_metric
-from deepseek_records.json_files import read_object
-from deepseek_records.stages import Stage, final_stage, is_number
+from deepseek_records.lineage import Lineage, find_parent
+from deepseek_records.stages import Stage, is_number
 from deepseek_records.summary import Result
 
 PIPELINE_TAGS = {"text-generation", "text-classification", "feature-extraction"}
-LICENCES = {
-    *("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "openrail", "other", "unknown"),
-    *("cc-by-sa-4.0", "cc-by-nc-4.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "bsd-2-clause", "unlicense"),
-}
+_RELATIONS = ("finetune", "adapter")
 
 
-def build_metadata(stages: dict[str, Stage], *, name: str, licence: str, config: dict[str, Any]) -> ModelCardData:
-    """Return the card's metadata, read from the run.
+def build_metadata(
+    lineage: Lineage, *, name: str, facts: ModelFacts, license: License, is_made_here: bool = False
+) -> ModelCardData:
+    """Return the card's metadata, read from the run and the model's folder.
 
     Args:
-        stages: What `read_stages` gave.
+        lineage: The model's stages.
         name: The model's name in ``model-index``.
-        licence: The licence of the weights, as the Hub spells it.
-        config: The model's ``config.json``, or an empty dictionary where no stage made a model.
+        facts: What the model's folder says.
+        license: The license as far as it is known.
+        is_made_here: Whether a stage of ours recorded that it made the model.
 
     Raises:
         ValueError: Something the Hub would refuse.
     """
-    is_classifier = any("SequenceClassification" in cls for cls in config.get("architectures") or [])
-    bases = base_models(stages)
-    results = model_index_results(stages)
+    bases = base_models(lineage, facts)
+    rows = [row for stage in lineage.stages.values() for row in stage.data]
+    datasets = {row.hub_id for row in rows if row.hub_id and row.used_for == "training"}
+    results = model_index_results(lineage)
     data = ModelCardData(
-        license=licence,
-        library_name="transformers",
-        pipeline_tag="text-classification" if is_classifier else "text-generation",
-        tags=_tags(stages, config),
-        language=sorted({code for stage in stages.values() for row in stage.data for code in row.languages}) or None,
-        datasets=sorted(
-            {
-                row.hub_id
-                for stage in stages.values()
-                for row in stage.data
-                if row.hub_id and row.used_for == "training"
-            }
-        )
-        or None,
+        library_name="peft" if facts.is_adapter else "transformers",
+        pipeline_tag="text-classification" if facts.is_classifier else "text-generation",
+        tags=_tags(lineage, facts, is_made_here) or None,
+        language=sorted({code for row in rows if row.used_for == "training" for code in row.languages}) or None,
+        datasets=sorted(datasets) or None,
         base_model=bases or None,
-        base_model_relation="finetune" if bases else None,
+        base_model_relation=_RELATIONS[facts.is_adapter] if bases else None,
         metrics=sorted({row.metric_type for row in results}) or None,
-        model_name=name,
+        model_name=name if results else None,
         eval_results=results or None,
+        **license.fields,
     )
     check_metadata(data.to_dict())
     return data
 
 
-def base_models(stages: dict[str, Stage]) -> list[str]:
-    """Return the Hub ids of the models that the run started from.
+def base_models(lineage: Lineage, facts: ModelFacts) -> list[str]:
+    """Return the Hub ids of the models that this one was made from.
 
     Args:
-        stages: What `read_stages` gave; a stage's summary says what it began with. What is a local
-            path is no base model in the Hub's sense and is left out.
+        lineage: The model's stages; the first says what it began with. A local path is not a base model in the Hub's
+            sense and is left out.
+        facts: What the model's folder says; an adapter names its base model.
     """
-    named = {stage.summary.base_model for stage in stages.values() if stage.summary and stage.summary.base_model}
-    return sorted(name for name in named if is_hub_id(name))
+    return sorted({name for name in (lineage.base, facts.base) if name and is_hub_id(name)})
 
 
 def is_hub_id(name: str) -> bool:
@@ -91,13 +86,19 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not Path(name).exists()
 
 
-def _tags(stages: dict[str, Stage], config: dict[str, Any]) -> list[str]:
-    tags = ["deepseek-moe", "mixture-of-experts", "deepseek"]
-    if config.get("model_type"):
-        tags.append(config["model_type"])
-    if config.get("auto_map"):
+def _tags(lineage: Lineage, facts: ModelFacts, is_made_here: bool) -> list[str]:
+    tags = ["deepseek-moe"] if is_made_here else []
+    if facts.num_routed_experts:
+        tags.append("mixture-of-experts")
+    if facts.model_type in DRAWN:
+        tags.append("deepseek")
+    if facts.model_type:
+        tags.append(facts.model_type)
+    if facts.has_own_code:
         tags.append("custom_code")
-    if "align" in stages:
+    if facts.is_adapter:
+        tags += ["adapter", str(facts.adapter.get("peft_type", "lora")).lower()]
+    if any(stage.kind == "align" and stage.is_finished for stage in lineage.stages.values()):
         tags += ["reinforcement-learning", "ppo"]
     return tags
 
@@ -115,33 +116,47 @@ class Measured:
     result: Result
 
 
-def results_of_final_model(stages: dict[str, Stage]) -> list[Measured]:
+def results_of_final_model(lineage: Lineage) -> list[Measured]:
     """Return the results that describe the model the run ended with, not one on the way to it.
 
     A result counts if the stage that measured it made the final model, or ran after it, and it was not measured before
     training. Where a metric was measured twice, the later one holds.
 
     Args:
-        stages: What `read_stages` gave.
+        lineage: The model's stages.
     """
-    names = list(stages)
-    maker = final_stage(stages)
-    first = names.index(maker.name) if maker else 0
+    names = list(lineage.stages)
+    first = names.index(lineage.final.name) if lineage.final else 0
     held: dict[tuple[str | None, ...], Measured] = {}
     for name in names[first:]:
-        for row in stages[name].results:
+        stage = lineage.stages[name]
+        if not is_of_final_model(lineage, stage):
+            continue
+        for row in stage.results:
             if row.when != "before":
-                held[row.metric, row.dataset, row.split, row.task] = Measured(stages[name], row)
+                held[row.metric, row.dataset, row.split, row.task] = Measured(stage, row)
     return list(held.values())
 
 
-def model_index_results(stages: dict[str, Stage]) -> list[EvalResult]:
+def is_of_final_model(lineage: Lineage, stage: Stage) -> bool:
+    """Tell whether a stage made or measured the model that the run ended with.
+
+    Args:
+        lineage: The model's stages.
+        stage: One of them.
+    """
+    if lineage.final is None or stage is lineage.final or stage.kind != "evaluate":
+        return True
+    return find_parent(stage, {lineage.final.name: lineage.final}) is not None
+
+
+def model_index_results(lineage: Lineage) -> list[EvalResult]:
     """Return the final model's results in the ``model-index`` form.
 
     Args:
-        stages: What `read_stages` gave.
+        lineage: The model's stages.
     """
-    return [_to_eval_result(found.result) for found in results_of_final_model(stages)]
+    return [_to_eval_result(found.result) for found in results_of_final_model(lineage)]
 
 
 def _to_eval_result(row: Result) -> EvalResult:
@@ -164,11 +179,11 @@ def _to_eval_result(row: Result) -> EvalResult:
     )
 
 
-def write_eval_results(stages: dict[str, Stage], folder: str | Path) -> list[Path]:
+def write_eval_results(lineage: Lineage, folder: str | Path) -> list[Path]:
     """Write one ``.eval_results/<benchmark>.yaml`` for each benchmark measured on the final model.
 
     Args:
-        stages: What `read_stages` gave.
+        lineage: The model's stages.
         folder: Where the model card lies; ``.eval_results/`` is made in it.
 
     Returns:
@@ -177,7 +192,7 @@ def write_eval_results(stages: dict[str, Stage], folder: str | Path) -> list[Pat
     import yaml
 
     by_benchmark: dict[str, list[EvalResultEntry]] = {}
-    for found in results_of_final_model(stages):
+    for found in results_of_final_model(lineage):
         benchmark = benchmark_of(found.result)
         if benchmark:
             entry = _to_entry(found.result, benchmark["hub_id"], found.stage)
@@ -222,22 +237,24 @@ def check_metadata(data: dict[str, Any]) -> None:
     Raises:
         ValueError: A field with a value the Hub does not take; the message names the field.
     """
-    if data.get("license") not in LICENCES:
-        raise ValueError(f"license: {data.get('license')!r} is none of {', '.join(sorted(LICENCES))}")
+    if data.get("license") is not None and data["license"] not in LICENSES:
+        raise ValueError(f"license: got {data['license']!r}, expected an id of the Hub's such as apache-2.0 or other")
     if data.get("pipeline_tag") not in PIPELINE_TAGS:
-        raise ValueError(f"pipeline_tag: {data.get('pipeline_tag')!r} is none of {', '.join(sorted(PIPELINE_TAGS))}")
+        raise ValueError(
+            f"pipeline_tag: got {data.get('pipeline_tag')!r}, expected one of {', '.join(sorted(PIPELINE_TAGS))}"
+        )
     for key in ("datasets", "base_model"):
         for repo_id in data.get(key) or []:
             try:
                 validate_repo_id(repo_id)
             except HFValidationError as error:
-                raise ValueError(f"{key}: {repo_id!r} is no Hub id ({error})") from None
+                raise ValueError(f"{key}: got {repo_id!r}, expected a Hub id ({error})") from None
     for language in data.get("language") or []:
         if not re.fullmatch(r"[a-z]{2,3}|code|multilingual", language):
-            raise ValueError(f"language: {language!r} is no ISO 639 code of two or three letters")
+            raise ValueError(f"language: got {language!r}, expected an ISO 639 code of two or three letters")
     for tag in data.get("tags") or []:
         if not isinstance(tag, str) or not tag.strip():
-            raise ValueError(f"tags: {tag!r} is no text")
+            raise ValueError(f"tags: got {tag!r}, expected text")
     _check_model_index(data.get("model-index") or [])
 
 
@@ -254,12 +271,3 @@ def _check_model_index(index: list[dict[str, Any]]) -> None:
                     raise ValueError(
                         f"{where}: metric {metric.get('type')!r} needs a number, has {metric.get('value')!r}"
                     )
-
-
-def read_config(model_path: Path | None) -> dict[str, Any]:
-    """Return a model's ``config.json``, empty where there is no model.
-
-    Args:
-        model_path: The model's folder or None.
-    """
-    return read_object(model_path / "config.json", "model") if model_path else {}

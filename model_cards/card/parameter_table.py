@@ -1,22 +1,35 @@
 """Parameters counted by part from a saved checkpoint, without building the model.
 
 Reads only the headers of the safetensors files, so a 154 B checkpoint is counted in well under a second and a card
-never states a number that the files do not hold. The names are the official DeepSeek ones; `modeling_deepseek` counts
-a *configuration* on the meta device, and a test holds the two against each other.
+never states a number that the files do not hold. `modeling_deepseek` counts a *configuration* on the meta device,
+and a test holds the two against each other.
 """
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek_records.json_files import read_object
+from deepseek_model_cards.card.model_facts import ModelFacts, read_facts
 
 PARTS = ("embedding", "attention", "routed experts", "shared experts", "router", "dense feed-forward", "norm", "other")
 # Saved with the weights, but steered by load counts instead of gradients, so no parameters.
-BUFFERS = (".e_score_correction_bias", ".share.state")
+BUFFERS = (".e_score_correction_bias", ".share.state", ".weight_scale_inv", "_proj_scale_inv")
+# Types that hold several quantized values in one number.
+PACKED = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F4")
+# The first that a tensor's name matches; the names are those of transformers' families.
+_RULES = (
+    (r"\.shared_(experts?|mlp)\b|\.shared_expert_gate\.", "shared experts"),
+    (r"\.experts\b|\.block_sparse_moe\.(input|output)_linear\.", "routed experts"),
+    (r"\.(gate|router)\.", "router"),
+    (r"\.(self_attn|attention|attn|linear_attn)\.", "attention"),
+    (r"\b(embed_\w+|lm_head|wte|wpe|word_embeddings)\.", "embedding"),
+    (r"norm[^.]*\.(weight|bias)$", "norm"),
+    (r"\.(mlp|feed_forward|ffn)\.", "dense feed-forward"),
+)
 
 
 @dataclass(frozen=True)
@@ -26,56 +39,80 @@ class ParameterTable:
     Args:
         by_part: Parameters of each of `PARTS` that the checkpoint holds.
         total: All of them.
-        active: Those that one token meets: everything but the routed experts it is not sent to.
+        active: Those that one token meets: everything but the routed experts it is not sent to; None where the
+            files do not tell.
         dtypes: The stored types, most frequent first.
     """
 
     by_part: dict[str, int]
     total: int
-    active: int
+    active: int | None
     dtypes: list[str]
 
 
 def count_checkpoint(model_path: str | Path) -> ParameterTable:
-    """Count the parameters of a checkpoint by part.
-
-    A token reaches ``num_experts_per_tok`` of ``n_routed_experts`` routed experts; with a dynamic number this is the
-    upper bound, as the configuration's ``num_experts_per_tok`` is.
+    """Count the parameters of a checkpoint, or of an adapter, by part.
 
     Args:
-        model_path: A folder with ``config.json`` and ``*.safetensors``.
+        model_path: A folder with ``config.json`` or ``adapter_config.json``, and ``*.safetensors``.
 
     Returns:
         The counts.
 
     Raises:
         FileNotFoundError: The folder holds no safetensors file.
-        ValueError: A file is cut short or no safetensors file.
+        ValueError: A file is cut short or of another kind, or the weights are packed.
     """
     path = Path(model_path)
-    config = read_object(path / "config.json", "model")
+    facts = read_facts(path)
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"model: {path} holds no *.safetensors file")
+        raise FileNotFoundError(f"model: got {path}, expected a folder with *.safetensors")
     by_part: dict[str, int] = {}
     by_dtype: dict[str, int] = {}
     for file in files:
         for name, tensor in read_header(file).items():
             if name.endswith(BUFFERS):
                 continue
+            if tensor["dtype"] in PACKED:
+                raise ValueError(f"model: got {name} of type {tensor['dtype']} in {file}, expected unpacked weights")
             size = math.prod(tensor["shape"])
             part = part_of(name)
             by_part[part] = by_part.get(part, 0) + size
             by_dtype[tensor["dtype"]] = by_dtype.get(tensor["dtype"], 0) + size
     total = sum(by_part.values())
-    routed = by_part.get("routed experts", 0)
-    idle = routed * (1 - config["num_experts_per_tok"] / config["n_routed_experts"]) if routed else 0
     return ParameterTable(
         by_part={part: by_part[part] for part in PARTS if part in by_part},
         total=total,
-        active=round(total - idle),
-        dtypes=sorted(by_dtype, key=by_dtype.get, reverse=True),
+        active=None if facts.is_adapter else _count_active(facts, total, by_part.get("routed experts", 0)),
+        dtypes=sorted(by_dtype, key=lambda dtype: -by_dtype[dtype]),
     )
+
+
+def try_to_count(model_path: Path | None) -> ParameterTable | None:
+    """Return the counts, None where the folder's files do not tell them: other formats and packed weights.
+
+    Args:
+        model_path: The model's folder, or None.
+    """
+    if model_path is None or not list(model_path.glob("*.safetensors")):
+        return None
+    try:
+        return count_checkpoint(model_path)
+    except ValueError as error:
+        if "expected unpacked weights" not in str(error):
+            raise
+        return None
+
+
+def _count_active(facts: ModelFacts, total: int, routed: int) -> int | None:
+    """Parameters that a token meets: with a dynamic number of experts, at the most that it may have."""
+    experts, active = facts.num_routed_experts, facts.num_active_experts
+    if not experts:
+        return None if routed else total
+    if not routed or not active:
+        return None
+    return round(total - routed * (1 - active / experts))
 
 
 def read_header(file: Path) -> dict[str, Any]:
@@ -91,13 +128,13 @@ def read_header(file: Path) -> dict[str, Any]:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
         if not 0 < length <= file.stat().st_size - 8:
-            raise ValueError(f"model: {file} is cut short or no safetensors file")
+            raise ValueError(f"model: {file} is cut short or not a safetensors file")
         text = stream.read(length)
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
     except (ValueError, AttributeError, RecursionError):
-        raise ValueError(f"model: {file} is cut short or no safetensors file") from None
+        raise ValueError(f"model: {file} is cut short or not a safetensors file") from None
     return header
 
 
@@ -110,14 +147,4 @@ def part_of(name: str) -> str:
     Returns:
         One of `PARTS`.
     """
-    rules = (
-        (".mlp.experts.", "routed experts"),
-        (".shared_experts.", "shared experts"),
-        (".mlp.gate.", "router"),
-        (".mlp.", "dense feed-forward"),
-        (".self_attn.", "attention"),
-        ("embed_tokens.", "embedding"),
-        ("lm_head.", "embedding"),
-        ("norm.", "norm"),
-    )
-    return next((part for piece, part in rules if piece in name), "other")
+    return next((part for pattern, part in _RULES if re.search(pattern, name)), "other")

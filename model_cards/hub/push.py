@@ -16,7 +16,7 @@ from deepseek_model_cards.card.card import PICTURE, write_card
 from deepseek_model_cards.report.report import write_report
 from deepseek_model_cards.wording import format_bytes
 from deepseek_records.leaks import find_leaks
-from deepseek_records.stages import final_model_path, read_stages
+from deepseek_records.lineage import read_lineage
 from modeling_deepseek.checkpoint_check import read_weight_map
 
 MODEL_FILES = (
@@ -56,7 +56,7 @@ def push_run(
     *,
     private: bool = False,
     revision: str | None = None,
-    licence: str = "apache-2.0",
+    license: str | None = None,
     template: str | Path | None = None,
     message: str = "Upload model, card and results",
     token: str | None = None,
@@ -70,7 +70,7 @@ def push_run(
         repo_id: ``user/name`` on the Hub; made if it does not exist.
         private: Make a new repository private; an existing one keeps its visibility.
         revision: The branch to commit to, made if it does not exist; the main branch by default.
-        licence: The licence of the weights, as the Hub spells it.
+        license: The license of the weights, as the Hub spells it.
         template: A Jinja template for the card in place of ours.
         message: The commit's message.
         token: The access token; by default the one `hf auth login` stored, or ``HF_TOKEN``.
@@ -86,7 +86,7 @@ def push_run(
     """
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as folder:
-        files = collect_files(run_path, repo_id, licence=licence, template=template, folder=Path(folder))
+        files = collect_files(run_path, repo_id, license=license, template=template, folder=Path(folder))
         check_leaks(files, folders=[Path(run_path).resolve(), Path(folder), Path.home()])
         if dry_run:
             # What was written for the upload vanishes with the folder, so hand back its bytes.
@@ -118,25 +118,25 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def collect_files(
-    run_path: str | Path, repo_id: str, *, licence: str, folder: Path, template: str | Path | None = None
+    run_path: str | Path, repo_id: str, *, license: str | None, folder: Path, template: str | Path | None = None
 ) -> list[UploadFile]:
     """Return everything that belongs into the repository, card and report freshly written.
 
     Args:
         run_path: A stage's folder, or the parent of several.
         repo_id: The repository, named in the card's loading examples.
-        licence: The licence of the weights.
+        license: The license of the weights.
         folder: An empty folder that card and report are written into.
         template: A Jinja template for the card in place of ours.
 
     Raises:
         FileNotFoundError: There is no finished run, or it made no model.
     """
-    model_path = final_model_path(read_stages(run_path))
+    model_path = read_lineage(run_path).model_path
     if model_path is None:
         raise FileNotFoundError(f"run: {run_path} made no model, so there is nothing to upload")
     check_weights(model_path)
-    write_card(run_path, output=folder, licence=licence, repo_id=repo_id, template=template)
+    write_card(run_path, output=folder, license=license, repo_id=repo_id, template=template)
     write_report(run_path, folder / "report.html")
     names = ["README.md", PICTURE, "report.html"]
     written = [path for path in sorted(folder.rglob("*")) if path.name in names or path.parent.name == ".eval_results"]

@@ -37,7 +37,7 @@ class HubCardCallback(TrainerCallback):
         trainer: The trainer; add the callback to it with ``trainer.add_callback(HubCardCallback(trainer))``.
         data: Data sets for the card.
         evaluated_on: The name of the evaluation data in results.
-        licence: The licence of the weights, as the Hub spells it.
+        license: The license of the weights, as the Hub spells it; by default the base model's, if that is known.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data)  # doctest: +SKIP
@@ -50,12 +50,12 @@ class HubCardCallback(TrainerCallback):
         *,
         data: Sequence[DataUse] = (),
         evaluated_on: str = "evaluation data",
-        licence: str = "apache-2.0",
+        license: str | None = None,
     ) -> None:
         self.trainer = trainer
         self.data = data
         self.evaluated_on = evaluated_on
-        self.licence = licence
+        self.license = license
         self.run: RunFolder | None = None
         self.started = time.monotonic()
         trainer.create_model_card = self.create_model_card
@@ -107,7 +107,7 @@ class HubCardCallback(TrainerCallback):
             self.run.path,
             output=output,
             model_path=output if list(output.glob("*.safetensors")) else None,
-            licence=self.licence,
+            license=self.license,
             repo_id=self.trainer.hub_model_id,
         )
         write_report(self.run.path, output / "report.html")
@@ -121,7 +121,16 @@ class HubCardCallback(TrainerCallback):
             last.update({key[5:]: value for key, value in row.items() if key.startswith("eval_")})
         names = [key for key in last if not any(word in key for word in _SPEED)]
         rows = tuple(Result(metric=key, dataset=self.evaluated_on, value=last[key]) for key in names)
-        return Summary(stage="train", results=rows, data=tuple(self.data), seconds=time.monotonic() - self.started)
+        base = (
+            getattr(self.trainer.model.config, "name_or_path", "") or None
+        )  # "" of a model made from a configuration
+        return Summary(
+            stage="train",
+            base_model=base,
+            results=rows,
+            data=tuple(self.data),
+            seconds=time.monotonic() - self.started,
+        )
 
 
 def _begin_run(path: Path, settings: dict[str, Any], seed: int) -> RunFolder:

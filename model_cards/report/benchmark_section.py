@@ -19,6 +19,7 @@ from deepseek_model_cards.benchmarks import (
 from deepseek_model_cards.card.metadata import results_of_final_model
 from deepseek_model_cards.report import charts
 from deepseek_model_cards.wording import format_value, label_dataset, label_metric
+from deepseek_records.lineage import Lineage
 from deepseek_records.stages import Stage, is_number
 from deepseek_records.summary import Result
 
@@ -28,13 +29,14 @@ _MAX_GROUPS = 80
 _PUBLISHED = tuple(dict.fromkeys(name for known in BENCHMARKS.values() for name in known["published"]))
 
 
-def benchmark_section(stages: dict[str, Stage]) -> dict[str, Any]:
+def benchmark_section(lineage: Lineage) -> dict[str, Any]:
     """Return the section as the template takes it.
 
     Args:
-        stages: What `read_stages` gave.
+        lineage: The model's stages.
     """
-    found = (measured.result for measured in results_of_final_model(stages))
+    stages = lineage.stages
+    found = (measured.result for measured in results_of_final_model(lineage))
     rows = [row for row in found if row.task or benchmark_of(row)]
     drawn = _score_charts(rows) + [chart for stage in stages.values() for chart in _group_charts(stage)]
     missing = ""

@@ -14,15 +14,16 @@ from typing import Any
 
 from deepseek_model_cards.benchmarks import SHARE_METRICS, benchmark_of, chance_level, compare_to_chance
 from deepseek_model_cards.card.metadata import results_of_final_model
-from deepseek_model_cards.card.parameter_table import count_checkpoint
+from deepseek_model_cards.card.parameter_table import try_to_count
 from deepseek_model_cards.report import charts
 from deepseek_model_cards.report.benchmark_section import benchmark_section
 from deepseek_model_cards.report.item_browser import pack_items
-from deepseek_model_cards.stage_rows import STAGE_TITLES, data_row, describe_machine, stage_row, total_seconds
+from deepseek_model_cards.stage_rows import data_row, describe_machine, stage_row, stage_title, total_seconds
 from deepseek_model_cards.summary_table import summary_rows, summary_table
 from deepseek_model_cards.wording import format_count, format_seconds, format_value, label_dataset, label_metric
+from deepseek_records.lineage import Lineage, read_lineage
 from deepseek_records.run_folder import write_text
-from deepseek_records.stages import Stage, final_model_path, merged_versions, read_stages
+from deepseek_records.stages import Stage, merged_versions
 from deepseek_records.summary import Result
 
 __all__ = ["summary_table", "write_report"]
@@ -45,7 +46,8 @@ def write_report(run_path: str | Path, output: str | Path, *, with_items: bool =
     """
     import jinja2
 
-    stages = read_stages(run_path)
+    lineage = read_lineage(run_path)
+    stages = lineage.stages
     first = next(stage for stage in stages.values() if stage.is_finished)
     training: list[Callable[[dict[str, Stage]], Section]] = [
         _loss_section,
@@ -54,7 +56,7 @@ def write_report(run_path: str | Path, output: str | Path, *, with_items: bool =
         _load_section,
     ]
     # A model that was only evaluated here has no training to miss.
-    makers = [benchmark_section] if set(stages) == {"evaluate"} else [*training, benchmark_section]
+    sections = [] if set(stages) == {"evaluate"} else [make(stages) for make in training]
     # autoescape: generations and names are text from outside and must not become markup.
     environment = jinja2.Environment(autoescape=True, loader=jinja2.FileSystemLoader(TEMPLATE.parent))
     template = environment.get_template(TEMPLATE.name)
@@ -62,9 +64,9 @@ def write_report(run_path: str | Path, output: str | Path, *, with_items: bool =
         title=f"Run report: {Path(run_path).resolve().name}",
         subtitle=f"{(first.environment.started or 'start not recorded')[:16].replace('T', ' ')}, "
         f"{describe_machine(first.environment)}, {format_seconds(total_seconds(stages))} in all",
-        tiles=_tiles(stages),
+        tiles=_tiles(lineage),
         rows=summary_rows(run_path),
-        sections=[make(stages) for make in makers],
+        sections=[*sections, benchmark_section(lineage)],
         samples=_samples(stages),
         items=_pack_items(stages) if with_items else "",
         data=[data_row(stage, row) for stage in stages.values() for row in stage.data],
@@ -95,25 +97,29 @@ def _absent(stages: dict[str, Stage], name: str, what: str, drawn: list[dict[str
     return "" if drawn else f"No stage logged {what}."
 
 
-def _tiles(stages: dict[str, Stage]) -> list[dict[str, str]]:
+def _tiles(lineage: Lineage) -> list[dict[str, str]]:
     tiles = []
-    model_path = final_model_path(stages)
-    if model_path:
-        table = count_checkpoint(model_path)
-        share = f"{format_count(table.active)} active on a token ({table.active / table.total:.0%})"
+    stages = lineage.stages
+    table = try_to_count(lineage.model_path)
+    if table and table.total:
+        share = (
+            f"{format_count(table.active)} active per token ({table.active / table.total:.0%})" if table.active else ""
+        )
         tiles.append({"name": "parameters", "value": format_count(table.total), "note": share})
     for stage in stages.values():
         for pair in _pairs(stage.results):
             tile = _change_tile(pair)
             if tile:
                 tiles.append(tile)
-    for row in (found.result for found in results_of_final_model(stages)):
+    for row in (found.result for found in results_of_final_model(lineage)):
         if benchmark_of(row) and row.metric in SHARE_METRICS:
             note = compare_to_chance(row, chance_level(row)).partition(" (")[0]
             tiles.append({"name": label_dataset(row), "value": f"{row.value:.1%}", "note": note})
     checks = [check.passed for stage in stages.values() for check in stage.checks]
     if checks:
-        tiles.append({"name": "bars met", "value": f"{sum(checks)} of {len(checks)}", "note": "see the table below"})
+        tiles.append(
+            {"name": "targets met", "value": f"{sum(checks)} of {len(checks)}", "note": "see the table below"}
+        )
     return tiles
 
 
@@ -155,8 +161,7 @@ def _loss_section(stages: dict[str, Stage]) -> Section:
     for stage in stages.values():
         lines = [(name, *stage.series(key)) for key, name in _loss_keys(stage)]
         if lines:
-            title = STAGE_TITLES.get(stage.name, stage.name)
-            panels.append({"title": title.partition(": ")[2] or title, "ylabel": _loss_unit(lines), "lines": lines})
+            panels.append({"title": stage_title(stage), "ylabel": _loss_unit(lines), "lines": lines})
     found = [{"source": charts.line_charts(panels), "alt": "Loss over steps, one panel a stage"}] if panels else []
     note = "Training loss is in nats a token, of the mixed training batches; held-out text is measured apart."
     return _section("Loss", note, found, _absent(stages, "pretrain", "a loss", found))
@@ -223,7 +228,7 @@ def _load_section(stages: dict[str, Stage]) -> Section:
         if loads:
             source = charts.heatmap(loads, [f"MoE layer {i + 1}" for i in range(len(loads))])
             alt = f"Load of each expert by layer: {json.dumps(loads)[:400]}"
-            found.append({"title": STAGE_TITLES.get(stage.name, stage.name), "source": source, "alt": alt})
+            found.append({"title": stage_title(stage), "source": source, "alt": alt})
     panels = [panel for panel in (_router_panel(stages, *figure) for figure in _ROUTER_FIGURES) if panel["lines"]]
     if panels:
         alt = ", ".join(panel["title"] for panel in panels) + " over steps"

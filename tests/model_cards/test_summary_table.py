@@ -11,7 +11,7 @@ def test_every_result_and_every_check_is_in_the_table(finished_run):
     checks = [check for s in stages for check in s.checks]
     assert len(rows) == len(measured) + len(checks)
     assert [row[1] for row in rows if row[5]] == [check.name for check in checks]
-    assert [row[5] for row in rows if row[5]] == ["yes" if check.passed else "NO" for check in checks]
+    assert [row[5] for row in rows if row[5]] == ["yes" if check.passed else "no" for check in checks]
 
 
 def test_before_and_after_share_a_line_and_a_baseline_is_named(finished_run):
@@ -20,7 +20,7 @@ def test_before_and_after_share_a_line_and_a_baseline_is_named(finished_run):
     assert (domain.before, domain.after) == ("3.100 \u00b1 0.030", "2.500 \u00b1 0.030")
     general = next(row for row in summary_rows(finished_run) if row.stage == "pretrain")
     assert general.before == "3.300 (bigram)"
-    assert cells["below the bigram"].bar == "< 3.300"
+    assert cells["below the bigram"].target == "< 3.300"
 
 
 def test_the_columns_of_the_text_line_up(finished_run):

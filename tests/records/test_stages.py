@@ -1,15 +1,12 @@
 import pytest
 
-from deepseek_records.run_folder import RunFolder
-from deepseek_records.stages import final_model_path, merged_versions, read_stages
-from deepseek_records.summary import Summary
+from deepseek_records.stages import merged_versions, read_stages
 from deepseek_records.typed_json import to_json
 
 
 def test_stages_of_a_parent_come_in_the_order_they_ran(finished_run):
     stages = read_stages(finished_run)
     assert list(stages) == ["pretrain", "adapt", "align", "evaluate"]
-    assert final_model_path(stages) == finished_run / "align" / "model"
 
 
 def test_one_stage_alone_is_named_by_its_summary(finished_run):
@@ -29,7 +26,6 @@ def test_an_unfinished_stage_is_kept_without_results(tmp_path, builders):
     builders["stage"](tmp_path, "evaluate", settings={"a": 1}, summary={"seconds": 1})
     stages = read_stages(tmp_path)
     assert not stages["align"].is_finished and stages["align"].results == ()
-    assert final_model_path(stages) is None
 
 
 def test_a_folder_without_a_finished_run_is_refused_in_one_line(tmp_path, builders):
@@ -59,33 +55,3 @@ def test_versions_that_differ_between_stages_are_both_named(finished_run, tmp_pa
         environment = to_json(run.environment) | {"versions": {"torch": version, "python": "3.11"}}
         (run.path / "environment.json").write_text(json.dumps(environment))
     assert merged_versions(read_stages(tmp_path)) == {"torch": "1.0 / 2.0", "python": "3.11"}
-
-
-def test_the_final_model_is_told_by_its_command_not_by_its_folders_name(tmp_path, builders):
-    """An older pretraining under a later name is not what the run ended with."""
-    for name, command in (("pretrain", "pretrain"), ("mine", "align"), ("old-pretrain", "pretrain")):
-        run = RunFolder.create(tmp_path / name, {}, command=command, seed=0)
-        run.finish(Summary(stage=command))
-        run.model_path.mkdir()
-        (run.model_path / "config.json").write_text("{}")
-    assert final_model_path(read_stages(tmp_path)) == tmp_path / "mine" / "model"
-
-
-def test_an_unfinished_stage_made_no_final_model(tmp_path, builders):
-    for name in ("pretrain", "align"):
-        summary = {"seconds": 1} if name == "pretrain" else None
-        run = builders["stage"](tmp_path, name, settings={}, summary=summary)
-        run.model_path.mkdir()
-        (run.model_path / "config.json").write_text("{}")
-    assert final_model_path(read_stages(tmp_path)) == tmp_path / "pretrain" / "model"
-
-
-def test_two_final_stages_of_one_kind_are_refused_in_one_line(tmp_path):
-    for name in ("align-seed0", "align-seed1"):
-        run = RunFolder.create(tmp_path / name, {}, command="align", seed=0)
-        run.finish(Summary(stage="align"))
-        run.model_path.mkdir()
-        (run.model_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"align-seed0, .*align-seed1 are all made by align; pass one") as error:
-        final_model_path(read_stages(tmp_path))
-    assert "\n" not in str(error.value)

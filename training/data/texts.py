@@ -38,12 +38,14 @@ class EmbeddedData:
         column: The column that holds the text.
         licence: Its licence.
         source: Where it comes from.
+        languages: ISO 639 codes of its texts.
     """
 
     file: str
     column: str
     licence: str
     source: str
+    languages: tuple[str, ...] = ("en",)
 
 
 EMBEDDED = {
@@ -164,6 +166,7 @@ def describe_data(name_or_path: str | Path, split: str, texts: Sequence[str], us
         num_bytes=sum(len(text.encode()) for text in texts),
         used_for=used_for,
         hub_id=None if embedded or local else name.partition(":")[0],
+        languages=embedded.languages if embedded else (),
     )
 
 

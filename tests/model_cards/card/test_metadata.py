@@ -5,31 +5,38 @@ import yaml
 from huggingface_hub import parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from deepseek_model_cards.card.license_facts import License
 from deepseek_model_cards.card.metadata import (
     build_metadata,
     check_metadata,
-    read_config,
     results_of_final_model,
     write_eval_results,
 )
-from deepseek_records.stages import final_model_path, read_stages
+from deepseek_model_cards.card.model_facts import ModelFacts, read_facts
+from deepseek_records.lineage import read_lineage
 
 
 @pytest.fixture
-def stages(finished_run):
-    return read_stages(finished_run)
+def lineage(finished_run):
+    return read_lineage(finished_run)
 
 
 @pytest.fixture
-def metadata(stages):
-    config = read_config(final_model_path(stages))
-    return build_metadata(stages, name="fox", licence="mit", config=config).to_dict()
+def metadata(lineage):
+    return build(lineage, read_facts(lineage.model_path))
 
 
-def test_only_the_final_models_results_are_claimed(stages):
+def build(lineage, facts=None):
+    license = License({"license": "mit"}, "")
+    return build_metadata(
+        lineage, name="fox", license=license, facts=facts or ModelFacts(), is_made_here=True
+    ).to_dict()
+
+
+def test_only_the_final_models_results_are_claimed(lineage):
     """What was measured before training, or on the way, belongs to another model."""
     claimed = {
-        (found.result.metric, found.result.dataset): found.result.value for found in results_of_final_model(stages)
+        (found.result.metric, found.result.dataset): found.result.value for found in results_of_final_model(lineage)
     }
     assert claimed[("reward", "dialogues")] == 0.58
     assert ("bits_per_byte", "books") not in claimed  # last measured on the adapted model, which is not the final one
@@ -56,7 +63,7 @@ def test_fields_are_read_from_the_run(metadata):
 def test_a_hub_base_model_is_named_with_its_relation(tmp_path, builders):
     summary = {"base_model": "deepseek-ai/DeepSeek-V2-Lite", "seconds": 1}
     builders["stage"](tmp_path, "adapt", settings={}, summary=summary)
-    metadata = build_metadata(read_stages(tmp_path), name="fox", licence="mit", config={}).to_dict()
+    metadata = build(read_lineage(tmp_path))
     assert metadata["base_model"] == ["deepseek-ai/DeepSeek-V2-Lite"]
     assert metadata["base_model_relation"] == "finetune"
 
@@ -66,12 +73,12 @@ def test_a_local_base_model_is_left_out_and_never_fatal(tmp_path, builders, loca
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here" / "model").mkdir(parents=True)
     builders["stage"](tmp_path / "run", "adapt", settings={}, summary={"base_model": local, "seconds": 1})
-    metadata = build_metadata(read_stages(tmp_path / "run"), name="fox", licence="mit", config={}).to_dict()
+    metadata = build(read_lineage(tmp_path / "run"))
     assert "base_model" not in metadata and "base_model_relation" not in metadata
 
 
-def test_eval_results_files_read_back_by_the_hubs_own_parser(stages, tmp_path):
-    files = write_eval_results(stages, tmp_path)
+def test_eval_results_files_read_back_by_the_hubs_own_parser(lineage, tmp_path):
+    files = write_eval_results(lineage, tmp_path)
     assert [str(file.relative_to(tmp_path)) for file in files] == [
         *(".eval_results/mmlu.yaml", ".eval_results/humaneval.yaml"),
     ]
@@ -84,11 +91,11 @@ def test_eval_results_files_read_back_by_the_hubs_own_parser(stages, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"license": "do-what-you-like"}, "license: 'do-what-you-like'"),
+        ({"license": "do-what-you-like"}, "license: got 'do-what-you-like', expected"),
         ({"pipeline_tag": "chatting"}, "pipeline_tag"),
-        ({"datasets": ["/home/me/data"]}, "datasets: '/home/me/data' is no Hub id"),
+        ({"datasets": ["/home/me/data"]}, "datasets: got '/home/me/data', expected a Hub id"),
         ({"base_model": ["a/b/c"]}, "base_model"),
-        ({"language": ["English"]}, "language: 'English'"),
+        ({"language": ["English"]}, "language: got 'English'"),
         ({"tags": ["ok", ""]}, "tags"),
     ],
 )

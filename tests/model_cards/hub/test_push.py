@@ -89,7 +89,7 @@ def test_a_lost_upload_changes_nothing_and_the_next_one_sends_only_what_is_missi
         ({"repo": "stranger/fox"}, r"REPO: this token may not write to stranger/fox \(403\)"),
         ({"repo": "no slash"}, "REPO: 'no slash' is no Hub id"),
         ({"repo": "fox"}, "REPO: 'fox' names no owner"),
-        ({"licence": "mine"}, "license: 'mine'"),
+        ({"license": "mine"}, "license: got 'mine'"),
         ({"endpoint": "http://127.0.0.1:9"}, "connection lost"),
     ],
 )

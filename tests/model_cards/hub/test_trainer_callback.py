@@ -39,7 +39,7 @@ def pushed(hub, finished_stage, tmp_path, monkeypatch):
     )
     trainer = Trainer(model, args, train_dataset=Tokens(), eval_dataset=Tokens(), processing_class=tokenizer)
     data = [DataUse(name="random tokens", license="mit", source="made here", split="train", num_rows=8)]
-    trainer.add_callback(HubCardCallback(trainer, data=data, evaluated_on="random tokens", licence="mit"))
+    trainer.add_callback(HubCardCallback(trainer, data=data, evaluated_on="random tokens", license="mit"))
     trainer.train()
     trainer.push_to_hub()
     return trainer

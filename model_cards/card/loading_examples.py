@@ -1,0 +1,122 @@
+"""The code and commands that a card prints: how to load this model, and how to export or measure it again.
+
+Each way is printed only where the model's files say that it works. Tests run them as printed, on each kind of model.
+"""
+
+import shlex
+from typing import Any
+
+from deepseek_model_cards.card.model_facts import OURS, ModelFacts
+from deepseek_records.stages import Stage
+
+_PACKAGE = "import modeling_deepseek  # installed with deepseek-moe; registers the architecture\n"
+_GENERATE = (
+    'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))"
+)
+_CLASSIFY = 'inputs = tokenizer("Once upon a time", return_tensors="pt")\nprint(model(**inputs).logits)'
+# Options of `deepseek-moe evaluate` that decide what is measured, by their setting; left out at these values.
+_MEASURING = {
+    "num_fewshot": None,
+    "limit": None,
+    "max_new_tokens": None,
+    "num_samples": 1,
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "prompt_style": "base",
+    "seed": 0,
+}
+
+Way = dict[str, str]
+
+
+def loading_ways(facts: ModelFacts, place: str, base: str | None) -> list[Way]:
+    """Return how the model is loaded: ``title``, ``language`` and ``code`` of each way that works.
+
+    Args:
+        facts: What the model's folder says.
+        place: Its Hub id, or its folder as seen from the card.
+        base: Of an adapter, the model that it goes on.
+    """
+    if facts.is_adapter:
+        return [_adapter_way(facts, place, base)] if base else []
+    if not facts.config:
+        return []
+    if facts.model_type == OURS:
+        ways = [_way("With the package", facts, place, package=True)]
+        if facts.has_own_code:
+            ways.append(_way("Without it, by the code beside the weights", facts, place, is_trusted=True))
+        if can_export_to_v3(facts):
+            ways.append(_export_way(place))
+        return ways
+    return [_way("With transformers", facts, place, is_trusted=facts.has_own_code)]
+
+
+def _way(title: str, facts: ModelFacts, place: str, *, package: bool = False, is_trusted: bool = False) -> Way:
+    name = "AutoModelForSequenceClassification" if facts.is_classifier else "AutoModelForCausalLM"
+    # The tokenizer asks too: it reads the configuration, whose class may be remote code.
+    load = f'from_pretrained("{place}"{", trust_remote_code=True" if is_trusted else ""})'
+    lines = [f"from transformers import {name}" + (", AutoTokenizer" if facts.has_tokenizer else ""), ""]
+    if facts.has_tokenizer:
+        lines.append(f"tokenizer = AutoTokenizer.{load}")
+    lines.append(f"model = {name}.{load}")
+    if facts.has_tokenizer:
+        lines.append(_CLASSIFY if facts.is_classifier else _GENERATE)
+    return {"title": title, "language": "python", "code": (_PACKAGE if package else "") + "\n".join(lines)}
+
+
+def _adapter_way(facts: ModelFacts, place: str, base: str) -> Way:
+    lines = [
+        "import modeling_deepseek  # installed with deepseek-moe; for base models of its architecture",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        f'model = PeftModel.from_pretrained(base, "{place}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{place if facts.has_tokenizer else base}")',
+        _GENERATE,
+    ]
+    return {"title": "With its base model", "language": "python", "code": "\n".join(lines)}
+
+
+def can_export_to_v3(facts: ModelFacts) -> bool:
+    """Tell whether ``deepseek-moe export --to deepseek_v3`` takes the model.
+
+    Args:
+        facts: What the model's folder says.
+    """
+    from modeling_deepseek import DeepseekConfig
+    from modeling_deepseek.deepseek_v3_range import obstacles_to_deepseek_v3
+
+    is_causal = facts.config.get("architectures") in (None, ["DeepseekForCausalLM"])
+    return is_causal and not obstacles_to_deepseek_v3(DeepseekConfig.from_dict(facts.config))
+
+
+def _export_way(place: str) -> Way:
+    code = f"deepseek-moe export {shlex.quote(place)} exported --to deepseek_v3"
+    return {"title": "Exported to `exported`, a plain DeepSeek-V3 checkpoint", "language": "bash", "code": code}
+
+
+def measuring_command(stage: Stage, tasks: list[str], place: str) -> str | None:
+    """Return the command that measures tasks again on this model, None where it cannot be said.
+
+    Args:
+        stage: The evaluation.
+        tasks: The tasks' names.
+        place: The model's Hub id, or its folder as seen from the card.
+    """
+    settings = stage.settings
+    if stage.kind != "evaluate" or not tasks or settings.get("data_path") or settings.get("adapter"):
+        return None
+    words = ["deepseek-moe", "evaluate", place, "--tasks", ",".join(tasks)]
+    for name, default in _MEASURING.items():
+        value = settings.get(name, default)
+        if value != default:
+            words += [f"--{name.replace('_', '-')}", _as_option(value, tasks)]
+    return shlex.join([*words, "--output", "measured-again"])
+
+
+def _as_option(value: Any, tasks: list[str]) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{name}={number}" for name, number in value.items() if name in tasks)
+    return str(value)
