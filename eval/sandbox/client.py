@@ -1,6 +1,7 @@
 """Runs model-written programs so that they can neither lie about their outcome nor do harm.
 
-    run_program("assert 1 + 1 == 2").passed      # True only if the program ran to its end without error
+    run_tests([("def add(a, b): return a + b", "assert add(2, 3) == 5")])   # two processes for each
+    run_program("assert 1 + 1 == 2").passed      # one program; True only if it ran to its end without error
     for result in run_programs(sources): ...     # several at once, results in order
 
 Called by the pass@k metric and usable alone. Each program runs in its own process without network, environment or
@@ -23,10 +24,12 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from deepseek_eval.sandbox.plan import plan_tests
 
 # Each needs at least one means: who the program talks to, what it reads and writes, whom it signals, how much it
 # takes, and a proof that it ended by itself.
@@ -45,11 +48,14 @@ class ProgramResult:
         passed: True only if it ran to its end without error.
         reason: ``passed``, ``failed: <exception>``, ``timed out``, or how it died or cheated.
         seconds: Wall time, start of its process included.
+        isolation: ``separate`` if the tests ran in a process that the candidate has no part in, ``shared`` if all was
+            one program.
     """
 
     passed: bool
     reason: str
     seconds: float
+    isolation: str = "shared"
 
 
 def run_program(
@@ -60,6 +66,12 @@ def run_program(
     allow_weak_sandbox: bool = False,
 ) -> ProgramResult:
     """Run one program.
+
+    What the verdict can be trusted for: a program that raised, exited, crashed or ran out of time is never called
+    passed by accident, and honest programs are judged as they end. What it cannot: the program shares the interpreter
+    with the lines that are meant to test it, so one written to deceive can skip or rewrite them (for example by
+    searching the interpreter's objects) and still reach its end. Where candidate and tests come from different hands,
+    use `run_tests`.
 
     Args:
         source_code: Python source.
@@ -86,7 +98,7 @@ def run_programs(
     as_main: bool = False,
     allow_weak_sandbox: bool = False,
 ) -> Iterator[ProgramResult]:
-    """Run programs side by side and yield their results in order.
+    """Run programs side by side and yield their results in order; for what the verdicts are worth see `run_program`.
 
     Args:
         sources: Python sources; read only a little ahead of the results.
@@ -98,20 +110,73 @@ def run_programs(
     Raises:
         ValueError: The machine offers less than the minimum, or a setting is not positive.
     """
+    settings = {"timeout_s": float(timeout_s), "as_main": as_main}
+    requests = ({"source": source, **settings} for source in sources)
+    return _run_all(requests, _POOL.run, timeout_s, num_workers, allow_weak_sandbox)
+
+
+def run_tests(
+    candidates: Iterable[tuple[str, str]],
+    *,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    num_workers: int | None = None,
+    allow_weak_sandbox: bool = False,
+) -> Iterator[ProgramResult]:
+    """Run tests on candidates side by side and yield their results in order.
+
+    The tests run in one process and the candidate in another; arguments and results cross as exact builtin values, so
+    nothing that a candidate does to its own interpreter reaches the verdict. Tests for which that is impossible
+    (`ProgramResult.isolation` is then ``shared``) run behind the candidate in one program, as by `run_program`.
+
+    Args:
+        candidates: Pairs of a candidate's source and the source that tests it; read only a little ahead.
+        timeout_s: Wall time each may take.
+        num_workers: Programs at once; None takes one for each processor.
+        allow_weak_sandbox: As for `run_program`.
+
+    Raises:
+        ValueError: The machine offers less than the minimum, or a setting is not positive.
+    """
+    requests = (
+        {"candidate": candidate, "tests": tests, "timeout_s": float(timeout_s)} for candidate, tests in candidates
+    )
+    return _run_all(requests, _run_apart, timeout_s, num_workers, allow_weak_sandbox)
+
+
+def _run_apart(request: dict) -> ProgramResult:
+    plan = plan_tests(request["tests"])
+    if plan.shared_because is None:
+        result = _POOL.run({**request, "names": plan.names, "imports": plan.imports})
+        # Only what the tests themselves pass can be uncrossable, so no candidate chooses this.
+        if not result.reason.startswith("uncrossable"):
+            return result
+    source = f"{request['candidate']}\n{request['tests']}"
+    return _POOL.run({"source": source, "timeout_s": request["timeout_s"]})
+
+
+def _run_all(
+    requests: Iterable[dict],
+    run: Callable[[dict], ProgramResult],
+    timeout_s: float,
+    num_workers: int | None,
+    allow_weak_sandbox: bool,
+) -> Iterator[ProgramResult]:
     num_workers = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
     if num_workers < 1:
         raise ValueError(f"num_workers = {num_workers}, allowed is 1 or more")
     if not timeout_s > 0:
         raise ValueError(f"timeout_s = {timeout_s}, allowed is more than 0")
     _check_protection(allow_weak_sandbox)
-    return _run_all(sources, num_workers, {"timeout_s": float(timeout_s), "as_main": as_main})
+    return _run_ahead(requests, run, num_workers)
 
 
-def _run_all(sources: Iterable[str], num_workers: int, settings: dict) -> Iterator[ProgramResult]:
+def _run_ahead(
+    requests: Iterable[dict], run: Callable[[dict], ProgramResult], num_workers: int
+) -> Iterator[ProgramResult]:
     with ThreadPoolExecutor(num_workers) as executor:
         pending: deque = deque()
-        for source in sources:
-            pending.append(executor.submit(_POOL.run, {"source": source, **settings}))
+        for request in requests:
+            pending.append(executor.submit(run, request))
             if len(pending) > 4 * num_workers:
                 yield pending.popleft().result()
         while pending:

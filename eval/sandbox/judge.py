@@ -14,7 +14,8 @@ import socket
 import time
 
 import confinement as kernel
-from program import CHANNEL, MAX_PROCESSES, MEMORY_BYTES, become_program
+from program import CHANNEL, MAX_PROCESSES, MEMORY_BYTES, become_program, confine
+from tester import run_tests
 
 DISK_BYTES = 64 << 20
 TICK_S = 0.02
@@ -50,10 +51,13 @@ class _Judge:
         server = self.server
         kernel.adopt_orphans()
         server.parent.close()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        if "tests" in self.request:
+            # Before the namespace is made: the candidate cannot name a process outside.
+            ours = self._fork_tester(ours, theirs)
         if server.layers.get("processes", "").startswith("process namespace"):
             kernel.unshare(kernel.CLONE_NEWPID)
             self.init = _fork_init()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.pid = os.fork()
         if self.pid == 0:
             ours.close()
@@ -61,9 +65,56 @@ class _Judge:
         theirs.close()
         self.channel = ours
         try:
-            return self._watch()
+            return self._watch_tests() if "tests" in self.request else self._watch()
         finally:
             self._kill()
+
+    def _fork_tester(self, channel: socket.socket, candidates: socket.socket) -> socket.socket:
+        """Start the process of the tests, which gets the candidate's channel; return what it reports over."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid:
+            theirs.close()
+            channel.close()
+            return ours
+        try:
+            candidates.close()
+            kept = [channel.fileno(), theirs.fileno()]
+            null = os.open("/dev/null", os.O_RDWR)
+            for handle in (0, 1, 2):
+                os.dup2(null, handle)
+            for handle in range(3, max(*kept, null, self.server.proc, ours.fileno()) + 1):
+                if handle not in kept:
+                    with contextlib.suppress(OSError):
+                        os.close(handle)
+            confine(self.server, is_alone=False)
+            run_tests(channel, kept[1], self.request)
+        except BaseException as error:
+            os.write(kept[1], f"broken sandbox: {type(error).__name__}: {error}".encode()[:200])
+        os._exit(0)
+
+    def _watch_tests(self) -> dict:
+        """Wait for the tests' own word: their process is none of the candidate's."""
+        self.deadline = time.monotonic() + 20.0
+        while True:
+            reason = self._find_excess()
+            if time.monotonic() > self.deadline:
+                reason = "timed out"
+            if reason:
+                break
+            if not select.select([self.channel], [], [], TICK_S)[0]:
+                continue
+            word, _, text = self.channel.recv(2048).decode("utf-8", "replace").partition(" ")
+            if word == "ready":
+                self.deadline = time.monotonic() + self.request["timeout_s"]
+                continue
+            if word == "broken" and text == "ended":
+                reason = self._explain_exit()
+            else:
+                texts = {"passed": "passed", "broken": text, "": "the process of the tests died"}
+                reason = texts.get(word, f"{word}: {text}")
+            break
+        return {"passed": reason == "passed", "reason": reason, "isolation": "separate"}
 
     def _watch(self) -> dict:
         self.deadline = time.monotonic() + 20.0
@@ -192,6 +243,7 @@ def _fork_init() -> int:
     """
     pid = os.fork()
     if pid == 0:
+        os.closerange(3, 1 << 16)
         kernel.die_with_parent()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:

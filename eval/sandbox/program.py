@@ -18,6 +18,7 @@ import types
 import warnings
 
 import confinement as kernel
+from candidate import CandidateServer
 
 MEMORY_BYTES = 1 << 30
 FILE_BYTES = 16 << 20
@@ -40,9 +41,14 @@ def become_program(server, request: dict, channel: int) -> None:
         for handle in (0, 1, 2):
             os.dup2(null, handle)
         os.closerange(CHANNEL + 1, 1 << 16)
-        _confine(server)
+        confine(server)
+        if "tests" in request:
+            candidate = CandidateServer(CHANNEL, request.get("as_main", False))
+            _fresh_interpreter(server, as_main=False)
+            candidate.serve()
         _become_multithreaded()
         namespace = _fresh_interpreter(server, as_main=request.get("as_main", False))
+        sys.addaudithook(_make_hook(server.readable))
     except BaseException as error:
         os.write(CHANNEL, f"Esandbox set-up: {type(error).__name__}: {error}".encode()[:200])
         os._exit(1)
@@ -101,10 +107,16 @@ def _attempt(source, namespace, execute=exec, write=os.write, name_of=type.__dic
         raise
 
 
-def _confine(server) -> None:
+def confine(server, is_alone: bool = True) -> None:
+    """Give up all that a program has no business with, for good.
+
+    Args:
+        server: The `Server` of ``server.py``.
+        is_alone: Whether the process stands in a process namespace of its own, where the machine has such.
+    """
     own_pid = None
     os.setpgid(0, 0)
-    if "namespace" not in server.layers.get("processes", ""):
+    if not is_alone or "namespace" not in server.layers.get("processes", ""):
         own_pid = os.getpid()
     os.chdir(server.scratch)
     limits = {
@@ -132,12 +144,9 @@ def _confine(server) -> None:
 
 
 def _fresh_interpreter(server, as_main: bool) -> dict:
-    """Take our modules out of sight and forbid, from inside Python, what only attacks need.
-
-    The audit hook is no boundary; the kernel is. It keeps honest-looking tricks (tracing functions that jump over
-    assertions, searches of the heap, raw memory through ctypes) from reaching the frame that reports the end.
-    """
-    names = "confinement judge program ctypes _ctypes sysconfig socket _socket resource __main__"
+    """Take our modules out of sight."""
+    names = "candidate confinement judge plain_data program tester ctypes _ctypes sysconfig socket _socket resource"
+    names += " __main__"
     for name in names.split():
         sys.modules.pop(name, None)
     module = types.ModuleType("__main__")
@@ -145,12 +154,16 @@ def _fresh_interpreter(server, as_main: bool) -> dict:
     sys.argv[:] = [""]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    sys.addaudithook(_make_hook(server.readable))
     # The references run a program in an empty namespace, where __name__ is "builtins".
     return module.__dict__ if as_main else {}
 
 
 def _make_hook(readable: list[str]):
+    """Forbid, from inside Python, what only attacks need, where program and verdict share an interpreter.
+
+    The audit hook is no boundary; the kernel is. It keeps honest-looking tricks (tracing functions that jump over
+    assertions, searches of the heap, raw memory through ctypes) from reaching the frame that reports the end.
+    """
     names = "sys.settrace sys.setprofile sys.addaudithook sys._current_frames sys._current_exceptions"
     names += " gc.get_objects gc.get_referrers gc.get_referents sys.monitoring.register_callback"
     forbidden = frozenset(names.split())

@@ -187,7 +187,7 @@ class Server:
         """Run one program in a process of its own and return its outcome.
 
         Args:
-            request: ``source``, ``timeout_s``, and ``as_main``.
+            request: ``source`` and ``as_main``, or ``candidate``, ``tests``, ``imports`` and ``names``; ``timeout_s``.
         """
         start = time.monotonic()
         reader, writer = os.pipe()
@@ -201,7 +201,7 @@ class Server:
         os.waitpid(judge, 0)
         self._clear_scratch()
         outcome = json.loads(reply) if reply else {"passed": False, "reason": "sandbox: the judge was killed"}
-        return {**outcome, "seconds": time.monotonic() - start}
+        return {"isolation": "shared", **outcome, "seconds": time.monotonic() - start}
 
     def _clear_scratch(self) -> None:
         """Give the next program an empty folder. What cannot be emptied ends the server; the parent starts another."""

@@ -9,8 +9,10 @@ fence that repeats signature and docstring, and what it adds before the closing 
 Reference: Chen et al., 2021, "Evaluating Large Language Models Trained on Code", arXiv 2107.03374.
 """
 
+import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from deepseek_eval.tasks.rows import read_rows
 from deepseek_eval.tasks.task import ChatPrompt, ProgramItem, Task
@@ -42,6 +44,27 @@ def format_chat(prompt: str) -> ChatPrompt:
     return ChatPrompt(messages, STOP, take_before_fence)
 
 
+def find_helpers(row: dict[str, Any]) -> str:
+    """Return the functions of the prompt that the tests call (`poly`, `encode_cyclic`, `encode_shift`), with imports.
+
+    Three problems check a completion with a function that the prompt gives. Repeated before the tests, these are the
+    prompt's own: a completion that defines its own does not choose what it is checked with.
+
+    Args:
+        row: ``prompt``, ``entry_point`` and ``test``.
+    """
+    if row["prompt"].count("def ") < 2:
+        return ""
+    body = ast.parse(row["prompt"]).body
+    called = {node.id for node in ast.walk(ast.parse(row["test"])) if isinstance(node, ast.Name)}
+    helpers = [node for node in body if isinstance(node, ast.FunctionDef) and node.name != row["entry_point"]]
+    helpers = [node for node in helpers if node.name in called]
+    if not helpers:
+        return ""
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return "".join(f"{ast.unparse(node)}\n" for node in [*imports, *helpers])
+
+
 def build_items(num_fewshot: int, limit: int | None, data_path: Path | None) -> Iterator[ProgramItem]:
     """Yield the problems in order.
 
@@ -58,7 +81,7 @@ def build_items(num_fewshot: int, limit: int | None, data_path: Path | None) -> 
             prompt=row["prompt"],
             stop=STOP,
             prefix=row["prompt"],
-            tests=f"{row['test']}\ncheck({row['entry_point']})",
+            tests=f"{find_helpers(row)}{row['test']}\ncheck({row['entry_point']})",
             target=row["canonical_solution"],
             chat=format_chat(row["prompt"]),
         )

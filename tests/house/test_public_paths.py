@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTED = [
     "deepseek_eval.comparison.compare_runs",
     "deepseek_eval.sandbox.run_program",
+    "deepseek_eval.sandbox.run_tests",
     "deepseek_eval.tasks.long_tail.count_words",
     "deepseek_kernels.fused_moe.fused_moe",
     "deepseek_kernels.tune.tune",

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from deepseek_eval.sandbox.client import run_programs
+from deepseek_eval.sandbox.client import run_tests
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ Args:
     allow_weak_sandbox: run even when the machine offers less than the sandbox's stated minimum.
     on_result: called after each program, for progress bars.
 Returns:
-    pass@k and pass@k_stderr for each k, n (problems), and samples: passed and reason of each candidate.
+    pass@k and pass@k_stderr for each k, n (problems), and samples: passed, reason and isolation of each
+    candidate (``separate``: its tests ran in a process of their own, ``shared``: behind it in one program).
 """
 
 
@@ -65,16 +66,14 @@ class PassAtK(evaluate.Metric):
     ) -> dict[str, Any]:
         ks = [k] if isinstance(k, numbers.Number) else list(k)
         _check(ks, predictions)
-        sources, owners = [], []
+        pairs, owners = [], []
         for index, (candidates, tests) in enumerate(zip(predictions, references, strict=True)):
-            sources += [f"{candidate}\n{tests}" for candidate in candidates]
+            pairs += [(candidate, tests) for candidate in candidates]
             owners += [index] * len(candidates)
         samples: list[list[dict[str, Any]]] = [[] for _ in references]
-        results = run_programs(
-            sources, timeout_s=timeout_s, num_workers=num_workers, allow_weak_sandbox=allow_weak_sandbox
-        )
+        results = run_tests(pairs, timeout_s=timeout_s, num_workers=num_workers, allow_weak_sandbox=allow_weak_sandbox)
         for owner, result in zip(owners, results, strict=True):
-            samples[owner].append({"passed": result.passed, "reason": result.reason})
+            samples[owner].append({"passed": result.passed, "reason": result.reason, "isolation": result.isolation})
             if on_result is not None:
                 on_result()
         counts = [(len(rows), sum(row["passed"] for row in rows)) for rows in samples]

@@ -130,11 +130,11 @@ def test_an_unprivileged_user_is_protected_as_well(prefix):
         pytest.skip("needs root, to become another user, and a system interpreter")
     # `deepseek_eval` needs torch; the sandbox itself does not, so it is loaded by path.
     code = """
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("sandbox", sys.argv[1])
-sandbox = importlib.util.module_from_spec(spec)
-sys.modules["sandbox"] = sandbox
-spec.loader.exec_module(sandbox)
+import json, sys, types
+for name in ("deepseek_eval", "deepseek_eval.sandbox"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [sys.argv[1]]
+from deepseek_eval.sandbox import client as sandbox
 sources = json.loads(sys.stdin.read())
 print(json.dumps([sandbox.describe_protection(), [r.passed for r in sandbox.run_programs(sources, timeout_s=1.0)]]))
 """
@@ -144,7 +144,7 @@ print(json.dumps([sandbox.describe_protection(), [r.passed for r in sandbox.run_
     hostile += ["tcp_socket", "become_root", "new_namespace"]
     sources = [programs.HOSTILE[name] for name in hostile] + list(programs.HONEST.values())
     done = subprocess.run(
-        [*prefix, str(system_python), "-c", code, str(Path(sandbox.__file__))],
+        [*prefix, str(system_python), "-c", code, str(Path(sandbox.__file__).parent)],
         input=json.dumps(sources),
         capture_output=True,
         text=True,
