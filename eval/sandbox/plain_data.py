@@ -36,7 +36,7 @@ _VIEWS = {type({}.keys()): b"k", type({}.values()): b"v", type({}.items()): b"m"
 
 
 class Invalid(Exception):
-    """The bytes are no value of this format."""
+    """The bytes are not a value of this format."""
 
 
 class Uncrossable(Exception):

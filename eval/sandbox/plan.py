@@ -55,7 +55,7 @@ def plan_tests(tests: str) -> TestPlan:
         table = symtable.symtable(tests, "<tests>", "exec")
         reason = _find_reason(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return TestPlan(shared_because="the tests are no program by themselves")
+        return TestPlan(shared_because="the tests are not a program by themselves")
     if reason:
         return TestPlan(shared_because=reason)
     imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]

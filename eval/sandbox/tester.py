@@ -26,7 +26,7 @@ from plain_data import MAX_BYTES, Invalid, Reader, Uncrossable, Writer, replace_
 
 
 class Broken(BaseException):
-    """The candidate ended, or what it sent is no answer. Not an `Exception`, so few tests catch it."""
+    """The candidate ended, or what it sent is not an answer. Not an `Exception`, so few tests catch it."""
 
 
 class Border:
@@ -79,7 +79,7 @@ class Border:
             named: Keyword arguments.
 
         Raises:
-            Broken: What came back is no answer.
+            Broken: What came back is not an answer.
             Uncrossable: An argument of the tests cannot cross.
         """
         if self.broken is not None:
