@@ -2,7 +2,7 @@
 
 import argparse
 
-from deepseek_cli.stage_end import close_with_targets
+from deepseek_cli.stage_command import add_run_arguments, close_with_targets
 
 HELP = "Continue a model on a domain with replayed general text (stage 2)."
 EXAMPLES = """
@@ -20,8 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 
     add_recipe_arguments(parser, AdaptRecipe)
-    parser.add_argument("--output", default="runs/adapt", help="run folder")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
+    add_run_arguments(parser, "runs/adapt")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
 
     from deepseek_training.stages.adapt import adapt
 
-    summary = adapt(recipe, args.output, overwrite=args.overwrite)
+    summary = adapt(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
+    if summary is None:
+        return 0
     if PartialState().is_main_process:
         for check in summary.checks:
             print(f"{check.dataset}: bits per byte {check.value:+.1%} ({'ok' if check.passed else 'missed'})")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from deepseek_cli.stage_end import close_with_targets
+from deepseek_cli.stage_command import add_run_arguments, close_with_targets
 
 HELP = "Align a model with PPO under 0.7 relevance + 0.2 safety + 0.1 diversity."
 EXAMPLES = """
@@ -19,8 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from deepseek_training.recipes.loading import add_recipe_arguments
 
     add_recipe_arguments(parser, AlignRecipe)
-    parser.add_argument("--output", required=True, help="run folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run the folder holds")
+    add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +30,9 @@ def run(args: argparse.Namespace) -> int:
     from deepseek_training.stages.align import AlignRecipe, align
 
     recipe = load_recipe(args.recipe, AlignRecipe, collect_overrides(args))
-    summary = align(recipe, args.output, overwrite=args.overwrite)
+    summary = align(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
+    if summary is None:
+        return 0
     gain = summary.gain
     if PartialState().is_main_process and gain is not None:
         error = f"paired standard error {gain.stderr_paired:.4f}"

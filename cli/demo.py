@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek_cli.stage_end import close_with_targets
+from deepseek_cli.stage_command import close_with_targets
 from deepseek_records.summary import Summary
 
 HELP = "Run the whole path at small size, offline: pretrain, adapt, sft, align, evaluate, model card, report."

@@ -84,7 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
         # Not `run`: card and push have an argument of that name.
-        command.set_defaults(run_command=module.run, subparser=command)
+        takes_settings = getattr(module, "TAKES_SETTINGS", False)
+        command.set_defaults(run_command=module.run, subparser=command, takes_settings=takes_settings)
     return parser
 
 
@@ -155,7 +156,8 @@ def _read_version() -> str:
 def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse, naming the nearest option where one is unknown; argparse alone only repeats what was typed."""
     args, unknown = parser.parse_known_args(argv)
-    if unknown:
+    args.settings = unknown if args.takes_settings else []
+    if unknown and not args.takes_settings:
         command = args.subparser
         near = difflib.get_close_matches(unknown[0], command._option_string_actions, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; see {command.prog} --help"

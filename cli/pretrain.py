@@ -2,13 +2,14 @@
 
 import argparse
 
-from deepseek_cli.stage_end import close_with_targets
+from deepseek_cli.stage_command import add_run_arguments, close_with_targets
 from deepseek_records.summary import Summary
 
 HELP = "Pretrain a model from scratch on plain text (stage 1)."
 EXAMPLES = """
   deepseek-moe pretrain pretrain-debug --output runs/first
   deepseek-moe pretrain pretrain-demo --data my_texts/ --max-steps 2000 --output runs/mine
+  deepseek-moe pretrain pretrain-demo --preset 154b --dry-run
   deepseek-moe pretrain my_recipe.yaml --model "{n_routed_experts: 32}" --output runs/more_experts
 
 An interrupted run goes on when the same command is given again.
@@ -21,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 
     add_recipe_arguments(parser, PretrainRecipe)
-    parser.add_argument("--output", default="runs/pretrain", help="run folder")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
+    add_run_arguments(parser, "runs/pretrain")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
 
     from deepseek_training.stages.pretrain import pretrain
 
-    summary = pretrain(recipe, args.output, overwrite=args.overwrite)
+    summary = pretrain(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
+    if summary is None:
+        return 0
     if PartialState().is_main_process:
         _report(summary, args.output)
     return close_with_targets(args, summary.missed)

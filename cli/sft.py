@@ -2,7 +2,7 @@
 
 import argparse
 
-from deepseek_cli.stage_end import close_with_targets
+from deepseek_cli.stage_command import add_run_arguments, close_with_targets
 
 HELP = "Teach a model to answer questions, by TRL's SFTTrainer (optional, before align)."
 EXAMPLES = """
@@ -18,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from deepseek_training.recipes.sft import SftRecipe
 
     add_recipe_arguments(parser, SftRecipe)
-    parser.add_argument("--output", default="runs/sft", help="run folder")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
+    add_run_arguments(parser, "runs/sft")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
 
     from deepseek_training.stages.sft import sft
 
-    summary = sft(recipe, args.output, overwrite=args.overwrite)
+    summary = sft(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
+    if summary is None:
+        return 0
     if PartialState().is_main_process:
         for check in summary.checks:
             print(f"held-out answers: bits per byte {check.value:+.1%} ({'ok' if check.passed else 'missed'})")

@@ -125,6 +125,24 @@ class RunFolder:
         run._check_resumable(settings)
         return run
 
+    @classmethod
+    def check(cls, path: str | Path, settings: dict[str, Any]) -> "RunFolder":
+        """Return the run that `create` would make or take up, and write nothing.
+
+        Args:
+            path: The folder.
+            settings: The resolved settings.
+
+        Raises:
+            FileExistsError: As for `create`.
+        """
+        run = cls(path)
+        if run.path.exists() and not run.path.is_dir():
+            raise FileExistsError(f"output: got the file {run.path}, expected a folder")
+        if run.path.exists() and any(run.path.iterdir()) and not run._has_only_begun():
+            run._check_resumable(settings)
+        return run
+
     def _has_only_begun(self) -> bool:
         """True for a run that stopped, say at a wrong setting, before it wrote anything worth keeping."""
         names = {path.name for path in self.path.iterdir()}

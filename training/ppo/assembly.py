@@ -13,6 +13,7 @@ from trl.rewards import get_repetition_penalty_reward
 
 from deepseek_records.loading import load_model
 from deepseek_records.run_folder import RunFolder
+from deepseek_training.launch.plan import load_or_outline
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
@@ -32,8 +33,12 @@ def build_reward(recipe: AlignRecipe) -> WeightedReward:
     )
 
 
-def load_models(recipe: AlignRecipe) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+def load_models(recipe: AlignRecipe, *, is_dry: bool = False) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     """Return the policy and the value model, None where LoRA lets it share the policy's weights.
+
+    Args:
+        recipe: The settings.
+        is_dry: Whether nothing but the plan is wanted.
 
     Raises:
         FileNotFoundError: There is no such model.
@@ -44,7 +49,7 @@ def load_models(recipe: AlignRecipe) -> tuple[PreTrainedModel, PreTrainedModel |
     options: dict[str, Any] = (
         {"experts_implementation": recipe.experts_implementation} if recipe.experts_implementation else {}
     )
-    policy = load_model(recipe.model, **options)
+    policy = load_or_outline(recipe.model, is_dry=is_dry, **options)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)  # Bloom, for one, has no end
     if context is not None and recipe.max_prompt_tokens + recipe.response_length > context:
         raise ValueError(
@@ -53,6 +58,8 @@ def load_models(recipe: AlignRecipe) -> tuple[PreTrainedModel, PreTrainedModel |
         )
     if recipe.lora_rank:
         return policy, None
+    if is_dry and policy.device.type == "meta":
+        return policy, policy
     options.update(auto_class=AutoModelForSequenceClassification, num_labels=1)
     if recipe.value_model is None:
         value_model = load_model(recipe.model, **options)

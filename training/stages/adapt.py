@@ -5,14 +5,16 @@ and after. Any causal language model works, ours or not.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
-from deepseek_records.loading import load_model, load_tokenizer
+from deepseek_records.loading import load_tokenizer
 from deepseek_records.summary import Check, Summary
 from deepseek_training.data.packing import MixedDataset, PackedDataset, encode_documents
 from deepseek_training.data.texts import Corpus, describe_corpora, distinct_names
+from deepseek_training.launch.plan import announce, load_or_outline, plan_training
 from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from deepseek_training.trainer.expert_parallel import split_experts
@@ -27,13 +29,14 @@ from deepseek_training.trainer.stage_trainer import StageTrainer, run_training
 __all__ = ["AdaptRecipe", "adapt"]
 
 
-def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -> Summary:
+def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, is_dry: bool = False) -> Summary | None:
     """Continue a model on a domain and return the summary.
 
     Args:
         recipe: The settings.
         output: The run folder; an unfinished run with equal settings goes on from its last complete checkpoint.
         overwrite: Delete whatever run the folder holds.
+        is_dry: Print what would happen, what it needs and how long it takes, write nothing, and return None.
 
     Raises:
         FileExistsError: The folder holds another run.
@@ -41,24 +44,23 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -
         ValueError: A setting, the model or a data set cannot be used.
     """
     started = time.monotonic()
-    domain = Corpus.load(recipe.data, recipe.data_column)
-    general = Corpus.load(recipe.general_data, recipe.general_column)
-    tokenizer, model = load_tokenizer(recipe.model), load_model(recipe.model)
+    corpora = (
+        Corpus.load(recipe.data, recipe.data_column),
+        Corpus.load(recipe.general_data, recipe.general_column),
+    )
+    tokenizer, model = load_tokenizer(recipe.model), load_or_outline(recipe.model, is_dry=is_dry)
     check_context(recipe, model.config)
     args = training_arguments(recipe, Path(output))
-    run = open_run(recipe, output, args, command="adapt", overwrite=overwrite)
+    run = open_run(recipe, output, args, command="adapt", overwrite=overwrite, is_dry=is_dry)
     model.set_experts_implementation(recipe.experts_implementation)
+    dataset, held_out = _encode(recipe, corpora, tokenizer)
+    sizes = [(one.name, len(corpus.train), len(one.texts)) for one, corpus in zip(held_out, corpora, strict=True)]
+    plan = plan_training("adapt", recipe, args, model, data=sizes, num_blocks=len(dataset))
+    announce(plan, run.path, is_first=args.process_index == 0, is_dry=is_dry)
+    if is_dry:
+        return None
     if recipe.expert_parallel_size > 1:
         model = split_experts(model, recipe.expert_parallel_size, run.path, args)
-    packed = [
-        PackedDataset(encode_documents(corpus.train, tokenizer), recipe.sequence_length, seed=recipe.seed)
-        for corpus in (domain, general)
-    ]
-    dataset = MixedDataset(*packed, recipe.replay_share, seed=recipe.seed)
-    held_out = [
-        HeldOut.prepare(name, corpus.validation, tokenizer, recipe.eval_bytes)
-        for name, corpus in zip(distinct_names(domain.source, general.source), (domain, general), strict=True)
-    ]
     set_seed(recipe.seed)
     if recipe.expert_parallel_size == 1:  # a split model is where it belongs
         model = model.to(args.device)
@@ -74,7 +76,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -
             stage="adapt",
             base_model=recipe.model,
             results=bits_rows(before, when="before") + bits_rows(after, when="after"),
-            data=describe_corpora([domain, general], [one.texts for one in held_out]),
+            data=describe_corpora(corpora, [one.texts for one in held_out]),
             checks=_checks(recipe, before, after),
             samples=write_samples(recipe, trainer, tokenizer),
             seconds=round(time.monotonic() - started, 1),
@@ -86,6 +88,22 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False) -
             log_once(run, {"step": recipe.max_steps, **bits_figures(after)})
             run.finish(summary)
     return summary
+
+
+def _encode(
+    recipe: AdaptRecipe, corpora: Sequence[Corpus], tokenizer: PreTrainedTokenizerBase
+) -> tuple[MixedDataset, list[HeldOut]]:
+    """The blocks to train on, and the held-out set of each corpus."""
+    packed = [
+        PackedDataset(encode_documents(corpus.train, tokenizer), recipe.sequence_length, seed=recipe.seed)
+        for corpus in corpora
+    ]
+    names = distinct_names(*(corpus.source for corpus in corpora))
+    held_out = [
+        HeldOut.prepare(name, corpus.validation, tokenizer, recipe.eval_bytes)
+        for name, corpus in zip(names, corpora, strict=True)
+    ]
+    return MixedDataset(*packed, recipe.replay_share, seed=recipe.seed), held_out
 
 
 def _checks(recipe: AdaptRecipe, before: dict[str, BitsPerByte], after: dict[str, BitsPerByte]) -> tuple[Check, ...]:

@@ -12,6 +12,8 @@ from deepseek_records.loading import load_tokenizer
 from deepseek_records.summary import Summary
 from deepseek_training.data.prompts import load_prompts
 from deepseek_training.data.texts import describe_data
+from deepseek_training.launch.plan import announce
+from deepseek_training.launch.plan_alignment import plan_alignment
 from deepseek_training.ppo.assembly import build_reward, build_trainer, load_models, ppo_config
 from deepseek_training.ppo.checkpoint import last_checkpoint
 from deepseek_training.ppo.outcome import (
@@ -30,13 +32,14 @@ from deepseek_training.trainer.run_start import open_run
 __all__ = ["AlignRecipe", "align"]
 
 
-def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -> Summary:
+def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, is_dry: bool = False) -> Summary | None:
     """Align a model and return the summary, also written to the run folder.
 
     Args:
         recipe: The settings.
         output: The run folder; an unfinished run with equal settings goes on from its last checkpoint.
         overwrite: Delete whatever run the folder holds.
+        is_dry: Print what would happen, what it needs and how long it takes, write nothing, and return None.
 
     Raises:
         ValueError: A setting or a prompt that cannot work.
@@ -56,8 +59,13 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False) -
             f"batch_size={recipe.batch_size}: {recipe.prompts} has only {len(train)} prompts to train on, "
             f"for {args.world_size} process(es)"
         )
-    policy, value_model = load_models(recipe)  # a bad path leaves no run folder behind
-    run = open_run(recipe, output, args, command="align", overwrite=overwrite)
+    policy, value_model = load_models(recipe, is_dry=is_dry)  # a bad path leaves no run folder behind
+    run = open_run(recipe, output, args, command="align", overwrite=overwrite, is_dry=is_dry)
+    data = {"train": train, "held_out": held_out, "reward": reward}
+    plan = plan_alignment(recipe, args, policy, value_model, tokenizer, **data)
+    announce(plan, run.path, is_first=args.process_index == 0, is_dry=is_dry)
+    if is_dry:
+        return None
     models = {"model": policy, "value_model": value_model, "processing_class": tokenizer, "reward": reward}
     bar = RewardBar("align")
     trainer = build_trainer(recipe, args, run, bar, train_dataset=train, eval_dataset=held_out, **models)

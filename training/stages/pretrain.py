@@ -12,6 +12,7 @@ from deepseek_records.summary import Check, Summary
 from deepseek_training.data.packing import PackedDataset, encode_documents
 from deepseek_training.data.texts import Corpus, data_name, describe_corpora
 from deepseek_training.data.tokenizer import tokenizer_for
+from deepseek_training.launch.plan import announce, plan_training
 from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 from deepseek_training.trainer.bigram import BigramModel
 from deepseek_training.trainer.held_out import HeldOut, bits_figures, measure_sets
@@ -25,13 +26,16 @@ from deepseek_training.trainer.stage_trainer import StageTrainer, run_training
 __all__ = ["PretrainRecipe", "pretrain"]
 
 
-def pretrain(recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = False) -> Summary:
+def pretrain(
+    recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = False, is_dry: bool = False
+) -> Summary | None:
     """Train a model from scratch and return the summary.
 
     Args:
         recipe: The settings.
         output: The run folder; an unfinished run with equal settings goes on from its last complete checkpoint.
         overwrite: Delete whatever run the folder holds.
+        is_dry: Print what would happen, what it needs and how long it takes, write nothing, and return None.
 
     Raises:
         FileExistsError: The folder holds another run.
@@ -42,12 +46,17 @@ def pretrain(recipe: PretrainRecipe, output: str | Path, *, overwrite: bool = Fa
     corpus = Corpus.load(recipe.data, recipe.data_column)
     model_config(recipe, vocab_size=recipe.vocab_size)  # a bad setting leaves no run folder behind
     args = training_arguments(recipe, Path(output))
-    run = open_run(recipe, output, args, command="pretrain", overwrite=overwrite)
+    run = open_run(recipe, output, args, command="pretrain", overwrite=overwrite, is_dry=is_dry)
     tokenizer = tokenizer_for(recipe, corpus.train)
-    model = new_model(recipe, tokenizer, args, run.path)
     documents = encode_documents(corpus.train, tokenizer)
     dataset = PackedDataset(documents, recipe.sequence_length, seed=recipe.seed)
     held_out = HeldOut.prepare(data_name(recipe.data), corpus.validation, tokenizer, recipe.eval_bytes)
+    model = new_model(recipe, tokenizer, args, run.path, is_dry=is_dry)
+    sizes = [(held_out.name, len(corpus.train), len(held_out.texts))]
+    plan = plan_training("pretrain", recipe, args, model, data=sizes, num_blocks=len(dataset))
+    announce(plan, run.path, is_first=args.process_index == 0, is_dry=is_dry)
+    if is_dry:
+        return None
     trainer = StageTrainer(recipe, [held_out], dataset=dataset, model=model, args=args)
     with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
         run_training(trainer, run)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from deepseek_records.loading import load_model, load_tokenizer
+from deepseek_records.loading import load_tokenizer
 from deepseek_records.summary import Check, Summary
 from deepseek_training.data.conversations import describe_conversations, load_conversations, read_template
 from deepseek_training.data.texts import data_name
+from deepseek_training.launch.plan import announce, load_or_outline, plan_training
 from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.trainer.answers import HeldOutAnswers
 from deepseek_training.trainer.held_out import bits_figures
@@ -28,13 +29,14 @@ from deepseek_training.trainer.stage_trainer import run_training
 __all__ = ["SftRecipe", "sft"]
 
 
-def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False) -> Summary:
+def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False, is_dry: bool = False) -> Summary | None:
     """Teach a model to answer and return the summary.
 
     Args:
         recipe: The settings.
         output: The run folder; an unfinished run with equal settings goes on from its last complete checkpoint.
         overwrite: Delete whatever run the folder holds.
+        is_dry: Print what would happen, what it needs and how long it takes, write nothing, and return None.
 
     Raises:
         FileExistsError: The folder holds another run.
@@ -46,12 +48,17 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False) -> Su
     validation = validation[: recipe.num_eval_conversations]
     tokenizer = load_tokenizer(recipe.model)
     tokenizer.chat_template = read_template(recipe, tokenizer)
-    model = load_model(recipe.model)
+    model = load_or_outline(recipe.model, is_dry=is_dry)
     check_context(recipe, model.config)
     args = training_arguments(recipe, Path(output))
-    run = open_run(recipe, output, args, command="sft", overwrite=overwrite)
+    run = open_run(recipe, output, args, command="sft", overwrite=overwrite, is_dry=is_dry)
     model.set_experts_implementation(recipe.experts_implementation)
     held_out = HeldOutAnswers(data_name(recipe.data), validation, tokenizer)
+    sizes = [(held_out.name, len(train), len(validation))]
+    plan = plan_training("sft", recipe, args, model, data=sizes, num_blocks=len(train))
+    announce(plan, run.path, is_first=args.process_index == 0, is_dry=is_dry)
+    if is_dry:
+        return None
     set_seed(recipe.seed)
     before = held_out.measure(model.to(args.device), recipe)
     if args.process_index == 0:

@@ -1,7 +1,10 @@
 """A model from scratch, as a pretrain recipe describes it, and what every model must fit."""
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -11,6 +14,8 @@ from transformers import (
     set_seed,
 )
 
+from deepseek_training.launch.plan import measure_size
+from deepseek_training.launch.step_time import MOST_BYTES
 from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe, TrainerSettings
 from deepseek_training.trainer.engine import building_as_configured
 from deepseek_training.trainer.expert_parallel import split_experts
@@ -18,7 +23,12 @@ from modeling_deepseek import DeepseekConfig
 
 
 def new_model(
-    recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, folder: Path
+    recipe: PretrainRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    folder: Path,
+    *,
+    is_dry: bool = False,
 ) -> PreTrainedModel:
     """Return a new model of the recipe's preset with the tokenizer's vocabulary, initialized from the seed.
 
@@ -27,6 +37,8 @@ def new_model(
         tokenizer: Its size and special tokens go into the configuration.
         args: The trainer's arguments.
         folder: The run's, where a model that is split over processes lies for a while.
+        is_dry: Whether nothing but the plan is wanted: a model over 1 GiB, which is not timed, gets its
+            shapes only.
     """
     vocabulary = {
         "vocab_size": len(tokenizer),
@@ -35,13 +47,20 @@ def new_model(
         "eos_token_id": tokenizer.eos_token_id,
     }
     config = model_config(recipe, **vocabulary)
-    with building_as_configured(args):
+    with building_as_configured(args), _meta_device(config) if is_dry else contextlib.nullcontext():
         set_seed(recipe.seed)
         model = AutoModelForCausalLM.from_config(config)
         model.set_experts_implementation(recipe.experts_implementation)
-    if recipe.expert_parallel_size > 1:
+    if recipe.expert_parallel_size > 1 and not is_dry:
         model = split_experts(model, recipe.expert_parallel_size, folder, args)
     return model
+
+
+def _meta_device(config: DeepseekConfig) -> contextlib.AbstractContextManager[Any]:
+    """The meta device for a model whose step would not be timed."""
+    with torch.device("meta"):
+        size = measure_size(AutoModelForCausalLM.from_config(config))
+    return torch.device("meta") if size.num_bytes > MOST_BYTES else contextlib.nullcontext()
 
 
 def model_config(recipe: PretrainRecipe, **vocabulary: int | None) -> DeepseekConfig:

@@ -22,6 +22,7 @@ def open_run(
     *,
     command: str,
     overwrite: bool = False,
+    is_dry: bool = False,
 ) -> RunFolder:
     """Return the run folder of a stage; of several processes the first makes it.
 
@@ -33,11 +34,14 @@ def open_run(
         args: The trainer's arguments, which know the processes.
         command: The subcommand.
         overwrite: Delete whatever run the folder holds.
+        is_dry: Check the folder only, and write nothing.
 
     Raises:
         FileExistsError: The folder holds another run.
     """
     settings = recipe_settings(recipe)
+    if is_dry:
+        return RunFolder(output) if overwrite else RunFolder.check(output, settings)
     with args.main_process_first(local=False):
         if args.process_index > 0:
             return RunFolder.join(output, settings)

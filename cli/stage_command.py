@@ -1,4 +1,4 @@
-"""How the commands that train end: where the model lies, and the exit code of a missed target."""
+"""What the commands that train share: the options of a run, and the exit code of a missed target."""
 
 import argparse
 import os
@@ -6,6 +6,22 @@ import sys
 from collections.abc import Iterable
 
 from deepseek_records.exit_codes import DONE, MISSED
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, output: str | None = None) -> None:
+    """Declare where to write, and whether to.
+
+    Args:
+        parser: The command's.
+        output: The default folder; None: it must be given.
+    """
+    parser.add_argument("--output", default=output, required=output is None, help="run folder")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would happen, what it needs and how long it takes, and write nothing",
+    )
 
 
 def close_with_targets(args: argparse.Namespace, missed: Iterable[str]) -> int:
