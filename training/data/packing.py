@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from deepseek_records.user_text import encode_documents_plainly
+from deepseek_training.data.token_cache import encode_cached
 
 
 def encode_documents(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
@@ -24,7 +24,7 @@ def encode_documents(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
         texts: The documents.
         tokenizer: A `transformers` tokenizer; where it has no begin token, none is put.
     """
-    encoded = encode_documents_plainly(texts, tokenizer)
+    encoded = encode_cached(texts, tokenizer)
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [np.array([*begin, *ids, *end], dtype=np.int32) for ids in encoded]

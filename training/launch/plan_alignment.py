@@ -31,7 +31,6 @@ def plan_alignment(
     policy: PreTrainedModel,
     value_model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
-    *,
     train: Dataset,
     held_out: Dataset,
     reward: Any,

@@ -61,8 +61,7 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
         )
     policy, value_model = load_models(recipe, is_dry=is_dry)  # a bad path leaves no run folder behind
     run = open_run(recipe, output, args, command="align", overwrite=overwrite, is_dry=is_dry)
-    data = {"train": train, "held_out": held_out, "reward": reward}
-    plan = plan_alignment(recipe, args, policy, value_model, tokenizer, **data)
+    plan = plan_alignment(recipe, args, policy, value_model, tokenizer, train, held_out, reward)
     announce(plan, run.path, is_first=args.process_index == 0, is_dry=is_dry)
     if is_dry:
         return None
