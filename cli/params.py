@@ -75,7 +75,7 @@ def load_config(name: str, settings: dict[str, Any]) -> Any:
 
 def _config_of_folder(path: Path, settings: dict[str, Any]) -> Any:
     from deepseek_records.run_folder import RECIPE_FILE
-    from deepseek_records.stages import final_model_path, read_stages
+    from deepseek_records.stages import read_stages
 
     if (path / "config.json").is_file():
         return _config_of_checkpoint(path, settings)
@@ -83,10 +83,10 @@ def _config_of_folder(path: Path, settings: dict[str, Any]) -> Any:
         return _config_of_checkpoint(path / "model", settings)
     if (path / RECIPE_FILE).is_file():
         return _config_of_recipe(str(path / RECIPE_FILE), settings)
-    model = final_model_path(read_stages(path))
-    if model is None:
+    makers = [stage for stage in read_stages(path).values() if stage.has_model]
+    if not makers:
         raise FileNotFoundError(f"model: got {path}, expected a folder with a config.json or a run that made a model")
-    return _config_of_checkpoint(model, settings)
+    return _config_of_checkpoint(makers[-1].run.model_path, settings)
 
 
 def _config_of_checkpoint(path: Path, settings: dict[str, Any]) -> Any:
