@@ -147,6 +147,8 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
                 found[layer.router] = layer
     names = {module: name for name, module in modules.items()}
     for router, place in _recorded_routers(model):
+        if any(part in found for part in router.modules() if part is not router):
+            continue  # a block that passes on the logits of the routers inside (Ernie 4.5 VL)
         name = _COPY.sub("", names[router])
         if router not in found and _in_force(modules[name]) is router:
             block_name = name.rpartition(".")[0]
