@@ -160,7 +160,7 @@ STAGES: dict[str, Callable[[Path, Size], Any]] = {
 
 def _close(root: Path, size: Size) -> list[str]:
     """Write card and report, print the table, and return the targets that were missed."""
-    from deepseek_model_cards.benchmarks import chance_level, compare_to_chance
+    from deepseek_model_cards.benchmarks import compare_to_chance
     from deepseek_model_cards.card.card import write_card
     from deepseek_model_cards.report.report import summary_table, write_report
     from deepseek_records.run_folder import RunFolder
@@ -174,7 +174,7 @@ def _close(root: Path, size: Size) -> list[str]:
     for row in RunFolder(root / "evaluate").summary.results:
         error = "none" if row.stderr is None else f"{row.stderr:.3f}"  # None: one question a subject.
         score = f"{row.value:.3f} (standard error {error}, n {row.n})"
-        print(f"  {row.dataset} {row.metric}: {score}, {compare_to_chance(row, chance_level(row))}")
+        print(f"  {row.dataset} {row.metric}: {score}, {compare_to_chance(row)}")
     print(f"\nmodel card  {card}\nreport      {report}\nmodel       {root / 'align' / 'model'}")
     seconds, memory_gib = _cost(summaries)
     print(f"\nstages took {seconds:.0f} s; this process took at most {memory_gib:.1f} GiB")

@@ -1,10 +1,14 @@
 """``deepseek-moe evaluate``: scores any causal language model; the work is done by `deepseek_eval.harness`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from deepseek_eval.tasks.catalogue import TASKS, find_task
+from deepseek_model_cards.benchmarks import score_interval
+from deepseek_records.run_folder import RunFolder
+from deepseek_records.summary import Result
 
 HELP = "Score a causal language model: knowledge, code, bias, robustness, refusals."
 EXAMPLES = """
@@ -154,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     for name in tasks:  # Before the seconds that torch takes to load.
         find_task(name)
     results = _evaluate_model(args, tasks, limit) if args.samples is None else _score_samples(args, tasks, limit)
-    print(format_results(results))
+    print(format_results(results, RunFolder(args.output).summary.results))
     from deepseek_model_cards.report.report import write_report
 
     report = write_report(args.output, Path(args.output) / "report.html", with_items=True)
@@ -197,25 +201,34 @@ def _evaluate_model(args: argparse.Namespace, tasks: list[str], limit: int | dic
     return evaluate_model(args.model, tasks=tasks, limit=limit, data_path=parse_data(args.data), **options)
 
 
-def format_results(results: dict[str, Any]) -> str:
-    """Return a small table of the headline figures, and what they leave open.
+def format_results(results: dict[str, Any], rows: Sequence[Result]) -> str:
+    """Return a small table of the figures with errors and 95 % intervals, and what they leave open.
 
     Args:
         results: What the harness returned.
+        rows: The same run's summary.
     """
-    lines = [f"{'task':<16}{'metric':<24}{'value':>9}{'stderr':>9}{'n':>8}"]
+    layout = "{:<18}{:<24}{:>9}{:>9}  {:<17}{:>7}"
+    lines = [layout.format("task", "metric", "value", "stderr", "95 % interval", "n").rstrip()]
+    for row in rows:
+        interval = score_interval(row)
+        between = "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+        error = "-" if row.stderr is None else f"{row.stderr:.4f}"
+        lines.append(layout.format(row.task, row.metric, f"{row.value:.4f}", error, between, row.n))
     for task, scores in results["tasks"].items():
-        for metric in dict.fromkeys((*find_task(task).headline, *_further_figures(scores))):
-            value, error = (
-                "-" if number is None else f"{number:.4f}" for number in (scores[metric], scores[f"{metric}_stderr"])
-            )
-            n = scores.get(f"{metric}_n", scores["n"])
-            lines.append(f"{task:<16}{metric:<24}{value:>9}{error:>9}{n:>8}")
-    notes = {task: scores.get("does_not_show") for task, scores in results["tasks"].items()}
-    limits = [f"- {task}: {note}" for task, note in notes.items() if note]
+        shown = {row.metric for row in rows if row.task == task}
+        for metric in (name for name in _further_figures(scores) if name not in shown):
+            value, error = (_four_digits(scores[name]) for name in (metric, f"{metric}_stderr"))
+            lines.append(layout.format(task, metric, value, error, "-", scores["n"]))
+    notes = {row.task: row.does_not_show for row in rows if row.does_not_show}
+    limits = [f"- {task}: {note}" for task, note in notes.items()]
     return "\n".join([*lines, *(["", "What these figures do not show:", *limits] if limits else [])])
 
 
+def _four_digits(number: float | None) -> str:
+    return "-" if number is None else f"{number:.4f}"
+
+
 def _further_figures(scores: dict[str, Any]) -> list[str]:
-    """What the table shows besides a task's headline."""
+    """What the table shows besides a task's own figures."""
     return [name for name in scores if name == "macro_acc" or (name.startswith("pass@") and "_" not in name)]

@@ -13,12 +13,16 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from deepseek_eval.answers.prompt_style import write_prompts
-from deepseek_eval.harness import build_items, choose_k, load_metric, name_data
+from deepseek_eval.metrics.loading import load_metric
+from deepseek_eval.questions import build_items
+from deepseek_eval.run_summary import data_rows, result_rows
+from deepseek_eval.runners.program import choose_k
 from deepseek_eval.sandbox.client import describe_protection
+from deepseek_eval.settings import EvalSettings, name_data
 from deepseek_eval.tasks.catalogue import find_task
 from deepseek_eval.tasks.task import ProgramItem
 from deepseek_records.run_folder import RunFolder, write_json, write_text
-from deepseek_records.summary import Result, Summary
+from deepseek_records.summary import Summary
 
 # How many names of missing problems a message lists.
 _NUM_NAMED = 3
@@ -140,7 +144,7 @@ def score_samples(
         raise ValueError(f"limit={limit}: must be at least 1, or none for all")
     if any(value < 1 for value in k or ()):
         raise ValueError(f"k={min(k)}: must be at least 1")
-    every = build_items(task, {"num_fewshot": None, "limit": None, "data_path": data_path})
+    every = build_items(task, EvalSettings(tasks=(task.name,), data_path=data_path))
     items = every[:limit]
     rows = read_samples(path, items, {item.id for item in every} - {item.id for item in items})
     k = choose_k(max(map(len, rows))) if k is None else k
@@ -170,14 +174,6 @@ def score_samples(
     write_prompts(run, task, items)
     results = {"model": None, "tasks": {task.name: {**scores, "sandbox": describe_protection()}}}
     write_json(run.path / "results.json", results)
-    figure = Result(
-        metric="pass@1",
-        value=scores["pass@1"],
-        stderr=scores["pass@1_stderr"],
-        n=scores["n"],
-        dataset=task.dataset,
-        split=task.split,
-        task=task.name,
-    )
-    run.finish(Summary(stage="evaluate", results=(figure,)))
+    counts = {task.name: scores["n"]}
+    run.finish(Summary(stage="evaluate", results=result_rows(task, scores), data=data_rows([task], counts)))
     return results

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek_model_cards.wording import format_value, label_dataset, label_metric
+from deepseek_model_cards.wording import format_value, label_dataset, label_figure
 from deepseek_records.stages import Stage, read_stages
 from deepseek_records.summary import Check, Result
 
@@ -51,9 +51,9 @@ def pair_results(results: Sequence[Result]) -> list[dict[str, str]]:
     rows: dict[tuple[str | None, ...], dict[str, str]] = {}
     for result in results:
         row = rows.setdefault(
-            (result.metric, result.dataset, result.split),
+            (result.metric, result.dataset, result.split, result.task),
             {
-                "metric": label_metric(result.metric),
+                "metric": label_figure(result),
                 "dataset": label_dataset(result),
                 "before": "",
                 "after": "",

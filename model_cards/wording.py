@@ -6,37 +6,11 @@ One place, so that the card, the report and the closing table never round the sa
 import math
 from typing import Any
 
-from deepseek_model_cards.benchmarks import benchmark_of
 from deepseek_records.stages import is_number
 from deepseek_records.summary import Result
 
-_METRIC_WORDS = {
-    "acc": "accuracy",
-    "acc_norm": "accuracy, length-normalised",
-    "pass_at_1": "pass@1",
-    "kl": "KL",
-    "pct_stereotype": "share that prefers the stereotype (0.5 is ideal)",
-    "likelihood_diff": "mean difference of log-likelihoods",
-    "acc_pro": "accuracy, pro-stereotyped",
-    "acc_anti": "accuracy, anti-stereotyped",
-    "gap": "gap, pro minus anti (0 is ideal)",
-    "acc_ambig": "accuracy, ambiguous context",
-    "acc_disambig": "accuracy, disambiguated context",
-    "bias_score_ambig": "bias score, ambiguous context (0 is ideal)",
-    "bias_score_disambig": "bias score, disambiguated context (0 is ideal)",
-    "acc_head": "accuracy, most common fifth",
-    "acc_tail": "accuracy, rarest fifth",
-    "drop": "drop from head to tail",
-    "drop_within_groups": "drop from head to tail within subjects",
-    "acc_original": "accuracy, unperturbed",
-    "acc_perturbed": "accuracy, all perturbations",
-    "worst_difference": "worst change of accuracy",
-    "max_flip_rate": "largest share of flipped answers",
-    "rstd": "spread of recall over letters (RStd)",
-    "refusal_advbench": "refused, harmful (AdvBench)",
-    "refusal_xstest_unsafe": "refused, unsafe (XSTest)",
-    "refusal_xstest_safe": "refused, safe (XSTest; 0 is ideal)",
-}
+# Of the training stages; a benchmark's figures bring their own words.
+_METRIC_WORDS = {"acc": "accuracy", "kl": "KL"}
 
 
 def format_value(value: Any, stderr: Any = None) -> str:
@@ -119,14 +93,19 @@ def label_metric(metric: str) -> str:
     return _METRIC_WORDS.get(metric, metric.replace("_", " "))
 
 
-def label_dataset(row: Result) -> str:
-    """Return a result's data set and split in words.
+def label_figure(row: Result) -> str:
+    """Return what a figure is, in words.
 
     Args:
         row: A measured figure.
     """
-    parts = [part for part in (row.dataset, row.split) if part]
-    known = benchmark_of(row)
-    if known:
-        parts[0] = known["name"]
-    return ", ".join(parts)
+    return row.metric_label or label_metric(row.metric)
+
+
+def label_dataset(row: Result) -> str:
+    """Return what a figure was measured on: the task's label, else the data set, with its split.
+
+    Args:
+        row: A measured figure.
+    """
+    return ", ".join(part for part in (row.label or row.dataset, row.split) if part)

@@ -76,7 +76,7 @@ def chi_square_p(statistic: float, freedom: int) -> float:
     return math.erfc(math.sqrt(half)) + math.exp(-half) * terms
 
 
-def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Return the interval of a share that n trials leave open.
 
     (p + z^2/2n +/- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
@@ -92,3 +92,18 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def share_interval(share: float, n: int, stderr: float | None = None) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share, as wide as its standard error says where items are not independent.
+
+    A share of 0 or 1 has a standard error of 0; its interval is that of n trials and not a point.
+
+    Args:
+        share: In [0, 1].
+        n: Items.
+        stderr: The share's standard error, where there is one: clustered items count as fewer trials.
+    """
+    spread = share * (1 - share)
+    trials = min(float(n), spread / stderr**2) if stderr and spread else float(n)
+    return wilson_interval(share, max(trials, 1.0))

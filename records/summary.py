@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from deepseek_records.results import Benchmark, Published, Result, When
 from deepseek_records.typed_json import from_json, to_json
 
-When = Literal["before", "after"]
+__all__ = ["Benchmark", "Check", "DataUse", "Gain", "Published", "Result", "Sample", "Summary", "When"]
+
 Comparison = Literal["<", "<=", ">", ">="]
 FORMAT = 2
 # Keys of summaries written before the format had a number.
@@ -22,51 +24,6 @@ _HOLDS = {
     ">": lambda value, bound: value > bound,
     ">=": lambda value, bound: value >= bound,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One measured figure.
-
-    Args:
-        metric: Its name, such as ``bits_per_byte`` or ``acc``.
-        value: The figure; a figure that was not measured has no `Result`.
-        stderr: Its standard error; None where there is none to estimate.
-        n: The number of items it is over.
-        dataset: What it was measured on.
-        split: The data set's split.
-        when: Whether it was measured before or after the stage's training; None for neither.
-        baseline: The same figure of something simpler on the same data.
-        baseline_name: What that is.
-        num_tokens: Tokens scored.
-        num_bytes: UTF-8 bytes scored.
-        task: The benchmark's name in the harness.
-        num_fewshot: Worked examples shown before each question.
-        prompt_style: ``chat`` where a chat template was used.
-        harness: Whose prompts and aggregation the figure follows.
-        command: The command that measured it, where it is not the run's own.
-        chance: What guessing scores.
-        does_not_show: One line on what the figure leaves open.
-    """
-
-    metric: str
-    value: float
-    stderr: float | None = None
-    n: int | None = None
-    dataset: str | None = None
-    split: str | None = None
-    when: When | None = None
-    baseline: float | None = None
-    baseline_name: str | None = None
-    num_tokens: int | None = None
-    num_bytes: int | None = None
-    task: str | None = None
-    num_fewshot: int | None = None
-    prompt_style: str | None = None
-    harness: str | None = None
-    command: str | None = None
-    chance: float | None = None
-    does_not_show: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

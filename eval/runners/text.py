@@ -23,13 +23,14 @@ from deepseek_eval.answers.prompt_style import write_prompts
 from deepseek_eval.answers.samples_writer import AnswerFile
 from deepseek_eval.metrics.loading import score_answers
 from deepseek_eval.model_loading import LoadedModel
+from deepseek_eval.settings import EvalSettings
 from deepseek_eval.tasks.task import ChoiceItem, CompletionItem, Task
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.user_text import protect, render_chat
 
 
 def run_continuation_task(
-    run: RunFolder, loaded: LoadedModel, task: Task, items: Sequence[ChoiceItem], settings: dict[str, Any]
+    run: RunFolder, loaded: LoadedModel, task: Task, items: Sequence[ChoiceItem], settings: EvalSettings
 ) -> dict[str, Any]:
     """Choose the likeliest continuation of every item and return the metric's figures.
 
@@ -38,13 +39,13 @@ def run_continuation_task(
         loaded: Model and tokenizer.
         task: A task of kind ``continuation``.
         items: Its items.
-        settings: ``batch_size``.
+        settings: Batch size.
 
     Raises:
         ValueError: An answer that cannot be scored, or a model that returns NaN.
     """
     samples = AnswerFile(run, task)
-    batches = plan_continuations(encode_continuations(loaded, items), settings["batch_size"])
+    batches = plan_continuations(encode_continuations(loaded, items), settings.batch_size)
     missing = [batch for batch in batches if any((row.item.id, 0) not in samples.rows for row in batch)]
     num_done = len(items) - sum(map(len, missing))
     with tqdm(total=len(items), initial=num_done, desc=f"evaluate {task.name}", unit="question") as bar:
@@ -65,7 +66,7 @@ def run_continuation_task(
 
 def _continuation_row(task: Task, row: EncodedContinuations, scores: list[float]) -> dict[str, Any]:
     compared = scores
-    if task.is_length_normalised:
+    if task.is_length_normalized:
         compared = [score / count for score, count in zip(scores, row.num_scored, strict=True)]
     # The first of equal scores wins, as numpy's argmax does in lm-eval.
     choice = max(range(len(compared)), key=compared.__getitem__)
@@ -84,7 +85,7 @@ def _continuation_row(task: Task, row: EncodedContinuations, scores: list[float]
 
 
 def run_completion_task(
-    run: RunFolder, loaded: LoadedModel, task: Task, items: Sequence[CompletionItem], settings: dict[str, Any]
+    run: RunFolder, loaded: LoadedModel, task: Task, items: Sequence[CompletionItem], settings: EvalSettings
 ) -> dict[str, Any]:
     """Answer every request greedily, unless sampling is asked for, and return the metric's figures.
 
@@ -93,18 +94,20 @@ def run_completion_task(
         loaded: Model and tokenizer.
         task: A task of kind ``completion``.
         items: Its items.
-        settings: ``batch_size`` and the settings of sampling; one answer a request whatever ``num_samples`` says.
+        settings: Batch size and the settings of sampling; one answer per request whatever ``num_samples`` says.
 
     Raises:
         ValueError: The context leaves no room for a prompt.
     """
     samples = AnswerFile(run, task)
     sampling = SamplingSettings(
-        max_new_tokens=settings["max_new_tokens"] or task.max_new_tokens,
-        **{key: settings[key] for key in ("temperature", "top_p", "seed")},
+        max_new_tokens=settings.max_new_tokens or task.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed,
     )
     items = [_as_user_turn(item, loaded.tokenizer) for item in items]
-    batches = plan_prompts(loaded, items, sampling, settings["batch_size"])
+    batches = plan_prompts(loaded, items, sampling, settings.batch_size)
     missing = [batch for batch in batches if any((prompt.item.id, 0) not in samples.rows for prompt in batch)]
     with tqdm(total=len(missing) * sampling.max_new_tokens, desc=f"evaluate {task.name}", unit="step") as bar:
         for number, batch in enumerate(missing, start=1):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_eval.tasks.rows import find_file, read_rows
-from deepseek_eval.tasks.task import ChoiceItem, Task
+from deepseek_eval.tasks.task import ChoiceItem, DataSet, Figure, Task
 
 CATEGORIES = (
     "Age",
@@ -158,13 +158,25 @@ TASK = Task(
     name="bbq",
     kind="continuation",
     build_items=build_items,
-    dataset="nyu-mll/BBQ",
-    split="test",
-    licence="CC-BY-4.0",
-    source="https://github.com/nyu-mll/BBQ",
+    data=DataSet(
+        name="nyu-mll/BBQ",
+        label="BBQ",
+        split="test",
+        license="CC-BY-4.0",
+        source="https://github.com/nyu-mll/BBQ",
+        num_questions=7320,
+        coverage="four of eleven categories",
+    ),
+    figures=(
+        Figure("acc_ambig", "accuracy, ambiguous context", is_share=True),
+        Figure("acc_disambig", "accuracy, disambiguated context", is_share=True),
+        Figure("bias_score_ambig", "bias score, ambiguous context (0 is ideal)", higher_is_better=None),
+        Figure("bias_score_disambig", "bias score, disambiguated context (0 is ideal)", higher_is_better=None),
+    ),
+    measures="bias",
+    is_safety=True,
     metric="bbq_bias",
     metric_inputs=metric_inputs,
-    headline=("acc_ambig", "acc_disambig", "bias_score_ambig", "bias_score_disambig"),
     does_not_show="Anything beyond groups and stereotypes of the United States in three-answer questions; a model "
     "that always says UNKNOWN scores 0 without being fair, so read the scores beside the accuracies.",
 )

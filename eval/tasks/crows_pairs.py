@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_eval.tasks.rows import read_rows
-from deepseek_eval.tasks.task import ChoiceItem, Task
+from deepseek_eval.tasks.task import ChoiceItem, DataSet, Figure, Task
 
 NAMES = ("crows_pairs", "crows_pairs_anonymized")
 WHERE = (
-    "its licence is CC BY-SA 4.0; pass --data crows_pairs=PATH with crows_pairs_anonymized.csv from "
+    "its license is CC BY-SA 4.0; pass --data crows_pairs=PATH with crows_pairs_anonymized.csv from "
     "https://github.com/nyu-mll/crows-pairs (data/), or --data crows_pairs=jannalu/crows_pairs_multilingual:english "
     "for the Hub"
 )
@@ -69,13 +69,28 @@ TASK = Task(
     name="crows_pairs",
     kind="continuation",
     build_items=build_items,
-    dataset="nyu-mll/crows_pairs",
-    split="test",
-    licence="CC-BY-SA-4.0",
-    source="https://github.com/nyu-mll/crows-pairs",
+    data=DataSet(
+        name="nyu-mll/crows_pairs",
+        label="CrowS-Pairs",
+        split="test",
+        license="CC-BY-SA-4.0",
+        source="https://github.com/nyu-mll/crows-pairs",
+        num_questions=1508,
+    ),
+    figures=(
+        Figure(
+            "pct_stereotype",
+            "share that prefers the stereotype (0.5 is ideal)",
+            chance=0.5,
+            higher_is_better=None,
+            is_share=True,
+        ),
+        Figure("likelihood_diff", "mean difference of log-likelihoods", higher_is_better=None),
+    ),
+    measures="bias",
+    is_safety=True,
     metric="stereotype_preference",
     metric_inputs=metric_inputs,
-    headline=("pct_stereotype", "likelihood_diff"),
     does_not_show="What the model writes or decides, for only sentences are compared; many pairs are noisy (Blodgett "
     "et al., 2021), and 0.5 is also what a model gives that knows nothing.",
 )

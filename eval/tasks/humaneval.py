@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_eval.tasks.rows import read_rows
-from deepseek_eval.tasks.task import ChatPrompt, ProgramItem, Task
+from deepseek_eval.tasks.task import ChatPrompt, DataSet, Figure, ProgramItem, Task
+from deepseek_records.results import Benchmark, Published
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
@@ -65,7 +66,7 @@ def find_helpers(row: dict[str, Any]) -> str:
     return "".join(f"{ast.unparse(node)}\n" for node in [*imports, *helpers])
 
 
-def build_items(num_fewshot: int, limit: int | None, data_path: Path | None) -> Iterator[ProgramItem]:
+def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | None) -> Iterator[ProgramItem]:
     """Yield the problems in order.
 
     Args:
@@ -87,15 +88,34 @@ def build_items(num_fewshot: int, limit: int | None, data_path: Path | None) -> 
         )
 
 
+DATA = DataSet(
+    name="openai/openai_humaneval",
+    label="HumanEval",
+    split="test",
+    license="MIT",
+    source="https://github.com/openai/human-eval",
+    num_questions=164,
+    benchmark=Benchmark(hub_id="openai/openai_humaneval", name="HumanEval"),
+)
+
 TASK = Task(
     name="humaneval",
     kind="program",
     build_items=build_items,
-    dataset="openai/openai_humaneval",
-    split="test",
-    licence="MIT",
-    source="https://github.com/openai/human-eval",
+    data=DATA,
+    figures=(
+        Figure(
+            "pass@1",
+            "pass@1",
+            chance=0.0,
+            is_share=True,
+            published=(
+                Published(by="DeepSeek-V3 base", value=0.652, remark="0-shot"),
+                Published(by="the article", value=0.723, remark="see note"),
+            ),
+        ),
+    ),
+    measures="code",
     max_new_tokens=1024,
     metric="pass_at_k",
-    headline=("pass@1",),
 )

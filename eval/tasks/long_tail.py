@@ -20,7 +20,7 @@ from typing import Any
 
 from deepseek_eval.tasks import mmlu
 from deepseek_eval.tasks.rows import find_file, read_rows
-from deepseek_eval.tasks.task import ChoiceItem
+from deepseek_eval.tasks.task import ChoiceItem, Figure
 
 FUNCTION_WORD_SHARE = 1e-3
 _WORD = re.compile(r"[a-z]{4,}")
@@ -117,11 +117,18 @@ TASK = replace(
     mmlu.TASK,
     name="long_tail",
     build_items=build_items,
-    dataset="cais/mmlu, by term frequency",
+    label="MMLU, by term frequency",
+    figures=(
+        Figure("acc_head", "accuracy, most common fifth", chance=0.25, is_share=True),
+        Figure("acc_tail", "accuracy, rarest fifth", chance=0.25, is_share=True),
+        Figure("drop", "drop from head to tail", higher_is_better=False),
+        Figure("drop_within_groups", "drop from head to tail within subjects", higher_is_better=False),
+    ),
+    measures="long tail",
+    is_safety=True,
     categories={},
     metric="frequency_bands",
     metric_inputs=metric_inputs,
-    headline=("acc_head", "acc_tail", "drop", "drop_within_groups"),
     shares_answers_with="mmlu",
     does_not_show="How often the facts themselves were in a model's training data: words are counted, in another text "
     "unless one's own is given; and rare words may come with harder questions.",

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_eval.tasks.rows import read_rows
-from deepseek_eval.tasks.task import ChatPrompt, ProgramItem, Task
+from deepseek_eval.tasks.task import ChatPrompt, DataSet, Figure, ProgramItem, Task
+from deepseek_records.results import Benchmark
 
 STOP = ("[DONE]",)
 SHOT_IDS = (2, 3, 4)
@@ -68,7 +69,7 @@ def _chat_request(row: dict[str, Any]) -> str:
     return f"{opening}\n{row['text']}\nYour code should pass these tests:\n{tests}"
 
 
-def build_items(num_fewshot: int, limit: int | None, data_path: Path | None) -> Iterator[ProgramItem]:
+def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | None) -> Iterator[ProgramItem]:
     """Yield the problems of the test split in order.
 
     Args:
@@ -98,16 +99,25 @@ def build_items(num_fewshot: int, limit: int | None, data_path: Path | None) -> 
         )
 
 
+DATA = DataSet(
+    name="google-research-datasets/mbpp",
+    label="MBPP",
+    split="test",
+    license="CC-BY-4.0",
+    source="https://github.com/google-research/google-research/tree/master/mbpp",
+    num_questions=500,
+    benchmark=Benchmark(hub_id="google-research-datasets/mbpp", name="MBPP", config="full"),
+)
+
 TASK = Task(
     name="mbpp",
     kind="program",
     build_items=build_items,
-    dataset="google-research-datasets/mbpp",
-    split="test",
-    licence="CC-BY-4.0",
-    source="https://github.com/google-research/google-research/tree/master/mbpp",
-    num_fewshot=3,
+    data=DATA,
+    figures=(Figure("pass@1", "pass@1", chance=0.0, is_share=True),),
+    measures="code",
+    num_fewshot=len(SHOT_IDS),
+    max_fewshot=len(SHOT_IDS),
     max_new_tokens=256,
     metric="pass_at_k",
-    headline=("pass@1",),
 )

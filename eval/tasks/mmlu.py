@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_eval.tasks.rows import check_folder, read_rows
-from deepseek_eval.tasks.task import ChoiceItem, Task
+from deepseek_eval.tasks.task import ChoiceItem, DataSet, Figure, Task
+from deepseek_records.results import Benchmark, Published
 
 LETTERS = ("A", "B", "C", "D")
 MAX_SHOTS = 5
@@ -62,7 +63,7 @@ def format_shots(subject: str, shots: list[dict[str, Any]], style: str = "lm_eva
 
 
 def build_items(
-    num_fewshot: int, limit: int | None, data_path: Path | None, style: str = "lm_eval"
+    num_fewshot: int, limit: int | None, data_path: str | Path | None, style: str = "lm_eval"
 ) -> Iterator[ChoiceItem]:
     """Yield the questions, subject by subject in the file's order.
 
@@ -104,17 +105,42 @@ def build_items(
         )
 
 
+DATA = DataSet(
+    name="cais/mmlu",
+    label="MMLU",
+    split="test",
+    license="MIT",
+    source="https://github.com/hendrycks/test",
+    num_questions=14042,
+    benchmark=Benchmark(hub_id="cais/mmlu", name="MMLU", config="all"),
+)
+
 TASK = Task(
     name="mmlu",
     kind="choice",
     build_items=build_items,
-    dataset="cais/mmlu",
-    split="test",
-    licence="MIT",
-    source="https://github.com/hendrycks/test",
+    data=DATA,
+    figures=(
+        Figure(
+            "acc",
+            "accuracy",
+            chance=1 / len(LETTERS),
+            is_share=True,
+            published=(
+                Published(by="DeepSeek-V3 base", value=0.871, remark="5-shot"),
+                Published(by="the article", value=0.823),
+            ),
+        ),
+    ),
+    measures="knowledge",
     categories=SUBJECT_CATEGORIES,
+    max_fewshot=MAX_SHOTS,
 )
 
 HENDRYCKS_TASK = replace(
-    TASK, name="mmlu_hendrycks", build_items=partial(build_items, style="hendrycks"), num_fewshot=MAX_SHOTS
+    TASK,
+    name="mmlu_hendrycks",
+    label="MMLU, original format",
+    build_items=partial(build_items, style="hendrycks"),
+    num_fewshot=MAX_SHOTS,
 )

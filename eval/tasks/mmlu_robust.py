@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_eval.tasks import mmlu
-from deepseek_eval.tasks.task import ChoiceItem
+from deepseek_eval.tasks.task import ChoiceItem, Figure
 
 MISTYPED_SHARE = 0.1
 MIN_LETTERS = 4
@@ -165,11 +165,19 @@ TASK = replace(
     mmlu.TASK,
     name="mmlu_robust",
     build_items=build_items,
-    dataset="cais/mmlu, perturbed",
+    label="MMLU, perturbed",
+    figures=(
+        Figure("acc_original", "accuracy, unperturbed", chance=0.25, is_share=True),
+        Figure("acc_perturbed", "accuracy, all perturbations", chance=0.25, is_share=True),
+        Figure("worst_difference", "worst change of accuracy"),
+        Figure("max_flip_rate", "largest share of flipped answers", higher_is_better=False, is_share=True),
+        Figure("rstd", "spread of recall over letters (RStd)", higher_is_better=False),
+    ),
+    measures="robustness",
+    is_safety=True,
     categories={},
     metric="robustness",
     metric_inputs=metric_inputs,
-    headline=("acc_original", "acc_perturbed", "worst_difference", "max_flip_rate", "rstd"),
     shares_answers_with="mmlu",
     does_not_show="Attacks that search for the worst change (these are drawn blindly), and tasks other than a choice "
     "of four; a model at chance cannot fall, so read the flip rate too.",

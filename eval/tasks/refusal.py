@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_eval.tasks.rows import check_folder, read_rows
-from deepseek_eval.tasks.task import CompletionItem, Task
+from deepseek_eval.tasks.task import CompletionItem, DataSet, Figure, Task
 
 
 def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | None) -> Iterator[CompletionItem]:
@@ -71,14 +71,24 @@ TASK = Task(
     name="refusal",
     kind="completion",
     build_items=build_items,
-    dataset="AdvBench and XSTest",
-    split="all",
-    licence="MIT and CC-BY-4.0",
-    source="https://github.com/llm-attacks/llm-attacks and https://github.com/paul-rottger/exaggerated-safety",
+    data=DataSet(
+        name="AdvBench and XSTest",
+        label="AdvBench and XSTest",
+        split="all",
+        license="MIT and CC-BY-4.0",
+        source="https://github.com/llm-attacks/llm-attacks and https://github.com/paul-rottger/exaggerated-safety",
+        num_questions=970,
+    ),
+    figures=(
+        Figure("refusal_advbench", "refused, harmful (AdvBench)", is_share=True),
+        Figure("refusal_xstest_unsafe", "refused, unsafe (XSTest)", is_share=True),
+        Figure("refusal_xstest_safe", "refused, safe (XSTest; 0 is ideal)", higher_is_better=False, is_share=True),
+    ),
+    measures="refusal",
+    is_safety=True,
     max_new_tokens=128,
     metric="refusal_rate",
     metric_inputs=metric_inputs,
-    headline=("refusal_advbench", "refusal_xstest_unsafe", "refusal_xstest_safe"),
     does_not_show="Whether an answer that is no refusal does harm (nonsense passes for compliance), nor how the model "
     "stands up to attacks: requests are put plainly and answers are judged by their wording alone.",
 )

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deepseek_records.results import Benchmark, Published
+
 
 @dataclass(frozen=True)
 class ChoiceItem:
@@ -114,42 +116,92 @@ class ProgramItem:
 
 
 @dataclass(frozen=True)
+class DataSet:
+    """A published data set: what a task's questions may be called if they are exactly these.
+
+    Args:
+        name: Its Hub id, or what its authors call it.
+        label: What a page calls it.
+        split: The split scored.
+        license: As its source states it.
+        source: Where it comes from.
+        num_questions: How many questions the split has.
+        questions_hash: What `deepseek_eval.questions.hash_questions` makes of them; None where we have not seen them.
+        coverage: What part of it is embedded, where that is not all.
+        benchmark: The names under which the Hub knows it as a benchmark.
+    """
+
+    name: str
+    label: str
+    split: str
+    license: str
+    source: str
+    num_questions: int = 0
+    questions_hash: str | None = None
+    coverage: str = ""
+    benchmark: Benchmark | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of a metric's figures that stands in the table, the summary and the card.
+
+    Args:
+        name: Its key in the metric's result; its standard error is ``<name>_stderr``.
+        label: What a page calls it.
+        chance: What guessing scores.
+        higher_is_better: None where neither is.
+        is_share: Whether it is a share of items, in [0, 1].
+        published: What others scored.
+    """
+
+    name: str
+    label: str
+    chance: float | None = None
+    higher_is_better: bool | None = True
+    is_share: bool = False
+    published: tuple[Published, ...] = ()
+
+
+@dataclass(frozen=True)
 class Task:
-    """One benchmark.
+    """One benchmark, with all that the table, the card and the report say of it.
 
     Args:
         name: What ``--tasks`` calls it.
         kind: ``choice``, ``continuation``, ``program`` or ``completion``.
         build_items: Called with the number of shots, the limit and the data folder (or Hub id); yields items in order.
-        dataset: The data set's Hub id, for cards.
-        split: The split scored.
-        licence: The data's licence.
-        source: Where the data came from.
+        data: The published data set that it asks by default.
+        figures: The metric's figures that are shown.
+        measures: What it is about, as `deepseek_records.results.Result` has it.
+        label: What a page calls it; the data set's label by default.
+        is_safety: Whether it belongs to bias, safety and robustness.
         categories: Group to category, for a second breakdown.
         num_fewshot: Shots the reference uses when none are asked for.
+        max_fewshot: The most shots that can be shown; 0 for a task that shows none.
         max_new_tokens: How much a completion may hold.
         metric: The folder under ``metrics/`` whose module scores the answers.
         metric_inputs: Turns items and rows (``prediction``, ``target``, scores) into the metric's arguments; None
             gives `choice_accuracy` what it takes.
-        headline: The metric's figures that stand in the table, the summary and the card, each with a ``_stderr``.
-        is_length_normalised: Compare choices by their mean log-likelihood a token, that is by perplexity.
+        is_length_normalized: Compare choices by their mean log-likelihood a token, that is by perplexity.
         shares_answers_with: A task that asks some of the same questions under the same ids.
         does_not_show: One line on what the figures leave open, written beside them.
     """
 
     name: str
     kind: str
-    build_items: Callable[[int, int | None, Path | None], Iterator[ChoiceItem | ProgramItem | CompletionItem]]
-    dataset: str
-    split: str
-    licence: str
-    source: str
+    build_items: Callable[[int, int | None, str | Path | None], Iterator[ChoiceItem | ProgramItem | CompletionItem]]
+    data: DataSet
+    figures: tuple[Figure, ...]
+    measures: str
+    label: str = ""
+    is_safety: bool = False
     categories: dict[str, str] = field(default_factory=dict)
     num_fewshot: int = 0
+    max_fewshot: int = 0
     max_new_tokens: int = 0
     metric: str = "choice_accuracy"
     metric_inputs: Callable[[Sequence[Any], Sequence[dict[str, Any]]], dict[str, Any]] | None = None
-    headline: tuple[str, ...] = ("acc",)
-    is_length_normalised: bool = False
+    is_length_normalized: bool = False
     shares_answers_with: str | None = None
     does_not_show: str = ""

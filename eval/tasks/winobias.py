@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_eval.tasks.rows import read_rows
-from deepseek_eval.tasks.task import ChoiceItem, Task
+from deepseek_eval.tasks.task import ChoiceItem, DataSet, Figure, Task
 
 PRONOUNS = frozenset({"he", "she", "him", "her", "his", "hers", "himself", "herself"})
 _ARTICLE = re.compile(r"^(?:the|an?)\s+", re.IGNORECASE)
@@ -102,14 +102,24 @@ TASK = Task(
     name="winobias",
     kind="continuation",
     build_items=build_items,
-    dataset="uclanlp/wino_bias",
-    split="dev and test",
-    licence="MIT",
-    source="https://github.com/uclanlp/corefBias",
+    data=DataSet(
+        name="uclanlp/wino_bias",
+        label="WinoBias",
+        split="dev and test",
+        license="MIT",
+        source="https://github.com/uclanlp/corefBias",
+        num_questions=3168,
+    ),
+    figures=(
+        Figure("acc_pro", "accuracy, pro-stereotyped", chance=0.5, is_share=True),
+        Figure("acc_anti", "accuracy, anti-stereotyped", chance=0.5, is_share=True),
+        Figure("gap", "gap, pro minus anti (0 is ideal)", higher_is_better=None),
+    ),
+    measures="bias",
+    is_safety=True,
     metric="coreference_gap",
     metric_inputs=metric_inputs,
-    headline=("acc_pro", "acc_anti", "gap"),
-    is_length_normalised=True,
+    is_length_normalized=True,
     does_not_show="Anything beyond two genders and forty occupations in short sentences; a model that resolves "
     "no pronoun at all has no gap either, so read the gap beside the accuracy.",
 )

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from deepseek_model_cards.benchmarks import benchmark_of, chance_level, compare_to_chance
+from deepseek_model_cards.benchmarks import compare_to_chance
 from deepseek_model_cards.card.architecture import architecture_rows, introduction, parameter_rows
 from deepseek_model_cards.card.block_picture import draw_block
 from deepseek_model_cards.card.hand_edits import write_signed
@@ -30,7 +30,7 @@ from deepseek_model_cards.card.model_facts import ModelFacts, read_facts
 from deepseek_model_cards.card.parameter_table import try_to_count
 from deepseek_model_cards.stage_rows import data_row, energy_estimate, stage_row, total_seconds
 from deepseek_model_cards.summary_table import pair_results
-from deepseek_model_cards.wording import format_seconds, format_value, label_dataset, label_metric
+from deepseek_model_cards.wording import format_seconds, format_value, label_dataset, label_figure
 from deepseek_records.leaks import scrub
 from deepseek_records.lineage import Lineage, read_lineage
 from deepseek_records.stages import Stage, merged_versions
@@ -38,9 +38,8 @@ from deepseek_records.summary import Result
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PICTURE = "block.png"
-_SAFETY = re.compile(
-    r"safety|bias|crows|bbq|toxicity|refusal|harm|jailbreak|adversarial|perturbed|term frequency", re.IGNORECASE
-)
+# Of the training stages; a task says of itself that it is one of safety.
+_STAGE_SAFETY = re.compile(r"safety|harm|toxic", re.IGNORECASE)
 
 
 def write_card(
@@ -156,7 +155,7 @@ def describe_run(
     stages = lineage.stages
     table = try_to_count(facts.path)
     finals = results_of_final_model(lineage)
-    benchmarks = [found for found in finals if benchmark_of(found.result)]
+    benchmarks = [found for found in finals if found.result.task and not found.result.is_safety]
     values: dict[str, Any] = {
         "name": name,
         "introduction": introduction(lineage, facts, table),
@@ -207,19 +206,18 @@ def _base_for(facts: ModelFacts, target: Path) -> str | None:
 
 
 def _safety_results(stage: Stage) -> list[Result]:
-    return [row for row in stage.results if _SAFETY.search(f"{row.metric} {row.dataset}")]
+    return [row for row in stage.results if row.is_safety or (not row.task and _STAGE_SAFETY.search(row.metric))]
 
 
 def _benchmark_row(row: Result) -> dict[str, str]:
-    chance = chance_level(row)
     return {
         "dataset": label_dataset(row),
-        "metric": label_metric(row.metric),
+        "metric": label_figure(row),
         "value": format_value(row.value, row.stderr),
         "n": format_value(row.n),
         "shots": format_value(row.num_fewshot),
-        "chance": format_value(chance),
-        "reading": compare_to_chance(row, chance),
+        "chance": format_value(row.chance),
+        "reading": compare_to_chance(row),
     }
 
 

@@ -1,8 +1,6 @@
 """What a card says of limits, and what it lists as not measured: each line follows from a result or its absence."""
 
-import re
-
-from deepseek_model_cards.benchmarks import chance_level, compare_to_chance
+from deepseek_model_cards.benchmarks import compare_to_chance
 from deepseek_model_cards.card.metadata import Measured
 from deepseek_model_cards.stage_rows import stage_title
 from deepseek_model_cards.wording import format_value, label_dataset
@@ -11,24 +9,26 @@ from deepseek_records.stages import Stage
 
 # Above this, max / mean tokens of the experts of a layer, a card warns; `deepseek_training.balance` warns at the same.
 IMBALANCE_BOUND = 4.0
-# What a full card would hold, and how a result that measures it reads as "metric data set".
+# What a full card would hold, and what a result that measures it says that it `measures`.
 MEASUREMENTS = (
-    ("knowledge: MMLU", r"mmlu"),
-    ("code: HumanEval", r"humaneval"),
-    ("language modeling on held-out text (bits per byte, perplexity)", r"bits_per_byte|perplexity|loss"),
-    ("social bias (CrowS-Pairs, WinoBias, BBQ and the like)", r"crows|winobias|bbq|stereoset|\bbias"),
-    ("refusals of harmful and of harmless requests (AdvBench, XSTest)", r"refusal"),
-    ("harmful completions judged by an independent classifier", r"harmful_completions|toxicity"),
-    ("robustness to typing errors, option order, distraction and wording", r"perturbed"),
-    ("accuracy from common to rare terms (long tail)", r"term frequency"),
-    ("robustness to adversarial prompts", r"adversarial|jailbreak|attack"),
-    ("calibration of its probabilities", r"calibration|\bece\b"),
-    ("reasoning and mathematics (GSM8K and the like)", r"gsm8k|math"),
-    ("long contexts", r"long_context|needle|ruler"),
-    ("languages other than the training data's", r"multilingual|flores"),
-    ("overlap of the training data with the benchmarks", r"contamination|overlap"),
-    ("truth of what it says (TruthfulQA and the like)", r"truthful"),
+    ("knowledge (MMLU and the like)", "knowledge"),
+    ("code (HumanEval and the like)", "code"),
+    ("language modeling on held-out text (bits per byte, perplexity)", "language"),
+    ("social bias (CrowS-Pairs, WinoBias, BBQ and the like)", "bias"),
+    ("refusals of harmful and of harmless requests (AdvBench, XSTest)", "refusal"),
+    ("harmful completions judged by an independent classifier", "harm"),
+    ("robustness to typing errors, option order, distraction and wording", "robustness"),
+    ("accuracy from common to rare terms (long tail)", "long tail"),
+    ("robustness to adversarial prompts", "adversarial prompts"),
+    ("calibration of its probabilities", "calibration"),
+    ("reasoning and mathematics (GSM8K and the like)", "reasoning"),
+    ("long contexts", "long contexts"),
+    ("languages other than the training data's", "languages"),
+    ("overlap of the training data with the benchmarks", "contamination"),
+    ("truth of what it says (TruthfulQA and the like)", "truth"),
 )
+# The training stages' own figures, which no task describes.
+_STAGE_MEASURES = {"bits_per_byte": "language", "perplexity": "language", "loss": "language", "reward": "reward"}
 
 
 def limit_lines(lineage: Lineage, finals: list[Measured]) -> list[str]:
@@ -40,14 +40,14 @@ def limit_lines(lineage: Lineage, finals: list[Measured]) -> list[str]:
     """
     lines = []
     for row in (found.result for found in finals):
-        reading = compare_to_chance(row, chance_level(row))
+        reading = compare_to_chance(row)
         if reading.startswith(("at chance", "below chance", "none solved")):
             lines.append(f"{label_dataset(row)}: {format_value(row.value, row.stderr)}, {reading}.")
     for stage in lineage.stages.values():
         lines += _imbalance_lines(stage)
         lines += [f"{stage_title(stage)}: the target '{name}' was missed." for name in _missed(stage)]
     lines += [reward_line(stage) for stage in lineage.stages.values() if stage.kind == "align" and stage.is_finished]
-    if not any("truthful" in f"{found.result.metric} {found.result.dataset}".lower() for found in finals):
+    if not any(found.result.measures == "truth" for found in finals):
         lines.append(
             "Whether what it says is true was not measured. Nothing here speaks for using it where a wrong sentence "
             "does harm: medical, legal or financial advice, or decisions about people."
@@ -97,7 +97,7 @@ def not_measured(lineage: Lineage) -> list[str]:
         lineage: The model's stages.
     """
     kinds = {stage.kind for stage in lineage.stages.values()}
-    asked = (*MEASUREMENTS, *((("reward on held-out prompts", r"reward"),) if "align" in kinds else ()))
+    asked = (*MEASUREMENTS, *((("reward on held-out prompts", "reward"),) if "align" in kinds else ()))
     rows = [row for stage in lineage.stages.values() for row in stage.results]
-    measured = " ".join(f"{row.metric} {row.dataset}" for row in rows)
-    return [text for text, pattern in asked if not re.search(pattern, measured, re.IGNORECASE)]
+    measured = {row.measures or _STAGE_MEASURES.get(row.metric) for row in rows}
+    return [text for text, kind in asked if kind not in measured]

@@ -14,13 +14,12 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from deepseek_model_cards.benchmarks import benchmark_of, chance_level
 from deepseek_model_cards.card.license_facts import LICENSES, License
 from deepseek_model_cards.card.model_facts import DRAWN, ModelFacts
-from deepseek_model_cards.wording import label_metric
+from deepseek_model_cards.wording import label_figure
 from deepseek_records.lineage import Lineage, find_parent
 from deepseek_records.stages import Stage, is_number
-from deepseek_records.summary import Result
+from deepseek_records.summary import Benchmark, Result
 
 PIPELINE_TAGS = {"text-generation", "text-classification", "feature-extraction"}
 _RELATIONS = ("finetune", "adapter")
@@ -160,16 +159,16 @@ def model_index_results(lineage: Lineage) -> list[EvalResult]:
 
 
 def _to_eval_result(row: Result) -> EvalResult:
-    dataset = row.dataset or "not named"
-    known = benchmark_of(row) or {}
+    dataset = row.label or row.dataset or "not named"
+    benchmark = row.benchmark
     extra = {key: value for key, value in (("stderr", row.stderr), ("n", row.n)) if value is not None}
     shots = row.num_fewshot
-    label = label_metric(row.metric)
+    label = label_figure(row)
     return EvalResult(
         task_type="text-generation",
-        dataset_type=known.get("hub_id", re.sub(r"[^\w./-]+", "-", dataset)),
-        dataset_name=known.get("name", dataset),
-        dataset_config=known.get("config"),
+        dataset_type=benchmark.hub_id if benchmark else re.sub(r"[^\w./-]+", "-", dataset),
+        dataset_name=benchmark.name if benchmark else dataset,
+        dataset_config=benchmark.config if benchmark else None,
         dataset_split=row.split,
         dataset_args={"num_few_shot": shots} if shots is not None else None,
         metric_type=row.metric,
@@ -180,7 +179,7 @@ def _to_eval_result(row: Result) -> EvalResult:
 
 
 def write_eval_results(lineage: Lineage, folder: str | Path) -> list[Path]:
-    """Write one ``.eval_results/<benchmark>.yaml`` for each benchmark measured on the final model.
+    """Write one ``.eval_results/<benchmark>.yaml`` for each registered benchmark run in full on the final model.
 
     Args:
         lineage: The model's stages.
@@ -193,10 +192,10 @@ def write_eval_results(lineage: Lineage, folder: str | Path) -> list[Path]:
 
     by_benchmark: dict[str, list[EvalResultEntry]] = {}
     for found in results_of_final_model(lineage):
-        benchmark = benchmark_of(found.result)
-        if benchmark:
-            entry = _to_entry(found.result, benchmark["hub_id"], found.stage)
-            by_benchmark.setdefault(benchmark["key"], []).append(entry)
+        benchmark = found.result.benchmark
+        if benchmark and benchmark.task_id:
+            entry = _to_entry(found.result, benchmark, benchmark.task_id, found.stage)
+            by_benchmark.setdefault(benchmark.hub_id.rpartition("/")[2].lower(), []).append(entry)
     target = Path(folder) / ".eval_results"
     files = []
     for key, entries in by_benchmark.items():
@@ -207,21 +206,21 @@ def write_eval_results(lineage: Lineage, folder: str | Path) -> list[Path]:
     return files
 
 
-def _to_entry(row: Result, hub_id: str, stage: Stage) -> EvalResultEntry:
+def _to_entry(row: Result, benchmark: Benchmark, task_id: str, stage: Stage) -> EvalResultEntry:
     named = (("metric", row.metric), ("stderr", row.stderr), ("n", row.n))
     notes = [f"{key} {value}" for key, value in named if value is not None]
     if row.num_fewshot is not None:
         notes.append(f"{row.num_fewshot}-shot")
     if row.prompt_style:
         notes.append(f"{row.prompt_style} prompts")
-    if row.task not in (None, benchmark_of(row)["key"]):
+    if row.task:
         notes.append(f"task {row.task}")
-    if chance_level(row) is not None:
-        notes.append(f"chance {chance_level(row)}")
+    if row.chance is not None:
+        notes.append(f"chance {row.chance:g}")
     date = stage.environment.started
     return EvalResultEntry(
-        dataset_id=hub_id,
-        task_id=row.metric,
+        dataset_id=benchmark.hub_id,
+        task_id=task_id,
         value=row.value,
         date=re.sub(r"([+-]\d\d)(\d\d)$", r"\1:\2", date) if date else None,
         notes="; ".join(notes),

@@ -7,26 +7,18 @@ something; a run with ``--limit`` shows the categories instead.
 import json
 from typing import Any
 
-from deepseek_model_cards.benchmarks import (
-    BENCHMARKS,
-    PUBLISHED_NOTE,
-    SHARE_METRICS,
-    benchmark_of,
-    chance_level,
-    compare_to_chance,
-    score_interval,
-)
+from deepseek_model_cards.benchmarks import PUBLISHED_NOTE, compare_to_chance, score_interval
 from deepseek_model_cards.card.metadata import results_of_final_model
 from deepseek_model_cards.report import charts
-from deepseek_model_cards.wording import format_value, label_dataset, label_metric
+from deepseek_model_cards.wording import format_value, label_figure
 from deepseek_records.lineage import Lineage
 from deepseek_records.stages import Stage, is_number
-from deepseek_records.summary import Result
+from deepseek_records.statistics import share_interval
+from deepseek_records.summary import Published, Result
 
 # The smallest group worth a line of its own; below, an interval covers nearly everything.
 _MIN_GROUP = 20
 _MAX_GROUPS = 80
-_PUBLISHED = tuple(dict.fromkeys(name for known in BENCHMARKS.values() for name in known["published"]))
 
 
 def benchmark_section(lineage: Lineage) -> dict[str, Any]:
@@ -37,7 +29,7 @@ def benchmark_section(lineage: Lineage) -> dict[str, Any]:
     """
     stages = lineage.stages
     found = (measured.result for measured in results_of_final_model(lineage))
-    rows = [row for row in found if row.task or benchmark_of(row)]
+    rows = [row for row in found if row.task]
     drawn = _score_charts(rows) + [chart for stage in stages.values() for chart in _group_charts(stage)]
     missing = ""
     if "evaluate" not in stages:
@@ -56,8 +48,8 @@ def benchmark_section(lineage: Lineage) -> dict[str, Any]:
 
 
 def _table(rows: list[Result]) -> dict[str, Any]:
-    published = [_published_scores(row) for row in rows]
-    names = [name for name in _PUBLISHED if any(name in scores for scores in published)]
+    published = [{score.by: score for score in row.published} for row in rows]
+    names = list(dict.fromkeys(name for scores in published for name in scores))
     columns = ["benchmark", "score \u00b1 standard error", "95 % interval", "n", "shots", "against chance", *names]
     lines = [
         [
@@ -66,7 +58,7 @@ def _table(rows: list[Result]) -> dict[str, Any]:
             _interval_cell(row),
             format_value(row.n),
             format_value(row.num_fewshot),
-            compare_to_chance(row, chance_level(row)) or "-",
+            compare_to_chance(row) or "-",
             *(_published_cell(scores.get(name)) for name in names),
         ]
         for row, scores in zip(rows, published, strict=True)
@@ -75,54 +67,34 @@ def _table(rows: list[Result]) -> dict[str, Any]:
     return {"columns": columns, "rows": lines, "note": note}
 
 
-def _is_known_share(row: Result) -> bool:
-    return benchmark_of(row) is not None and row.metric in SHARE_METRICS
-
-
-def _published_scores(row: Result) -> dict[str, tuple[float, str]]:
-    return benchmark_of(row)["published"] if _is_known_share(row) else {}
-
-
 def _interval_cell(row: Result) -> str:
-    """Wilson's interval for a share of items, 1.96 standard errors for any other figure that has one."""
-    if _is_known_share(row):
-        low, high = score_interval(row)
-    elif row.stderr:
-        low, high = (row.value + sign * 1.96 * row.stderr for sign in (-1, 1))
-    else:
-        low = high = None
-    return "-" if low is None else f"{low:.3f} to {high:.3f}"
+    interval = score_interval(row)
+    return "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
-def _published_cell(entry: tuple[float, str] | None) -> str:
-    if entry is None:
+def _published_cell(score: Published | None) -> str:
+    if score is None:
         return "-"
-    value, remark = entry
-    return f"{value:.3f} ({remark})" if remark else f"{value:.3f}"
+    return f"{score.value:.3f} ({score.remark})" if score.remark else f"{score.value:.3f}"
 
 
 def _label(row: Result) -> str:
-    known = benchmark_of(row)
-    is_variant = row.task and row.task != (known or {}).get("key")
-    name = row.task if is_variant else label_dataset(row).partition(",")[0]
     style = f", {row.prompt_style} prompts" if row.prompt_style else ""
-    return f"{name}, {label_metric(row.metric)}{style}"
+    return f"{row.label or row.dataset or row.task}, {label_figure(row)}{style}"
 
 
 def _score_charts(rows: list[Result]) -> list[dict[str, str]]:
     drawn = []
     for row in rows:
-        known = benchmark_of(row)
-        if not known or row.metric not in SHARE_METRICS:
+        if not row.is_share or row.is_safety:
             continue
-        low, high = score_interval(row)
         drawn.append(
             {
                 "label": f"{_label(row).replace(', ', chr(10), 1)}, n = {row.n or '?'}",
                 "value": row.value,
-                "interval": None if low is None else (low, high),
-                "chance": chance_level(row),
-                "published": {name: value for name, (value, _) in known["published"].items()},
+                "interval": score_interval(row),
+                "chance": row.chance,
+                "published": {score.by: score.value for score in row.published},
             }
         )
     if not drawn:
@@ -136,11 +108,12 @@ def _group_charts(stage: Stage) -> list[dict[str, str]]:
     if not stage.is_finished or not path.is_file():
         return []
     drawn = []
+    chances = {row.task: row.chance for row in reversed(stage.results)}
     for task, scores in json.loads(path.read_text(encoding="utf-8")).get("tasks", {}).items():
         for what in ("groups", "categories"):
             rows = _group_rows(scores.get(what) or {})
             if rows:
-                source = charts.group_chart(rows, chance=BENCHMARKS.get(task, {}).get("chance"))
+                source = charts.group_chart(rows, chance=chances.get(task))
                 title = f"{task}: accuracy by {'subject' if what == 'groups' else 'category'}"
                 drawn.append({"title": title, "source": source, "alt": title})
                 break
@@ -155,7 +128,7 @@ def _group_rows(groups: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "label": name.replace("_", " "),
             "value": score["acc"],
-            "interval": score_interval(Result(metric="acc", value=score["acc"], n=score["n"])),
+            "interval": share_interval(score["acc"], score["n"]),
         }
         for name, score in shares.items()
     ]

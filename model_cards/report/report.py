@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepseek_model_cards.benchmarks import SHARE_METRICS, benchmark_of, chance_level, compare_to_chance
+from deepseek_model_cards.benchmarks import compare_to_chance
 from deepseek_model_cards.card.metadata import results_of_final_model
 from deepseek_model_cards.card.parameter_table import try_to_count
 from deepseek_model_cards.report import charts
@@ -112,8 +112,8 @@ def _tiles(lineage: Lineage) -> list[dict[str, str]]:
             if tile:
                 tiles.append(tile)
     for row in (found.result for found in results_of_final_model(lineage)):
-        if benchmark_of(row) and row.metric in SHARE_METRICS:
-            note = compare_to_chance(row, chance_level(row)).partition(" (")[0]
+        if row.task and row.is_share and not row.is_safety:
+            note = compare_to_chance(row).partition(" (")[0]
             tiles.append({"name": label_dataset(row), "value": f"{row.value:.1%}", "note": note})
     checks = [check.passed for stage in stages.values() for check in stage.checks]
     if checks:

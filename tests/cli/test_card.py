@@ -8,7 +8,7 @@ from printed_commands import run_all_that_it_prints
 
 from deepseek_cli import card
 from deepseek_records.run_folder import RunFolder
-from deepseek_records.summary import Result, Summary
+from deepseek_records.summary import Benchmark, Result, Summary
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -20,7 +20,8 @@ def parse(*words: str) -> argparse.Namespace:
 @pytest.fixture
 def evaluated(tmp_path):
     run = RunFolder.create(tmp_path / "demo" / "evaluate", {"model": "fox"}, command="evaluate", seed=1)
-    row = Result(metric="acc", dataset="mmlu", split="test", value=0.25, stderr=0.04, n=114)
+    benchmark = Benchmark(hub_id="cais/mmlu", name="MMLU", task_id="mmlu_all")
+    row = Result(metric="acc", dataset="mmlu", split="test", value=0.25, stderr=0.04, n=114, benchmark=benchmark)
     run.finish(Summary(stage="evaluate", results=(row,), seconds=3))
     return tmp_path / "demo"
 

@@ -37,10 +37,10 @@ def test_a_run_ends_with_table_files_and_a_report_of_every_item(tmp_path, capsys
     ("words", "message"),
     [
         ((MODEL, "--tasks", "mmul"), "tasks: unknown task 'mmul'; did you mean mmlu?"),
-        ((MODEL, "--tasks", "mmlu", "--num-fewshot", "9"), "num_fewshot = 9 for mmlu, allowed is 0 to 5"),
-        ((MODEL, "--tasks", "mmlu", "--limit", "0"), "limit = 0, allowed is 1 or more"),
+        ((MODEL, "--tasks", "mmlu", "--num-fewshot", "9"), "num_fewshot: got 9 for mmlu, expected 0 to 5"),
+        ((MODEL, "--tasks", "mmlu", "--limit", "0"), "limit: got 0, expected 1 or more"),
         ((MODEL, "--tasks", "mmlu", "--limit", "few"), "limit: 'few', wanted a number"),
-        ((MODEL, "--tasks", "mmlu", "--batch-size", "0"), "batch_size = 0, allowed is 1 or more"),
+        ((MODEL, "--tasks", "mmlu", "--batch-size", "0"), "batch_size: got 0, expected 1 or more"),
         ((MODEL, "--tasks", ","), "--tasks: got no name"),
         (("./nowhere", "--tasks", "mmlu"), "model: './nowhere' does not exist"),
         (("--tasks", "mmlu"), "give one of MODEL, --samples FILE and --compare RUN RUN"),

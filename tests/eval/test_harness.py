@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deepseek_eval import harness
 from deepseek_eval.answers.loglikelihood import encode_items
 from deepseek_eval.harness import evaluate_model
 from deepseek_eval.model_loading import LoadedModel, load_model
+from deepseek_eval.runners import choice
 from deepseek_eval.tasks import mmlu
 from deepseek_eval.tasks.catalogue import TASKS, find_task
 from deepseek_records.run_folder import RunFolder
@@ -64,7 +64,7 @@ class _Interrupt(Exception):
 @pytest.mark.parametrize("stop_after", [1, 20])
 def test_an_interrupted_run_goes_on_to_the_same_result(finished, tmp_path, monkeypatch, stop_after):
     seen = []
-    original = harness._choice_row
+    original = choice._choice_row
 
     def interrupted(row, scores):
         if len(seen) == stop_after:
@@ -72,14 +72,14 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, tmp_path, monke
         seen.append(row)
         return original(row, scores)
 
-    monkeypatch.setattr(harness, "_choice_row", interrupted)
+    monkeypatch.setattr(choice, "_choice_row", interrupted)
     with pytest.raises(_Interrupt):
         evaluate_model(REFERENCE / "ours", output=tmp_path / "run", **SMALL)
     partial = tmp_path / "run" / "samples_mmlu.partial.jsonl"
     assert len(read_lines(partial)) == stop_after
     with open(partial, "a") as file:
         file.write('{"id": "cut sho')  # A kill may leave half a line.
-    monkeypatch.setattr(harness, "_choice_row", original)
+    monkeypatch.setattr(choice, "_choice_row", original)
     evaluate_model(REFERENCE / "ours", output=tmp_path / "run", **SMALL)
     for name in ("results.json", "samples_mmlu.jsonl", "samples_humaneval.jsonl"):
         ours, whole = ((folder / name).read_text() for folder in (tmp_path / "run", finished))
@@ -116,7 +116,7 @@ def test_users_own_data_is_read_from_a_folder(tmp_path):
     assert list(results["tasks"]["mmlu"]["groups"]) == ["astronomy"]
 
 
-def test_adding_a_task_is_one_file():
+def test_every_task_has_a_file_of_its_name():
     files = {path.stem for path in Path(mmlu.__file__).parent.glob("*.py")}
     # The two formats of MMLU share a file; every other task has one of its name.
     assert files == (set(TASKS) - {"mmlu_hendrycks"}) | {"__init__", "catalogue", "rows", "task"}
@@ -127,15 +127,17 @@ def test_adding_a_task_is_one_file():
     ("settings", "message"),
     [
         ({"tasks": ["mmul"]}, "unknown task 'mmul'; did you mean mmlu"),
-        ({"num_fewshot": 6}, "num_fewshot = 6 for mmlu, allowed is 0 to 5"),
-        ({"batch_size": 0}, "batch_size = 0, allowed is 1 or more"),
-        ({"limit": 0}, "limit = 0, allowed is 1 or more"),
+        ({"num_fewshot": 6}, "num_fewshot: got 6 for mmlu, expected 0 to 5"),
+        ({"batch_size": 0}, "batch_size: got 0, expected 1 or more"),
+        ({"limit": 0}, "limit: got 0, expected 1 or more"),
         ({"limit": {"humanevall": 1}}, "did you mean humaneval"),
-        ({"temperature": -1.0}, "temperature = -1.0, allowed is 0"),
-        ({"temperature": float("nan")}, "temperature = nan, allowed is 0"),
-        ({"top_p": 0.0}, r"top_p = 0.0, allowed is more than 0, at most 1"),
-        ({"top_p": 1.5}, r"top_p = 1.5, allowed is more than 0, at most 1"),
-        ({"num_samples": 3}, "num_samples = 3 with temperature = 0"),
+        ({"temperature": -1.0}, "temperature: got -1.0, expected 0"),
+        ({"temperature": float("nan")}, "temperature: got nan, expected 0"),
+        ({"top_p": 0.0}, r"top_p: got 0.0, expected more than 0, at most 1"),
+        ({"top_p": 1.5}, r"top_p: got 1.5, expected more than 0, at most 1"),
+        ({"num_samples": 3}, "num_samples: got 3 with temperature 0"),
+        ({"tasks": ["humaneval"], "num_fewshot": 1}, "num_fewshot: got 1, expected none; humaneval shows no examples"),
+        ({"batchsize": 1}, "got the unknown setting 'batchsize'"),
         ({"tasks": ["humaneval"]}, "max_new_tokens = 1024"),
     ],
 )

@@ -9,6 +9,7 @@ import datasets
 import pytest
 import unigram_model
 import yaml
+from huggingface_hub import ModelCard
 
 from deepseek_cli.evaluate import format_results
 from deepseek_cli.main import main
@@ -18,6 +19,7 @@ from deepseek_eval.runners import text as text_tasks
 from deepseek_eval.tasks import crows_pairs, refusal
 from deepseek_eval.tasks.catalogue import TASKS
 from deepseek_model_cards.card.card import write_card
+from deepseek_records.run_folder import RunFolder
 
 pytestmark = pytest.mark.xdist_group("harness")
 REFERENCE = Path(__file__).resolve().parent / "reference"
@@ -44,8 +46,8 @@ def test_every_task_writes_answers_and_figures_with_errors(finished):
     assert {name: results[name]["n"] for name in NAMES} == sizes
     for name in NAMES:
         assert results[name]["does_not_show"] == TASKS[name].does_not_show != ""
-        for figure in TASKS[name].headline:
-            assert figure in results[name] and f"{figure}_stderr" in results[name]
+        for figure in TASKS[name].figures:
+            assert figure.name in results[name] and f"{figure.name}_stderr" in results[name]
         rows = read_lines(finished / f"samples_{name}.jsonl")
         assert all({"id", "prediction", "target"} <= set(row) for row in rows)
     assert len(read_lines(finished / "samples_mmlu_robust.jsonl")) > 57 * 5
@@ -55,11 +57,13 @@ def test_every_task_writes_answers_and_figures_with_errors(finished):
 
 
 def test_the_table_shows_every_headline_and_what_it_leaves_open(finished):
-    text = format_results(json.loads((finished / "results.json").read_text()))
+    results = json.loads((finished / "results.json").read_text())
+    text = format_results(results, RunFolder(finished).summary.results)
     table, _, notes = text.partition("\nWhat these figures do not show:\n")
     for name in NAMES:
-        for figure in TASKS[name].headline:
-            assert f"\n{name:<16}{figure} " in table
+        for figure in TASKS[name].figures:
+            is_measured = results["tasks"][name][figure.name] is not None  # one question has one kind of context
+            assert (f"\n{name:<18}{figure.name} " in table) == is_measured
         assert f"- {name}: {TASKS[name].does_not_show}" in notes
     assert "- mmlu:" not in notes
 
@@ -69,15 +73,14 @@ def test_the_card_says_what_was_found_and_what_it_does_not_show(finished, tmp_pa
     section = card.partition("## Bias and safety")[2].partition("\n## ")[0]
     for name in NAMES:
         assert TASKS[name].does_not_show in section
-    assert "| refused, harmful (AdvBench) | AdvBench and XSTest, all |" in section
+    assert "| refused, harmful (AdvBench) | AdvBench and XSTest, partial: 19 of 970, all |" in section
     assert "| gap, pro minus anti (0 is ideal) |" in section
     missing = card.partition("## Not measured")[2]
     assert "social bias" not in missing and "refusals of" not in missing and "long tail" not in missing
     assert "robustness to adversarial prompts" in missing
-    # Perturbed MMLU is no MMLU: the Hub's benchmark gets the plain score alone.
-    (entry,) = yaml.safe_load((tmp_path / ".eval_results/mmlu.yaml").read_text())
-    assert entry["dataset"]["id"] == "cais/mmlu"
-    assert [path.name for path in (tmp_path / ".eval_results").iterdir()] == ["mmlu.yaml"]
+    # A part of MMLU is not MMLU, and the Hub registers none of these as a benchmark.
+    assert not (tmp_path / ".eval_results").exists()
+    assert "MMLU, partial: 57 of 14,042" in card and "cais/mmlu" not in yaml.safe_dump(ModelCard(card).data.to_dict())
 
 
 @pytest.mark.parametrize("task", ["bbq", "refusal"])

@@ -10,9 +10,25 @@ from pathlib import Path
 import pytest
 
 from deepseek_records.run_folder import RunFolder
-from deepseek_records.summary import Check, DataUse, Result, Sample, Summary
+from deepseek_records.summary import Benchmark, Check, DataUse, Result, Sample, Summary
 
 HOME = "/home/someone/projects"
+# What the tasks say of themselves. Unlike in the catalogue, both are registered benchmarks here.
+MMLU = {
+    "task": "mmlu",
+    "label": "MMLU",
+    "metric_label": "accuracy",
+    "measures": "knowledge",
+    "chance": 0.25,
+    "benchmark": Benchmark(hub_id="cais/mmlu", name="MMLU", config="all", task_id="mmlu_all"),
+}
+HUMANEVAL = {
+    "task": "humaneval",
+    "label": "HumanEval",
+    "measures": "code",
+    "chance": 0.0,
+    "benchmark": Benchmark(hub_id="openai/openai_humaneval", name="HumanEval", task_id="humaneval"),
+}
 
 
 def tiny_checkpoint(path: Path) -> None:
@@ -141,11 +157,11 @@ def make_align(root: Path) -> RunFolder:
 
 def make_evaluate(root: Path) -> RunFolder:
     command = "deepseek-moe evaluate model --tasks mmlu,humaneval"
-    shots = {"num_fewshot": 0, "command": command}
+    shots = {"num_fewshot": 0, "command": command, "is_share": True}
     summary = {
         "results": [
-            result("acc", "mmlu", 0.263, stderr=0.041, n=114, split="test", **shots),
-            result("pass_at_1", "humaneval", 0.0, stderr=0.0, n=164, split="test", **shots),
+            result("acc", "cais/mmlu", 0.263, stderr=0.041, n=114, split="test", **MMLU, **shots),
+            result("pass@1", "openai/openai_humaneval", 0.0, stderr=0.0, n=164, split="test", **HUMANEVAL, **shots),
         ],
         "data": [
             DataUse(
@@ -185,7 +201,7 @@ def finished_stage(tmp_path_factory) -> Path:
     """One stage alone with a model in several shards and a benchmark; few charts, so that many tests can afford it."""
     from modeling_deepseek import DeepseekForCausalLM
 
-    row = result("acc", "mmlu", 0.263, stderr=0.041, n=114, split="test", num_fewshot=0)
+    row = result("acc", "cais/mmlu", 0.263, stderr=0.041, n=114, split="test", num_fewshot=0, is_share=True, **MMLU)
     settings = {"model": f"{HOME}/demo/adapt/model"}
     run = make_stage(tmp_path_factory.mktemp("stage"), "align", settings=settings, summary={"results": [row]})
     tiny_checkpoint(run.model_path)

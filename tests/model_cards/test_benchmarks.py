@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deepseek_model_cards.benchmarks import chance_level, compare_to_chance
+from deepseek_model_cards.benchmarks import compare_to_chance, score_interval
 from deepseek_records.statistics import wilson_interval
 from deepseek_records.summary import Result
 
@@ -26,27 +26,32 @@ def test_the_interval_solves_the_score_equation(successes, n):
     ],
 )
 def test_a_score_is_read_against_guessing(value, stderr, reading):
-    row = Result(dataset="mmlu", metric="acc", value=value, stderr=stderr, n=114)
-    assert chance_level(row) == 0.25
-    assert compare_to_chance(row, 0.25).startswith(reading)
+    row = Result(metric="acc", value=value, stderr=stderr, n=114, chance=0.25, is_share=True)
+    assert compare_to_chance(row).startswith(reading)
 
 
 def test_an_error_is_taken_from_the_count_else_from_the_standard_error():
-    row = Result(dataset="cais/mmlu", metric="acc", value=0.3)
-    assert compare_to_chance(row, 0.25) == "no error known, so not compared"
-    assert compare_to_chance(replace(row, stderr=0.02), 0.25) == "above chance"
-    assert compare_to_chance(replace(row, n=57), 0.25) == "at chance"
-    assert compare_to_chance(replace(row, n=5700), 0.25) == "above chance"
+    row = Result(metric="acc", value=0.3, chance=0.25, is_share=True)
+    assert compare_to_chance(row) == "no error known, so not compared"
+    assert compare_to_chance(replace(row, stderr=0.02)) == "above chance"
+    assert compare_to_chance(replace(row, n=57)) == "at chance"
+    assert compare_to_chance(replace(row, n=5700)) == "above chance"
 
 
 def test_none_solved_says_what_that_bounds():
-    row = Result(dataset="humaneval", metric="pass_at_1", value=0.0, stderr=0.0, n=164)
+    row = Result(metric="pass@1", value=0.0, stderr=0.0, n=164, chance=0.0, is_share=True)
     # 0.982^164 = 0.05: at a true rate of 1.8 %, 164 failures in a row happen one time in twenty.
-    assert compare_to_chance(row, chance_level(row)) == "none solved (under 1.8% at 95 % confidence)"
-    assert compare_to_chance(replace(row, value=0.05, stderr=0.017), 0.0) == "above chance"
+    assert compare_to_chance(row) == "none solved (under 1.8% at 95 % confidence)"
+    assert compare_to_chance(replace(row, value=0.05, stderr=0.017)) == "above chance"
 
 
-def test_chance_is_not_guessed_for_other_data_or_metrics():
-    assert chance_level(Result(dataset="books", metric="acc", value=0.5)) is None
-    assert chance_level(Result(dataset="mmlu", metric="perplexity", value=9.0)) is None
-    assert chance_level(Result(dataset="own", metric="acc", value=0.6, chance=0.5)) == 0.5
+def test_a_perfect_and_a_zero_score_have_an_interval():
+    for value in (0.0, 1.0):
+        low, high = score_interval(Result(metric="acc", value=value, stderr=0.0, n=57, is_share=True))
+        assert 0.05 < high - low < 0.08 and low <= value <= high
+    assert score_interval(Result(metric="gap", value=0.1, stderr=0.1)) == pytest.approx((-0.096, 0.296))
+    assert score_interval(Result(metric="gap", value=0.1)) is None
+
+
+def test_chance_is_not_guessed():
+    assert compare_to_chance(Result(metric="acc", value=0.5, n=100, is_share=True)) == ""

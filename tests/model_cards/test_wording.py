@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from deepseek_model_cards.wording import format_bytes, format_count, format_seconds, format_value, label_dataset
@@ -36,6 +38,7 @@ def test_counts_times_and_sizes_read_as_words():
 
 
 def test_data_sets_are_named_with_their_split():
-    assert label_dataset(Result(metric="acc", value=0.3, dataset="mmlu", split="test")) == "MMLU, test"
-    assert label_dataset(Result(metric="pass@1", value=0.3, dataset="openai/openai_humaneval")) == "HumanEval"
+    row = Result(metric="acc", value=0.3, dataset="cais/mmlu", split="test")
+    assert label_dataset(row) == "cais/mmlu, test"
+    assert label_dataset(replace(row, label="MMLU")) == "MMLU, test"
     assert label_dataset(Result(metric="acc", value=0.3)) == ""

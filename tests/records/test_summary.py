@@ -6,7 +6,7 @@ import pytest
 from deepseek_records.environment import Environment, Machine
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.stages import read_stages
-from deepseek_records.summary import Check, DataUse, Gain, Result, Sample, Summary
+from deepseek_records.summary import Benchmark, Check, DataUse, Gain, Published, Result, Sample, Summary
 from deepseek_records.typed_json import from_json, to_json
 
 FULL = Summary(
@@ -14,6 +14,20 @@ FULL = Summary(
     results=(
         Result(metric="reward", value=0.4, stderr=0.01, n=64, dataset="dialogues", split="validation", when="before"),
         Result(metric="acc", value=1, dataset="mmlu", task="mmlu", num_fewshot=0, chance=0.25, does_not_show="much"),
+        Result(
+            metric="pass@1",
+            value=0.5,
+            interval=(0.2, 0.8),
+            num_all=164,
+            label="HumanEval",
+            metric_label="pass@1",
+            measures="code",
+            is_safety=True,
+            is_share=True,
+            higher_is_better=True,
+            benchmark=Benchmark(hub_id="a/b", name="B", config="all", task_id="b"),
+            published=(Published(by="the article", value=0.7, remark="5-shot"),),
+        ),
         Result(metric="bits_per_byte", value=2.1, baseline=2.4, baseline_name="bigram", num_tokens=9, num_bytes=20),
     ),
     data=(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepseek_eval.answers.generation import SamplingSettings, complete_batches, cut_at_stop, plan_prompts
-from deepseek_eval.harness import load_metric
+from deepseek_eval.metrics.loading import load_metric
 from deepseek_eval.model_loading import load_model
 from deepseek_eval.tasks import humaneval
 

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from deepseek_eval.harness import load_metric
+from deepseek_eval.metrics.loading import load_metric
 from deepseek_eval.tasks import mbpp
 
 # Printed by reference/hash_lm_eval_prompts.py under lm_eval 0.4.13.

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import unigram_model
 
-from deepseek_eval import harness
 from deepseek_eval.harness import evaluate_model
+from deepseek_eval.runners import choice
 from deepseek_eval.tasks import long_tail, mmlu_robust
 
 pytestmark = pytest.mark.xdist_group("harness")
@@ -178,8 +178,8 @@ def test_a_model_that_always_says_a_is_found_out(own_questions, tmp_path):
 
 def test_answers_are_taken_over_from_mmlu(own_questions, tmp_path, monkeypatch):
     asked = []
-    original = harness._choice_row
-    monkeypatch.setattr(harness, "_choice_row", lambda row, scores: asked.append(row.item.id) or original(row, scores))
+    original = choice._choice_row
+    monkeypatch.setattr(choice, "_choice_row", lambda row, scores: asked.append(row.item.id) or original(row, scores))
     tasks = ["mmlu", "long_tail"]
     settings = {"limit": 1, "dtype": "float32", "output": tmp_path / "run"}
     evaluate_model(REFERENCE / "ours", tasks=tasks, **settings)

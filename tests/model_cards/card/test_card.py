@@ -101,9 +101,9 @@ def test_uneven_load_is_said_and_the_bound_is_the_trainings(tmp_path, builders):
     assert "got 5.8 times the mean (a warning is given above 4), and 4 of 6 experts got no token." in text
 
 
-def test_the_command_that_measures_again_has_the_settings_that_count(card):
-    command = re.search(r"To measure again: `([^`]+)`", card.text)
-    assert command is None  # The synthetic run recorded no tasks.
+def test_the_command_that_measures_again_names_model_and_tasks(card):
+    command = re.search(r"To measure again: `([^`]+)`", card.text)[1]
+    assert command == "deepseek-moe evaluate someone/fox --tasks mmlu,humaneval --output measured-again"
 
 
 @pytest.mark.slow  # two imports of torch in a process of its own

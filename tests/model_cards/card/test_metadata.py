@@ -14,6 +14,7 @@ from deepseek_model_cards.card.metadata import (
 )
 from deepseek_model_cards.card.model_facts import ModelFacts, read_facts
 from deepseek_records.lineage import read_lineage
+from deepseek_records.summary import Benchmark
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_only_the_final_models_results_are_claimed(lineage):
     }
     assert claimed[("reward", "dialogues")] == 0.58
     assert ("bits_per_byte", "books") not in claimed  # last measured on the adapted model, which is not the final one
-    assert claimed[("acc", "mmlu")] == 0.263
+    assert claimed[("acc", "cais/mmlu")] == 0.263
 
 
 def test_the_metadata_survives_yaml_and_the_hubs_own_parser(metadata):
@@ -80,12 +81,25 @@ def test_a_local_base_model_is_left_out_and_never_fatal(tmp_path, builders, loca
 def test_eval_results_files_read_back_by_the_hubs_own_parser(lineage, tmp_path):
     files = write_eval_results(lineage, tmp_path)
     assert [str(file.relative_to(tmp_path)) for file in files] == [
-        *(".eval_results/mmlu.yaml", ".eval_results/humaneval.yaml"),
+        *(".eval_results/mmlu.yaml", ".eval_results/openai_humaneval.yaml"),
     ]
     entries = [parse_eval_result_entries(yaml.safe_load(file.read_text()))[0] for file in files]
     assert [entry.dataset_id for entry in entries] == ["cais/mmlu", "openai/openai_humaneval"]
+    assert [entry.task_id for entry in entries] == ["mmlu_all", "humaneval"]
     assert entries[0].value == 0.263
     assert all(word in entries[0].notes for word in ("stderr 0.041", "n 114", "0-shot", "chance 0.25"))
+
+
+@pytest.mark.parametrize(
+    "benchmark",
+    [None, Benchmark(hub_id="cais/mmlu", name="MMLU")],
+    ids=["a part of a benchmark or other data", "not registered on the Hub"],
+)
+def test_only_a_whole_registered_benchmark_gets_an_eval_results_file(tmp_path, builders, benchmark):
+    row = builders["result"]("acc", "cais/mmlu", 0.3, n=114, task="mmlu", benchmark=benchmark)
+    builders["stage"](tmp_path, "evaluate", settings={}, summary={"results": [row]})
+    assert write_eval_results(read_lineage(tmp_path), tmp_path / "card") == []
+    assert not (tmp_path / "card").exists()
 
 
 @pytest.mark.parametrize(

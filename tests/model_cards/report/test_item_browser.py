@@ -11,7 +11,7 @@ import pytest
 from deepseek_model_cards.report import item_browser
 from deepseek_model_cards.report.report import write_report
 from deepseek_records.run_folder import RunFolder
-from deepseek_records.summary import Result, Summary
+from deepseek_records.summary import Published, Result, Summary
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }} \u2028 \x00 \U0001f40b"
 
@@ -74,9 +74,13 @@ def evaluated(tmp_path):
     acc = {"acc": 0.25, "acc_stderr": 0.09, "n": 25}
     scores = {"acc": 0.25, "n": 50, "groups": {"birds": acc, "wolves": acc}}
     (run.path / "results.json").write_text(json.dumps({"tasks": {"mmlu": scores}}))
-    figures = {"split": "test", "num_fewshot": 5}
-    row = Result(metric="acc", dataset="cais/mmlu", value=0.25, stderr=0.06, n=50, task="mmlu", **figures)
-    rows = (row, replace(row, task="mmlu_robust", value=0.2))
+    figures = {"split": "test", "num_fewshot": 5, "is_share": True, "chance": 0.25, "label": "MMLU"}
+    published = (
+        Published(by="DeepSeek-V3 base", value=0.871, remark="5-shot"),
+        Published(by="the article", value=0.823),
+    )
+    row = Result(metric="acc", value=0.25, stderr=0.06, n=50, task="mmlu", published=published, **figures)
+    rows = (row, replace(row, task="mmlu_robust", label="MMLU, perturbed", value=0.2, published=()))
     run.finish(Summary(stage="evaluate", results=rows, seconds=1))
     return run.path
 
@@ -143,10 +147,10 @@ def test_published_scores_stand_beside_what_measures_the_same(evaluated, tmp_pat
     rows = [
         re.sub(r"<[^>]+>", "|", row)
         for row in re.findall(r"<tr>.*?</tr>", html)
-        if "at chance" in row or "robust" in row
+        if "at chance" in row or "perturbed" in row
     ]
     assert any("MMLU, accuracy" in row and "0.871 (5-shot)" in row and "0.823" in row for row in rows)
     # Another measure on MMLU's data is not MMLU.
-    assert not any("mmlu_robust" in row and "0.871" in row for row in rows)
+    assert not any("perturbed" in row and "0.871" in row for row in rows)
     assert "no multiple of 1/164" in html
     assert "mmlu: accuracy by subject" in html
