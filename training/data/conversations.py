@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from deepseek_records.summary import DataUse
 from deepseek_records.user_text import encode, render_chat, show
-from deepseek_training.data.texts import UsedFor, describe_data, load_texts, read_rows
+from deepseek_training.data.texts import UsedFor, describe_data, has_column, is_messages, load_texts, read_rows
 from deepseek_training.recipes.sft import SftRecipe
+from deepseek_training.rewards.words import text_of
 
 Message = dict[str, Any]
 _STAND_IN = "\ue000"  # a private-use character, put where the answer stands
@@ -40,16 +41,23 @@ class EncodedConversation:
         return [number if own else -100 for number, own in zip(self.input_ids, self.is_answer, strict=True)]
 
 
-def load_conversations(recipe: SftRecipe, split: str) -> list[dict[str, str]]:
-    """Return the rows of one split with ``prompt`` and ``answer``.
+def load_conversations(recipe: SftRecipe, split: str) -> list[dict[str, Any]]:
+    """Return the rows of one split with ``messages``, or with ``prompt`` and ``answer``.
 
     Raises:
         ValueError: A column is missing, or no row is left.
     """
-    texts = set(load_texts(recipe.data, split, column=recipe.prompt_column))
-    rows = []
-    for row in read_rows(recipe.data, split, column=recipe.prompt_column):
+    has_messages = has_column(recipe.data, recipe.messages_column)
+    column = recipe.messages_column if has_messages else recipe.prompt_column
+    texts = set(load_texts(recipe.data, split, column=column, is_chat=has_messages))
+    rows: list[dict[str, Any]] = []
+    for row in read_rows(recipe.data, split, column=column, is_chat=has_messages):
         if row["text"] not in texts or (recipe.sources and row.get("source") not in recipe.sources):
+            continue
+        if has_messages:
+            if not is_messages(row[column]):
+                raise ValueError(f"messages_column: got {row['text'][:40]!r} in {recipe.data}, expected messages")
+            rows.append({"messages": row[column]})
             continue
         if not isinstance(row.get(recipe.answer_column), str):
             raise ValueError(f"answer_column={recipe.answer_column!r}: {recipe.data} has a row without such a text")
@@ -60,10 +68,12 @@ def load_conversations(recipe: SftRecipe, split: str) -> list[dict[str, str]]:
 
 
 def describe_conversations(
-    recipe: SftRecipe, split: str, rows: Sequence[dict[str, str]], used_for: UsedFor
+    recipe: SftRecipe, split: str, rows: Sequence[dict[str, Any]], used_for: UsedFor
 ) -> DataUse:
     """Return the summary's line on the conversations of one split."""
-    return describe_data(recipe.data, split, [f"{row['prompt']}{row['answer']}" for row in rows], used_for)
+    return describe_data(
+        recipe.data, split, ["".join(text_of([one]) for one in to_messages(row)) for row in rows], used_for
+    )
 
 
 def read_template(recipe: SftRecipe, tokenizer: Any) -> str:

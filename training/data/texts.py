@@ -98,7 +98,9 @@ def distinct_names(*sources: str) -> list[str]:
     return [f"{Path(source).absolute().parent.name}-{name}" for source, name in zip(sources, names, strict=True)]
 
 
-def load_texts(name_or_path: str | Path, split: str = "train", *, column: str | None = None) -> list[str]:
+def load_texts(
+    name_or_path: str | Path, split: str = "train", *, column: str | None = None, is_chat: bool = False
+) -> list[str]:
     """Return the non-empty texts of one split, in order.
 
     Args:
@@ -110,39 +112,54 @@ def load_texts(name_or_path: str | Path, split: str = "train", *, column: str | 
         column: The column with the text; by default ``text``, or ``prompt`` where there is no ``text`` and for
             ``dialogues``.
 
+        is_chat: Also take a column of chat messages, whose text is their JSON.
+
     Raises:
         FileNotFoundError: Nothing lies there.
         ValueError: Empty, not text, no such column, no such split, or a Hub id without network.
     """
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
-    return _select_split(list(read_rows(name_or_path, split, column=column)), split, name_or_path)
+    return _select_split(list(read_rows(name_or_path, split, column=column, is_chat=is_chat)), split, name_or_path)
 
 
-def read_rows(name_or_path: str | Path, split: str = "all", *, column: str | None = None) -> Iterator[dict[str, Any]]:
+def read_rows(
+    name_or_path: str | Path, split: str = "all", *, column: str | None = None, is_chat: bool = False
+) -> Iterator[dict[str, Any]]:
     """Yield rows with at least ``text`` (the chosen column, a string) before any split is made.
 
     Args:
         name_or_path: As for `load_texts`.
         split: Used only to open the right part of a `datasets` directory or Hub data set.
         column: As for `load_texts`.
+        is_chat: As for `load_texts`.
 
     Raises:
         FileNotFoundError: Nothing lies there.
         ValueError: Empty, not text, no such column, or a Hub id without network.
     """
     name = str(name_or_path)
-    embedded = EMBEDDED.get(name)
-    if embedded:
-        rows: Iterator[dict[str, Any]] = _read_file(DATA_FOLDER / embedded.file)
-        column = column or embedded.column
-    elif Path(name).exists():
-        rows = _read_path(Path(name), split)
-    else:
-        rows = _read_hub(name, split)
-    for row in rows:
+    if name in EMBEDDED:
+        column = column or EMBEDDED[name].column
+    for row in _raw_rows(name, split):
         default = "prompt" if "prompt" in row and "text" not in row else "text"
-        yield {**row, "text": _pick_column(row, column or default, name)}
+        yield {**row, "text": _pick_column(row, column or default, name, is_chat=is_chat)}
+
+
+def has_column(name_or_path: str | Path, column: str) -> bool:
+    """Return whether the first row has a column.
+
+    Args:
+        name_or_path: As for `load_texts`.
+        column: The column.
+    """
+    return column in next(_raw_rows(str(name_or_path), "all"), {})
+
+
+def _raw_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
+    if name in EMBEDDED:
+        return _read_file(DATA_FOLDER / EMBEDDED[name].file)
+    return _read_path(Path(name), split) if Path(name).exists() else _read_hub(name, split)
 
 
 def describe_data(name_or_path: str | Path, split: str, texts: Sequence[str], used_for: UsedFor) -> DataUse:
@@ -212,14 +229,21 @@ def _select_split(rows: list[dict[str, Any]], split: str, name: str | Path) -> l
     return chosen
 
 
-def _pick_column(row: dict[str, Any], column: str, name: str) -> str:
+def _pick_column(row: dict[str, Any], column: str, name: str, *, is_chat: bool) -> str:
     if column not in row:
         found = ", ".join(row)
         raise ValueError(f"data: {name} has no column '{column}' (it has: {found}); name one of them")
+    if is_chat and is_messages(row[column]):
+        return json.dumps(row[column], ensure_ascii=False, sort_keys=True)
     if not isinstance(row[column], str):
         kind = type(row[column]).__name__
         raise ValueError(f"data: column '{column}' of {name} holds {kind}, not text")
     return row[column]
+
+
+def is_messages(value: Any) -> bool:
+    """Return whether a value is a conversation: a list of messages with a role each."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "role" in one for one in value)
 
 
 def _read_path(path: Path, split: str) -> Iterator[dict[str, Any]]:

@@ -14,15 +14,25 @@ from trl.rewards import get_repetition_penalty_reward
 from deepseek_records.loading import load_model
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.launch.plan import load_or_outline
+from deepseek_training.ppo.kl_control import KlControl
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
+from deepseek_training.rewards.model_reward import ModelReward
 from deepseek_training.trainer.run_callbacks import MetricsFile
+from deepseek_training.trainer.run_start import choose_trackers
 
 
 def build_reward(recipe: AlignRecipe) -> WeightedReward:
     """Return the weighted reward of a recipe."""
     penalties = [get_repetition_penalty_reward(3, -recipe.repetition_penalty)] if recipe.repetition_penalty else []
+    if recipe.reward_model is not None:
+        return WeightedReward(
+            [ModelReward(recipe.reward_model)],
+            weights=[1.0],
+            penalties=penalties,
+            is_standardized=recipe.is_standardized,
+        )
     return WeightedReward(
         [Relevance(), Safety(), Diversity()],
         weights=recipe.weights,
@@ -108,7 +118,9 @@ def ppo_config(recipe: AlignRecipe, output: Path) -> PPOConfig:
         num_sample_generations=0,
         use_cpu=not torch.accelerator.is_available(),  # or several processes on a CPU would not find each other
         disable_tqdm=True,  # our own bar shows the reward
-        report_to=[],
+        report_to=choose_trackers(recipe) or "none",
+        project="deepseek-moe",
+        run_name=f"{output.parent.name}-{output.name}",
         world_size=num_processes,  # TRL hides TrainingArguments' own; `open_run` needs it
         total_episodes=recipe.num_updates * recipe.batch_size * num_processes,
     )
@@ -129,7 +141,7 @@ def build_trainer(
     lora = {"r": recipe.lora_rank, "lora_alpha": 2 * recipe.lora_rank, "target_modules": "all-linear"}
     trainer = CorrectedPPOTrainer(
         args=args,
-        callbacks=[MetricsFile(run), *callbacks],
+        callbacks=[KlControl(recipe.target_kl, recipe.stop_kl), MetricsFile(run), *callbacks],
         peft_config=LoraConfig(task_type="CAUSAL_LM", **lora) if recipe.lora_rank else None,
         num_eval_samples=recipe.num_eval_samples,
         **parts,

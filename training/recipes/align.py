@@ -60,6 +60,11 @@ class AlignRecipe:
     max_prompt_tokens: int = setting(96, help="longer prompts are refused; at least 1")
     num_eval_prompts: int = setting(192, help="held-out prompts scored before and after; at least 8")
     num_eval_samples: int = setting(1, help="completions of each held-out prompt, whose mean counts; at least 1")
+    reward_model: str | None = setting(
+        None,
+        help="sequence classifier with one label whose score is the reward in place of weights and gate: folder or "
+        "Hub id, with its tokenizer, by whose chat template, if it has one, it reads prompt and completion",
+    )
     weights: list[float] = setting([0.7, 0.2, 0.1], help="of relevance, safety, diversity; 0 or more")  # noqa: RUF009
     gate_threshold: float | None = setting(
         1.0, help="below this safety the whole reward shrinks in proportion, in (0, 1]; null: no gate"
@@ -77,6 +82,13 @@ class AlignRecipe:
     learning_rate: float = setting(1e-4, help="of policy and value model; falls linearly to 0")
     lam: float = setting(0.95, help="lambda of the advantage estimate, in [0, 1]; 1: the whole return")
     kl_coef: float = setting(0.05, help="weight of the divergence from the reference; 0 or more")
+    target_kl: float | None = setting(
+        None,
+        help="KL per completion, in nats, to which kl_coef adapts by up to a fifth per update; null: it is fixed",
+    )
+    stop_kl: float | None = setting(
+        None, help="training ends after an update whose completions are further away, in nats; null: it never does"
+    )
     cliprange: float = setting(0.2, help="the policy's probability ratio is clipped to 1 plus or minus this")
     cliprange_value: float = setting(0.2, help="the value's change is clipped to this")
     vf_coef: float = setting(0.5, help="weight of the value loss")
@@ -84,6 +96,9 @@ class AlignRecipe:
     missing_eos_penalty: float | None = setting(None, help="taken off the score of a completion that does not end")
     min_gain_stderr: float | None = setting(
         2.0, help="target: the held-out reward rises by this many standard errors; null: no target"
+    )
+    report_to: list[str] | None = setting(  # noqa: RUF009
+        None, help="trackers that also get the figures, such as [wandb]; null: trackio, a local one, if installed"
     )
     seed: int = setting(0, help="of prompts' order, sampling and the value head")
 
@@ -105,5 +120,13 @@ class AlignRecipe:
                 f"value_model={self.value_model}: with lora_rank={self.lora_rank} it shares the policy's weights; "
                 "leave it null"
             )
+        for name in ("target_kl", "stop_kl"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: got {value}, expected null or a number above 0")
+        if self.target_kl is not None and self.kl_coef == 0:
+            raise ValueError("kl_coef: got 0 with target_kl, expected a number above 0, which can grow")
+        if self.reward_model is not None and (self.weights != [0.7, 0.2, 0.1] or self.gate_threshold not in (None, 1)):
+            raise ValueError("reward_model: got weights or gate_threshold with it, expected one of the two rewards")
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template={self.prompt_template!r}: it must hold {{prompt}}")

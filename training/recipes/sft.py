@@ -12,6 +12,11 @@ class SftRecipe(TrainerSettings):
 
     model: str = setting(help="The model to teach: a folder or Hub id, with its tokenizer.")
     data: str = setting("dialogues", help="Conversations: embedded name, file, folder, datasets directory or Hub id.")
+    messages_column: str = setting(
+        "messages",
+        help="Column that holds whole conversations, of any number of turns, each message with role and content; "
+        "where the data have it, prompt_column and answer_column are not read.",
+    )
     prompt_column: str = setting("prompt", help="Column that holds what is asked.")
     answer_column: str = setting("answer", help="Column that holds what is answered.")
     sources: list[str] = setting([], help="Keep the rows whose `source` is one of these; empty: all rows.")  # noqa: RUF009

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deepseek_records.loading import load_tokenizer
 from deepseek_records.summary import Summary
-from deepseek_training.data.prompts import load_prompts
+from deepseek_training.data.prompts import load_prompts, prompt_texts
 from deepseek_training.data.texts import describe_data
 from deepseek_training.launch.plan import announce
 from deepseek_training.launch.plan_alignment import plan_alignment
@@ -80,11 +80,11 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
             results=reward_rows(recipe.prompts, "before", before) + reward_rows(recipe.prompts, "after", after),
             gain=gain,
             data=(
-                describe_data(recipe.prompts, "train", train["prompt"], "training"),
-                describe_data(recipe.prompts, "validation", held_out["prompt"], "evaluation"),
+                describe_data(recipe.prompts, "train", prompt_texts(train), "training"),
+                describe_data(recipe.prompts, "validation", prompt_texts(held_out), "evaluation"),
             ),
             checks=() if recipe.min_gain_stderr is None else (gain_check(gain, recipe.min_gain_stderr),),
-            samples=pair_samples(held_out["prompt"], before["completion"], after["completion"]),
+            samples=pair_samples(prompt_texts(held_out), before["completion"], after["completion"]),
             seconds=time.time() - started,
         )
         if trainer.accelerator.is_main_process:

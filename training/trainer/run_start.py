@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.recipes.align import AlignRecipe
@@ -52,9 +53,18 @@ def open_run(
     return run
 
 
-def choose_trackers(recipe: TrainerSettings) -> list[str]:
-    """Return the recipe's trackers, else trackio where it is installed, which needs no account or network."""
+def choose_trackers(recipe: TrainerSettings | AlignRecipe) -> list[str]:
+    """Return the recipe's trackers, else trackio where it is installed, which needs no account or network.
+
+    Raises:
+        ValueError: One is unknown or not installed.
+    """
     if recipe.report_to is not None:
+        installed = get_available_reporting_integrations()
+        for name in recipe.report_to:
+            if name not in installed:
+                found = ", ".join(installed) or "none is"
+                raise ValueError(f"report_to: got {name!r}, expected trackers that are installed ({found})")
         return recipe.report_to
     return ["trackio"] if importlib.util.find_spec("trackio") else []
 
