@@ -1,9 +1,9 @@
 """Our card, results and report for models that any transformers `Trainer` pushes itself.
 
 `Trainer(push_to_hub=True)` writes a card of its own right before it uploads its output folder; this callback writes
-ours there instead, from what the Trainer logged. Surprising: the Trainer offers no event between writing its card and
-uploading, so the callback takes the place of the trainer's `create_model_card`; and it deletes ``training_args.bin``,
-which the Trainer would upload with local paths and the access token in it.
+ours there instead, from what the Trainer logged. The Trainer offers no event between writing its card and uploading,
+so the callback takes the place of the trainer's `create_model_card`. It also deletes ``training_args.bin``, which the
+Trainer would upload with local paths and the access token in it.
 """
 
 import dataclasses
@@ -14,10 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, constants
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deepseek_model_cards.card.card import write_card
-from deepseek_model_cards.hub.push import UploadFile, check_leaks, drop_origin
+from deepseek_model_cards.card.license_facts import find_license
+from deepseek_model_cards.hub.leak_check import UploadFile, check_leaks
+from deepseek_model_cards.hub.push import edited_card_on_hub
+from deepseek_model_cards.hub.upload_plan import CARD, drop_origin
 from deepseek_model_cards.report.report import write_report
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.stages import is_number
@@ -38,6 +42,10 @@ class HubCardCallback(TrainerCallback):
         data: Data sets for the card.
         evaluated_on: The name of the evaluation data in results.
         license: The license of the weights, as the Hub spells it; by default the base model's, if that is known.
+        with_report: Upload the report too; otherwise it stays in the run's folder beside the upload.
+
+    Raises:
+        ValueError: The Trainer is to push, and the license is not known.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data)  # doctest: +SKIP
@@ -51,11 +59,13 @@ class HubCardCallback(TrainerCallback):
         data: Sequence[DataUse] = (),
         evaluated_on: str = "evaluation data",
         license: str | None = None,
+        with_report: bool = False,
     ) -> None:
         self.trainer = trainer
         self.data = data
         self.evaluated_on = evaluated_on
         self.license = license
+        self.with_report = with_report
         self.run: RunFolder | None = None
         self.started = time.monotonic()
         trainer.create_model_card = self.create_model_card
@@ -67,6 +77,8 @@ class HubCardCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.started = time.monotonic()
+        if args.push_to_hub and not find_license(self.license, folder=None, base=self._base()).is_known:
+            raise ValueError("license: got none, expected HubCardCallback(license=...), for the Trainer is to push")
         self.run = _begin_run(Path(args.output_dir) / RUN_FOLDER, changed_settings(args), args.seed)
         if args.push_to_hub and args.hub_strategy != "end":
             logger.warning(
@@ -103,16 +115,33 @@ class HubCardCallback(TrainerCallback):
         if self.run is None:
             self.run = _begin_run(output / RUN_FOLDER, changed_settings(self.trainer.args), self.trainer.args.seed)
         self.run.finish(self._summarize())
-        write_card(
-            self.run.path,
-            output=output,
-            model_path=output if list(output.glob("*.safetensors")) else None,
-            license=self.license,
-            repo_id=self.trainer.hub_model_id,
-        )
-        write_report(self.run.path, output / "report.html")
+        self._write_card(output)
+        write_report(self.run.path, (output if self.with_report else self.run.path) / "report.html")
         (output / "training_args.bin").unlink(missing_ok=True)
         _clean(output)
+
+    def _base(self) -> str | None:
+        """What the model was loaded from; None for one made from a configuration."""
+        return getattr(self.trainer.model.config, "name_or_path", "") or None
+
+    def _write_card(self, output: Path) -> None:
+        """Write the card into the output, unless somebody's edits are there or on the Hub: then beside the run."""
+        options = {
+            "model_path": output if list(output.glob("*.safetensors")) else None,
+            "license": self.license,
+            "repo_id": self.trainer.hub_model_id,
+        }
+        edited = None
+        api = HfApi(endpoint=constants.ENDPOINT, token=self.trainer.args.hub_token)
+        if self.trainer.args.push_to_hub and self.trainer.hub_model_id:
+            edited = edited_card_on_hub(api, self.trainer.hub_model_id)
+        if edited is not None:
+            (output / CARD).write_text(edited, encoding="utf-8")
+        try:
+            write_card(self.run.path, output=output, **options)
+        except FileExistsError:
+            logger.warning("README.md holds edits and stays; the card of this run is in %s", self.run.path)
+            write_card(self.run.path, output=self.run.path, **options)
 
     def _summarize(self) -> Summary:
         """The summary of the run: the last value of everything evaluated."""
@@ -121,12 +150,9 @@ class HubCardCallback(TrainerCallback):
             last.update({key[5:]: value for key, value in row.items() if key.startswith("eval_")})
         names = [key for key in last if not any(word in key for word in _SPEED)]
         rows = tuple(Result(metric=key, dataset=self.evaluated_on, value=last[key]) for key in names)
-        base = (
-            getattr(self.trainer.model.config, "name_or_path", "") or None
-        )  # "" of a model made from a configuration
         return Summary(
             stage="train",
-            base_model=base,
+            base_model=self._base(),
             results=rows,
             data=tuple(self.data),
             seconds=time.monotonic() - self.started,

@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from deepseek_model_cards.hub.push import push_run
+from deepseek_model_cards.card.card import write_card
+from deepseek_model_cards.hub.push import describe_plan, push_run
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.typed_json import to_json
 
@@ -16,19 +17,19 @@ TOKEN = "hf_goodtoken"
 
 
 def push(hub, run, repo=REPO, **options):
-    return push_run(run, repo, endpoint=hub.url, **{"token": TOKEN, **options})
+    return push_run(run, repo, endpoint=hub.url, **{"token": TOKEN, "license": "mit", **options})
 
 
 def test_everything_arrives_whole_in_one_commit(hub, stage_run):
-    files, url = push(hub, stage_run)
+    plan, url = push(hub, stage_run)
     assert hub.commits(REPO) == ["initial commit", "Upload model, card and results"]
     there = hub.files(REPO)
     assert url.endswith(hub.repositories[REPO].branches["main"][-1][0])
     model = stage_run / "model"
     for path in model.iterdir():
         assert there[path.name] == path.read_bytes(), path.name
-    wanted = {"README.md", "block.png", "report.html", ".eval_results/mmlu.yaml", "modeling_deepseek.py"}
-    assert wanted <= set(there) and {file.path_in_repo for file in files} == set(there) - {".gitattributes"}
+    wanted = {"README.md", "block.png", ".eval_results/mmlu.yaml", "modeling_deepseek.py"}
+    assert wanted <= set(there) and {file.path_in_repo for file in plan.files} == set(there) - {".gitattributes"}
     assert yaml.safe_load(there[".eval_results/mmlu.yaml"])[0]["value"] == 0.263
     assert b"someone/fox" in there["README.md"]
 
@@ -87,14 +88,16 @@ def test_a_lost_upload_changes_nothing_and_the_next_one_sends_only_what_is_missi
         ({"token": "hf_badtoken"}, r"token: the Hub refused it \(401\).*hf auth login"),
         ({"token": False}, r"401"),
         ({"repo": "stranger/fox"}, r"REPO: this token may not write to stranger/fox \(403\)"),
-        ({"repo": "no slash"}, "REPO: 'no slash' is no Hub id"),
-        ({"repo": "fox"}, "REPO: 'fox' names no owner"),
+        ({"repo": "no slash"}, "REPO: got 'no slash', expected user/name"),
+        ({"repo": "fox"}, "REPO: got 'fox' without an owner"),
+        ({"license": None}, "license: got none, expected --license"),
+        ({"license": "unknown"}, "license: got none, expected --license"),
         ({"license": "mine"}, "license: got 'mine'"),
         ({"endpoint": "http://127.0.0.1:9"}, "connection lost"),
     ],
 )
 def test_refusals_are_one_line_and_leave_nothing_behind(hub, stage_run, options, message):
-    options = {"endpoint": hub.url, "token": TOKEN, "repo": REPO, **options}
+    options = {"endpoint": hub.url, "token": TOKEN, "repo": REPO, "license": "mit", **options}
     with pytest.raises(ValueError, match=message) as error:
         push_run(stage_run, options.pop("repo"), **options)
     assert "\n" not in str(error.value) and hub.repositories == {}
@@ -123,11 +126,118 @@ def test_private_and_branch_are_honoured(hub, stage_run):
     push(hub, stage_run, revision="second/try", message="Again")  # an existing branch is no error
 
 
-def test_a_dry_run_contacts_nobody_and_lists_the_same_files(hub, stage_run):
-    files, url = push(hub, stage_run, dry_run=True)
+def test_a_new_repository_is_private_and_a_public_one_is_refused_unless_asked_for(hub, stage_run):
+    push(hub, stage_run)
+    assert hub.repositories[REPO].private
+    hub.repositories[REPO].private = False
+    before = hub.commits(REPO)
+    with pytest.raises(ValueError, match="which is public, expected a private one; --public"):
+        push(hub, stage_run, message="Again")
+    assert hub.commits(REPO) == before
+    push(hub, stage_run, message="Again", private=False, license="apache-2.0")
+    assert hub.commits(REPO) == [*before, "Again"]
+
+
+def test_a_dry_run_contacts_nobody_and_lists_what_goes_and_what_stays(hub, demo_run, capsys):
+    (demo_run / "evaluate" / "samples_mmlu.jsonl").write_text("{}")
+    (demo_run / "pretrain" / "checkpoints").mkdir()
+    (demo_run / "align" / "model" / "optimizer.pt").write_text("x")
+    plan, url = push(hub, demo_run, dry_run=True)
     assert url is None and hub.requests == []
-    sent, _ = push(hub, stage_run)
-    assert [(f.path_in_repo, f.num_bytes) for f in files] == [(f.path_in_repo, f.num_bytes) for f in sent]
+    reasons = {held.path: held.reason for held in plan.held_back}
+    assert set(reasons) >= {"pretrain/model", "pretrain/checkpoints", "align/summary.json", "align/model/optimizer.pt"}
+    assert "never sent" in reasons["evaluate/samples_mmlu.jsonl"]
+    everything = {str(path.relative_to(demo_run)) for path in demo_run.rglob("*") if path.is_file()}
+    sent = {f"align/model/{file.path_in_repo}" for file in plan.files}
+    told = {name for name in everything if any(name == held or name.startswith(f"{held}/") for held in reasons)}
+    assert everything - told - sent == {name for name in everything if name.endswith(".lock")}
+    text = describe_plan(plan)
+    assert "license mit" in text and "looked for in what is sent, and not found:" in text and "access tokens" in text
+    sent, _ = push(hub, demo_run)
+    assert [(f.path_in_repo, f.num_bytes) for f in plan.files] == [(f.path_in_repo, f.num_bytes) for f in sent.files]
+
+
+def all_texts(hub) -> bytes:
+    return b"".join(hub.files(REPO).values()) + b"".join(path.encode() + body for _, path, body in hub.requests)
+
+
+def test_held_out_prompts_go_only_with_consent_and_benchmark_items_never(hub, demo_run):
+    run = RunFolder(demo_run / "align")
+    rows = [{"prompt": "Is the badger quiet?", "completion": "As a stone.", "when": "after"}]
+    (run.path / "summary.json").write_text(json.dumps(run.summary.to_json() | {"samples": rows}))
+    (run.path / "before.json").write_text(json.dumps({"prompt": ["Is the badger quiet?"]}))
+    item = {"id": "x/0", "prediction": "A walrus sings", "acc": 1}
+    (demo_run / "evaluate" / "samples_mmlu.jsonl").write_text(json.dumps(item) + "\n")
+    settings = RunFolder(demo_run / "pretrain").settings | {"sample_prompts": ["Then the otter said"]}
+    (demo_run / "pretrain" / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    push(hub, demo_run)
+    assert "report.html" not in hub.files(REPO)
+    for text in (b"badger", b"As a stone", b"walrus", b"otter"):
+        assert text not in all_texts(hub)
+    push(hub, demo_run, with_samples=True, message="With samples")
+    assert b"Is the badger quiet?" in hub.files(REPO)["report.html"] and b"walrus" not in all_texts(hub)
+
+
+def test_a_card_edited_in_the_run_is_sent_as_it_is(hub, stage_run):
+    write_card(stage_run, repo_id=REPO, license="mit")
+    readme = stage_run / "README.md"
+    edited = readme.read_text().replace("# fox", "# My fox, by hand")
+    readme.write_text(edited)
+    plan, _ = push(hub, stage_run, license=None)  # the card states it
+    assert plan.is_card_edited and hub.files(REPO)["README.md"].decode() == edited
+    with pytest.raises(
+        ValueError, match=r"license: got apache-2\.0, expected mit, which the edited README\.md states"
+    ):
+        push(hub, stage_run, license="apache-2.0")
+
+
+def test_a_card_edited_on_the_hub_is_never_written_over(hub, stage_run):
+    push(hub, stage_run)
+    tree = hub.repositories[REPO].branches["main"][-1][2]
+    edited = tree["README.md"].replace(b"# fox", b"# My fox, on the Hub")
+    tree["README.md"] = edited
+    (stage_run / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    plan, _ = push(hub, stage_run, message="Again", license="apache-2.0")
+    assert hub.commits(REPO)[-1] == "Again"
+    assert hub.files(REPO)["README.md"] == edited
+    assert plan.held_back[-1].path == "README.md" and "was edited there and stays" in plan.held_back[-1].reason
+    (stage_run / "README.md").write_text("---\nlicense: mit\n---\n# By hand here too\n")
+    with pytest.raises(ValueError, match=r"README\.md: got edits both in the run and in someone/fox"):
+        push(hub, stage_run)
+
+
+def test_links_are_not_followed_out_of_the_run(hub, stage_run, tmp_path):
+    secret = tmp_path / "elsewhere" / "vocab.json"
+    secret.parent.mkdir()
+    secret.write_text('{"weasel": 1}')
+    (stage_run / "model" / "vocab.json").symlink_to(secret)
+    (stage_run / "model" / "merges.txt").symlink_to("tokenizer.json")  # stays inside
+    plan, _ = push(hub, stage_run)
+    assert b"weasel" not in all_texts(hub) and "merges.txt" in hub.files(REPO)
+    held = next(held for held in plan.held_back if held.path == "model/vocab.json")
+    assert "link out of the run" in held.reason
+    weights = stage_run / "model" / SHARD
+    weights.rename(secret.parent / SHARD)
+    weights.symlink_to(secret.parent / SHARD)
+    with pytest.raises(ValueError, match=f"model: got {SHARD}, a link out of align, expected a file"):
+        push(hub, stage_run)
+
+
+def test_an_adapter_of_a_local_base_is_refused_by_name(hub, stage_run):
+    model = stage_run / "model"
+    (model / "config.json").rename(model / "adapter_config.json")
+    (model / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "/srv/base"})
+    )
+    with pytest.raises(
+        ValueError, match=r"adapter_config\.json: got a local base_model_name_or_path, expected a Hub id"
+    ):
+        push(hub, stage_run)
+    (model / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"})
+    )
+    push(hub, stage_run)
+    assert b"base_model:\n- org/base" in hub.files(REPO)["README.md"]
 
 
 def test_weights_of_an_earlier_upload_do_not_outlive_it(hub, stage_run):

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,10 @@ class Tokens(Dataset):
 def pushed(hub, finished_stage, tmp_path, monkeypatch):
     """A real Trainer that trained two steps and pushed to the local Hub."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE  # made from the endpoint when the client was imported
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace(constants._HF_DEFAULT_ENDPOINT, hub.url)
+    )
     monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made once, with the endpoint of that time
     monkeypatch.setenv("SERVICE_PASSWORD", "swordfish-in-the-desert")
     model = DeepseekForCausalLM.from_pretrained(finished_stage / "model")
@@ -53,7 +58,8 @@ def test_a_trainers_own_push_brings_our_card_results_and_report(hub, pushed):
     evaluated = [row["eval_loss"] for row in pushed.state.log_history if "eval_loss" in row]
     claimed = {row.metric_type: row.metric_value for row in card.data.eval_results}
     assert claimed["loss"] == pytest.approx(evaluated[-1])
-    assert there["report.html"].startswith(b"<!DOCTYPE html>") and there["block.png"].startswith(b"\x89PNG")
+    assert "report.html" not in there and there["block.png"].startswith(b"\x89PNG")
+    assert (Path(pushed.args.output_dir) / "_run" / "report.html").is_file()  # it goes only when asked for
     assert "max_steps: 2" in card.text and "learning_rate: 0.001" in card.text
 
 
@@ -72,3 +78,20 @@ def test_the_run_folder_holds_what_was_logged(pushed, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out" / "_run" / "metrics.jsonl").read_text().splitlines()]
     logged = [row for row in pushed.state.log_history if "loss" in row]
     assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in logged]
+
+
+def test_a_card_edited_on_the_hub_outlives_a_trainers_push(hub, pushed):
+    tree = hub.repositories["someone/fox"].branches["main"][-1][2]
+    edited = tree["README.md"] = tree["README.md"].replace(b"# fox", b"# My fox")
+    pushed.push_to_hub()
+    assert hub.files("someone/fox")["README.md"] == edited and b"# My fox" in edited
+
+
+def test_a_trainer_that_is_to_push_needs_a_license_before_it_trains(finished_stage, tmp_path):
+    model = DeepseekForCausalLM.from_pretrained(finished_stage / "model")
+    options = {"use_cpu": True, "report_to": [], "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+    trainer = Trainer(model, TrainingArguments(str(tmp_path / "out"), **options), train_dataset=Tokens())
+    callback = HubCardCallback(trainer)
+    trainer.args.push_to_hub = True
+    with pytest.raises(ValueError, match=r"license: got none, expected HubCardCallback\(license=\.\.\.\)"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control)
