@@ -1,7 +1,10 @@
 """``deepseek-moe export``: a checkpoint that others load without our code."""
 
 import argparse
+import contextlib
 import sys
+import tempfile
+from collections.abc import Iterator
 
 HELP = "Write a checkpoint that stock transformers or llama.cpp loads without this package."
 EXAMPLES = """
@@ -48,10 +51,25 @@ def run(args: argparse.Namespace) -> int:
 def _export_gguf(args: argparse.Namespace) -> int:
     from deepseek_serving.gguf_export import export_gguf
 
-    path = export_gguf(args.model, args.output, fixed_experts=args.fixed_experts)
-    if args.fixed_experts is not None:
-        from deepseek_serving.fixed_experts import measure_fixed_experts
+    with _whole_checkpoint(args.model) as model:
+        path = export_gguf(model, args.output, fixed_experts=args.fixed_experts)
+        if args.fixed_experts is not None:
+            from deepseek_serving.fixed_experts import measure_fixed_experts
 
-        print(measure_fixed_experts(args.model, args.fixed_experts))
+            print(measure_fixed_experts(model, args.fixed_experts))
     print(f"gguf file  {path}")
     return 0
+
+
+@contextlib.contextmanager
+def _whole_checkpoint(name: str) -> Iterator[str]:
+    """The model's folder, or for an adapter one with the merged model, for what reads the files by itself."""
+    from deepseek_records.loading import is_adapter, load_model, load_tokenizer, resolve_checkpoint
+
+    if not is_adapter(resolve_checkpoint(name)):
+        yield name
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        load_model(name, dtype="auto").save_pretrained(folder)
+        load_tokenizer(name).save_pretrained(folder)
+        yield folder

@@ -81,6 +81,10 @@ def _config_of_folder(path: Path, settings: dict[str, Any]) -> Any:
         return _config_of_checkpoint(path, settings)
     if (path / "model" / "config.json").is_file():
         return _config_of_checkpoint(path / "model", settings)
+    if (path / "adapter_config.json").is_file():
+        from deepseek_records.loading import base_of_adapter
+
+        return load_config(base_of_adapter(str(path)), settings)
     if (path / RECIPE_FILE).is_file():
         return _config_of_recipe(str(path / RECIPE_FILE), settings)
     makers = [stage for stage in read_stages(path).values() if stage.has_model]

@@ -31,7 +31,8 @@ def load_model(
     """Return the model of a checkpoint, in evaluation mode.
 
     Args:
-        name_or_path: A checkpoint folder, a run folder of ours, or a Hub id.
+        name_or_path: A checkpoint folder, a run folder of ours, a folder with a PEFT adapter, which is merged into its
+            base model, or a Hub id.
         auto_class: The Auto class, or one of our model classes.
         trust_remote_code: Run code that comes with the checkpoint.
         **options: For `from_pretrained`, for example ``dtype`` or ``experts_implementation``.
@@ -41,6 +42,8 @@ def load_model(
         ValueError: The checkpoint is damaged, or a Hub id cannot be fetched.
     """
     source = resolve_checkpoint(name_or_path)
+    if is_adapter(source):
+        return merge_adapter(source, auto_class=auto_class, trust_remote_code=trust_remote_code, **options)
     _check_json("model", source, ("config.json",))
     check_index(source)
     model, found = _load(
@@ -65,10 +68,77 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
         ValueError: A file is damaged, or a Hub id cannot be fetched.
     """
     source = resolve_checkpoint(name_or_path, marks=(*_CONFIG_FILES, "tokenizer.json", "tokenizer_config.json"))
+    if is_adapter(source) and not _has_tokenizer(Path(source)):
+        return load_tokenizer(base_of_adapter(source), trust_remote_code=trust_remote_code)
     _check_json("tokenizer", source, ("config.json", "tokenizer.json", "tokenizer_config.json"))
-    if Path(source).is_dir() and not any(list(Path(source).glob(pattern)) for pattern in _TOKENIZER_FILES):
+    if Path(source).is_dir() and not _has_tokenizer(Path(source)):
         raise FileNotFoundError(f"tokenizer: {source} holds none; wanted tokenizer.json or a vocabulary")
     return _load(AutoTokenizer, "tokenizer", source, trust_remote_code=trust_remote_code)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(list(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+
+
+def is_adapter(source: str) -> bool:
+    """Return whether a folder holds a PEFT adapter and no whole model.
+
+    Args:
+        source: From `resolve_checkpoint`.
+    """
+    folder = Path(source)
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def base_of_adapter(source: str) -> str:
+    """Return the model that an adapter was trained on.
+
+    Args:
+        source: The adapter's folder.
+
+    Raises:
+        FileNotFoundError: The adapter does not name it, or names a local path where nothing lies.
+    """
+    settings = read_object(Path(source, "adapter_config.json"), "adapter")
+    name = settings.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise FileNotFoundError(
+            f"adapter: {source} does not name its base model; write it into base_model_name_or_path of its "
+            "adapter_config.json"
+        )
+    beside = Path(source, name)
+    if not Path(name).expanduser().exists() and beside.exists():
+        return str(beside)
+    try:
+        return resolve_checkpoint(name)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"adapter: got {source} of the base model {name}, which does not exist") from None
+
+
+def merge_adapter(source: str, base: str | None = None, **options: Any) -> PreTrainedModel:
+    """Return an adapter's base model with the adapter added to its weights.
+
+    Args:
+        source: The adapter's folder.
+        base: Another base model than the one that the adapter names.
+        **options: For `load_model`.
+
+    Raises:
+        FileNotFoundError: There is no base model.
+        ValueError: The adapter does not fit it.
+    """
+    from peft import PeftConfig, PeftModel
+
+    model = load_model(base_of_adapter(source) if base is None else base, **options)
+    try:
+        settings = PeftConfig.from_pretrained(source)
+        settings.task_type = None  # or PEFT looks for generation in a sequence classifier
+        merged = PeftModel.from_pretrained(model, source, config=settings).merge_and_unload().eval()
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"adapter: {source} cannot be put on its base model ({first_line(error)})") from None
+    for parameter in merged.parameters():  # PEFT leaves them frozen
+        parameter.requires_grad_(parameter.is_floating_point())
+    return merged
 
 
 def resolve_checkpoint(name_or_path: str | Path, *, marks: tuple[str, ...] = _CONFIG_FILES) -> str:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from deepseek_records.summary import DataUse
 from deepseek_records.user_text import encode, render_chat, show
 from deepseek_training.data.texts import UsedFor, describe_data, has_column, is_messages, load_texts, read_rows
+from deepseek_training.recipes.dpo import DpoRecipe
 from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.rewards.words import text_of
 
@@ -76,7 +77,7 @@ def describe_conversations(
     )
 
 
-def read_template(recipe: SftRecipe, tokenizer: Any) -> str:
+def read_template(recipe: SftRecipe | DpoRecipe, tokenizer: Any) -> str:
     """Return the recipe's chat template, or the tokenizer's.
 
     Raises:

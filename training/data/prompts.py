@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from deepseek_records.user_text import encode, encode_chat, protect
 from deepseek_training.data.conversations import Message, question_of
 from deepseek_training.data.texts import has_column, is_messages, load_texts, read_rows
-from deepseek_training.recipes.align import AlignRecipe
+from deepseek_training.recipes.rewarded import RewardedSettings
 from deepseek_training.rewards.words import text_of
 
 
-def load_prompts(recipe: AlignRecipe, tokenizer: PreTrainedTokenizerBase, split: str) -> datasets.Dataset:
+def load_prompts(recipe: RewardedSettings, tokenizer: PreTrainedTokenizerBase, split: str) -> datasets.Dataset:
     """Return the prompts of one split with ``prompt`` and ``input_ids``, in order of appearance.
 
     A conversation is a prompt up to its last question; what the assistant said last is left out. Where one prompt is a

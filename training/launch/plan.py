@@ -107,7 +107,7 @@ def plan_training(
     memory = training_bytes(size, model, recipe.batch_size * recipe.sequence_length)
     tokens = per_step * recipe.sequence_length
     seconds = _time_step(recipe, args, model) if memory < free_bytes() else None
-    unit = "conversations, at most" if command == "sft" else "blocks of"
+    unit = {"sft": "conversations, at most", "dpo": "pairs, at most twice"}.get(command, "blocks of")
     return Plan(
         command,
         (

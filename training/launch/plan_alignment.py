@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl.experimental.ppo import PPOConfig
 
 from deepseek_training.launch.plan import (
@@ -21,6 +21,7 @@ from deepseek_training.launch.plan import (
 )
 from deepseek_training.launch.step_time import is_timeable, random_batch, time_passes
 from deepseek_training.recipes.align import AlignRecipe
+from deepseek_training.recipes.grpo import GrpoRecipe
 
 _MOST_ROWS = 32  # that are generated for the timing
 
@@ -79,6 +80,39 @@ def plan_alignment(
             ("memory", describe_memory(memory)),
             ("time", describe_time(seconds, "updates and both measurements")),
             *switches(policy, recipe, args),
+        ),
+    )
+
+
+def plan_group_updates(
+    recipe: GrpoRecipe, args: TrainingArguments, model: PreTrainedModel, num_train: int, num_held_out: int
+) -> Plan:
+    """Return the plan of `grpo`, without an estimate of the time.
+
+    Args:
+        recipe: The settings.
+        args: TRL's.
+        model: What will be aligned, also on the meta device.
+        num_train: Prompts to train on.
+        num_held_out: Prompts to measure on.
+    """
+    size = measure_size(model)
+    width = recipe.max_prompt_tokens + recipe.response_length
+    memory = training_bytes(size, model, width * recipe.batch_size) + (0 if recipe.lora_rank else size.num_bytes)
+    each = recipe.batch_size * args.world_size
+    return Plan(
+        "grpo",
+        (
+            ("policy", describe_size(size)),
+            ("data", f"{recipe.prompts}: {num_train:,} prompts to train on, {num_held_out:,} held out"),
+            (
+                "steps",
+                f"{recipe.num_updates} updates of {each} completions, {recipe.num_generations} of each prompt, "
+                f"{recipe.num_iterations} steps on each",
+            ),
+            ("memory", describe_memory(memory)),
+            ("time", describe_time(None, "updates")),
+            *switches(model, recipe, args),
         ),
     )
 

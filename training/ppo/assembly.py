@@ -17,13 +17,14 @@ from deepseek_training.launch.plan import load_or_outline
 from deepseek_training.ppo.kl_control import KlControl
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from deepseek_training.recipes.align import AlignRecipe
+from deepseek_training.recipes.rewarded import RewardedSettings
 from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
 from deepseek_training.rewards.model_reward import ModelReward
 from deepseek_training.trainer.run_callbacks import MetricsFile
 from deepseek_training.trainer.run_start import choose_trackers
 
 
-def build_reward(recipe: AlignRecipe) -> WeightedReward:
+def build_reward(recipe: RewardedSettings) -> WeightedReward:
     """Return the weighted reward of a recipe."""
     penalties = [get_repetition_penalty_reward(3, -recipe.repetition_penalty)] if recipe.repetition_penalty else []
     if recipe.reward_model is not None:

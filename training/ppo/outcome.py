@@ -15,7 +15,8 @@ from deepseek_records.run_folder import METRICS_FILE, RunFolder, write_json
 from deepseek_records.summary import Check, Gain, Result, Sample, When
 from deepseek_training.ppo.evaluation import standard_error
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
-from deepseek_training.ppo.value import merged, without_adapter
+from deepseek_training.ppo.value import without_adapter
+from deepseek_training.trainer.lora import ADAPTER_FOLDER, merged
 
 METRIC_NAMES = ("reward", "reward_relevance", "reward_safety", "reward_diversity", "kl", "length_tokens")
 NUM_SAMPLES = 6
@@ -116,7 +117,7 @@ def save_models(trainer: CorrectedPPOTrainer, run: RunFolder, tokenizer: PreTrai
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
     policy, value_model = unwrapped.policy, unwrapped.value_model
     if trainer.ref_model is None:
-        policy.save_pretrained(run.path / "adapter")
+        policy.save_pretrained(run.path / ADAPTER_FOLDER)
     builders = {
         "reference": lambda: without_adapter(policy) if trainer.ref_model is None else trainer.ref_model,
         "value_model": lambda: merged(value_model),

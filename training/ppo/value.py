@@ -78,15 +78,6 @@ def shared_value_model(policy: PreTrainedModel | PeftModel, peft_config: LoraCon
     return LoraValueModel(classifier, settings)
 
 
-def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Return the model with its adapter added to its weights: a copy, or the model itself if it has no adapter.
-
-    Args:
-        model: Left as it is, for others may share its weights.
-    """
-    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
-
-
 def without_adapter(policy: PreTrainedModel | PeftModel, replaced: dict[str, Any] | None = None) -> PreTrainedModel:
     """Return the policy without its adapter: new modules, the same parameters.
 

@@ -98,6 +98,27 @@ class SplittableSettings(TrainerSettings):
 
 
 @dataclasses.dataclass(kw_only=True)
+class LoraSettings(TrainerSettings):
+    """What stages add that start from a model and may train an adapter of it only."""
+
+    model: str = setting(help="The model to start from: a folder or Hub id.")
+    lora_rank: int = setting(0, help="0 trains every weight; above, LoRA of this rank on frozen weights (PEFT).")
+    lora_alpha: float | None = setting(None, help="LoRA's weight; null: twice lora_rank.")
+    lora_targets: list[str] | None = setting(  # noqa: RUF009
+        None,
+        help="Names of modules and of experts' parameters that get an adapter; null: attention and routed experts, of "
+        "a dense model every linear layer.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("lora_rank", self.lora_rank >= 0, "at least 0")
+        self.require("lora_alpha", self.lora_alpha is None or 0 < self.lora_alpha < math.inf, "null or above 0")
+        for name in ("lora_alpha", "lora_targets"):
+            self.require(name, self.lora_rank > 0 or getattr(self, name) is None, "null with lora_rank=0")
+
+
+@dataclasses.dataclass(kw_only=True)
 class PretrainRecipe(SplittableSettings):
     """The settings of `pretrain`."""
 
@@ -116,10 +137,9 @@ class PretrainRecipe(SplittableSettings):
 
 
 @dataclasses.dataclass(kw_only=True)
-class AdaptRecipe(SplittableSettings):
+class AdaptRecipe(LoraSettings, SplittableSettings):
     """The settings of `adapt`."""
 
-    model: str = setting(help="The model to continue: a folder or Hub id.")
     data: str = setting("medicine", help="Text of the domain, named as for pretrain.")
     data_column: str | None = setting(None, help="Column that holds the domain's text; null: text.")
     general_data: str = setting("books", help="General text to replay and to check against forgetting.")
@@ -131,4 +151,6 @@ class AdaptRecipe(SplittableSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("replay_share", 0 <= self.replay_share < 1, "in [0, 1)")
+        size = self.expert_parallel_size
+        self.require("lora_rank", size == 1 or self.lora_rank == 0, f"0 with expert_parallel_size={size}")
         self.require("data", self.data != self.general_data, "another data set than general_data")

@@ -3,14 +3,13 @@
 import dataclasses
 
 from deepseek_training.recipes.loading import setting
-from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
+from deepseek_training.recipes.pretrain_and_adapt import LoraSettings
 
 
 @dataclasses.dataclass(kw_only=True)
-class SftRecipe(TrainerSettings):
+class SftRecipe(LoraSettings):
     """The settings of `sft`."""
 
-    model: str = setting(help="The model to teach: a folder or Hub id, with its tokenizer.")
     data: str = setting("dialogues", help="Conversations: embedded name, file, folder, datasets directory or Hub id.")
     messages_column: str = setting(
         "messages",

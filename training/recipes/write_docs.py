@@ -7,11 +7,20 @@ import sys
 from pathlib import Path
 
 from deepseek_training.recipes.align import AlignRecipe
+from deepseek_training.recipes.dpo import DpoRecipe
+from deepseek_training.recipes.grpo import GrpoRecipe
 from deepseek_training.recipes.loading import describe_recipe, list_recipes
 from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe, PretrainRecipe
 from deepseek_training.recipes.sft import SftRecipe
 
-STAGES = {"pretrain": PretrainRecipe, "adapt": AdaptRecipe, "sft": SftRecipe, "align": AlignRecipe}
+STAGES = {
+    "pretrain": PretrainRecipe,
+    "adapt": AdaptRecipe,
+    "sft": SftRecipe,
+    "align": AlignRecipe,
+    "grpo": GrpoRecipe,
+    "dpo": DpoRecipe,
+}
 _INTRODUCTION = """# Recipes
 
 A stage is run from a recipe: one YAML file, an embedded name or a path.

@@ -20,6 +20,7 @@ from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from deepseek_training.trainer.expert_parallel import split_experts
 from deepseek_training.trainer.held_out import HeldOut, bits_figures, measure_sets
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
+from deepseek_training.trainer.lora import with_lora
 from deepseek_training.trainer.new_model import check_context
 from deepseek_training.trainer.outcome import bits_rows, step_tokens, write_samples
 from deepseek_training.trainer.run_callbacks import log_once
@@ -53,6 +54,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
     args = training_arguments(recipe, Path(output))
     run = open_run(recipe, output, args, command="adapt", overwrite=overwrite, is_dry=is_dry)
     model.set_experts_implementation(recipe.experts_implementation)
+    model = with_lora(model, recipe)
     dataset, held_out = _encode(recipe, corpora, tokenizer)
     sizes = [(one.name, len(corpus.train), len(one.texts)) for one, corpus in zip(held_out, corpora, strict=True)]
     plan = plan_training("adapt", recipe, args, model, data=sizes, num_blocks=len(dataset))

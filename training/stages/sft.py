@@ -19,6 +19,7 @@ from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.trainer.answers import HeldOutAnswers
 from deepseek_training.trainer.held_out import bits_figures
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
+from deepseek_training.trainer.lora import with_lora
 from deepseek_training.trainer.new_model import check_context
 from deepseek_training.trainer.outcome import bits_rows
 from deepseek_training.trainer.run_callbacks import log_once
@@ -53,6 +54,7 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False, is_dr
     args = training_arguments(recipe, Path(output))
     run = open_run(recipe, output, args, command="sft", overwrite=overwrite, is_dry=is_dry)
     model.set_experts_implementation(recipe.experts_implementation)
+    model = with_lora(model, recipe)
     held_out = HeldOutAnswers(data_name(recipe.data), validation, tokenizer)
     sizes = [(held_out.name, len(train), len(validation))]
     plan = plan_training("sft", recipe, args, model, data=sizes, num_blocks=len(train))

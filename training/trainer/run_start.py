@@ -8,16 +8,16 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from deepseek_records.run_folder import RunFolder
-from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.recipes.loading import recipe_settings
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
+from deepseek_training.recipes.rewarded import RewardedSettings
 from deepseek_training.trainer.checkpoints import last_complete_checkpoint, step_of
 from deepseek_training.trainer.engine import prepare_engine
 from deepseek_training.trainer.run_callbacks import drop_metrics_after
 
 
 def open_run(
-    recipe: TrainerSettings | AlignRecipe,
+    recipe: TrainerSettings | RewardedSettings,
     output: str | Path,
     args: TrainingArguments,
     *,
@@ -53,7 +53,7 @@ def open_run(
     return run
 
 
-def choose_trackers(recipe: TrainerSettings | AlignRecipe) -> list[str]:
+def choose_trackers(recipe: TrainerSettings | RewardedSettings) -> list[str]:
     """Return the recipe's trackers, else trackio where it is installed, which needs no account or network.
 
     Raises:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PrinterCallback, Trainer
 from transformers.utils.logging import disable_progress_bar
 
@@ -25,12 +26,71 @@ from deepseek_training.trainer.divergence import StopWhenDiverged
 from deepseek_training.trainer.engine import check_engine
 from deepseek_training.trainer.held_out import HeldOutSet, bits_figures, measure_sets
 from deepseek_training.trainer.interruption import train_until_stopped
+from deepseek_training.trainer.lora import save_adapted
 from deepseek_training.trainer.run_callbacks import MetricsFile, ProgressBar
 
 logger = logging.getLogger(__name__)
 
 
-class StageTraining:
+class ResumedTraining:
+    """How every stage's trainer is saved and taken up again, otherwise than the `Trainer` that it is mixed into.
+
+    Attributes:
+        figures: The figures of the training, added to its log; None where none are collected.
+    """
+
+    figures: TrainingFigures | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """True in the process that writes the run folder."""
+        return self.args.process_index == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if no process holds the whole model."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+
+    @property
+    def can_save(self) -> bool:
+        """False where transformers cannot write the optimizer's state: of a model split over processes by itself."""
+        return not self.is_distributed_loading_by_transformers
+
+    def save_result(self, run: RunFolder, tokenizer: Any) -> None:
+        """Write model and tokenizer into the run folder, gathered from all processes; an adapter also by itself.
+
+        Args:
+            run: The run folder.
+            tokenizer: Saved beside the model.
+        """
+        if self.is_sharded:
+            self.save_model(str(run.model_path), _internal_call=True)
+            (run.model_path / "training_args.bin").unlink(missing_ok=True)
+        elif self.is_first:
+            save_adapted(self.model, run.path, run.model_path)
+        if self.is_first:
+            tokenizer.save_pretrained(run.model_path)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Run an epoch unless the training is done already.
+
+        `Trainer` (5.23) looks for the last step only after a step: resumed from its checkpoint it would train one
+        too many.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load a checkpoint by `load_weights`, which knows the experts' names on disk, and an adapter by PEFT."""
+        if self.is_sharded or isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_weights(self.model if model is None else model, resume_from_checkpoint)
+
+
+class StageTraining(ResumedTraining):
     """What every stage's trainer does otherwise than the `Trainer` that it is mixed into.
 
     Args:
@@ -56,54 +116,6 @@ class StageTraining:
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @property
-    def is_first(self) -> bool:
-        """True in the process that writes the run folder."""
-        return self.args.process_index == 0
-
-    @property
-    def is_sharded(self) -> bool:
-        """True if no process holds the whole model."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
-
-    @property
-    def can_save(self) -> bool:
-        """False where transformers cannot write the optimizer's state: of a model split over processes by itself."""
-        return not self.is_distributed_loading_by_transformers
-
-    def save_result(self, run: RunFolder, tokenizer: Any) -> None:
-        """Write model and tokenizer into the run folder, gathered from all processes.
-
-        Args:
-            run: The run folder.
-            tokenizer: Saved beside the model.
-        """
-        if self.is_sharded:
-            self.save_model(str(run.model_path), _internal_call=True)
-            (run.model_path / "training_args.bin").unlink(missing_ok=True)
-        elif self.is_first:
-            self.model.save_pretrained(run.model_path)
-        if self.is_first:
-            tokenizer.save_pretrained(run.model_path)
-
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """Run an epoch unless the training is done already.
-
-        `Trainer` (5.23) looks for the last step only after a step: resumed from its checkpoint it would train one
-        too many.
-        """
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load a checkpoint's weights by `load_weights`, which knows the experts' names on disk."""
-        if self.is_sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_weights(self.model if model is None else model, resume_from_checkpoint)
-
 
 class StageTrainer(StageTraining, Trainer):
     """Trains on blocks, and evaluates in bits per byte instead of the mean loss of blocks.
@@ -128,7 +140,7 @@ class StageTrainer(StageTraining, Trainer):
         super().__init__(recipe, held_out, train_dataset=dataset, eval_dataset=evaluated, **kwargs)
 
 
-def run_training(trainer: StageTraining, run: RunFolder) -> None:
+def run_training(trainer: ResumedTraining, run: RunFolder) -> None:
     """Train in place, from the run's last complete checkpoint if it has one, with the stage's callbacks.
 
     Args:
@@ -145,6 +157,7 @@ def run_training(trainer: StageTraining, run: RunFolder) -> None:
     if checkpoint:
         logger.warning("going on from %s", checkpoint)
         loads = [row["tokens_per_expert"] for row in run.metrics if "tokens_per_expert" in row]
-        trainer.figures.tokens_per_expert = loads[-1] if loads else []  # what a finished training has logged last
+        if trainer.figures is not None:
+            trainer.figures.tokens_per_expert = loads[-1] if loads else []  # what a finished training has logged last
     with contextlib.closing(bar):
         train_until_stopped(trainer, checkpoint, can_save=trainer.can_save)

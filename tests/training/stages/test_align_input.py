@@ -154,6 +154,7 @@ def test_the_defect_tables_tests_exist():
     page = (Path(__file__).parents[3] / "docs" / "aligning_with_ppo.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_[a-z_]+)`", page))
     files = [*TESTS.glob("stages/test_align*.py"), *TESTS.glob("ppo/test_*.py")]
+    files.append(TESTS.parent / "cli/benchmarks/test_attacks.py")
     sources = "".join(path.read_text(encoding="utf-8") for path in files)
     assert len(named) > 30 and named <= set(re.findall(r"def (test_\w+)\(", sources))
     twins = set(re.findall(r"`(test_[a-z_]+)` †", page))
