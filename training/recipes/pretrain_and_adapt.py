@@ -15,7 +15,7 @@ from deepseek_training.recipes.loading import setting
 class TrainerSettings:
     """What both stages ask of the trainer."""
 
-    seed: int = setting(0, help="Seed of initialisation, data order and dropout.")
+    seed: int = setting(0, help="Seed of initialization, data order and dropout.")
     sequence_length: int = setting(256, help="Tokens a block; at most the model's context.")
     batch_size: int = setting(16, help="Blocks a step and device.")
     gradient_accumulation_steps: int = setting(1, help="Forward and backward passes an optimizer step.")

@@ -74,6 +74,7 @@ def grpo_config(recipe: GrpoRecipe, output: Path) -> GRPOConfig:
         learning_rate=recipe.learning_rate,
         beta=recipe.kl_coef,
         epsilon=recipe.cliprange,
+        router_aux_loss_coef=0.0,  # our layers balance by themselves; TRL's pooled loss would come on top
         max_grad_norm=recipe.max_grad_norm,
         bf16=False,
         gradient_checkpointing=False,
