@@ -62,11 +62,31 @@ _DENIED = {
     "shmget": (29, 194), "shmat": (30, 196), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
     "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264), "fanotify_init": (300, 262),
     "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    "shmctl": (31, 195), "msgctl": (71, 187), "msgsnd": (69, 189), "msgrcv": (70, 188), "semctl": (66, 191),
+    "semop": (65, 193), "semtimedop": (220, 192), "mq_unlink": (241, 181), "quotactl_fd": (443, 443),
+    "migrate_pages": (256, 238), "move_pages": (279, 239), "process_madvise": (440, 440),
+    "process_mrelease": (448, 448), "sendmsg": (46, 211), "sendmmsg": (307, 269), "setsockopt": (54, 208),
 }  # fmt: skip
 # With no process namespace: a program may signal itself only, and may not leave its process group.
 _SIGNALLING = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
                "rt_tgsigqueueinfo": (297, 240)}  # fmt: skip
 _LEAVING = {"setsid": (112, 157), "setpgid": (109, 154)}
+# Nor may it slow others down.
+_SLOWING = {"setpriority": (141, 140), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
+            "sched_setparam": (142, 118), "sched_setattr": (314, 274), "ioprio_set": (251, 30)}  # fmt: skip
+# What Landlock lets pass: a file's mode, owner, attributes and times by its path. By a handle they stay possible.
+_MARKING = {"chmod": (90, None), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
+            "lchown": (94, None), "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6),
+            "setxattrat": (463, 463), "removexattr": (197, 14), "lremovexattr": (198, 15), "removexattrat": (466, 466),
+            "utime": (132, None), "utimes": (235, None), "futimesat": (261, None),
+            "inotify_add_watch": (254, 27)}  # fmt: skip
+_UTIMENSAT = (280, 88)
+# A pair of connected stream sockets, as asyncio needs one, and nothing that could be sent to anybody else.
+_SOCKETPAIR, _SENDTO = (53, 199), (44, 206)
+# Who gets the signals of a handle, which ones, and how much a pipe holds: F_SETOWN, F_SETSIG, F_SETOWN_EX, F_NOTIFY,
+# F_SETPIPE_SZ; FIOASYNC, FIOSETOWN, SIOCSPGRP, TIOCSTI.
+_FCNTL, _FCNTL_DENIED = (72, 25), (8, 10, 15, 1026, 1031)
+_IOCTL, _IOCTL_DENIED = (16, 29), (0x5452, 0x8901, 0x8902, 0x5412)
 # Memory that is, or was, writable must not become executable; libraries are mapped from files, and read-only.
 _MMAP, _MPROTECT = (9, 222), {"mprotect": (10, 226), "pkey_mprotect": (329, 288)}
 _PROT_WRITE, _PROT_EXEC, _MAP_ANONYMOUS = 2, 4, 0x20
@@ -140,6 +160,11 @@ def change_root(folder: str) -> None:
     _syscall("pivot_root", b".", b".")
     unmount(".")
     os.chdir("/")
+
+
+def limit_arenas() -> None:
+    """Let all threads share two heaps: by default each reserves address space of its own, which is limited."""
+    _LIBC.mallopt(ctypes.c_int(-8), ctypes.c_int(2))
 
 
 def die_with_parent() -> None:
@@ -216,20 +241,22 @@ def _allow_path(ruleset: int, path: str, access: int) -> None:
         os.close(handle)
 
 
-def restrict_calls(own_pid: int | None) -> None:
+def restrict_calls(own_pid: int | None, *, may_load: bool = True, may_mark: bool = True) -> None:
     """Deny system calls that reach out of the process (seccomp): sockets, exec, mounts, other processes' memory.
 
     Args:
         own_pid: Given where there is no process namespace: signals then go to this process only.
+        may_load: Allow mapping files as code; not where the scratch folder could hold one.
+        may_mark: Allow changing modes and times by path; not where the user owns files outside.
     """
-    program = _assemble(own_pid)
+    program = _assemble(own_pid, may_load, may_mark)
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     pointer = struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer))
     _check(_LIBC.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), pointer, 0, 0), "seccomp")
 
 
-def _assemble(own_pid: int | None) -> list[tuple[int, int, int, int]]:
+def _assemble(own_pid: int | None, may_load: bool, may_mark: bool) -> list[tuple[int, int, int, int]]:
     """The filter: (operation, skip if true, skip if false, value) an instruction, as linux/filter.h defines them."""
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill, deny, absent = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
@@ -244,10 +271,15 @@ def _assemble(own_pid: int | None) -> list[tuple[int, int, int, int]]:
         program += [(at_least, 0, 1, 0x40000000), (give, 0, 0, kill)]  # the x32 numbers would slip past the list
     denied = dict(_DENIED)
     if own_pid is not None:
-        denied |= _LEAVING
+        denied |= _LEAVING | _SLOWING
         for pair in _SIGNALLING.values():
             program += [(equal, 0, 4, _number(pair)), (load, 0, 0, argument_at), (equal, 1, 0, own_pid)]
             program += [(give, 0, 0, deny), (give, 0, 0, allow)]
+    if not may_mark:
+        denied |= _MARKING
+        for pointer_at in (24, 28):  # Both halves of the path's address; none given means the handle itself.
+            program += [(equal, 0, 4, _number(_UTIMENSAT)), (load, 0, 0, pointer_at), (equal, 1, 0, 0)]
+            program += [(give, 0, 0, deny), (load, 0, 0, number_at)]
     for pair in denied.values():
         number = _number(pair)
         if number is not None:
@@ -256,18 +288,47 @@ def _assemble(own_pid: int | None) -> list[tuple[int, int, int, int]]:
     program += [(equal, 0, 1, _number(_CLONE3)), (give, 0, 0, absent)]
     program += [(equal, 0, 4, _number(_CLONE)), (load, 0, 0, argument_at), (any_bit, 0, 1, _NAMESPACE_FLAGS)]
     program += [(give, 0, 0, deny), (give, 0, 0, allow)]
-    program += _forbid_new_code(load, equal, any_bit, (give, 0, 0, deny), (give, 0, 0, allow))
+    program += _forbid_messages(load, equal, (give, 0, 0, deny), (give, 0, 0, allow))
+    program += _forbid_new_code(load, equal, any_bit, (give, 0, 0, deny), (give, 0, 0, allow), may_load)
     # Limits of others, even of the same user, are none of its business.
     program += [(equal, 0, 4, _number(_PRLIMIT)), (load, 0, 0, argument_at), (equal, 1, 0, 0)]
     program += [(give, 0, 0, deny), (give, 0, 0, allow)]
     return [*program, (give, 0, 0, allow)]
 
 
-def _forbid_new_code(load: int, equal: int, any_bit: int, deny: tuple, allow: tuple) -> list[tuple]:
+def _forbid_messages(load: int, equal: int, deny: tuple, allow: tuple) -> list[tuple]:
+    """The part of the filter that keeps handles from reaching others: by an address, by signals, by their size."""
+    keep_bits, second_at, address_at = 0x54, 24, 48
+    program = [(equal, 0, 7, _number(_SOCKETPAIR)), (load, 0, 0, 16), (equal, 0, 3, 1), (load, 0, 0, second_at)]
+    program += [(keep_bits, 0, 0, 0xF), (equal, 1, 0, 1), deny, allow]
+    program += [(equal, 0, 6, _number(_SENDTO)), (load, 0, 0, address_at), (equal, 0, 2, 0)]
+    program += [(load, 0, 0, address_at + 4), (equal, 1, 0, 0), deny, allow]
+    for pair, values in ((_FCNTL, _FCNTL_DENIED), (_IOCTL, _IOCTL_DENIED)):
+        program += [(equal, 0, len(values) + 3, _number(pair)), (load, 0, 0, second_at)]
+        program += [(equal, len(values) - index, 0, value) for index, value in enumerate(values)]
+        program += [allow, deny]
+    return program
+
+
+def _forbid_new_code(load: int, equal: int, any_bit: int, deny: tuple, allow: tuple, may_load: bool) -> list[tuple]:
     """The part of the filter that keeps a program from running machine code it wrote."""
     protection_at, flags_at = 32, 40
+    if not may_load:
+        program = [
+            (equal, 0, 4, _number(_MMAP)),
+            (load, 0, 0, protection_at),
+            (any_bit, 0, 1, _PROT_EXEC),
+            deny,
+            allow,
+        ]
+        return program + _forbid_protecting(load, equal, any_bit, deny, allow)
     program = [(equal, 0, 8, _number(_MMAP)), (load, 0, 0, protection_at), (any_bit, 1, 0, _PROT_EXEC), allow]
     program += [(any_bit, 2, 0, _PROT_WRITE), (load, 0, 0, flags_at), (any_bit, 0, 1, _MAP_ANONYMOUS), deny, allow]
+    return program + _forbid_protecting(load, equal, any_bit, deny, allow)
+
+
+def _forbid_protecting(load: int, equal: int, any_bit: int, deny: tuple, allow: tuple) -> list[tuple]:
+    protection_at, program = 32, []
     for pair in _MPROTECT.values():
         program += [(equal, 0, 4, _number(pair)), (load, 0, 0, protection_at), (any_bit, 0, 1, _PROT_EXEC)]
         program += [deny, allow]

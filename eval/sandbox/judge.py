@@ -18,6 +18,10 @@ from program import CHANNEL, MAX_PROCESSES, MEMORY_BYTES, become_program, confin
 from tester import run_tests
 
 DISK_BYTES = 64 << 20
+MAX_ENTRIES = 4096
+MAX_FOLDER_DEPTH = 100
+# What the kernel keeps for a socket at most (its default for sending); a filter keeps programs from raising it.
+SOCKET_BYTES = 208 << 10
 TICK_S = 0.02
 # How long a process that says it has arrived may take to block in its read, threads and a loaded machine considered.
 ARRIVAL_S = 2.0
@@ -184,11 +188,45 @@ class _Judge:
 
     def _find_excess(self) -> str | None:
         family = self._family(self.pid)
-        if len(family) > 1 and sum(self._resident_bytes(pid) for pid in family) > MEMORY_BYTES:
-            return "used too much memory"
-        if self.server.scratch != "/tmp" and _disk_bytes(self.server.scratch) > DISK_BYTES:
-            return "wrote too much"
+        if len(family) > 1:
+            num_bytes = sum(self._resident_bytes(pid) + SOCKET_BYTES * self._count_sockets(pid) for pid in family)
+            if num_bytes > MEMORY_BYTES:
+                return "used too much memory"
+        if self.server.scratch != "/tmp":
+            return self._find_disk_excess(family)
         return None
+
+    def _find_disk_excess(self, family: list[int]) -> str | None:
+        """What a file system of its own would refuse: the scratch folder here is one of the host's."""
+        num_bytes, num_entries, depth = measure_folder(self.server.scratch, MAX_ENTRIES, MAX_FOLDER_DEPTH)
+        if num_entries > MAX_ENTRIES or depth > MAX_FOLDER_DEPTH:
+            return "made too many files or folders too deep"
+        unlinked: dict[tuple[int, int], int] = {}
+        for pid in family:
+            unlinked |= self._unlinked_files(pid)
+        return "wrote too much" if num_bytes + sum(unlinked.values()) > DISK_BYTES else None
+
+    def _unlinked_files(self, pid: int) -> dict[tuple[int, int], int]:
+        """Size on disk of files that a process holds open, or mapped, and that have no name any more."""
+        found: dict[tuple[int, int], int] = {}
+        with contextlib.suppress(OSError):
+            folder = os.open(f"{pid}/fd", os.O_RDONLY, dir_fd=self.server.proc)
+            try:
+                for name in os.listdir(folder):
+                    with contextlib.suppress(OSError):
+                        status = os.stat(name, dir_fd=folder)
+                        if status.st_nlink == 0:
+                            found[status.st_dev, status.st_ino] = status.st_blocks * 512
+            finally:
+                os.close(folder)
+            with os.fdopen(os.open(f"{pid}/maps", os.O_RDONLY, dir_fd=self.server.proc)) as file:
+                for line in file:
+                    if line.endswith(" (deleted)\n") and self.server.scratch in line:
+                        addresses, _, _, device, inode, *_ = line.split()
+                        start, end = (int(part, 16) for part in addresses.split("-"))
+                        major, minor = (int(part, 16) for part in device.split(":"))
+                        found.setdefault((os.makedev(major, minor), int(inode)), end - start)
+        return found
 
     def _family(self, pid: int) -> list[int]:
         """The process and all its descendants, as far as the kernel lists them."""
@@ -215,6 +253,15 @@ class _Judge:
             handle = os.open(f"{pid}/statm", os.O_RDONLY, dir_fd=self.server.proc)
             with os.fdopen(handle) as file:
                 return int(file.read().split()[1]) * resource.getpagesize()
+        return 0
+
+    def _count_sockets(self, pid: int) -> int:
+        with contextlib.suppress(OSError):
+            folder = os.open(f"{pid}/fd", os.O_RDONLY, dir_fd=self.server.proc)
+            try:
+                return sum(_links_to_socket(name, folder) for name in os.listdir(folder))
+            finally:
+                os.close(folder)
         return 0
 
     def _kill(self) -> None:
@@ -251,10 +298,34 @@ def _fork_init() -> int:
     return pid
 
 
-def _disk_bytes(folder: str) -> int:
-    total = 0
-    for parent, _, files in os.walk(folder):
-        for name in files:
+def _links_to_socket(name: str, folder: int) -> bool:
+    try:
+        return os.readlink(name, dir_fd=folder).startswith("socket:")
+    except OSError:
+        return False
+
+
+def measure_folder(folder: str, most_entries: int, most_depth: int) -> tuple[int, int, int]:
+    """Return bytes on disk, entries and depth of a folder, the last two as soon as one is exceeded.
+
+    Args:
+        folder: Its path.
+        most_entries: When to stop counting.
+        most_depth: When to stop descending.
+    """
+    num_bytes = num_entries = deepest = 0
+    queue = [(folder, 0)]
+    while queue and num_entries <= most_entries and deepest <= most_depth:
+        path, depth = queue.pop()
+        deepest = max(deepest, depth)
+        try:
+            entries = list(os.scandir(path))
+        except OSError:
+            continue
+        num_entries += len(entries)
+        for entry in entries:
             with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
-    return total
+                num_bytes += entry.stat(follow_symlinks=False).st_blocks * 512
+                if entry.is_dir(follow_symlinks=False):
+                    queue.append((entry.path, depth + 1))
+    return num_bytes, num_entries, deepest

@@ -22,7 +22,7 @@ from candidate import CandidateServer
 
 MEMORY_BYTES = 1 << 30
 FILE_BYTES = 16 << 20
-MAX_PROCESSES = 32
+MAX_PROCESSES = 64
 MAX_OPEN_FILES = 64
 CHANNEL = 3
 
@@ -44,11 +44,11 @@ def become_program(server, request: dict, channel: int) -> None:
         confine(server)
         if "tests" in request:
             candidate = CandidateServer(CHANNEL, request.get("as_main", False))
-            _fresh_interpreter(server, as_main=False)
+            _fresh_interpreter(as_main=False)
             candidate.serve()
         _become_multithreaded()
-        namespace = _fresh_interpreter(server, as_main=request.get("as_main", False))
-        sys.addaudithook(_make_hook(server.readable))
+        namespace = _fresh_interpreter(as_main=request.get("as_main", False))
+        _guard_interpreter(server.readable)
     except BaseException as error:
         os.write(CHANNEL, f"Esandbox set-up: {type(error).__name__}: {error}".encode()[:200])
         os._exit(1)
@@ -140,14 +140,12 @@ def confine(server, is_alone: bool = True) -> None:
         kernel.drop_capabilities()
     kernel.die_with_parent()
     if server.has_seccomp:
-        kernel.restrict_calls(own_pid)
+        kernel.restrict_calls(own_pid, **server.allowed)
 
 
-def _fresh_interpreter(server, as_main: bool) -> dict:
+def _fresh_interpreter(as_main: bool) -> dict:
     """Take our modules out of sight."""
-    names = "candidate confinement judge plain_data program tester ctypes _ctypes sysconfig socket _socket resource"
-    names += " __main__"
-    for name in names.split():
+    for name in ["candidate", "confinement", "judge", "plain_data", "program", "tester", "sysconfig", "__main__"]:
         sys.modules.pop(name, None)
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
@@ -158,14 +156,25 @@ def _fresh_interpreter(server, as_main: bool) -> dict:
     return module.__dict__ if as_main else {}
 
 
-def _make_hook(readable: list[str]):
+def _guard_interpreter(readable: list[str]) -> None:
     """Forbid, from inside Python, what only attacks need, where program and verdict share an interpreter.
 
-    The audit hook is no boundary; the kernel is. It keeps honest-looking tricks (tracing functions that jump over
-    assertions, searches of the heap, raw memory through ctypes) from reaching the frame that reports the end.
+    The audit hook is not a boundary; the kernel is. It keeps honest-looking tricks (tracing functions that jump over
+    assertions, raw memory through ctypes) from reaching the frame that reports the end.
     """
-    names = "sys.settrace sys.setprofile sys.addaudithook sys._current_frames sys._current_exceptions"
-    names += " gc.get_objects gc.get_referrers gc.get_referents sys.monitoring.register_callback"
+
+    def set_trace(function, settrace=sys.settrace):
+        # To end tracing is harmless, and doctest does it.
+        if function is not None:
+            settrace(function)
+
+    sys.settrace = set_trace
+    sys.addaudithook(_make_hook(readable))
+
+
+def _make_hook(readable: list[str]):
+    names = "sys.settrace sys.addaudithook sys._current_frames sys._current_exceptions"
+    names += " sys.monitoring.register_callback"
     forbidden = frozenset(names.split())
     folders = tuple(readable)
     modules = frozenset(("ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_xxsubinterpreters", "_interpreters"))

@@ -21,7 +21,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import confinement as kernel
-from judge import DISK_BYTES, judge_and_exit
+from judge import DISK_BYTES, MAX_ENTRIES, judge_and_exit
 from program import become
 
 del sys.path[0]
@@ -30,13 +30,16 @@ import contextlib  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
 import resource  # noqa: E402
-import shutil  # noqa: E402
 import socket  # noqa: E402
 import struct  # noqa: E402
 import sysconfig  # noqa: E402
 import time  # noqa: E402
 
 _NOBODY = 65534
+# Users above this one are ours: they own nothing but what a program made.
+_FIRST_OWN_USER = 1_900_000_000
+# What honest programs read besides the library.
+_ZONES = "/usr/share/zoneinfo"
 # Loaded once and shared by every program: what benchmark solutions import, so that a fork starts warm.
 _PRELOADED = """
     abc array base64 bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools heapq
@@ -63,13 +66,16 @@ class Server:
         self.run_uid = os.getuid()
         self.can_limit_processes = True
         self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
-        self.devices: dict[str, int] = {}
+        self.allowed = {"may_load": True, "may_mark": True}
+        self.num_programs = 0
 
     def prepare(self) -> None:
         """Set up all that programs share and find out what this machine can do."""
         for name in _PRELOADED:
             with contextlib.suppress(ImportError):
                 __import__(name)
+        _complete_builtins()
+        kernel.limit_arenas()
         os.umask(0o022)
         os.environ.clear()  # Python itself may have put LC_CTYPE there.
         self.readable = _library_paths()
@@ -77,10 +83,13 @@ class Server:
         if "namespaces" not in self.without:
             self._enter_namespaces()
         if "files" not in self.layers:
-            os.chown(self.work_folder, self.run_uid, -1)
-            os.chmod(self.work_folder, 0o700)
+            os.chmod(self.work_folder, 0o711)
             self.scratch = self.work_folder
             self.readable += ["/dev/null", "/dev/urandom", "/dev/zero"]
+            # On the host's own file system a file that a program writes could be mapped as code: nothing may be, and
+            # what the library has in machine code is loaded now. A user with files elsewhere may not change modes.
+            self.allowed = {"may_load": False, "may_mark": self.run_uid >= _FIRST_OWN_USER}
+            _preload_extensions()
             self._preload_unreadable()
         self._probe()
         gc.collect()
@@ -103,7 +112,7 @@ class Server:
         if os.getuid() != 0:
             return
         # A user nobody else has: its process limit counts our programs only. Not all containers map it.
-        for uid in (1_900_000_000 + os.getpid(), _NOBODY):
+        for uid in (_FIRST_OWN_USER + os.getpid(), _NOBODY):
             if _can_become(uid):
                 self.run_uid = uid
                 self.layers["user"] = f"uid {uid}"
@@ -154,6 +163,7 @@ class Server:
         for device in ("null", "zero", "urandom"):
             _bind_read_only(f"/dev/{device}", f"{root}/dev/{device}", devices=True)
         os.mkdir(root + "/tmp")
+        os.symlink("/tmp", root + "/dev/shm")  # For the locks of multiprocessing, which lie there as files.
         self._mount_scratch(root + "/tmp")
         kernel.mount("tmpfs", root, "", kernel.MS_REMOUNT | quiet | kernel.MS_RDONLY, "size=1m,mode=755")
         kernel.change_root(root)
@@ -169,7 +179,7 @@ class Server:
             _add(self.layers, "files", f"Landlock {kernel.landlock_version()}")
         own_pid = None if "processes" in self.layers else 1
         self.has_seccomp = "seccomp" not in self.without and _succeeds_in_child(
-            lambda: (kernel.forbid_new_privileges(), kernel.restrict_calls(own_pid))
+            lambda: (kernel.forbid_new_privileges(), kernel.restrict_calls(own_pid, **self.allowed))
         )
         if self.has_seccomp:
             _add(self.layers, "network", "seccomp")
@@ -190,6 +200,7 @@ class Server:
             request: ``source`` and ``as_main``, or ``candidate``, ``tests``, ``imports`` and ``names``; ``timeout_s``.
         """
         start = time.monotonic()
+        self._make_scratch()
         reader, writer = os.pipe()
         judge = os.fork()
         if judge == 0:
@@ -203,24 +214,27 @@ class Server:
         outcome = json.loads(reply) if reply else {"passed": False, "reason": "sandbox: the judge was killed"}
         return {"isolation": "shared", **outcome, "seconds": time.monotonic() - start}
 
-    def _clear_scratch(self) -> None:
-        """Give the next program an empty folder. What cannot be emptied ends the server; the parent starts another."""
-        if not os.listdir(self.scratch):
+    def _make_scratch(self) -> None:
+        """Without a file system of its own, a program gets a new folder: none has its predecessor's mode or times."""
+        if self.scratch == "/tmp":
             return
+        self.num_programs += 1
+        self.scratch = os.path.join(self.work_folder, str(self.num_programs))
+        os.mkdir(self.scratch, 0o700)
+        if os.getuid() != self.run_uid:
+            os.chown(self.scratch, self.run_uid, self.run_uid)
+
+    def _clear_scratch(self) -> None:
+        """Give the next program an empty folder with a mode, attributes and times of its own."""
         if self.scratch == "/tmp":
             # A fresh file system is emptier, and quicker, than anything deleted from a tree made to resist deletion.
             kernel.unmount("/tmp")
             self._mount_scratch("/tmp")
-            return
-        for entry in list(os.scandir(self.scratch)):
-            if entry.is_dir(follow_symlinks=False):
-                _make_removable(entry.path)
-                shutil.rmtree(entry.path)
-            else:
-                os.unlink(entry.path)
+        else:
+            remove_folder(self.scratch)
 
     def _mount_scratch(self, target: str) -> None:
-        options = f"size={DISK_BYTES},nr_inodes=4096,mode=700,uid={self.run_uid}"
+        options = f"size={DISK_BYTES},nr_inodes={MAX_ENTRIES},mode=700,uid={self.run_uid}"
         kernel.mount("tmpfs", target, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
 
 
@@ -230,6 +244,7 @@ def _library_paths() -> list[str]:
     # A virtual environment names its own folder for one of them; the modules come from the base installation.
     paths = {os.path.realpath(path) for path in paths if os.path.isfile(os.path.join(path, "os.py"))}
     paths.add(os.path.dirname(os.path.realpath(os.__file__)))
+    paths |= {path for path in (_ZONES,) if os.path.isdir(path)}
     with open("/proc/self/maps") as file:
         libraries = {line.split()[-1] for line in file if ".so" in line}
     folders = {os.path.dirname(path) for path in libraries if os.path.isabs(path)}
@@ -287,14 +302,51 @@ def _add(layers: dict[str, str], name: str, layer: str) -> None:
     layers[name] = f"{layers[name]} + {layer}" if name in layers else layer
 
 
-def _make_removable(folder: str) -> None:
-    """Give back the permissions a program took from its own folders."""
-    os.chmod(folder, 0o700)
-    for parent, folders, _ in os.walk(folder):
-        for name in folders:
-            path = os.path.join(parent, name)
-            if not os.path.islink(path):
-                os.chmod(path, 0o700)
+def remove_folder(folder: str) -> None:
+    """Delete a folder made to resist it: without permissions, or deeper than recursion and path names reach.
+
+    Args:
+        folder: Its path. What cannot be deleted stays, in nobody's way.
+    """
+    root = os.path.dirname(folder)
+    pending, number = [os.path.basename(folder)], 0
+    while pending:
+        name = pending.pop()
+        path = os.path.join(root, name)
+        with contextlib.suppress(OSError):
+            os.chmod(path, 0o700)
+            for entry in list(os.scandir(path)):
+                if entry.is_dir(follow_symlinks=False):
+                    # Moved up instead of followed down, so that no path grows.
+                    number += 1
+                    with contextlib.suppress(OSError):
+                        os.chmod(entry.path, 0o700)
+                        os.rename(entry.path, os.path.join(root, f"{name.split('.')[0]}.{number}"))
+                        pending.append(f"{name.split('.')[0]}.{number}")
+                else:
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
+            os.rmdir(path)
+
+
+def _complete_builtins() -> None:
+    """Add what an interactive start adds (`help`, `exit`, `quit`); the server's own start leaves it out."""
+    import _sitebuiltins
+    import builtins
+
+    builtins.help = _sitebuiltins._Helper()
+    for name in ("exit", "quit"):
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
+
+
+def _preload_extensions() -> None:
+    """Load the library's modules in machine code, except those for tests and screens."""
+    folder = os.path.join(os.path.dirname(os.path.realpath(os.__file__)), "lib-dynload")
+    for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        name = file.partition(".")[0]
+        if not name.startswith(("_test", "_xx", "xx", "_tkinter", "_ctypes_test", "readline")):
+            with contextlib.suppress(Exception):
+                __import__(name)
 
 
 def _receive(parent: socket.socket, size: int) -> bytes:

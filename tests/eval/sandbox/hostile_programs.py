@@ -516,7 +516,8 @@ for folder in ('/', '/etc', '/var/tmp', '/dev/shm', '/root', '/home', os.path.di
     try:
         path = os.path.join(folder, 'deepseek-moe-was-here')
         open(path, 'w').close()
-        written.append(path)
+        if folder != '/dev/shm':  # The program may have one of its own there; the host's is looked at afterwards.
+            written.append(path)
     except OSError:
         pass
 assert written
@@ -560,7 +561,7 @@ posix.kill(parent, 9)
     "netlink": "import socket\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
     "shared_memory": """
 from multiprocessing import shared_memory
-shared_memory.SharedMemory('deepseek_moe', create=True, size=4096)
+shared_memory.SharedMemory("deepseek_moe_of_another", size=4096)
 """,
     "device": "assert open('/dev/mem', 'rb') or open('/dev/kmsg', 'rb')",
     "make_a_device": "import os, stat\nos.mknod('sda', stat.S_IFBLK | 0o600, os.makedev(8, 0))",
@@ -614,7 +615,90 @@ mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
 """,
 }
 
-HOSTILE = {**VERDICT, **REACH}
+# What a machine without namespaces let pass before.
+REACH_WITHOUT_NAMESPACES = {
+    "datagram_to_anybody": """
+import socket
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+ours.sendto(b'x', '/dev/log')
+""",
+    "message_to_an_address": """
+import socket
+ours, theirs = socket.socketpair()
+try:
+    ours.sendto(b'x', '/dev/log')
+except PermissionError:
+    assert False
+except OSError:
+    pass
+""",
+    "handles_in_a_message": "import array, socket\na, b = socket.socketpair()\nsocket.send_fds(a, [b'x'], [0])",
+    "larger_socket_buffers": "import socket\na, b = socket.socketpair()\na.setsockopt(1, 7, 1 << 20)",
+    "larger_pipe": "import fcntl, os\nfcntl.fcntl(os.pipe()[1], 1031, 1 << 20)",
+    "signals_of_a_handle": "import fcntl, os\nfcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid() or 1)",
+    "signal_of_a_handle": "import fcntl, os\nfcntl.fcntl(os.pipe()[0], 10, 9)",
+    "code_in_a_file": """
+import mmap
+with open('code', 'wb') as file:
+    file.write(bytes(4096))
+with open('code', 'rb') as file:
+    mmap.mmap(file.fileno(), 4096, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+""",
+    "slow_down_others": """
+import os
+found = 0
+for pid in range(2, 1 << 16):
+    if pid != os.getpid():
+        for change in (lambda: os.setpriority(os.PRIO_PROCESS, pid, 19), lambda: os.sched_setaffinity(pid, {0}),
+                       lambda: os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))):
+            try:
+                change()
+                found += 1
+            except OSError:
+                pass
+assert found
+""",
+    "disk_without_names": """
+import os, time
+kept = []
+for number in range(20):
+    kept.append(open('x', 'wb'))
+    os.unlink('x')
+    kept[-1].write(bytes(8 << 20))
+    kept[-1].flush()
+    time.sleep(0.01)
+time.sleep(0.1)
+""",
+    "disk_without_handles": """
+import mmap, os, time
+kept = []
+for number in range(20):
+    with open('x', 'w+b') as file:
+        file.truncate(8 << 20)
+        kept.append(mmap.mmap(file.fileno(), 8 << 20))
+    os.unlink('x')
+    kept[-1].write(b'x' * (8 << 20))
+    time.sleep(0.01)
+time.sleep(0.1)
+""",
+    "modes_of_others": "import os\nos.chmod('/tmp' if os.getcwd() != '/tmp' else '/', 0o777)",
+    "deep_folder": """
+import os
+for _ in range(1500):
+    os.mkdir('d')
+    os.chdir('d')
+assert False
+""",
+    "closed_folder": """
+import os
+os.mkdir('x')
+os.chmod('x', 0)
+os.fchmod(os.open('.', os.O_RDONLY), 0)
+assert False
+""",
+}
+
+HOSTILE = {**VERDICT, **REACH, **REACH_WITHOUT_NAMESPACES}
 
 # What honest candidates do. Each must pass, beside any number of hostile neighbours.
 HONEST = {
@@ -666,6 +750,29 @@ signal.signal(signal.SIGALRM, lambda *a: hits.append(1))
 signal.setitimer(signal.ITIMER_REAL, 0.01)
 time.sleep(0.05)
 assert hits
+""",
+    "doctest": "import doctest\ndef f():\n    '>>> 1'\nassert doctest.testmod().failed == 0",
+    "integer_of_c": "import ctypes\nassert ctypes.c_int32(1 << 31).value == -(1 << 31)",
+    "objects_of_the_collector": "import gc\nassert gc.get_objects()",
+    "profiler": "import cProfile\nassert cProfile.Profile().runcall(len, [1]) == 1",
+    "pool_of_threads": """
+from concurrent.futures import ThreadPoolExecutor
+import threading
+barrier = threading.Barrier(32)
+with ThreadPoolExecutor(32) as pool:
+    assert len(list(pool.map(lambda _: barrier.wait(), range(32)))) == 32
+""",
+    "zone": """
+import datetime, zoneinfo
+assert zoneinfo.ZoneInfo('Europe/Paris').utcoffset(datetime.datetime(2024, 7, 1)).seconds == 7200
+""",
+    "help": "help(len)",
+    "file_copied": """
+import shutil
+with open('a', 'w') as file:
+    file.write('x')
+shutil.copyfile('a', 'b')
+assert open('b').read() == 'x'
 """,
     "ends_with_comment": "assert True\n# the end",
     "empty": "",

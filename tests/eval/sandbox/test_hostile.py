@@ -76,6 +76,61 @@ def test_a_program_finds_nothing_of_its_predecessor():
         server.close()
 
 
+LEAVES = {
+    "a file": "open('x', 'w').write('answer')",
+    "a mode": "import os\nos.fchmod(os.open('.', os.O_RDONLY), 0)",
+    "an attribute": "import os\nos.setxattr(os.open('.', os.O_RDONLY), 'user.note', b'answer')",
+    "times": "import os\nos.utime(os.open('.', os.O_RDONLY), (1, 1))",
+    "a deep folder": "import os\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')\nopen('x', 'w').close()",
+    "a folder of long names": "import os\nfor n in range(60):\n    os.mkdir('d' * 250)\n    os.chdir('d' * 250)",
+}
+SUCCESSOR = """
+import os, time
+status = os.stat('.')
+assert os.listdir('.') == [] and status.st_mode & 0o777 == 0o700 and os.listxattr('.') == []
+assert abs(time.time() - status.st_mtime) < 60 and abs(time.time() - status.st_atime) < 60
+open('mine', 'w').close()
+"""
+
+
+@pytest.mark.parametrize("without", [(), ("namespaces",)], ids=["namespaces", "without"])
+def test_mode_attributes_and_times_of_the_folder_are_fresh(without):
+    server = sandbox.ProgramServer(without)
+    request = {"timeout_s": 10.0, "as_main": False}
+    try:
+        for name, source in LEAVES.items():
+            server.run({"source": source, **request})
+            result = server.run({"source": SUCCESSOR, **request})
+            assert result.passed, (name, result)
+        left = [path for path in Path(server.folder).iterdir()] if without else []
+        assert not left
+    finally:
+        server.close()
+
+
+def test_locks_of_multiprocessing_work_in_a_root_of_ones_own():
+    source = (
+        "import multiprocessing as m\nwith m.Lock(), m.Pool(2) as pool:\n    assert pool.map(abs, [-1, 2]) == [1, 2]"
+    )
+    result = sandbox.run_program(source, timeout_s=10.0)
+    assert result.passed, result
+
+
+@pytest.fixture(scope="module")
+def server_without_namespaces():
+    server = sandbox.ProgramServer(("namespaces",))
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("name", programs.REACH_WITHOUT_NAMESPACES)
+def test_promises_hold_without_namespaces(name, server_without_namespaces):
+    result = server_without_namespaces.run({"source": programs.REACH_WITHOUT_NAMESPACES[name], "timeout_s": 5.0})
+    assert not result.passed and not result.reason.startswith("sandbox"), result
+    result = server_without_namespaces.run({"source": programs.HONEST["temporary_file"], "timeout_s": 5.0})
+    assert result.passed, result
+
+
 # What a machine may forbid, and what then must still hold.
 WEAKER = [("namespaces",), ("landlock",), ("seccomp",), ("namespaces", "landlock"), ("namespaces", "seccomp")]
 
