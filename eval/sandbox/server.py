@@ -46,11 +46,25 @@ _PRELOADED = """
     hashlib io itertools json keyword math numbers operator queue random re secrets statistics string struct textwrap
     threading traceback typing unicodedata uuid
 """.split()  # noqa: SIM905  (a list of forty strings would take forty lines)
-_PRELOADED_IF_UNREADABLE = """
-    ast asyncio bz2 cmath collections.abc concurrent.futures contextlib csv difflib email fnmatch gettext glob
-    graphlib html inspect ipaddress locale logging lzma multiprocessing optparse pathlib pickle platform pprint pstats
-    sqlite3 ssl stringprep subprocess tempfile timeit tokenize types unittest urllib.parse weakref
-    xml.dom.minidom xml.etree.ElementTree zipfile zlib zoneinfo encodings.idna encodings.latin_1 encodings.rot_13
+# Where the programs' user cannot read the library all of it is loaded, but for games, screens and installers.
+_NOT_PRELOADED = (
+    "__",
+    "_test",
+    "_tkinter",
+    "_xx",
+    "antigravity",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "readline",
+    "this",
+)
+_NOT_PRELOADED += ("tkinter", "turtle", "venv", "xx")
+_PRELOADED_PARTS = """
+    collections.abc concurrent.futures.process concurrent.futures.thread encodings.idna encodings.latin_1
+    encodings.rot_13 json.tool logging.handlers multiprocessing.dummy multiprocessing.managers multiprocessing.pool
+    multiprocessing.popen_fork multiprocessing.shared_memory multiprocessing.synchronize pydoc_data.topics
+    unittest.mock urllib.parse urllib.request xml.dom.minidom xml.etree.ElementTree zoneinfo._common
 """.split()  # noqa: SIM905
 
 
@@ -101,9 +115,10 @@ class Server:
             lambda: (become(self.run_uid), open(os.__file__).close())
         ):
             return
-        for name in _PRELOADED_IF_UNREADABLE:
-            with contextlib.suppress(ImportError):
-                __import__(name)
+        for name in [*sorted(sys.stdlib_module_names), *_PRELOADED_PARTS]:
+            if not name.startswith(_NOT_PRELOADED):
+                with contextlib.suppress(Exception):
+                    __import__(name)
         self.notes.append(
             "Python's library is unreadable to the programs' user; only what is preloaded can be imported"
         )
