@@ -1,59 +1,109 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 8 minutes: correctness on the device first, then the benchmark grid.
-# Run from the repository root in an environment with torch, triton, transformers and pytest (with pytest-xdist eight
-# processes compile kernels at a time, without it one):
+# Everything that needs a GPU, in under 400 seconds: correctness first, then the benchmark, then tiles and profiles.
 #
-#   bash kernels/measure_on_gpu.sh [OUTPUT]
+#   bash dev/measure_on_gpu.sh [FOLDER]
 #
-# A benchmark that was cut short is taken up by the next run; a finished one in OUTPUT is kept, and named.
+# Run from the repository root with torch, triton and pytest. No step stops the ones after it, each has a time limit, and
+# what it measured until then is kept. FOLDER (default: $OUT, else runs/gpu) gets at most eight files:
+#
+#   summary.txt     one line per step, the machine, the end of every table
+#   tests.txt       what failed, in full
+#   bench.json      the fused layer beside its peers: milliseconds, standard errors, TFLOP/s, memory
+#   bench.txt       the same as tables
+#   variants.json   every product alone, with the shipped tile and with others
+#   profile.txt     time per kernel of a training step
+#   counters.txt    Nsight Compute, if it is there
+#   tests.xml       every test with its time
 #
 # With DRY_RUN=1 the same steps run without a GPU, by Triton's interpreter and on the smallest grid.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+begun=$SECONDS
+limit=${LIMIT:-395}
+folder=$(realpath -m "${1:-${OUT:-runs/gpu}}")
 scratch=$(mktemp -d)
-trap 'rm -r "$scratch"' EXIT
-if ! "$python" -c "import deepseek_cli" 2> /dev/null; then  # not installed: by links under the import names
-    links=$scratch/links
-    mkdir "$links"
-    ln -s "$PWD/modeling_deepseek" "$links/modeling_deepseek"
-    for folder in kernels model_cards training eval cli; do ln -s "$PWD/$folder" "$links/deepseek_$folder"; done
-    export PYTHONPATH="$links${PYTHONPATH:+:$PYTHONPATH}"
-fi
-pytest=("$python" -m pytest -p no:cacheprovider -x)
-workers=()
-grid=gpu
+trap 'rm -rf "$scratch"' EXIT
+mkdir -p "$folder"
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+"$python" -c "import deepseek_cli" 2> /dev/null || { # not installed: by links under the import names
+    mkdir "$scratch/links"
+    ln -s "$PWD/modeling_deepseek" "$scratch/links/modeling_deepseek"
+    for room in kernels records model_cards training eval serving cli; do
+        ln -s "$PWD/$room" "$scratch/links/deepseek_$room"
+    done
+    export PYTHONPATH="$scratch/links${PYTHONPATH:+:$PYTHONPATH}"
+}
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="$scratch/triton"
+grid=lease
+select=(-m "slow or not slow")
 if [ "${DRY_RUN:-0}" = 1 ]; then
     export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
     grid=quick
+    select=(-m "not slow and not gpu")
 fi
-output=${1:-runs/bench-kernels-$grid}
-export HF_HUB_OFFLINE=1 # What is not here is left out, not waited for.
-"$python" -c "import xdist" 2> /dev/null && workers=(-n 8)
+workers=()
+"$python" -c "import xdist" 2> /dev/null && [ "${DRY_RUN:-0}" != 1 ] && workers=(-n 8 --dist loadgroup)
+pytest=("$python" -m pytest -p no:cacheprovider -q --maxfail=40 --tb=short "${workers[@]}" "${select[@]}")
 
-# Every dtype and shape is compiled anew, so time may run out before the tests do: said, and no failure.
-check() {
-    local seconds=$1 status=0 begun=$SECONDS
-    shift
-    timeout --signal INT --kill-after 10 "$seconds" "$@" | tee "$scratch/log" || status=$?
-    # 137: not ended by itself within ten seconds after the interrupt.
-    if grep -q "FAILED\|[0-9] failed" "$scratch/log"; then
-        exit 1
-    elif [ "$status" -eq 124 ] || { [ "$status" -eq 137 ] && [ $((SECONDS - begun)) -ge "$seconds" ]; }; then
-        echo "stopped after $seconds s without a failure, and without having run every test: $*"
-    elif [ "$status" -ne 0 ]; then
-        exit "$status"
+say() { echo "[$((SECONDS - begun)) s] $*" | tee -a "$folder/summary.txt"; }
+
+# step SECONDS NAME LOG COMMAND...: run it, never longer than what is left, never stopping the script.
+step() {
+    local seconds=$1 name=$2 log=$3 status=0 left=$((limit - (SECONDS - begun)))
+    shift 3
+    [ "$left" -lt "$seconds" ] && seconds=$left
+    if [ "$seconds" -lt 8 ]; then
+        say "$name: left out, no time"
+        return
     fi
+    local at=$SECONDS
+    timeout --signal INT --kill-after 5 "$seconds" "$@" >> "$log" 2>&1 || status=$?
+    say "$name: exit $status after $((SECONDS - at)) s$([ "$status" -ge 124 ] && echo ", stopped by its limit of $seconds s")"
 }
 
-check 90 "${pytest[@]}" "${workers[@]}" tests/kernels/test_triton_kernels.py tests/kernels/test_triton_layer.py \
-    tests/kernels/test_tune.py -m "slow or not slow"
-check 50 "${pytest[@]}" "${workers[@]}" tests/kernels/test_fuzz.py -m slow
-if command -v compute-sanitizer > /dev/null; then
-    check 50 compute-sanitizer --error-exitcode 1 "${pytest[@]}" tests/kernels/test_triton_layer.py \
-        -k "test_routing_patterns and some_unused-7"
-fi
-timeout 240 "$python" -m deepseek_cli.main bench kernels --grid "$grid" --seconds 1 --output "$output" || {
-    echo "the benchmark ended with $?; what it measured is in $output, and the same command goes on from there" >&2
-    exit 1
+describe() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit --format=csv,noheader
+    "$python" - << 'CODE'
+import importlib.util, platform, sys
+import torch
+print("python", platform.python_version(), "torch", torch.__version__)
+for name in ("triton", "transformers", "liger_kernel", "scattermoe", "sonicmoe", "pytest", "xdist"):
+    found = importlib.util.find_spec(name)
+    print(name, getattr(__import__(name), "__version__", "there") if found else "missing")
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_properties(0))
+CODE
 }
+describe 2>&1 | tee -a "$folder/summary.txt"
+
+if [ "${DRY_RUN:-0}" != 1 ]; then # compiled beside the tests, which wait for the GPU in between
+    timeout 110 "$python" -m deepseek_cli.benchmarks.kernel_variants --compile-only >> "$scratch/compile.txt" 2>&1 &
+    compiling=$!
+fi
+tests=tests/kernels/gpu
+step 95 "production tiles and device" "$folder/tests.txt" "${pytest[@]}" \
+    $tests/test_on_device.py $tests/test_production_tiles.py $tests/test_planted_faults.py \
+    --junit-xml "$folder/tests.xml"
+[ -n "${compiling:-}" ] && { wait "$compiling"; say "compiled ahead: exit $?"; tail -3 "$scratch/compile.txt" | tee -a "$folder/summary.txt"; }
+step 125 "benchmark" "$folder/bench.txt" "$python" -m deepseek_cli.main bench kernels --grid "$grid" --seconds 0.6 \
+    --output "$scratch/bench" --overwrite
+cp "$scratch/bench/results.json" "$folder/bench.json" 2> /dev/null
+if [ "${DRY_RUN:-0}" != 1 ]; then
+    step 60 "variants" "$folder/bench.txt" "$python" -m deepseek_cli.benchmarks.kernel_variants --output "$folder"
+fi
+step 30 "profile" "$folder/profile.txt" "$python" -m deepseek_cli.benchmarks.kernel_profile
+step 45 "layer tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_kernels.py $tests/test_triton_layer.py \
+    $tests/test_tune.py
+if [ "${DRY_RUN:-0}" != 1 ] && command -v ncu > /dev/null; then
+    step 45 "counters" "$folder/counters.txt" ncu --clock-control none --section SpeedOfLight --section Occupancy \
+        --section WarpStateStats --section LaunchStats --kernel-name-base function \
+        --kernel-name 'regex:gate_up|grouped_gemm|down_backward|weight_gradient|combine' --launch-count 8 \
+        "$python" -m deepseek_cli.benchmarks.kernel_profile --once
+fi
+{
+    grep -aE "passed|failed|FAILED|ERROR" "$folder/tests.txt" | tail -40
+    tail -60 "$folder/bench.txt"
+    head -60 "$folder/profile.txt"
+} 2> /dev/null | tee -a "$folder/summary.txt"
+say "done"
+exit 0

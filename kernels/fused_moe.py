@@ -74,11 +74,12 @@ def fused_moe(
             raise ValueError(f"{name}: got {type(tensor).__name__}, wanted a tensor")
     device_type = hidden_states.device.type
     # The meta device, on which shapes are worked out, knows no autocast and raises when asked.
-    if not hidden_states.is_meta and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden_states, gate_up_proj, down_proj = (t.to(dtype) for t in (hidden_states, gate_up_proj, down_proj))
+    is_autocast = not hidden_states.is_meta and torch.is_autocast_enabled(device_type)
+    if is_autocast:
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
     activation = canonical_activation(activation)
-    _check(hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights)
+    # Under autocast the operator casts the weights: a copy made here would be kept until the backward pass.
+    _check(hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, casts_weights=is_autocast)
     floats = (hidden_states, gate_up_proj, down_proj, topk_weights)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
     # The dispatcher takes 0.1 ms, a tenth of what decoding one token takes; it is there for autograd and compilers.
@@ -131,7 +132,9 @@ def fused_moe_reference(
     return torch.stack(rows) if rows else hidden_states * 1
 
 
-def _check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> None:
+def _check(
+    x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, casts_weights: bool = False
+) -> None:
     """Raise a ValueError that names argument, got and wanted, for the first thing that does not fit."""
 
     def wrong(name: str, got: object, wanted: str) -> NoReturn:
@@ -155,7 +158,7 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: T
         if tuple(tensor.shape) != shape:
             wrong(name, f"shape {tuple(tensor.shape)}", f"{shape}")
     for name, tensor in (("gate_up_proj", gate_up), ("down_proj", down)):
-        if tensor.dtype != x.dtype:
+        if tensor.dtype != x.dtype and not (casts_weights and tensor.dtype in _FLOAT_DTYPES):
             wrong(name, f"dtype {tensor.dtype}", f"that of hidden_states, {x.dtype}")
         if not tensor.is_contiguous():
             wrong(name, f"strides {tensor.stride()}", "a contiguous tensor")
@@ -201,7 +204,8 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, num_experts = topk_indices.numel(), gate_up_proj.shape[0]
-    inputs, lists = (hidden_states, gate_up_proj, down_proj), ()
+    dtype, lists = hidden_states.dtype, ()
+    inputs = (hidden_states, gate_up_proj.to(dtype), down_proj.to(dtype))
     if _runs_triton(hidden_states):
         with on_device_of(hidden_states):
             output, preactivation, m = fused_moe_gpu.forward(*inputs, topk_indices, topk_weights, activation, keep)
@@ -254,24 +258,25 @@ def _backward_op(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_experts = gate_up_proj.shape[0]
+    num_experts, dtype = gate_up_proj.shape[0], hidden_states.dtype
     lists = _unpack(packed, topk_weights.numel(), num_experts)
     if _runs_triton(hidden_states):
         module, metadata = fused_moe_gpu, fused_moe_gpu.RoutingMetadata(*lists)
     else:
         module, metadata = fused_moe_cpu, fused_moe_cpu.Routing(lists[0], lists[2][:num_experts])
     with on_device_of(hidden_states):
-        return module.backward(
+        grad_x, grad_gate_up, grad_down, grad_weights = module.backward(
             grad_output,
             hidden_states,
-            gate_up_proj,
-            down_proj,
+            gate_up_proj.to(dtype),
+            down_proj.to(dtype),
             metadata,
             topk_weights,
             preactivation,
             activation,
             needs,
         )
+        return grad_x, grad_gate_up.to(gate_up_proj.dtype), grad_down.to(down_proj.dtype), grad_weights
 
 
 @_backward_op.register_fake

@@ -53,9 +53,11 @@ def fused_moe_experts_forward(
             f"fused_moe: {type(self).__name__} stores its weights transposed; they are copied on every call"
         )
         gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
-    # A norm kept in fp32 may feed experts in bf16 (https://github.com/pytorch/pytorch/issues/174763).
+    # A norm kept in fp32 may feed experts in bf16 (https://github.com/pytorch/pytorch/issues/174763). Under autocast
+    # `fused_moe` casts both.
+    is_autocast = not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type)
     output = fused_moe(
-        hidden_states.to(gate_up_proj.dtype),
+        hidden_states if is_autocast else hidden_states.to(gate_up_proj.dtype),
         gate_up_proj.contiguous(),
         down_proj.contiguous(),
         top_k_index,

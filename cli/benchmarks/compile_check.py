@@ -32,7 +32,7 @@ from deepseek_kernels.gpu.triton_numerics import LAUNCH
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, "gfx942": 65536}
 # wgmma and tcgen05 take 64 rows at least; Triton multiplies smaller tiles by mma.sync.
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", "gfx942": "v_mfma"}
-NUM_EXPERTS = 128
+NUM_EXPERTS, HIDDEN, WIDTH, SLOTS = 128, 2048, 768, 12
 
 _POINTERS = {
     **{
@@ -45,6 +45,7 @@ _POINTERS = {
             "counts_ptr",
             "totals_ptr",
             "block_first_ptr",
+            "sorted_row_ptr",
         )
     },
     **{name: "*i64" for name in ("ids_ptr", "indices_ptr")},
@@ -62,8 +63,6 @@ _POINTERS = {
         )
     },
 }
-# Multiples of 16 in every model. At launch Triton sees that itself; here it has to be told, or no load is wide.
-_DIVISIBLE = ("HIDDEN", "WIDTH", "COLUMNS", "INNER", "M", "N")
 
 
 @dataclass(frozen=True)
@@ -123,17 +122,29 @@ def row_kernels(tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> Iterator[C
         tiles: From the table.
         dtype: Of the operands.
     """
-    gate_up_constants = gate_up.gate_up_constants(dtype, NUM_EXPERTS, "silu", True, tiles.gate_up)
-    down_backward_constants = down_backward.down_backward_constants(dtype, NUM_EXPERTS, "silu", tiles.down_backward)
+    shape = (dtype, NUM_EXPERTS, HIDDEN, WIDTH, SLOTS)
+    gate_up_constants = gate_up.gate_up_constants(
+        *shape, activation="silu", keep_preactivation=True, tile=tiles.gate_up
+    )
+    down_backward_constants = down_backward.down_backward_constants(
+        *shape, activation="silu", tile=tiles.down_backward
+    )
     products = [
         ("gate_up", gate_up.gate_up_kernel, tiles.gate_up, gate_up_constants),
         ("down_backward", down_backward.down_backward_kernel, tiles.down_backward, down_backward_constants),
     ]
-    for name, tile, transpose in (("down", tiles.down, True), ("input_gradient", tiles.input_gradient, False)):
-        constants = grouped_gemm.grouped_gemm_constants(dtype, NUM_EXPERTS, transpose, tile)
+    for name, tile, inner, transpose in (
+        ("down", tiles.down, WIDTH, True),
+        ("input_gradient", tiles.input_gradient, 2 * WIDTH, False),
+    ):
+        constants = grouped_gemm.grouped_gemm_constants(
+            dtype, NUM_EXPERTS, HIDDEN, inner, transpose=transpose, tile=tile
+        )
         products.append((name, grouped_gemm.grouped_gemm_kernel, tile, constants))
-    for side in ("left", "right"):
-        constants = weight_gradient_file.weight_gradient_constants(dtype, side, tiles.weight_gradient)
+    for side, sizes in (("left", (HIDDEN, WIDTH)), ("right", (2 * WIDTH, HIDDEN))):
+        constants = weight_gradient_file.weight_gradient_constants(
+            dtype, *sizes, SLOTS, gather=side, tile=tiles.weight_gradient
+        )
         kernel = weight_gradient_file.weight_gradient_kernel
         products.append((f"weight_gradient_{side}", kernel, tiles.weight_gradient, constants))
     for name, function, tile, constants in products:
@@ -150,16 +161,18 @@ def small_kernels(dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
     meta, bins = routing_metadata, triton.next_power_of_2(NUM_EXPERTS + 1)
     warps = {"num_warps": 4}
     block = meta.SLOT_BLOCK
-    decode_constants = _without_options(decode.decode_constants(dtype))
-    combine_constants = _without_options(combine.combine_constants(dtype, True, 1024))
+    decode_constants = _without_options(decode.decode_constants(dtype, HIDDEN, WIDTH))
+    combine_constants = _without_options(combine.combine_constants(dtype, SLOTS, HIDDEN, 1024, has_weights=True))
+    experts = {"num_experts": NUM_EXPERTS}
+    decode_settings = {"ACTIVATION": "silu", "KEEP": False, "SLOTS": SLOTS}
     for function, constants in (
-        (meta.count_slots_kernel, {"BINS": bins, "BLOCK": block}),
-        (meta.sum_blocks_kernel, {"BINS": bins, "BLOCK": 1024}),
-        (meta.sum_experts_kernel, {"BINS": NUM_EXPERTS, "BLOCK_M": 128}),
-        (meta.count_tiles_kernel, {"BINS": NUM_EXPERTS, "BLOCK_M": 128}),
-        (meta.place_slots_kernel, {"BINS": bins, "BLOCK": block}),
+        (meta.count_slots_kernel, {"BINS": bins, "BLOCK": block, **experts}),
+        (meta.sum_blocks_kernel, {"BINS": bins, "BLOCK": meta.PREFIX_BLOCK}),
+        (meta.sum_experts_kernel, {"BINS": NUM_EXPERTS, "BLOCK_M": 128, **experts}),
+        (meta.count_tiles_kernel, {"BINS": NUM_EXPERTS, "BLOCK_M": 128, **experts}),
+        (meta.place_slots_kernel, {"BINS": bins, "BLOCK": block, **experts}),
         (combine.combine_kernel, combine_constants),
-        (decode.decode_gate_up_kernel, {"ACTIVATION": "silu", **decode_constants}),
+        (decode.decode_gate_up_kernel, {**decode_settings, **experts, **decode_constants}),
         (decode.decode_down_kernel, decode_constants),
         (router.router_kernel, router.example_constants(NUM_EXPERTS)),
         (router.router_backward_kernel, router.example_backward_constants(NUM_EXPERTS)),
@@ -184,7 +197,7 @@ def compile_for(compilation: Compilation, target: tuple[Any, ...], dtype: str = 
             signature[name] = _POINTERS.get(name, f"*{dtype}")
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
-        if name.endswith("_ptr") or name in _DIVISIBLE:
+        if name.endswith("_ptr"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(compilation.function, signature, compilation.constants, attributes)
     options = {**compilation.options, **LAUNCH}

@@ -93,8 +93,17 @@ _CPU_SHAPES += [(4096, 128, 96, 16, 4)]
 CPU_GRID = [Cell(*shape, dtype=dtype) for shape in _CPU_SHAPES for dtype in _BOTH]
 CPU_GRID += [Cell(4096, 256, 128, 32, 4, routing, dtype) for routing in ("skewed", "dynamic") for dtype in _BOTH]
 _LARGE = [(32768, 2048, 768, 128, 12), (8192, 2048, 768, 128, 12), (32768, 4096, 1536, 128, 8)]
+# The last in 80 GiB: DeepSeek-V3's expert, a quarter of its experts.
+_LARGE += [
+    (4096, 2048, 768, 128, 12),
+    (1024, 2048, 768, 128, 12),
+    (32768, 2048, 768, 128, 8),
+    (8192, 7168, 2048, 64, 8),
+]
 GPU_GRID = [Cell(*shape, dtype="bfloat16") for shape in _LARGE]
 GPU_GRID += [Cell(*_LARGE[1], routing, "bfloat16") for routing in ("skewed", "dynamic")]
 GPU_GRID += [Cell(T, 2048, 768, 128, 12, dtype="bfloat16") for T in (1, 4, 16, 64)]
+# What a lease of minutes has room for, the most telling first.
+LEASE_GRID = [GPU_GRID[i] for i in (0, 3, 4, 5, 6, 9, 11)]
 QUICK_GRID = [Cell(64, 64, 48, 8, 2), Cell(64, 64, 48, 8, 3, "dynamic"), Cell(1, 64, 48, 8, 2, dtype="bfloat16")]
-GRIDS = {"cpu": CPU_GRID, "gpu": GPU_GRID, "quick": QUICK_GRID}
+GRIDS = {"cpu": CPU_GRID, "gpu": GPU_GRID, "lease": LEASE_GRID, "quick": QUICK_GRID}

@@ -1,9 +1,9 @@
 """The experts implementations that ``deepseek-moe bench kernels`` runs side by side.
 
-`find_implementations` returns those of transformers' experts interface, ours among them, and the projects installed
-beside it: Liger (``pip install liger-kernel``), ScatterMoE and SonicMoE (from their repositories). Surprising: each
-other project is called in the way its own code calls itself, with its own tuning; whether it computes the same thing
-is checked by ``kernel_benchmark`` before anything is timed.
+`find_implementations` returns those of transformers' experts interface, ours among them, torch's grouped product used
+as well as we know how, and the projects installed beside it: Liger (``pip install liger-kernel``), ScatterMoE and
+SonicMoE (from their repositories). Surprising: each other project is called in the way its own code calls itself,
+with its own tuning; whether it computes the same thing is checked by ``kernel_benchmark`` before anything is timed.
 """
 
 import functools
@@ -12,11 +12,20 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV3Config
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
-import modeling_deepseek  # noqa: F401  registers fused_moe
+from deepseek_cli.benchmarks.grouped_mm_loop import PlainExperts, grouped_mm_loop
+from deepseek_kernels.fused_moe import fused_moe
+
+try:
+    from transformers import DeepseekV3Config
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3
+
+    import modeling_deepseek  # noqa: F401  registers fused_moe
+
+    HAS_TRANSFORMERS = True
+except ImportError:  # A machine lent for measuring may have torch and Triton only.
+    HAS_TRANSFORMERS = False
 
 # Of the experts' module, hidden states [T, H], indices [T, K] and weights [T, K]; returns [T, H].
 Experts = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -28,8 +37,12 @@ def find_implementations() -> tuple[dict[str, Experts], dict[str, str]]:
     Returns:
         Name to implementation, and name to reason.
     """
-    present = {name: _registered(name) for name in ("eager", *ALL_EXPERTS_FUNCTIONS.keys())}
-    absent = {}
+    if HAS_TRANSFORMERS:
+        present = {name: _registered(name) for name in ("eager", *ALL_EXPERTS_FUNCTIONS.keys())}
+        absent = {}
+    else:
+        present, absent = {"fused_moe": _fused_moe}, {"eager": "the package transformers is not installed"}
+    present["torch_grouped_mm"] = grouped_mm_loop
     for name, package, forward in (
         ("liger", "liger_kernel", _liger),
         ("scattermoe", "scattermoe", _scattermoe),
@@ -51,6 +64,8 @@ def make_experts(*, hidden: int, width: int, num_experts: int, num_slots: int) -
         num_experts: E.
         num_slots: K.
     """
+    if not HAS_TRANSFORMERS:
+        return PlainExperts(hidden=hidden, width=width, num_experts=num_experts)
     config = DeepseekV3Config(
         hidden_size=hidden, moe_intermediate_size=width, n_routed_experts=num_experts, num_experts_per_tok=num_slots
     )
@@ -84,6 +99,11 @@ def _registered(name: str) -> Experts:
         return experts(hidden_states, indices, weights)
 
     return forward
+
+
+def _fused_moe(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The public function, where transformers' interface to it is missing."""
+    return fused_moe(hidden_states, experts.gate_up_proj, experts.down_proj, indices, weights)
 
 
 def _liger(experts: nn.Module, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

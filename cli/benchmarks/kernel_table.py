@@ -23,6 +23,7 @@ EXAMPLES = """
 """
 _MAX_SECONDS = 3600
 _MAX_OTHER_SHARE = 0.075  # of the machine's cores
+_GPU_GRIDS = ("gpu", "lease")
 _CELL = ("T", "H", "I", "E", "K", "routing", "dtype")
 
 
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The subcommand's parser.
     """
-    parser.add_argument("--grid", choices=["auto", "cpu", "gpu", "quick"], default="auto", help="which shapes to run")
+    parser.add_argument(
+        "--grid", choices=["auto", "cpu", "gpu", "lease", "quick"], default="auto", help="which shapes to run"
+    )
     parser.add_argument("--output", default="runs/bench-kernels", help="the run folder to write")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each shape and mode")
     parser.add_argument("--tune", action="store_true", help="find this GPU's fastest tiles first, and keep them")
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from deepseek_records.summary import Result, Summary
 
     name = _check(args, torch.cuda.is_available())
-    device = "cuda" if name == "gpu" else "cpu"
+    device = "cuda" if name in _GPU_GRIDS else "cpu"
     settings = {"grid": name, "seconds": args.seconds, "device": device, "num_threads": torch.get_num_threads()}
     folder = RunFolder.create(args.output, settings, command="bench kernels", seed=0, overwrite=args.overwrite)
     implementations, absent = find_implementations()
@@ -97,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, has_gpu: bool) -> str:
     """Return the grid's name; raise for options that cannot be served here."""
-    if args.grid == "gpu" and not has_gpu:
-        raise ValueError("grid: got gpu, wanted cpu or quick: torch sees no GPU on this machine")
+    if args.grid in _GPU_GRIDS and not has_gpu:
+        raise ValueError(f"grid: got {args.grid}, wanted cpu or quick: torch sees no GPU on this machine")
     if not 0 < args.seconds <= _MAX_SECONDS:
         raise ValueError(f"seconds: got {args.seconds}, wanted more than 0 and at most {_MAX_SECONDS}")
     if args.tune and (not has_gpu or args.grid in ("cpu", "quick")):
@@ -176,17 +179,20 @@ def compute_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows: What `measure_cell` returned.
     """
     keys = (*_CELL, "mode")
-    groups: dict[tuple[Any, ...], dict[str, float]] = {}
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if "ms" in row:
-            groups.setdefault(tuple(row[key] for key in keys), {})[row["implementation"]] = row["ms"]
+            groups.setdefault(tuple(row[key] for key in keys), {})[row["implementation"]] = row
     speedups = []
     for key, times in groups.items():
         own = times.pop("fused_moe", None)
         if own is None or not times:
             continue  # It failed, or nobody else ran: nothing to compare.
-        best = min(times, key=times.get)
-        speedups.append({**dict(zip(keys, key, strict=True)), "best_other": best, "speedup": times[best] / own})
+        best = min(times, key=lambda name: times[name]["ms"])
+        speedup = times[best]["ms"] / own["ms"]
+        errors = [row.get("ms_stderr", 0.0) / row["ms"] for row in (own, times[best])]
+        entry = {**dict(zip(keys, key, strict=True)), "best_other": best, "speedup": speedup}
+        speedups.append({**entry, "speedup_stderr": speedup * math.hypot(*errors)})
     return speedups
 
 

@@ -10,7 +10,8 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,23 @@ _FEWEST = 3
 _ALLOWANCES = 2
 
 
-def interleave(steps: dict[str, Callable[[Mark], object]], seconds: float, device: str) -> dict[str, list[float]]:
-    """Return, for each step, the median milliseconds of each of its parts, and of the whole as the last.
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one part of a step.
+
+    Attributes:
+        ms: The median.
+        stderr: Its standard error, from the spread of the rounds; 0 for one round.
+        num_rounds: How often it ran.
+    """
+
+    ms: float
+    stderr: float
+    num_rounds: int
+
+
+def interleave(steps: dict[str, Callable[[Mark], object]], seconds: float, device: str) -> dict[str, list[Timing]]:
+    """Return, for each step, the milliseconds of each of its parts, and of the whole as the last.
 
     Every round has an order of its own: in a fixed one, whoever follows the copies of ``batched_mm`` always meets a
     cold cache (0.87 instead of 0.95 of the best at one token in bf16). Who has taken twice the allowance is not asked
@@ -52,7 +68,14 @@ def interleave(steps: dict[str, Callable[[Mark], object]], seconds: float, devic
             break
         if all(map(is_done, steps)) and time.perf_counter() - begun > seconds:
             break
-    return {name: [statistics.median(part) for part in zip(*rows, strict=True)] for name, rows in samples.items()}
+    return {name: [_summarize(part) for part in zip(*rows, strict=True)] for name, rows in samples.items()}
+
+
+def _summarize(samples: Sequence[float]) -> Timing:
+    """Median and its standard error; of a normal distribution that is 1.2533 times the mean's."""
+    count = len(samples)
+    spread = statistics.stdev(samples) if count > 1 else 0.0
+    return Timing(statistics.median(samples), 1.2533 * spread / count**0.5, count)
 
 
 class OtherWork:

@@ -36,17 +36,19 @@ def combine(rows: Tensor, slot_row: Tensor, num_slots: int, topk_weights: Tensor
             slot_row,
             rows if topk_weights is None else topk_weights,
             output,
-            num_slots,
-            hidden,
-            **combine_constants(rows.dtype, topk_weights is not None, block),
+            **combine_constants(rows.dtype, num_slots, hidden, block, has_weights=topk_weights is not None),
             **LAUNCH,
         )
     return output
 
 
-def combine_constants(dtype: torch.dtype, has_weights: bool, block: int) -> dict[str, Any]:
+def combine_constants(
+    dtype: torch.dtype, num_slots: int, hidden: int, block: int, *, has_weights: bool
+) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
+        "SLOTS": num_slots,
+        "HIDDEN": hidden,
         "HAS_WEIGHTS": has_weights,
         "DTYPE": TRITON_DTYPES[dtype],
         "ACC": accumulator(dtype),
@@ -77,8 +79,8 @@ def combine_kernel(
     slot_row_ptr,
     weights_ptr,
     output_ptr,
-    SLOTS,
-    HIDDEN,
+    SLOTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,

@@ -2,7 +2,8 @@
 
 At such sizes time is the reading of the chosen experts' weights, once each. Two kernels read them in slot order, a
 third (`combine`) adds up. Surprising: no tensor cores; a 16-row tile would multiply 15 rows of zeros, while FMA on
-wide loads already waits for memory.
+wide loads already waits for memory. They serve training as well, so that a pass with gradients gives the same bits as
+one without; then the pre-activation is written in the order of the sorted rows.
 
 S slots, H hidden, I expert width, E experts.
 """
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek_kernels.gpu.combine import combine
+from deepseek_kernels.gpu.routing_metadata import RoutingMetadata
 from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, activate, narrow
 
 MAX_TOKENS = 4
@@ -28,8 +30,9 @@ def decode(
     topk_indices: Tensor,
     topk_weights: Tensor,
     activation: str,
-) -> Tensor:
-    """Return what `fused_moe` returns; forward only.
+    metadata: RoutingMetadata | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `fused_moe` returns, and the pre-activation [S, 2I] (empty unless `metadata` says where rows go).
 
     Args:
         hidden_states: [T, H], T at most `MAX_TOKENS` for it to be worth it.
@@ -38,36 +41,41 @@ def decode(
         topk_indices: [T, K].
         topk_weights: [T, K].
         activation: Canonical name.
+        metadata: The sorted order, where a backward pass will need it.
     """
     num_rows, num_slots = topk_indices.numel(), topk_indices.shape[1]
     num_experts, hidden, width = down_proj.shape
     activated = hidden_states.new_empty(num_rows, width)
+    preactivation = hidden_states.new_empty(num_rows if metadata else 0, 2 * width)
     rows = hidden_states.new_empty(num_rows, hidden)
     slot_row = torch.empty(num_rows, dtype=torch.int32, device=hidden_states.device)
-    constants = decode_constants(hidden_states.dtype)
+    constants = decode_constants(hidden_states.dtype, hidden, width)
     decode_gate_up_kernel[(num_rows, triton.cdiv(width, BLOCK_N))](
         hidden_states,
         gate_up_proj,
         topk_indices,
         activated,
         slot_row,
-        num_experts,
-        hidden,
-        width,
-        num_slots,
+        preactivation,
+        slot_row if metadata is None else metadata.slot_row,
+        num_experts=num_experts,
+        SLOTS=num_slots,
         ACTIVATION=activation,
+        KEEP=metadata is not None,
         **constants,
         **LAUNCH,
     )
     decode_down_kernel[(num_rows, triton.cdiv(hidden, BLOCK_N))](
-        activated, down_proj, slot_row, topk_indices, rows, hidden, width, **constants, **LAUNCH
+        activated, down_proj, slot_row, topk_indices, rows, **constants, **LAUNCH
     )
-    return combine(rows, slot_row, num_slots, topk_weights)
+    return combine(rows, slot_row, num_slots, topk_weights), preactivation
 
 
-def decode_constants(dtype: torch.dtype) -> dict[str, Any]:
+def decode_constants(dtype: torch.dtype, hidden: int, width: int) -> dict[str, Any]:
     """Both kernels' compile-time arguments, for launches and for compile-only checks."""
     return {
+        "HIDDEN": hidden,
+        "WIDTH": width,
         "DTYPE": TRITON_DTYPES[dtype],
         "ACC": accumulator(dtype),
         "BLOCK_N": BLOCK_N,
@@ -83,11 +91,14 @@ def decode_gate_up_kernel(
     ids_ptr,
     activated_ptr,
     slot_row_ptr,
-    num_experts,
-    HIDDEN,
-    WIDTH,
-    SLOTS,
+    preactivation_ptr,
+    sorted_row_ptr,
+    num_experts: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    KEEP: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -118,8 +129,15 @@ def decode_gate_up_kernel(
         x_ptrs += BLOCK_K
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
-    activated, _ = activate(tl.sum(gate, 1), ACTIVATION)
-    tl.store(activated_ptr + slot * WIDTH + columns, narrow(activated * tl.sum(up, 1), DTYPE), mask=columns < WIDTH)
+    is_column = columns < WIDTH
+    gate_h = narrow(tl.sum(gate, 1), DTYPE)
+    up_h = narrow(tl.sum(up, 1), DTYPE)
+    if KEEP:
+        h_ptrs = preactivation_ptr + tl.load(sorted_row_ptr + slot).to(tl.int64) * 2 * WIDTH + columns
+        tl.store(h_ptrs, gate_h, mask=is_column)
+        tl.store(h_ptrs + WIDTH, up_h, mask=is_column)
+    activated, _ = activate(gate_h.to(ACC), ACTIVATION)
+    tl.store(activated_ptr + slot * WIDTH + columns, narrow(activated * up_h.to(ACC), DTYPE), mask=is_column)
 
 
 @triton.jit
@@ -129,8 +147,8 @@ def decode_down_kernel(
     slot_row_ptr,
     ids_ptr,
     rows_ptr,
-    HIDDEN,
-    WIDTH,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,

@@ -24,6 +24,7 @@ from deepseek_kernels.activations import apply_activation
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
 from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, activate, multiply, narrow
+from deepseek_kernels.gpu.weight_blocks import load_block, load_rows, weight_operand
 
 
 def down_backward(
@@ -55,10 +56,11 @@ def down_backward(
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     partial = preactivation.new_empty(blocks, num_rows, dtype=wide)
     tiles = max_tiles(num_rows, num_experts, tile.block_m)
+    weights = weight_operand(down_proj, tile, tile.block_k, tile.block_n)
     if tiles:
         down_backward_kernel[(tiles * blocks,)](
             grad_output,
-            down_proj,
+            weights,
             preactivation,
             topk_weights,
             grad_h,
@@ -68,26 +70,46 @@ def down_backward(
             metadata.expert_start,
             metadata.tile_start,
             tiles,
-            num_experts,
-            hidden,
-            width,
-            topk_weights.shape[1],
             num_rows,
-            **down_backward_constants(grad_output.dtype, num_experts, activation, tile),
+            **down_backward_constants(
+                grad_output.dtype,
+                num_experts,
+                hidden,
+                width,
+                topk_weights.shape[1],
+                activation=activation,
+                tile=tile,
+                is_descriptor=weights is not down_proj,
+            ),
             **tile.launch_options,
             **LAUNCH,
         )
     return grad_h, scaled, partial.sum(0)
 
 
-def down_backward_constants(dtype: torch.dtype, num_experts: int, activation: str, tile: Tile) -> dict[str, Any]:
+def down_backward_constants(
+    dtype: torch.dtype,
+    num_experts: int,
+    hidden: int,
+    width: int,
+    num_slots: int,
+    *,
+    activation: str,
+    tile: Tile,
+    is_descriptor: bool = False,
+) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
+        "num_experts": num_experts,
+        "HIDDEN": hidden,
+        "WIDTH": width,
+        "SLOTS": num_slots,
         "EXPERTS": triton.next_power_of_2(num_experts),
         "ACTIVATION": activation,
+        "DESCRIPTOR": is_descriptor,
         "DTYPE": TRITON_DTYPES[dtype],
         "ACC": accumulator(dtype),
-        "PRECISION": matmul_precision(),
+        "PRECISION": matmul_precision(dtype),
         **tile.constants,
     }
 
@@ -121,7 +143,7 @@ def down_backward_reference(
     return grad_h, scaled.detach(), grad_s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles_bound", "num_rows"])
 def down_backward_kernel(
     grad_ptr,
     weight_ptr,
@@ -134,13 +156,14 @@ def down_backward_kernel(
     expert_start_ptr,
     tile_start_ptr,
     num_tiles_bound,
-    num_experts,
-    HIDDEN,
-    WIDTH,
-    SLOTS,
     num_rows,
+    num_experts: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -170,15 +193,22 @@ def down_backward_kernel(
     slots = tl.load(row_slot_ptr + rows, mask=is_row, other=0)
     tokens = (slots // SLOTS).to(tl.int64)
     grad_ptrs = grad_ptr + tokens[:, None] * HIDDEN + inner[None, :]
-    weight_ptrs = weight_ptr + expert * HIDDEN * WIDTH + inner[:, None].to(tl.int64) * WIDTH + columns[None, :]
     grad_a = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for k in range(0, HIDDEN, BLOCK_K):
-        is_inner = inner < HIDDEN - k
-        grad = tl.load(grad_ptrs, mask=is_row[:, None] & is_inner[None, :], other=0.0)
-        weight = tl.load(weight_ptrs, mask=is_inner[:, None] & is_column[None, :], other=0.0)
-        grad_a = multiply(grad, weight, grad_a, ACC, PRECISION)
-        grad_ptrs += BLOCK_K
-        weight_ptrs += BLOCK_K * WIDTH
+    if DESCRIPTOR:
+        for k in range(0, HIDDEN, BLOCK_K):
+            grad = load_rows(grad_ptrs, inner < HIDDEN - k, HIDDEN % BLOCK_K == 0)
+            weight = load_block(weight_ptr, expert, k, block_n * BLOCK_N, BLOCK_K, BLOCK_N)
+            grad_a = multiply(grad, weight, grad_a, ACC, PRECISION)
+            grad_ptrs += BLOCK_K
+    else:
+        weight_ptrs = weight_ptr + expert * HIDDEN * WIDTH + inner[:, None].to(tl.int64) * WIDTH + columns[None, :]
+        for k in range(0, HIDDEN, BLOCK_K):
+            is_inner = inner < HIDDEN - k
+            grad = tl.load(grad_ptrs, mask=is_row[:, None] & is_inner[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=is_inner[:, None] & is_column[None, :], other=0.0)
+            grad_a = multiply(grad, weight, grad_a, ACC, PRECISION)
+            grad_ptrs += BLOCK_K
+            weight_ptrs += BLOCK_K * WIDTH
 
     local = tl.arange(0, BLOCK_M)
     scale = tl.load(topk_weights_ptr + slots, mask=is_row, other=0.0).to(ACC)
@@ -252,7 +282,7 @@ def _store_columns(
     rows,
     num_rows,
     columns,
-    WIDTH,
+    WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,

@@ -45,13 +45,16 @@ def forward(
     """
     _check_sizes(topk_indices, gate_up_proj)
     num_slots = topk_indices.shape[1]
-    if hidden_states.shape[0] <= MAX_TOKENS and not keep_preactivation:
+    inputs = (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights)
+    is_small = hidden_states.shape[0] <= MAX_TOKENS
+    if is_small and not keep_preactivation:
         if hidden_states.shape[0] == 0:
             return hidden_states.clone(), hidden_states.new_empty(0, gate_up_proj.shape[1]), None
-        output = decode(hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, activation)
-        return output, hidden_states.new_empty(0, gate_up_proj.shape[1]), None
+        return *decode(*inputs, activation), None
     tiles = tiles_for(hidden_states, down_proj, topk_indices.numel())
     metadata = routing_metadata(topk_indices, gate_up_proj.shape[0], tiles.block_m)
+    if is_small and hidden_states.shape[0] > 0:
+        return *decode(*inputs, activation, metadata), metadata
     activated, preactivation = gate_up(
         hidden_states, gate_up_proj, metadata, num_slots, activation, keep_preactivation, tiles.gate_up
     )

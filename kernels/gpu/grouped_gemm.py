@@ -12,10 +12,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
 from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, multiply, narrow
+from deepseek_kernels.gpu.weight_blocks import load_block, weight_operand
 
 
 def grouped_gemm(rows: Tensor, weights: Tensor, metadata: RoutingMetadata, tile: Tile, *, transpose: bool) -> Tensor:
@@ -33,31 +35,52 @@ def grouped_gemm(rows: Tensor, weights: Tensor, metadata: RoutingMetadata, tile:
     output = rows.new_empty(num_rows, columns)
     tiles = max_tiles(num_rows, num_experts, tile.block_m)
     if tiles:
+        block = (tile.block_n, tile.block_k) if transpose else (tile.block_k, tile.block_n)
+        operands = [weight_operand(rows.unsqueeze(0), tile, tile.block_m, tile.block_k)]
+        operands.append(weight_operand(weights, tile, *block))
+        has_descriptors = all(isinstance(operand, TensorDescriptor) for operand in operands)
         grouped_gemm_kernel[(tiles * triton.cdiv(columns, tile.block_n),)](
-            rows,
-            weights,
+            *(operands if has_descriptors else (rows, weights)),
             output,
             metadata.expert_start,
             metadata.tile_start,
             tiles,
-            num_experts,
-            columns,
-            inner,
-            **grouped_gemm_constants(rows.dtype, num_experts, transpose, tile),
+            **grouped_gemm_constants(
+                rows.dtype,
+                num_experts,
+                columns,
+                inner,
+                transpose=transpose,
+                tile=tile,
+                has_descriptors=has_descriptors,
+            ),
             **tile.launch_options,
             **LAUNCH,
         )
     return output
 
 
-def grouped_gemm_constants(dtype: torch.dtype, num_experts: int, transpose: bool, tile: Tile) -> dict[str, Any]:
+def grouped_gemm_constants(
+    dtype: torch.dtype,
+    num_experts: int,
+    columns: int,
+    inner: int,
+    *,
+    transpose: bool,
+    tile: Tile,
+    has_descriptors: bool = False,
+) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
+        "num_experts": num_experts,
+        "COLUMNS": columns,
+        "INNER": inner,
         "EXPERTS": triton.next_power_of_2(num_experts),
         "TRANSPOSE": transpose,
+        "DESCRIPTORS": has_descriptors,
         "DTYPE": TRITON_DTYPES[dtype],
         "ACC": accumulator(dtype),
-        "PRECISION": matmul_precision(),
+        "PRECISION": matmul_precision(dtype),
         **tile.constants,
     }
 
@@ -75,7 +98,7 @@ def grouped_gemm_reference(rows: Tensor, weights: Tensor, row_expert: Tensor, *,
     return (rows.unsqueeze(1) @ matrices).squeeze(1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles_bound"])
 def grouped_gemm_kernel(
     rows_ptr,
     weight_ptr,
@@ -83,11 +106,12 @@ def grouped_gemm_kernel(
     expert_start_ptr,
     tile_start_ptr,
     num_tiles_bound,
-    num_experts,
-    COLUMNS,
-    INNER,
+    num_experts: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
     EXPERTS: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -114,19 +138,28 @@ def grouped_gemm_kernel(
     columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     is_row, is_column = rows < end, columns < COLUMNS
-    row_ptrs = rows_ptr + rows[:, None] * INNER + inner[None, :]
-    weight_ptrs = weight_ptr + expert * COLUMNS * INNER
-    if TRANSPOSE:
-        weight_ptrs += columns[None, :].to(tl.int64) * INNER + inner[:, None]
-    else:
-        weight_ptrs += inner[:, None].to(tl.int64) * COLUMNS + columns[None, :]
     output = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for k in range(0, INNER, BLOCK_K):
-        is_inner = inner < INNER - k
-        values = tl.load(row_ptrs, mask=is_row[:, None] & is_inner[None, :], other=0.0)
-        weight = tl.load(weight_ptrs, mask=is_inner[:, None] & is_column[None, :], other=0.0)
-        output = multiply(values, weight, output, ACC, PRECISION)
-        row_ptrs += BLOCK_K
-        weight_ptrs += BLOCK_K if TRANSPOSE else BLOCK_K * COLUMNS
+    if DESCRIPTORS:
+        for k in range(0, INNER, BLOCK_K):
+            values = load_block(rows_ptr, expert * 0, first.to(tl.int32), k, BLOCK_M, BLOCK_K)
+            if TRANSPOSE:
+                weight = load_block(weight_ptr, expert, block_n * BLOCK_N, k, BLOCK_N, BLOCK_K).T
+            else:
+                weight = load_block(weight_ptr, expert, k, block_n * BLOCK_N, BLOCK_K, BLOCK_N)
+            output = multiply(values, weight, output, ACC, PRECISION)
+    else:
+        row_ptrs = rows_ptr + rows[:, None] * INNER + inner[None, :]
+        weight_ptrs = weight_ptr + expert * COLUMNS * INNER
+        if TRANSPOSE:
+            weight_ptrs += columns[None, :].to(tl.int64) * INNER + inner[:, None]
+        else:
+            weight_ptrs += inner[:, None].to(tl.int64) * COLUMNS + columns[None, :]
+        for k in range(0, INNER, BLOCK_K):
+            is_inner = inner < INNER - k
+            values = tl.load(row_ptrs, mask=is_row[:, None] & is_inner[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=is_inner[:, None] & is_column[None, :], other=0.0)
+            output = multiply(values, weight, output, ACC, PRECISION)
+            row_ptrs += BLOCK_K
+            weight_ptrs += BLOCK_K if TRANSPOSE else BLOCK_K * COLUMNS
     output_ptrs = output_ptr + rows[:, None] * COLUMNS + columns[None, :]
     tl.store(output_ptrs, narrow(output, DTYPE), mask=is_row[:, None] & is_column[None, :])

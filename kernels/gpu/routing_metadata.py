@@ -22,7 +22,7 @@ from torch import Tensor
 from deepseek_kernels.gpu.triton_numerics import LAUNCH
 
 SLOT_BLOCK = 128
-_PREFIX_BLOCK = 1024
+PREFIX_BLOCK = 1024
 
 
 @dataclass
@@ -73,8 +73,7 @@ def routing_metadata(topk_indices: Tensor, num_experts: int, block_m: int) -> Ro
         integers(num_slots), integers(num_slots), integers(num_experts + 1), integers(num_experts + 1)
     )
     count_slots_kernel[(num_blocks,)](topk_indices, block_first, num_slots, num_experts, bins, SLOT_BLOCK, **LAUNCH)
-    prefix_block = min(_PREFIX_BLOCK, triton.next_power_of_2(num_blocks))
-    sum_blocks_kernel[(num_experts,)](block_first, totals, num_blocks, bins, prefix_block, **LAUNCH)
+    sum_blocks_kernel[(num_experts,)](block_first, totals, num_blocks, bins, PREFIX_BLOCK, **LAUNCH)
     sum_experts_kernel[(1,)](
         totals,
         metadata.expert_start,
@@ -140,15 +139,17 @@ def _load_ids(ids_ptr, slots, num_slots, num_experts):
     return tl.where((ids < 0) | (ids > num_experts), num_experts, ids).to(tl.int32)
 
 
-@triton.jit
-def count_slots_kernel(ids_ptr, counts_ptr, num_slots, num_experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_slots"])
+def count_slots_kernel(
+    ids_ptr, counts_ptr, num_slots, num_experts: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Write one block's number of slots per expert to ``counts[block, :]``."""
     block = tl.program_id(0).to(tl.int64)
     ids = _load_ids(ids_ptr, block * BLOCK + tl.arange(0, BLOCK), num_slots, num_experts)
     tl.store(counts_ptr + block * BINS + tl.arange(0, BINS), tl.histogram(ids, BINS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def sum_blocks_kernel(counts_ptr, totals_ptr, num_blocks, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """Turn one expert's counts per block into their exclusive prefix sum, in place, and write the total."""
     expert = tl.program_id(0)
@@ -164,7 +165,7 @@ def sum_blocks_kernel(counts_ptr, totals_ptr, num_blocks, BINS: tl.constexpr, BL
 
 @triton.jit
 def sum_experts_kernel(
-    totals_ptr, expert_start_ptr, tile_start_ptr, num_experts, BINS: tl.constexpr, BLOCK_M: tl.constexpr
+    totals_ptr, expert_start_ptr, tile_start_ptr, num_experts: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """Write each expert's first row and first tile, with the ends behind the last."""
     experts = tl.arange(0, BINS)
@@ -177,7 +178,9 @@ def sum_experts_kernel(
 
 
 @triton.jit
-def count_tiles_kernel(expert_start_ptr, tile_start_ptr, num_experts, BINS: tl.constexpr, BLOCK_M: tl.constexpr):
+def count_tiles_kernel(
+    expert_start_ptr, tile_start_ptr, num_experts: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """Write each expert's first tile, with the end behind the last, for experts whose first rows are known."""
     experts = tl.arange(0, BINS)
     is_expert = experts < num_experts
@@ -187,7 +190,7 @@ def count_tiles_kernel(expert_start_ptr, tile_start_ptr, num_experts, BINS: tl.c
     tl.store(tile_start_ptr + 1 + experts, tl.cumsum((end - first + BLOCK_M - 1) // BLOCK_M, 0), mask=is_expert)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def place_slots_kernel(
     ids_ptr,
     block_first_ptr,
@@ -195,7 +198,7 @@ def place_slots_kernel(
     row_slot_ptr,
     slot_row_ptr,
     num_slots,
-    num_experts,
+    num_experts: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ class Tile:
         num_warps: Warps a program.
         num_stages: Steps in flight.
         group_m: Row tiles walked before the next column block.
+        max_registers: Registers per thread that the compiler may use at most, so that two programs fit; 0
+            leaves it free.
+        uses_descriptor: Whether weights come by descriptor (``weight_blocks``); sm_90 and later.
     """
 
     block_m: int
@@ -46,6 +50,8 @@ class Tile:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    max_registers: int = 0
+    uses_descriptor: bool = False
 
     @property
     def constants(self) -> dict[str, int]:
@@ -55,7 +61,8 @@ class Tile:
     @property
     def launch_options(self) -> dict[str, int]:
         """What Triton takes at compile time."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**options, "maxnreg": self.max_registers} if self.max_registers else options
 
 
 @dataclass(frozen=True)
@@ -149,25 +156,34 @@ _CDNA_FEW_ROWS = Tiles(
     weight_gradient=Tile(64, 64, 32, 4, 2),
 )
 
-# (GPU, H, I, bucket) -> tiles; H = I = ANY stands for all sizes. GPUs by a part of torch's device name.
+# (family, H, I, bucket) -> tiles; H = I = ANY stands for all sizes.
 _BY_ROWS = {
-    "H200": (_FEW_ROWS, _HOPPER_SOME_ROWS, _HOPPER_MANY_ROWS),
-    "H100": (_FEW_ROWS, _HOPPER_SOME_ROWS, _HOPPER_MANY_ROWS),
-    "GH200": (_FEW_ROWS, _HOPPER_SOME_ROWS, _HOPPER_MANY_ROWS),
-    "B200": (_FEW_ROWS, _HOPPER_SOME_ROWS, _HOPPER_MANY_ROWS),
-    "A100": (_CDNA_FEW_ROWS, SAFE, _AMPERE_MANY_ROWS),
-    "MI300": (_CDNA_FEW_ROWS, SAFE, _CDNA_MANY_ROWS),
+    "sm_80": (_CDNA_FEW_ROWS, SAFE, _AMPERE_MANY_ROWS),
+    "sm_90": (_FEW_ROWS, _HOPPER_SOME_ROWS, _HOPPER_MANY_ROWS),
+    "sm_100": (_FEW_ROWS, _HOPPER_SOME_ROWS, _HOPPER_MANY_ROWS),
+    "gfx942": (_CDNA_FEW_ROWS, SAFE, _CDNA_MANY_ROWS),
 }
-SHIPPED = {(gpu, ANY, ANY, bucket): tiles for gpu, by_rows in _BY_ROWS.items() for bucket, tiles in enumerate(by_rows)}
-# What each GPU of the table compiles for: Triton backend, architecture, threads a warp.
+SHIPPED = {(family, ANY, ANY, row): tiles for family, by_rows in _BY_ROWS.items() for row, tiles in enumerate(by_rows)}
+# What each family of the table compiles for: Triton backend, architecture, threads a warp.
 TARGETS = {
-    "A100": ("cuda", 80, 32),
-    "H100": ("cuda", 90, 32),
-    "H200": ("cuda", 90, 32),
-    "GH200": ("cuda", 90, 32),
-    "B200": ("cuda", 100, 32),
-    "MI300": ("hip", "gfx942", 64),
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
 }
+# By major compute capability: shared memory a program may have at least, and the family whose tiles then fit. Not by
+# name: H20, H800 and B300 are of these families as well, and later cards will be.
+_FAMILIES = {
+    8: (101376, "sm_80"),
+    9: (232448, "sm_90"),
+    10: (232448, "sm_100"),
+    11: (101376, "sm_80"),
+    12: (101376, "sm_80"),
+}
+_AMD_FAMILIES = {"gfx942": "gfx942", "gfx950": "gfx942"}
+# Below, Triton orders no copy before a product that reads it asynchronously; on sm_100 results then change between
+# runs (https://github.com/pytorch/pytorch/issues/181248), on sm_90 they have not been seen to.
+_FENCED_TRITON = (3, 8)
 INTERPRETER = "interpreter"
 # Under the interpreter every step costs milliseconds, whatever its size: small tiles keep odd shapes interesting.
 INTERPRETED = Tiles(
@@ -200,7 +216,7 @@ def choose_tiles(device: torch.device, hidden: int, width: int, bucket: int, dty
         bucket: From `row_bucket`.
         dtype: Of the operands.
     """
-    tiles = _choose(device_name(device), hidden, width, bucket)
+    tiles = _choose(device_name(device), device_family(device), hidden, width, bucket)
     return tiles if device.type == "cpu" else tiles.for_dtype(dtype)
 
 
@@ -213,22 +229,56 @@ def device_name(device: torch.device) -> str:
     return INTERPRETER if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
+def device_family(device: torch.device) -> str | None:
+    """Return the family of `TARGETS` whose tiles this device runs, by what it can do; None if it is none of them.
+
+    Args:
+        device: Where the tensors are; a CPU is of no family.
+
+    Raises:
+        ValueError: The installed Triton compiles products for this device that can read memory too early.
+    """
+    return None if device.type == "cpu" else _family_of_gpu(device.index or 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _family_of_gpu(index: int) -> str | None:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return _AMD_FAMILIES.get(properties.gcnArchName.split(":")[0])
+    return find_family(properties.major, properties.shared_memory_per_block_optin, triton.__version__)
+
+
+def find_family(major: int, shared: int, triton_version: str) -> str | None:
+    """Return the family of an NVIDIA GPU.
+
+    Args:
+        major: First number of its compute capability.
+        shared: Bytes of shared memory that a program may have.
+        triton_version: As Triton spells it.
+
+    Raises:
+        ValueError: As in `device_family`.
+    """
+    version = tuple(int(part) for part in triton_version.split(".")[:2])
+    if major == 10 and version < _FENCED_TRITON:
+        needed = ".".join(map(str, _FENCED_TRITON))
+        raise ValueError(f"triton: got {triton_version}, expected {needed} or newer on compute capability {major}.x")
+    least, family = _FAMILIES.get(major, (0, None))
+    return family if shared >= least else None
+
+
 @functools.lru_cache(maxsize=1024)
-def _choose(device_name: str, hidden: int, width: int, bucket: int) -> Tiles:
+def _choose(device_name: str, family: str | None, hidden: int, width: int, bucket: int) -> Tiles:
     tuned = load_tuned().get((device_name, hidden, width, bucket))
     if tuned is not None:
         return tuned
     if device_name == INTERPRETER:
         return INTERPRETED
-    # The longest name that fits: "GH200" contains "H200".
-    gpu = max((name for name in _BY_ROWS if name in device_name), key=len, default=None)
-    if gpu is None:
+    if family is None:
         _log_unknown(device_name)
         return SAFE
-    for key in ((gpu, hidden, width, bucket), (gpu, ANY, ANY, bucket)):
-        if key in SHIPPED:
-            return SHIPPED[key]
-    raise AssertionError(f"no tiles for {gpu}, bucket {bucket}")
+    return SHIPPED.get((family, hidden, width, bucket), SHIPPED[family, ANY, ANY, bucket])
 
 
 @functools.lru_cache(maxsize=64)
@@ -267,6 +317,8 @@ def _read_tiles(entry: dict[str, Any]) -> Tiles:
     tiles = Tiles(**{name: Tile(**sizes) for name, sizes in entry.items()})
     for field in dataclasses.fields(tiles):
         tile = getattr(tiles, field.name)
+        if type(tile.uses_descriptor) is not bool:
+            raise ValueError(f"{field.name}.uses_descriptor: got {tile.uses_descriptor!r}, expected true or false")
         for name, low, high in (
             ("block_m", 16, 256),
             ("block_n", 16, 256),
@@ -274,9 +326,10 @@ def _read_tiles(entry: dict[str, Any]) -> Tiles:
             ("num_warps", 1, 16),
             ("num_stages", 1, 8),
             ("group_m", 1, 64),
+            ("max_registers", 0, 255),
         ):
             got = getattr(tile, name)
-            is_power = name == "num_stages" or (isinstance(got, int) and got & (got - 1) == 0)
+            is_power = name in ("num_stages", "max_registers") or (isinstance(got, int) and got & (got - 1) == 0)
             if type(got) is not int or not low <= got <= high or not is_power:
                 raise ValueError(f"{field.name}.{name}: got {got!r}, wanted {low} to {high}")
     heights = {getattr(tiles, name).block_m for name in ROW_KERNELS}
@@ -309,6 +362,13 @@ def save_tuned(device_name: str, hidden: int, width: int, bucket: int, tiles: Ti
     return path
 
 
-def matmul_precision() -> str:
-    """Return Triton's name for what torch lets fp32 products do: ``tf32`` or ``ieee``."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def matmul_precision(dtype: torch.dtype) -> str:
+    """Return Triton's name for what torch lets products of this dtype do: ``tf32`` or ``ieee``.
+
+    Surprising: torch has two interfaces for this, and raises where the older one is read after the newer one was
+    used (``TrainingArguments(tf32=True)`` uses it). The newer one knows what was set by either. Other dtypes than fp32
+    do not ask: their kernels must not be compiled again when the setting changes.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -41,23 +41,25 @@ def weight_gradient(
         gradient,
         metadata.row_slot,
         metadata.expert_start,
-        left.shape[1],
-        right.shape[1],
-        num_slots,
-        **weight_gradient_constants(left.dtype, gather, tile),
+        **weight_gradient_constants(left.dtype, left.shape[1], right.shape[1], num_slots, gather=gather, tile=tile),
         **tile.launch_options,
         **LAUNCH,
     )
     return gradient
 
 
-def weight_gradient_constants(dtype: torch.dtype, gather: str, tile: Tile) -> dict[str, Any]:
+def weight_gradient_constants(
+    dtype: torch.dtype, height: int, width: int, num_slots: int, *, gather: str, tile: Tile
+) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
+        "M": height,
+        "N": width,
+        "SLOTS": num_slots,
         "GATHER_LEFT": gather == "left",
         "DTYPE": TRITON_DTYPES[dtype],
         "ACC": accumulator(dtype),
-        "PRECISION": matmul_precision(),
+        "PRECISION": matmul_precision(dtype),
         **tile.constants,
     }
 
@@ -81,9 +83,9 @@ def weight_gradient_kernel(
     gradient_ptr,
     row_slot_ptr,
     expert_start_ptr,
-    M,
-    N,
-    SLOTS,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    SLOTS: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
@@ -105,16 +107,29 @@ def weight_gradient_kernel(
     start = tl.load(expert_start_ptr + expert).to(tl.int64)
     end = tl.load(expert_start_ptr + expert + 1).to(tl.int64)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for first in range(start, end, BLOCK_K):
+    # Columns outside the matrix are some other columns: what they give is not stored. Rows outside the expert are its
+    # last row, times zeros of the gathered operand, which alone is masked.
+    left_columns = tl.max_contiguous(tl.multiple_of(ms % M, 8), 8) if M % 8 == 0 else ms % M
+    right_columns = tl.max_contiguous(tl.multiple_of(ns % N, 8), 8) if N % 8 == 0 else ns % N
+    left_ptr += left_columns[:, None]
+    right_ptr += right_columns[None, :]
+    count = (end - start).to(tl.int32)
+    row_slot_ptr += start
+    if GATHER_LEFT:
+        right_ptr += start * N
+    else:
+        left_ptr += start * M
+    for first in range(0, count, BLOCK_K):
         rows = first + inner
-        is_row = rows < end
-        tokens = (tl.load(row_slot_ptr + rows, mask=is_row, other=0) // SLOTS).to(tl.int64)
-        left_rows = tokens if GATHER_LEFT else rows
-        right_rows = rows if GATHER_LEFT else tokens
-        left_ptrs = left_ptr + left_rows[None, :] * M + ms[:, None]
-        right_ptrs = right_ptr + right_rows[:, None] * N + ns[None, :]
-        left = tl.load(left_ptrs, mask=is_row[None, :] & is_m[:, None], other=0.0)
-        right = tl.load(right_ptrs, mask=is_row[:, None] & is_n[None, :], other=0.0)
+        is_row = rows < count
+        inside = tl.minimum(rows, count - 1)
+        tokens = tl.load(row_slot_ptr + inside) // SLOTS
+        if GATHER_LEFT:
+            left = tl.load(left_ptr + tokens.to(tl.int64)[None, :] * M, mask=is_row[None, :], other=0.0)
+            right = tl.load(right_ptr + inside.to(tl.int64)[:, None] * N)
+        else:
+            left = tl.load(left_ptr + inside.to(tl.int64)[None, :] * M)
+            right = tl.load(right_ptr + tokens.to(tl.int64)[:, None] * N, mask=is_row[:, None], other=0.0)
         total = multiply(left, right, total, ACC, PRECISION)
     gradient_ptrs = gradient_ptr + expert * M * N + ms[:, None].to(tl.int64) * N + ns[None, :]
     tl.store(gradient_ptrs, narrow(total, DTYPE), mask=is_m[:, None] & is_n[None, :])

@@ -2,6 +2,7 @@
 
 import torch
 
+from deepseek_kernels.expert_loop import TILE_TOLERANCE, expert_loop, largest_tile_error
 from deepseek_kernels.fused_moe import fused_moe_reference
 
 # Relative RMS per tensor. bf16 rounds h, a, y and the result, each by 1.6e-3 of its size; the gradients pass through
@@ -77,3 +78,21 @@ def assert_close(name, got, wanted, dtype, slack=1):
     assert error <= bound * size, f"{name}: relative RMS {error / max(size, 1e-300):.2e}"
     largest, top = (got - wanted).abs().max().item(), wanted.abs().max().item()
     assert largest <= 4 * bound * top, f"{name}: largest error {largest / max(top, 1e-300):.2e} of largest"
+
+
+def tile_errors(function, case, activation="silu"):
+    """The largest error of a 128 x 128 tile of output and gradients, by name, against the loop in float64."""
+    x, gate_up, down, ids, weights = case
+    output = function(*case, activation=activation)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+    output.backward(grad)
+    operands = [t.detach() for t in (x, gate_up, down, ids, weights)]
+    wanted = expert_loop(*operands, activation=activation, grad_output=grad, dtype=torch.float64)
+    got = [output.detach(), *(case[i].grad for i in (0, 1, 2, 4))]
+    return {name: largest_tile_error(*pair) for name, *pair in zip(NAMES, got, wanted, strict=True)}
+
+
+def assert_tiles_equal_reference(function, case, dtype, activation="silu"):
+    """Every tile of output and gradients is right."""
+    errors = tile_errors(function, case, activation)
+    assert all(error <= TILE_TOLERANCE[dtype] for error in errors.values()), errors

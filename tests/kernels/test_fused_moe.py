@@ -152,6 +152,18 @@ def test_autocast():
     assert torch.equal(output, fused_moe(*halves, case[3], case[4]))
 
 
+def test_autocast_keeps_no_copy_of_the_weights():
+    case = make_case(torch.float32, T=5, H=17, I=5)
+    kept, given = [], {case[i].data_ptr() for i in (1, 2, 4)}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        fused_moe(*case)
+    copies = [t.shape for t in kept if t.is_floating_point() and t.data_ptr() not in given and t.dim() == 3]
+    assert copies == []
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing(use_reentrant):
     def recomputed(*t, activation):

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent
-FILES = ["gpu/test_triton_kernels.py", "gpu/test_triton_layer.py", "gpu/test_tune.py"]
+FILES = [
+    "gpu/test_triton_kernels.py",
+    "gpu/test_triton_layer.py",
+    "gpu/test_tune.py",
+    "gpu/test_production_tiles.py",
+    "gpu/test_planted_faults.py",
+]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 
 
@@ -29,7 +35,7 @@ def test_kernels_in_the_interpreter(name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(6000)
-@pytest.mark.parametrize("name", FILES[1:2])
+@pytest.mark.parametrize("name", [FILES[1], *FILES[3:]])
 def test_slow_kernels_in_the_interpreter(name):
     run(name, "-m", "slow", "--timeout", "600")
 

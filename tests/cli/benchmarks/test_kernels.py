@@ -24,7 +24,7 @@ def test_quick_grid_measures_prints_and_saves(tmp_path, capsys):
     assert "geometric mean of fused_moe" in printed and "grouped_mm" in printed
     saved = json.loads((tmp_path / "run" / "results.json").read_text())
     measured = {row["implementation"] for row in saved["rows"] if "ms" in row}
-    assert {"fused_moe", "eager", "grouped_mm", "batched_mm"} <= measured
+    assert {"fused_moe", "eager", "grouped_mm", "batched_mm", "torch_grouped_mm"} <= measured
     kept = {
         row["implementation"]: row["kept_bytes_per_token"]
         for row in saved["rows"]
@@ -49,7 +49,9 @@ def test_speedup_is_over_the_best_other():
     rows = [{**row, "implementation": name, "ms": ms} for name, ms in times.items()]
     rows.append({**row, "implementation": "sonicmoe", "skipped": "no GPU"})
     (entry,) = kernel_table.compute_speedups(rows)
-    assert entry["best_other"] == "grouped_mm" and entry["speedup"] == 1.5
+    assert entry["best_other"] == "grouped_mm" and entry["speedup"] == 1.5 and entry["speedup_stderr"] == 0
+    (entry,) = kernel_table.compute_speedups([{**row, "ms_stderr": 0.03 * row["ms"]} for row in rows if "ms" in row])
+    assert entry["speedup_stderr"] == pytest.approx(1.5 * 0.03 * 2**0.5)
     assert kernel_table.compute_speedups(rows[:1]) == [] and kernel_table.compute_speedups(rows[1:]) == []
 
 

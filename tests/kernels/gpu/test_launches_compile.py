@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -57,7 +58,7 @@ class AbsentGpu:
         return self.target
 
 
-@pytest.fixture(params=["A100", "H200", "B200", "MI300"])
+@pytest.fixture(params=["sm_80", "sm_90", "sm_100", "gfx942"])
 def launches(request, monkeypatch):
     """Compile every launch for this GPU; the list of (kernel's name, what came of it)."""
     if JITFunction is not type(router.router_kernel):
@@ -84,6 +85,51 @@ def launches(request, monkeypatch):
     assert made
     for name, metadata in made:
         assert metadata.shared <= compile_check.SHARED_LIMIT[target[1]], (name, metadata)
+
+
+@pytest.fixture
+def compiled_names(monkeypatch):
+    """Whatever Triton would compile for an H100, counted instead: a list of kernels' names, one per compilation."""
+    if JITFunction is not type(router.router_kernel):
+        pytest.skip("the kernels are interpreted")
+    made, seen, original = [], set(), JITFunction.run
+
+    def count(key, repr, fn, compile, is_manual_warmup, already_compiled):
+        if (fn.name, key) not in seen:
+            seen.add((fn.name, key))
+            made.append(fn.name)
+        return True  # Nothing is compiled.
+
+    def compile_only(self, *arguments, grid, warmup, **settings):
+        return original(self, *arguments, grid=grid, warmup=True, **settings)
+
+    def choose(device, hidden, width, bucket, dtype):
+        return tiles.SHIPPED["sm_90", tiles.ANY, tiles.ANY, bucket].for_dtype(dtype)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(fused_moe_gpu, "choose_tiles", choose)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", count)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: zeros(*a, **k))
+    driver.set_active(AbsentGpu(tiles.TARGETS["sm_90"]))
+    yield made
+    driver._active = None
+
+
+def test_two_hundred_lengths_of_a_batch_compile_fifteen_kernels(compiled_names):
+    """A kernel for each number of tokens would stop a training for seconds, time and again, on every rank."""
+    lengths = torch.randint(1000, 8192, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    for T in lengths:
+        run_layer((T, 2, 8, 16, 16), torch.bfloat16)
+    assert len(compiled_names) <= 15, sorted(compiled_names)
+
+
+def test_decoding_any_number_of_tokens_compiles_few_kernels(compiled_names):
+    for T in range(1, 65):
+        x, gate_up, down = (torch.zeros(n, dtype=torch.bfloat16) for n in ((T, 16), (8, 32, 16), (8, 16, 16)))
+        ids, weights = torch.zeros(T, 2, dtype=torch.int64), torch.zeros(T, 2)
+        fused_moe_gpu.forward(x, gate_up, down, ids, weights, "silu", False)
+    assert len(compiled_names) <= 10, sorted(compiled_names)
 
 
 def run_layer(shape, dtype, index_dtype=torch.int64, activation="silu"):

@@ -79,6 +79,27 @@ def test_repeat_runs_are_bit_equal():
         assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("T", [1, 4, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_forward_pass_is_the_same_with_gradients_and_without(dtype, T):
+    """PPO's old log-probabilities come from the one, the update's from the other; their first ratio has to be 1."""
+    case = case_of(dtype, T=T, H=24, I=20)
+    with torch.no_grad():
+        alone = fused_moe(*case)
+    assert torch.equal(fused_moe(*case).detach(), alone)
+
+
+def test_a_call_after_tf32_was_set_by_the_newer_interface():
+    """torch raises where its older interface is read then; ``TrainingArguments(tf32=True)`` sets the newer one."""
+    try:
+        torch.backends.fp32_precision = "tf32"
+        for dtype in (torch.bfloat16, torch.float64):
+            case = case_of(dtype, T=7, H=19, I=17)
+            assert_equals_reference(gradients(fused_moe, case), case, dtype)
+    finally:
+        torch.backends.fp32_precision = "none"
+
+
 def test_a_preactivation_is_not_written_where_no_backward_follows():
     case = [t.detach() for t in case_of(torch.float32, T=7, H=17, I=9)]
     output, preactivation, _ = fused_moe_gpu.forward(*case, "silu", False)
@@ -149,6 +170,18 @@ def test_autocast():
     assert all(case[i].grad.dtype == torch.float32 and case[i].grad.abs().sum() > 0 for i in (0, 1, 2, 4))
     halves = [t.detach().bfloat16().requires_grad_() for t in case[:3]]
     assert torch.equal(output, fused_moe(*halves, *case[3:]))
+
+
+def test_autocast_keeps_no_copy_of_the_weights():
+    case = case_of(torch.float32, T=5, H=17, I=5)
+    kept, given = [], {case[i].data_ptr() for i in (1, 2, 4)}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        torch.autocast(DEVICE, dtype=torch.bfloat16),
+    ):
+        fused_moe(*case)
+    copies = [t.shape for t in kept if t.is_floating_point() and t.data_ptr() not in given and t.dim() == 3]
+    assert copies == []
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
