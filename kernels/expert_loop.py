@@ -73,33 +73,33 @@ def expert_loop(
     return results
 
 
-def largest_tile_error(got: Tensor, wanted: Tensor) -> float:
+def largest_tile_error(got: Tensor, expected: Tensor) -> float:
     """Return the largest error of a 128 x 128 block of the last two dimensions, relative to the block's norm.
 
     A block much smaller than its matrix elsewhere, or of a handful of elements, is held against the matrix's mean
-    size, for cancellation leaves little of it. Where zeros are wanted anything else is infinite, and so is NaN
-    everywhere.
+    size, where the sum of its products may be near zero. Where zeros are expected anything else is infinite, and
+    so is NaN everywhere.
 
     Args:
         got: Any shape; a vector counts as a column.
-        wanted: The same shape, on the same device.
+        expected: The same shape, on the same device.
     """
-    if got.shape != wanted.shape:
-        raise ValueError(f"got: shape {tuple(got.shape)}, expected {tuple(wanted.shape)}")
-    if wanted.numel() == 0:
+    if got.shape != expected.shape:
+        raise ValueError(f"got: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+    if expected.numel() == 0:
         return 0.0
-    wide = torch.float64 if torch.float64 in (got.dtype, wanted.dtype) else torch.float32
-    columns = wanted.shape[-1] if wanted.dim() > 1 else 1
-    rows = wanted.shape[-2] if wanted.dim() > 1 else wanted.numel()
-    matrices = zip(got.reshape(-1, rows, columns), wanted.reshape(-1, rows, columns), strict=True)
+    wide = torch.float64 if torch.float64 in (got.dtype, expected.dtype) else torch.float32
+    columns = expected.shape[-1] if expected.dim() > 1 else 1
+    rows = expected.shape[-2] if expected.dim() > 1 else expected.numel()
+    matrices = zip(got.reshape(-1, rows, columns), expected.reshape(-1, rows, columns), strict=True)
     return float(torch.stack([_matrix_error(one.to(wide), other.to(wide)) for one, other in matrices]).max())
 
 
-def _matrix_error(got: Tensor, wanted: Tensor) -> Tensor:
+def _matrix_error(got: Tensor, expected: Tensor) -> Tensor:
     """The largest error of a block of one matrix."""
-    errors, sizes = _block_sums((got - wanted).square()), _block_sums(wanted.square())
-    counts = _block_sums(torch.ones_like(wanted))
-    typical = counts * sizes.sum() / wanted.numel()
+    errors, sizes = _block_sums((got - expected).square()), _block_sums(expected.square())
+    counts = _block_sums(torch.ones_like(expected))
+    typical = counts * sizes.sum() / expected.numel()
     smallest = torch.where(counts < _FEW_ELEMENTS, typical, typical * _SMALLEST_SHARE**2)
     ratios = torch.where(errors == 0, errors, errors / torch.maximum(sizes, smallest))
     return torch.nan_to_num(ratios, nan=math.inf, posinf=math.inf).max().sqrt()

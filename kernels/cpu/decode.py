@@ -7,7 +7,7 @@ Surprising: two or more experts are multiplied as one batch where that pays, sho
 their own rows. In a batch each thread streams an expert of its own, where single products split every small matrix
 over all threads or do not split it at all. fp32 takes any two experts, by a stride that leads from the one to the
 other, and weights times rows instead of rows times weights: 1.0 against 3.3 ms of ``grouped_mm`` for eight matrices
-of 1024 x 1024 at two rows each. bf16 takes neighbours only, for other strides leave oneDNN: 1.2 against 1.3 ms (best
+of 1024 x 1024 at two rows each. bf16 takes neighbors only, for other strides leave oneDNN: 1.2 against 1.3 ms (best
 of many on two cores of AMD EPYC 9004, torch 2.13, 2026-11).
 
 T tokens, K slots a token, S = T*K slots, R rows with padding, H hidden, I expert width, E experts.

@@ -25,7 +25,7 @@ _lock = threading.RLock()
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised CPU tensor, from the pool where it is large.
+    """Return an uninitialized CPU tensor, from the pool where it is large.
 
     Args:
         shape: Sizes.

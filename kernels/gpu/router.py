@@ -1,4 +1,4 @@
-"""The router after its logits: scores, bias, groups, top-k, normalisation and the number of experts, in one kernel.
+"""The router after its logits: scores, bias, groups, top-k, normalization and the number of experts, in one kernel.
 
 `fused_router` computes what DeepSeek-V3's router does and what ``modeling_deepseek.routing`` adds to it (softmax
 scores, a varying number of experts a token). As torch operators that is some twenty launches on [T, E] tensors a few
@@ -41,7 +41,7 @@ def fused_router(
 
     ``s = sigmoid(logits)`` or ``softmax(logits)``; the K best of ``s + bias`` within the best groups, a group's worth
     being its two best; then slot k, best first, is used while the share of slots k, k+1, ... exceeds `unused_share`;
-    weights are the used s, normalised to sum 1 if asked, times `scale`.
+    weights are the used s, normalized to sum 1 if asked, times `scale`.
 
     Args:
         router_logits: [T, E] float32 (float64 for checks), contiguous.
@@ -54,7 +54,7 @@ def fused_router(
         scale: Factor on the weights.
         min_k: At least this many slots are used; None for all of them.
         unused_share: 1 - p as a tensor of one element on the device of the logits, so that a controller can steer it
-            without a synchronisation; needed with `min_k`.
+            without a synchronization; needed with `min_k`.
 
     Returns:
         ``topk_indices`` [T, K] int64, E at unused slots, and ``topk_weights`` [T, K], 0 there.
@@ -103,7 +103,7 @@ def fused_router_reference(
         num_groups: Groups of experts.
         topk_groups: Open groups.
         scoring: ``sigmoid`` or ``softmax``.
-        normalize: Whether weights are normalised.
+        normalize: Whether weights are normalized.
         scale: Factor on the weights.
     """
     num_tokens, num_experts = router_logits.shape

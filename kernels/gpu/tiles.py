@@ -99,7 +99,7 @@ def _cut(name: str, tile: Tile, itemsize: int) -> Tile:
     is_double = name == "gate_up"
     return dataclasses.replace(
         tile,
-        block_n=min(tile.block_n, (256 if is_double and itemsize == 8 else 512) // itemsize),
+        block_n=min(tile.block_n, (256 if is_double else 512) // itemsize),
         block_k=max(16, tile.block_k * 2 // itemsize),
         num_warps=8 if is_double and tile.block_m >= 64 else tile.num_warps,
     )

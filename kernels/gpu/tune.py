@@ -29,7 +29,7 @@ from deepseek_kernels.gpu.weight_gradient import weight_gradient
 
 logger = logging.getLogger(__name__)
 
-# The shipped sizes and their neighbours; all compile without spills for sm_90, which a slow test repeats.
+# The shipped sizes and their neighbors; all compile without spills for sm_90, which a slow test repeats.
 CANDIDATES = {
     "gate_up": (
         *(Tile(16, n, k, 4, s) for n, k, s in ((64, 128, 3), (64, 64, 4), (32, 128, 4))),

@@ -95,7 +95,7 @@ def weight_gradient_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One `BLOCK_M` x `BLOCK_N` tile of one expert's matrix; all tiles of an expert are neighbours in the grid."""
+    """One `BLOCK_M` x `BLOCK_N` tile of one expert's matrix; all tiles of an expert are neighbors in the grid."""
     expert = tl.program_id(1).to(tl.int64)
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
