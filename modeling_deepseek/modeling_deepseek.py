@@ -173,6 +173,16 @@ class DeepseekPreTrainedModel(DeepseekV3PreTrainedModel):
             super()._init_weights(module)
 
 
+def padding_row(config: DeepseekConfig) -> int | None:
+    """Return the row of the embedding that stays 0 and untrained; None where padding is written as the end or begin.
+
+    Args:
+        config: The configuration.
+    """
+    end = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return None if config.pad_token_id in (*end, config.bos_token_id) else config.pad_token_id
+
+
 class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
     """The decoder without a head.
 
@@ -190,7 +200,7 @@ class DeepseekModel(DeepseekPreTrainedModel, DeepseekV3Model):
     def __init__(self, config: DeepseekConfig, get_head: Callable[[], nn.Module] | None = None) -> None:
         config.check()
         PreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
+        self.padding_idx = padding_row(config)
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         # Multi-token prediction layers follow the last one, as in the released checkpoints.

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PreTrainedTokenizerBase
 
@@ -38,6 +39,19 @@ def hash_rows(rows: Iterable[Any]) -> str:
         rows: Anything `json` takes.
     """
     return hash_texts(json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")) for row in rows)
+
+
+def hash_array(array: "np.ndarray") -> str:
+    """Return the SHA-256 of an array's shape, type and bytes.
+
+    Args:
+        array: Any; it is not copied where its rows lie one behind the other.
+    """
+    import numpy as np
+
+    digest = hashlib.sha256(f"{array.dtype} {array.shape}\n".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def hash_model(model: "torch.nn.Module") -> str:

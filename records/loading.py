@@ -10,13 +10,27 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-import modeling_deepseek  # noqa: F401  (registers our model type with the Auto classes)
 from deepseek_records.json_files import read_object
+from modeling_deepseek import DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel
 from modeling_deepseek.checkpoint_check import check_index
 
 _CONFIG_FILES = ("config.json", "adapter_config.json")
+# The classes that load DeepSeek-V3's own checkpoints in the Auto classes' place.
+_OWN_CLASSES: dict[type, type] = {
+    AutoModel: DeepseekModel,
+    AutoModelForCausalLM: DeepseekForCausalLM,
+    AutoModelForSequenceClassification: DeepseekForSequenceClassification,
+}
 # Of every kind of tokenizer in transformers at least one.
 _TOKENIZER_FILES = ("tokeniz*", "*.tokenizer", "*.model", "*vocab*", "*.bpe", "*.tiktoken", "*tekken*")
 
@@ -46,6 +60,7 @@ def load_model(
         return merge_adapter(source, auto_class=auto_class, trust_remote_code=trust_remote_code, **options)
     _check_json("model", source, ("config.json",))
     check_index(source)
+    auto_class = _choose_class(auto_class, source)
     model, found = _load(
         auto_class, "model", source, trust_remote_code=trust_remote_code, output_loading_info=True, **options
     )
@@ -53,6 +68,7 @@ def load_model(
     missing = sorted(key for key in found["missing_keys"] if not key.startswith("score."))
     if missing:
         raise ValueError(f"model: {source} lacks {len(missing)} of the model's tensors, among them {missing[0]}")
+    _train_every_token(model)
     return model
 
 
@@ -164,6 +180,30 @@ def resolve_checkpoint(name_or_path: str | Path, *, marks: tuple[str, ...] = _CO
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise FileNotFoundError(f"model: {name!r} does not exist; wanted a checkpoint folder or a Hub id")
     return name
+
+
+def _choose_class(auto_class: type, source: str) -> type:
+    """Our class for DeepSeek-V3's own checkpoints: it keeps prediction layers, reads FP8 right, checks the files."""
+    own = _OWN_CLASSES.get(auto_class)
+    if own is None:
+        return auto_class
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError):  # the load that follows says in one line why
+        return auto_class
+    return own if settings.get("model_type") == "deepseek_v3" else auto_class
+
+
+def _train_every_token(model: PreTrainedModel) -> None:
+    """Where padding is written as the end or begin token, let that token's embedding be trained.
+
+    torch gives the padding's row no gradient. Our own models see to it by themselves.
+    """
+    embedding, config = model.get_input_embeddings(), model.config.get_text_config()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    padding = getattr(embedding, "padding_idx", None)
+    if padding is not None and padding in (*ends, config.bos_token_id):
+        embedding.padding_idx = None
 
 
 def _check_json(what: str, source: str, names: tuple[str, ...]) -> None:

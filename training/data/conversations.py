@@ -82,8 +82,10 @@ def read_template(recipe: SftRecipe | DpoRecipe, tokenizer: Any) -> str:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: Neither the recipe nor the tokenizer has one.
+        ValueError: Neither the recipe nor the tokenizer has one, or the tokenizer has no end token.
     """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: got one without end token, expected one; no answer could end")
     if recipe.chat_template is not None:
         if not Path(recipe.chat_template).is_file():
             raise FileNotFoundError(f"chat_template: no file {recipe.chat_template}")

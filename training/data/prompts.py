@@ -57,6 +57,15 @@ def prompt_texts(prompts: datasets.Dataset) -> list[str]:
     return [text_of(prompt) for prompt in prompts["prompt"]]
 
 
+def check_enough(recipe: AlignRecipe, prompts: datasets.Dataset, num_processes: int) -> None:
+    """Raise a one-line ValueError unless there are prompts for a batch in each process."""
+    if len(prompts) < recipe.batch_size * num_processes:
+        raise ValueError(
+            f"batch_size={recipe.batch_size}: {recipe.prompts} has only {len(prompts)} prompts to train on, "
+            f"for {num_processes} process(es)"
+        )
+
+
 def encode_prompt(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
     """Return a prompt's token ids, put as the template says; None takes the tokenizer's chat template.
 

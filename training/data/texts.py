@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepseek_records.summary import DataUse
+from deepseek_training.data.folders import data_files, suffix_of
 
 UsedFor = Literal["training", "evaluation"]
 DATA_FOLDER = Path(__file__).parent
@@ -105,8 +106,8 @@ def load_texts(
 
     Args:
         name_or_path: ``books``, ``medicine`` or ``dialogues``; a .txt, .md, .jsonl or .parquet file (also .gz); a
-            folder of such files; a directory written by ``datasets``' ``save_to_disk``; or a Hub id (``owner/name``
-            or ``owner/name:configuration``).
+            folder of such files, with splits in their names as on the Hub; a directory written by ``datasets``'
+            ``save_to_disk``; or a Hub id (``owner/name`` or ``owner/name:configuration``).
         split: ``train``, ``validation`` or ``all``. Rows with a ``split`` column keep theirs; otherwise one document
             in ten is validation, chosen by a hash of its text.
         column: The column with the text; by default ``text``, or ``prompt`` where there is no ``text`` and for
@@ -251,14 +252,8 @@ def _read_path(path: Path, split: str) -> Iterator[dict[str, Any]]:
         return _read_file(path)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return _read_saved(path, split)
-    files = sorted(file for file in path.rglob("*") if _suffix(file) in _TEXT_SUFFIXES | _TABLE_SUFFIXES)
-    if not files:
-        raise ValueError(f"data: folder {path} holds no .txt, .md, .jsonl or .parquet file")
-    return (row for file in files for row in _read_file(file))
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
+    files = data_files(path, _TEXT_SUFFIXES | _TABLE_SUFFIXES)
+    return (row if part is None else {**row, "split": part} for file, part in files for row in _read_file(file))
 
 
 def _read_file(path: Path) -> Iterator[dict[str, Any]]:
@@ -266,11 +261,11 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
         raise FileNotFoundError(f"data: no file {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"data: {path} is empty")
-    if _suffix(path) == ".parquet":
+    if suffix_of(path) == ".parquet":
         yield from _read_parquet(path)
-    elif _suffix(path) in (".jsonl", ".ndjson"):
+    elif suffix_of(path) in (".jsonl", ".ndjson"):
         yield from _read_jsonl(path)
-    elif _suffix(path) in (".csv", ".tsv", ".json"):  # whoever has one means its rows, not its commas and brackets
+    elif suffix_of(path) in (".csv", ".tsv", ".json"):  # whoever has one means its rows, not its commas and brackets
         raise ValueError(f"data: {path} is no plain text; write its rows as .jsonl, an object a line, or as .parquet")
     else:
         for passage in _cut_passages(_read_text(path)):
@@ -366,7 +361,7 @@ def _rows_of(data: Any, split: str) -> Iterator[dict[str, Any]]:
 
 def _read_hub(name: str, split: str) -> Iterator[dict[str, Any]]:
     known = ", ".join(EMBEDDED)
-    if not _HUB_ID.match(name) or _suffix(Path(name)) in _TEXT_SUFFIXES | _TABLE_SUFFIXES:
+    if not _HUB_ID.match(name) or suffix_of(Path(name)) in _TEXT_SUFFIXES | _TABLE_SUFFIXES:
         raise FileNotFoundError(f"data: no file or folder {name} (embedded names: {known})")
     import datasets
 

@@ -139,6 +139,9 @@ def build_trainer(
         callbacks: Further ones.
         parts: Models, data and reward, under `CorrectedPPOTrainer`'s names.
     """
+    tokenizer = parts["processing_class"]
+    if tokenizer.pad_token_id is None:  # GPT-2's and Llama's; PPO tells padding from text by an id of its own
+        tokenizer.pad_token = tokenizer.eos_token
     lora = {"r": recipe.lora_rank, "lora_alpha": 2 * recipe.lora_rank, "target_modules": "all-linear"}
     trainer = CorrectedPPOTrainer(
         args=args,

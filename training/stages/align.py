@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deepseek_records.loading import load_tokenizer
 from deepseek_records.summary import Summary
-from deepseek_training.data.prompts import load_prompts, prompt_texts
+from deepseek_training.data.prompts import check_enough, load_prompts, prompt_texts
 from deepseek_training.data.texts import describe_data
 from deepseek_training.launch.plan import announce
 from deepseek_training.launch.plan_alignment import plan_alignment
@@ -26,6 +26,7 @@ from deepseek_training.ppo.outcome import (
 )
 from deepseek_training.ppo.reward_bar import RewardBar
 from deepseek_training.recipes.align import AlignRecipe
+from deepseek_training.trainer.inputs_held import hold_inputs
 from deepseek_training.trainer.interruption import leaving_a_checkpoint, train_until_stopped
 from deepseek_training.trainer.run_start import open_run
 
@@ -54,11 +55,7 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
     validation = load_prompts(recipe, tokenizer, "validation")
     held_out = validation.select(range(min(recipe.num_eval_prompts, len(validation))))
     args = ppo_config(recipe, Path(output))
-    if len(train) < recipe.batch_size * args.world_size:
-        raise ValueError(
-            f"batch_size={recipe.batch_size}: {recipe.prompts} has only {len(train)} prompts to train on, "
-            f"for {args.world_size} process(es)"
-        )
+    check_enough(recipe, train, args.world_size)
     policy, value_model = load_models(recipe, is_dry=is_dry)  # a bad path leaves no run folder behind
     run = open_run(recipe, output, args, command="align", overwrite=overwrite, is_dry=is_dry)
     plan = plan_alignment(recipe, args, policy, value_model, tokenizer, train, held_out, reward)
@@ -68,6 +65,7 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
     models = {"model": policy, "value_model": value_model, "processing_class": tokenizer, "reward": reward}
     bar = RewardBar("align")
     trainer = build_trainer(recipe, args, run, bar, train_dataset=train, eval_dataset=held_out, **models)
+    hold_inputs(run, args, data=train, held_out=held_out, model=policy)
     with leaving_a_checkpoint(trainer, run):
         before = evaluate_once(trainer, run)
         with contextlib.closing(bar):

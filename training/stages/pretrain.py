@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from deepseek_records.summary import Check, Summary
-from deepseek_training.data.packing import PackedDataset, encode_documents
+from deepseek_training.data.packing import PackedDataset, encode_documents, with_start
 from deepseek_training.data.texts import Corpus, data_name, describe_corpora
 from deepseek_training.data.tokenizer import tokenizer_for
 from deepseek_training.launch.plan import announce, plan_training
@@ -62,7 +62,7 @@ def pretrain(
         run_training(trainer, run)
         measured = measure_sets([held_out], trainer.model_wrapped, recipe)
         trainer.save_result(run, tokenizer)
-        bigram = held_out.measure_bigram(BigramModel(documents, len(tokenizer)), recipe)
+        bigram = held_out.measure_bigram(BigramModel(with_start(documents, tokenizer), len(tokenizer)), recipe)
         value, what = measured[held_out.name].value, "bits per byte below the interpolated bigram's"
         about = {"metric": "bits_per_byte", "dataset": held_out.name}
         summary = Summary(

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from deepseek_training.data.packing import cut_to_share, encode_documents
+from deepseek_training.data.packing import cut_to_share, encode_documents, with_start
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.trainer.bigram import BigramModel
 from deepseek_training.trainer.bits_per_byte import BitsPerByte, measure_bigram, measure_model
@@ -16,6 +16,10 @@ class HeldOutSet(Protocol):
     """A held-out set that a stage can score."""
 
     name: str
+
+    @property
+    def rows(self) -> Sequence[Any]:
+        """What it consists of, as JSON takes it."""
 
     def measure(self, model: Any, recipe: TrainerSettings) -> BitsPerByte:
         """Return the model's bits per byte on this set."""
@@ -41,7 +45,13 @@ class HeldOut:
     def prepare(cls, name: str, texts: Sequence[str], tokenizer: Any, max_bytes: int | None) -> "HeldOut":
         """Return the set, shortened to `max_bytes` and encoded."""
         texts = cut_to_share(texts, max_bytes)
-        return cls(name, texts, encode_documents(texts, tokenizer), sum(len(text.encode()) for text in texts))
+        documents = with_start(encode_documents(texts, tokenizer), tokenizer)
+        return cls(name, texts, documents, sum(len(text.encode()) for text in texts))
+
+    @property
+    def rows(self) -> Sequence[Any]:
+        """The texts, under the name that each held-out set has for its content."""
+        return self.texts
 
     def measure(self, model: Any, recipe: TrainerSettings) -> BitsPerByte:
         """Return the model's bits per byte on this set."""

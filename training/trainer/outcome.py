@@ -4,6 +4,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deepseek_records.summary import Result, Sample, When
+from deepseek_records.user_text import encode, protect
+from deepseek_training.data.packing import start_of_text
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from deepseek_training.trainer.stage_trainer import StageTrainer
@@ -61,15 +63,16 @@ def write_samples(
     model.eval()
     samples = []
     for prompt in recipe.sample_prompts:
-        inputs = tokenizer(tokenizer.bos_token + prompt, return_tensors="pt").to(model.device)
+        ids = [*start_of_text(tokenizer), *encode(protect(prompt, tokenizer), tokenizer)]
+        input_ids = torch.tensor([ids], device=model.device)
         with torch.no_grad():
             output = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=recipe.sample_tokens,
                 do_sample=True,
                 temperature=0.8,
             )
-        completion = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        completion = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
         samples.append(Sample(prompt=prompt, completion=completion))
     return tuple(samples)

@@ -25,6 +25,7 @@ from deepseek_training.trainer.checkpoints import CheckpointMarker, last_complet
 from deepseek_training.trainer.divergence import StopWhenDiverged
 from deepseek_training.trainer.engine import check_engine
 from deepseek_training.trainer.held_out import HeldOutSet, bits_figures, measure_sets
+from deepseek_training.trainer.inputs_held import hold_inputs
 from deepseek_training.trainer.interruption import train_until_stopped
 from deepseek_training.trainer.lora import save_adapted
 from deepseek_training.trainer.run_callbacks import MetricsFile, ProgressBar
@@ -148,6 +149,10 @@ def run_training(trainer: ResumedTraining, run: RunFolder) -> None:
         run: The run folder.
     """
     check_engine(trainer.accelerator)
+    is_loaded = isinstance(getattr(trainer.recipe, "model", None), str)  # a new model is what its settings make of it
+    rows = (row for one in trainer.held_out for row in one.rows)
+    base = trainer.model if is_loaded else None
+    hold_inputs(run, trainer.args, data=trainer.train_dataset, held_out=rows, model=base)
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()  # "Writing model shards" would break our bar's line at every checkpoint
     bar = ProgressBar(run.path.name)
