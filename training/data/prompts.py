@@ -57,7 +57,7 @@ def prompt_texts(prompts: datasets.Dataset) -> list[str]:
     return [text_of(prompt) for prompt in prompts["prompt"]]
 
 
-def check_enough(recipe: AlignRecipe, prompts: datasets.Dataset, num_processes: int) -> None:
+def check_enough(recipe: RewardedSettings, prompts: datasets.Dataset, num_processes: int) -> None:
     """Raise a one-line ValueError unless there are prompts for a batch in each process."""
     if len(prompts) < recipe.batch_size * num_processes:
         raise ValueError(
