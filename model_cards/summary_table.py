@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_model_cards.wording import format_value, label_dataset, label_figure
-from deepseek_records.stages import Stage, read_stages
+from deepseek_records.lineage import read_lineage
+from deepseek_records.stages import Stage
 from deepseek_records.summary import Check, Result
 
 COLUMNS = ("stage", "what", "before / baseline", "after", "target", "met")
@@ -83,7 +84,7 @@ def summary_rows(run_path: str | Path) -> list[Row]:
         run_path: A stage's folder, or the parent of several.
     """
     rows = []
-    for stage in read_stages(run_path).values():
+    for stage in read_lineage(run_path).stages.values():
         for pair in pair_results(stage.results):
             what = ", ".join(part for part in (pair["metric"], pair["dataset"]) if part)
             rows.append(Row(stage.name, what, pair["before"], pair["after"]))

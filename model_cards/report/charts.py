@@ -1,7 +1,9 @@
-"""The report's charts, each drawn by matplotlib and returned as an ``<img>`` source that needs no other file.
+"""The report's charts, each drawn by matplotlib and returned as two image sources that need no other file.
 
-SVG inside a data URI: sharp at any size, no request, and no clash of element ids between charts. Colours stay apart
-under the common forms of colour blindness, and every series is also named in a legend or at its axis.
+SVG inside a data URI: sharp at any size, no request, and no clash of element ids between charts. One source is for a
+light page, one for a dark page; they differ in colors alone. Colors stay apart under the common forms of color
+blindness, and every series is also named in a legend or at its axis. A chart is at most as wide as a column of the
+page, so that its letters can be read on a phone.
 """
 
 import base64
@@ -13,8 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
+INK, MUTED, GRID, EDGE = "#1f2933", "#616e7c", "#e4e7eb", "#9aa5b1"
 SERIES = ("#2f6fb0", "#d9822b", "#2f855a", "#9b59b6", "#b83246", "#4a5568")
+BASELINE, BEFORE = "#e0a5ad", "#b8c4d0"
+# On the cells of a heatmap, whose colors are the same on a dark page.
+CELL_INK, CELL_LIGHT = "#1f2934", "#fffffe"
+# The same on a dark page. Series keep at least three to one against it, letters four and a half.
+DARK = {
+    **{INK: "#e6e9ed", MUTED: "#aeb8c4", GRID: "#37414b", EDGE: "#6b7683", BASELINE: "#b06d77", BEFORE: "#7d8a99"},
+    **dict(zip(SERIES, ("#6aa9e9", "#f0a350", "#5fbf8a", "#c58fe0", "#f07c8e", "#a9b4c4"), strict=True)),
+}
+Source = dict[str, str]
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -22,7 +33,7 @@ _STYLE = {
     "font.sans-serif": ["system-ui", "Helvetica", "Arial", "DejaVu Sans"],
     "font.size": 10,
     "text.color": INK,
-    "axes.edgecolor": "#9aa5b1",
+    "axes.edgecolor": EDGE,
     "axes.labelcolor": MUTED,
     "axes.titlecolor": INK,
     "axes.titlesize": 11,
@@ -48,40 +59,51 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tup
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _to_source(figure: "Figure") -> str:
+def _to_source(figure: "Figure") -> Source:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    light = buffer.getvalue().decode()
+    dark = light
+    for color, on_dark in DARK.items():
+        dark = dark.replace(color, on_dark)
+    start = "data:image/svg+xml;base64,"
+    both = (("light", light), ("dark", dark))
+    return {name: start + base64.b64encode(svg.encode()).decode() for name, svg in both}
 
 
-def line_charts(panels: Sequence[dict[str, Any]]) -> str:
-    """Draw panels of lines side by side.
+def line_chart(panel: dict[str, Any]) -> Source:
+    """Draw one panel of lines.
 
     Args:
-        panels: One dictionary a panel: ``title``, ``ylabel`` and ``lines``, a list of (name, xs, ys).
+        panel: ``title``, ``ylabel`` and ``lines``, a list of (name, xs, ys).
 
     Returns:
-        The source for an ``<img>``.
+        The sources for a light and a dark page.
     """
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        figure, grid = _figure(max(5.2, 4.3 * len(panels)), 3.5, columns=len(panels))
-        for axes, panel in zip(grid[0], panels, strict=True):
-            for i, (name, xs, ys) in enumerate(panel["lines"]):
-                style = {"marker": "o", "markersize": 3.5} if len(xs) <= 12 else {}
-                axes.plot(xs, ys, color=SERIES[i % len(SERIES)], linewidth=1.6, label=name, **style)
-            axes.set_title(panel["title"])
-            axes.set_xlabel("step")
-            axes.set_ylabel(panel["ylabel"])
-            # Below the axes, where it can cover no line.
-            columns = 2 if max(len(name) for name, *_ in panel["lines"]) > 14 else 4
-            axes.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
-            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure, grid = _figure(4.3, 3.5)
+        axes = grid[0][0]
+        for i, (name, xs, ys) in enumerate(panel["lines"]):
+            style = {"marker": "o", "markersize": 3.5} if len(xs) <= 12 else {}
+            axes.plot(xs, ys, color=SERIES[i % len(SERIES)], linewidth=1.6, label=name, **style)
+        axes.set_title(panel["title"])
+        axes.set_xlabel("step")
+        axes.set_ylabel(panel["ylabel"])
+        _legend_below(axes, [name for name, *_ in panel["lines"]])
+        axes.xaxis.get_major_locator().set_params(integer=True)
         return _to_source(figure)
 
 
-def before_after_chart(rows: Sequence[dict[str, Any]], ylabel: str) -> str:
+def _legend_below(axes: "Axes", names: Sequence[str], offset: float = -0.2, **options: Any) -> None:
+    """A legend below the axes, where it can cover nothing and makes the chart no wider."""
+    longest = max(len(name) for name in names)
+    columns = 1 if longest > 26 else 2 if longest > 14 else 4
+    axes.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, offset), ncols=columns, **options)
+
+
+def before_after_chart(rows: Sequence[dict[str, Any]], ylabel: str) -> Source:
     """Draw groups of bars, baseline, before and after, with their standard errors.
 
     Args:
@@ -90,12 +112,12 @@ def before_after_chart(rows: Sequence[dict[str, Any]], ylabel: str) -> str:
         ylabel: What the bars measure.
 
     Returns:
-        The source for an ``<img>``.
+        The sources for a light and a dark page.
     """
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        figure, grid = _figure(max(5.2, 1.9 * len(rows) + 1.8), 3.3)
+        figure, grid = _figure(max(4.3, 1.9 * len(rows) + 0.4), 3.5)
         axes = grid[0][0]
         names: dict[str, str] = {}
         for i, row in enumerate(rows):
@@ -114,11 +136,11 @@ def before_after_chart(rows: Sequence[dict[str, Any]], ylabel: str) -> str:
 
 
 def _bars_of(row: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:
-    """Name, colour, value and error of each bar of a group."""
+    """Name, color, value and error of each bar of a group."""
     bars = []
     if row.get("baseline"):
-        bars.append((row["baseline"][0], "#e0a5ad", row["baseline"][1], None))
-    for key, color in (("before", "#b8c4d0"), ("after", SERIES[0])):
+        bars.append((row["baseline"][0], BASELINE, row["baseline"][1], None))
+    for key, color in (("before", BEFORE), ("after", SERIES[0])):
         if row.get(key):
             bars.append((key, color, *row[key]))
     return bars
@@ -133,18 +155,20 @@ def _legend_of_bars(axes: "Axes", names: dict[str, str]) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color=color, label=name) for name, color in names.items()]
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8.5)
+    lines = max(label.get_text().count("\n") for label in axes.get_xticklabels())
+    _legend_below(axes, list(names), -0.12 - 0.06 * lines, handles=handles)
 
 
-def heatmap(loads: Sequence[Sequence[float]], layer_names: Sequence[str]) -> str:
+def heatmap(loads: Sequence[Sequence[float]], layer_names: Sequence[str]) -> Source:
     """Draw the load of every expert in every layer relative to an even share.
 
     Args:
-        loads: One list a layer, one number an expert: tokens, or shares.
-        layer_names: One name a layer.
+        loads: One list per layer, one number per expert: tokens, or shares.
+        layer_names: One name per layer.
 
     Returns:
-        The source for an ``<img>``. 1 (white) is an even share, 2 (red) twice that, 0 (blue) an expert never chosen.
+        The sources for a light and a dark page. 1 (white) is an even share, 2 (red) twice that,
+            0 (blue) an expert never chosen.
     """
     import matplotlib
     from matplotlib.colors import TwoSlopeNorm
@@ -157,7 +181,7 @@ def heatmap(loads: Sequence[Sequence[float]], layer_names: Sequence[str]) -> str
         figure, grid = _figure(min(10.5, 3.0 + 0.42 * widest), 1.4 + 0.36 * len(relative))
         axes = grid[0][0]
         norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=highest)
-        image = axes.pcolormesh(padded, cmap="RdBu_r", norm=norm, edgecolors="white", linewidth=0.6)
+        image = axes.pcolormesh(padded, cmap="RdBu_r", norm=norm, edgecolors=CELL_LIGHT, linewidth=0.6)
         axes.invert_yaxis()
         axes.set_yticks([i + 0.5 for i in range(len(relative))], layer_names)
         step = max(1, widest // 16)
@@ -172,11 +196,11 @@ def heatmap(loads: Sequence[Sequence[float]], layer_names: Sequence[str]) -> str
 def _write_cells(axes: "Axes", relative: Sequence[Sequence[float]], norm: Any) -> None:
     for y, row in enumerate(relative):
         for x, value in enumerate(row):
-            color = INK if 0.25 < norm(value) < 0.8 else "white"
+            color = CELL_INK if 0.25 < norm(value) < 0.8 else CELL_LIGHT
             axes.text(x + 0.5, y + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
 
 
-def benchmark_chart(rows: Sequence[dict[str, Any]]) -> str:
+def benchmark_chart(rows: Sequence[dict[str, Any]]) -> Source:
     """Draw benchmark scores with 95 % intervals and the chance level of each.
 
     Args:
@@ -184,12 +208,12 @@ def benchmark_chart(rows: Sequence[dict[str, Any]]) -> str:
             name.
 
     Returns:
-        The source for an ``<img>``.
+        The sources for a light and a dark page.
     """
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        figure, grid = _figure(8.4, 1.1 + 0.62 * len(rows))
+        figure, grid = _figure(5.4, 1.5 + 0.62 * len(rows))
         axes = grid[0][0]
         for y, row in enumerate(rows):
             if row.get("interval"):
@@ -211,7 +235,7 @@ def benchmark_chart(rows: Sequence[dict[str, Any]]) -> str:
         axes.set_xlim(-0.02, min(1.02, highest * 1.25))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(axis="y", visible=False)
-        axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        _legend_below(axes, ["score, 95 % interval"], -0.35 / len(rows) - 0.04)
         return _to_source(figure)
 
 
@@ -223,27 +247,27 @@ def _mark_published(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
         axes.plot(*zip(*points, strict=True), marker, color=color, markersize=6, fillstyle="none", label=name)
 
 
-def group_chart(rows: Sequence[dict[str, Any]], chance: float | None = None) -> str:
-    """Draw accuracy by group, one line a group, with 95 % intervals.
+def group_chart(rows: Sequence[dict[str, Any]], chance: float | None = None) -> Source:
+    """Draw accuracy by group, one line per group, with 95 % intervals.
 
     Args:
         rows: ``label``, ``value`` and ``interval`` as (low, high), in the order to draw, topmost first.
         chance: The chance level, drawn as a dashed line.
 
     Returns:
-        The source for an ``<img>``.
+        The sources for a light and a dark page.
     """
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        figure, grid = _figure(8.4, 0.9 + 0.2 * len(rows))
+        figure, grid = _figure(5.4, 1.1 + 0.2 * len(rows))
         axes = grid[0][0]
         for y, row in enumerate(rows):
             axes.plot(row["interval"], [y, y], color=SERIES[0], linewidth=1.6, alpha=0.6, solid_capstyle="butt")
             axes.plot([row["value"]], [y], "o", color=SERIES[0], markersize=4.5)
         if chance is not None:
             axes.axvline(chance, color=SERIES[4], linestyle="--", linewidth=1.4, label="chance")
-            axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            _legend_below(axes, ["chance"], -1.0 / len(rows) - 0.02)
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8.5)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, 1)

@@ -133,6 +133,8 @@ def make_align(root: Path) -> RunFolder:
             "reward_safety": 0.9,
             "reward_diversity": 0.6 - s / 900,
             "kl": s / 50,
+            "loss/policy_avg": -s / 1000,
+            "loss/value_avg": 0.1 - s / 1000,
         }
         for s in range(0, 60, 5)
     ]

@@ -12,7 +12,7 @@ from deepseek_model_cards.report.report import write_report
 class Page(HTMLParser):
     """Collects what a browser would fetch and checks that tags close in order."""
 
-    VOID = ("meta", "img", "br", "link", "input")
+    VOID = ("meta", "img", "br", "link", "input", "source")
 
     def __init__(self, text: str):
         super().__init__()
@@ -35,7 +35,7 @@ def html(finished_run, tmp_path_factory):
 
 
 def drawings(html: str) -> list[ET.Element]:
-    pieces = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
+    pieces = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]+)"', html)
     return [ET.fromstring(base64.b64decode(piece)) for piece in pieces]
 
 
@@ -67,7 +67,7 @@ def test_the_load_of_an_expert_is_relative_to_an_even_share(html):
     [
         ("load_imbalance", "Imbalance"),
         ("router_entropy", "Router entropy"),
-        ("mean_experts_per_tok", "Experts a token"),
+        ("mean_experts_per_tok", "Experts per token"),
     ],
 )
 def test_what_a_stage_logs_of_its_router_is_drawn(tmp_path, builders, key, title):
@@ -84,13 +84,68 @@ def test_what_a_stage_logs_of_its_router_is_drawn(tmp_path, builders, key, title
     assert (heights[0] - heights[1]) / (heights[0] - heights[2]) == pytest.approx(0.25 / 0.625, rel=1e-3)
 
 
+PPO = {
+    **{"loss/policy_avg": "policy", "loss/value_avg": "value", "policy/clipfrac_avg": "Clip fraction"},
+    **{"policy/entropy_avg": "Entropy", "length_tokens": "Length", "has_eos": "Completions that end"},
+    **{"val/ratio": "Ratio", "learning_rate": "Learning rate", "grad_norm": "Gradient norm"},
+}
+
+
+def test_the_course_of_ppo_shows_what_was_logged_and_nothing_else(tmp_path, builders):
+    run = builders["align"](tmp_path / "run")
+    for step in (1, 2, 3):
+        run.log({"step": step, **{key: step / 10 for key in PPO}})
+    html = write_report(run.path, tmp_path / "report.html").read_text()
+    words = [" ".join(drawing.itertext()) for drawing in drawings(html)]
+    for key, text in PPO.items():
+        assert any(text in found for found in words), key
+    assert "Course of PPO" in html
+    other = builders["pretrain"](tmp_path / "other")
+    assert "Course of PPO" not in write_report(other.path, tmp_path / "other.html").read_text()
+
+
+def test_what_was_written_under_one_prompt_stands_together_over_the_stages(tmp_path, builders):
+    from deepseek_records.summary import Sample
+
+    for name, text in (("pretrain", "words words"), ("sft", "an answer")):
+        summary = {"samples": [Sample(prompt="Who?", completion=text)]}
+        builders["stage"](tmp_path / "run", name, settings={"model": "x"}, summary=summary)
+    html = write_report(tmp_path / "run", tmp_path / "report.html").read_text()
+    assert html.count("Who?") == 1 and re.search(
+        r"after pretrain</span>words.*after sft</span>an answer", html, re.DOTALL
+    )
+
+
+def luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(("panel", "is_dark"), [("#ffffff", False), ("#1b2229", True)])
+def test_charts_can_be_read_on_a_light_and_on_a_dark_page(html, panel, is_dark):
+    assert f"--panel: {panel}" in html  # what the charts lie on
+    for color in (charts.INK, charts.MUTED):
+        assert contrast(charts.DARK[color] if is_dark else color, panel) >= 4.5
+    for color in charts.SERIES:
+        assert contrast(charts.DARK[color] if is_dark else color, panel) >= 3 - 0.3 * (not is_dark)
+    pieces = re.findall(r'srcset="data:image/svg\+xml;base64,([^"]+)"', html)
+    assert len(pieces) == len(drawings(html))
+    assert not any(charts.INK in base64.b64decode(piece).decode() for piece in pieces)
+
+
 def test_generations_are_text_not_markup(html):
     assert "there was a fox &amp; a &lt;crow&gt;." in html and "<crow>" not in html
 
 
 def test_what_was_written_before_and_after_stands_under_one_prompt(html):
     assert html.count("How are you?") == 1
-    assert re.search(r">before</span> the the the.*>after</span> I am well, thank you\.", html, re.DOTALL)
+    assert re.search(r">before align</span> the the the.*>after align</span> I am well, thank you\.", html, re.DOTALL)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +172,7 @@ def test_a_missed_bar_is_shown_as_missed(html):
 
 def test_an_expert_that_is_never_chosen_draws_as_zero():
     source = charts.heatmap([[0, 10, 20], [0, 0, 0]], ["MoE layer 1", "MoE layer 2"])
-    text = " ".join(ET.fromstring(base64.b64decode(source.partition(",")[2])).itertext())
+    text = " ".join(ET.fromstring(base64.b64decode(source["light"].partition(",")[2])).itertext())
     assert "0.00" in text and "2.00" in text and "nan" not in text
 
 
