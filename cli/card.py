@@ -8,7 +8,7 @@ EXAMPLES = """
   deepseek-moe card runs/demo
   deepseek-moe card runs/demo --repo-id someone/my-moe --license mit
   deepseek-moe card runs/demo/pretrain --output cards/pretrain
-  deepseek-moe card path/to/model --output cards/model
+  deepseek-moe card runs/demo/align/model --output cards/model
 """
 
 

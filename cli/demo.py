@@ -166,7 +166,11 @@ def _close(root: Path, size: Size) -> list[str]:
     from deepseek_records.run_folder import RunFolder
 
     summaries = [RunFolder(root / name).summary for name in STAGES]
-    card = write_card(root)
+    try:
+        card = write_card(root)
+    except FileExistsError as error:  # somebody's edits, which stay
+        card = root / "README.md"
+        print(f"\nthe model card stays as it is: {error}")
     report = write_report(root, root / "report.html", with_items=True)
     print()
     print(summary_table(root))

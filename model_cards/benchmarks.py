@@ -9,7 +9,7 @@ from deepseek_records.summary import Result
 
 PUBLISHED_NOTE = (
     "DeepSeek-V3 base: DeepSeek-AI 2024, arXiv 2412.19437, Table 3. The article does not tell its shots; its "
-    "HumanEval, 72.3, is no multiple of 1/164 (118 solved are 71.95, 119 are 72.56), so it implies sampling or "
+    "HumanEval, 72.3, is not a multiple of 1/164 (118 solved are 71.95, 119 are 72.56), so it implies sampling or "
     "another set."
 )
 

@@ -15,7 +15,9 @@ _TITLES = {
     "pretrain": "Pretraining",
     "adapt": "Continued pretraining on a domain",
     "sft": "Supervised fine-tuning on conversations",
+    "dpo": "Alignment by DPO",
     "align": "Alignment by PPO",
+    "grpo": "Alignment by GRPO",
     "evaluate": "Evaluation",
     "train": "Training with transformers' Trainer",
 }

@@ -19,7 +19,9 @@ _DONE = {
     "pretrain": "pretrained from scratch",
     "adapt": "adapted by continued pretraining",
     "sft": "fine-tuned to answer",
+    "dpo": "aligned by DPO",
     "align": "aligned by PPO",
+    "grpo": "aligned by GRPO",
     "train": "trained with transformers' Trainer",
     "distill": "distilled from a teacher",
 }
@@ -151,14 +153,14 @@ def parameter_rows(facts: ModelFacts, table: ParameterTable | None) -> dict[str,
         {"part": part, "count": f"{count:,}", "share": f"{count / table.total:.1%}"}
         for part, count in table.by_part.items()
     ]
-    has_active = table.active is not None and table.active != table.total
+    active = table.active if table.active != table.total else None
     return {
         "rows": rows,
         "total": f"{table.total:,}",
-        "active": f"{table.active:,}" if has_active else "",
-        "active_share": f"{table.active / table.total:.1%}" if has_active else "",
-        "note": f"Active: everything but the routed experts a token is not sent to, at {facts.num_active_experts} of "
-        f"{facts.num_routed_experts} (the most the router may choose)."
-        if has_active
-        else "",
+        "active": "" if active is None else f"{active:,}",
+        "active_share": "" if active is None else f"{active / table.total:.1%}",
+        "note": ""
+        if active is None
+        else f"Active: everything but the routed experts that a token skips, at {facts.num_active_experts} of "
+        f"{facts.num_routed_experts} (the most the router may choose).",
     }

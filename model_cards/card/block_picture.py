@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 INK = "#1f2933"
 MUTED = "#616e7c"
-BLUE, GREEN, AMBER, ROSE, GREY = "#d6e6f7", "#d8efdc", "#fbe8c6", "#f7d9dc", "#eef1f4"
-BLUE_EDGE, GREEN_EDGE, AMBER_EDGE, ROSE_EDGE, GREY_EDGE = "#2f6fb0", "#2f855a", "#b7791f", "#b83246", "#9aa5b1"
+BLUE, GREEN, AMBER, ROSE, GRAY = "#d6e6f7", "#d8efdc", "#fbe8c6", "#f7d9dc", "#eef1f4"
+BLUE_EDGE, GREEN_EDGE, AMBER_EDGE, ROSE_EDGE, GRAY_EDGE = "#2f6fb0", "#2f855a", "#b7791f", "#b83246", "#9aa5b1"
 
 
 def draw_block(config: dict[str, Any], path: str | Path) -> Path:
@@ -99,8 +99,8 @@ def _box(
     h: float,
     text: str,
     *,
-    face: str = GREY,
-    edge: str = GREY_EDGE,
+    face: str = GRAY,
+    edge: str = GRAY_EDGE,
     **style: Any,
 ) -> None:
     from matplotlib.patches import FancyBboxPatch

@@ -9,6 +9,8 @@ from deepseek_records.stages import Stage
 
 # Above this, max / mean tokens of the experts of a layer, a card warns; `deepseek_training.balance` warns at the same.
 IMBALANCE_BOUND = 4.0
+# The stages that learn from a reward.
+REWARDED = ("align", "grpo")
 # What a full card would hold, and what a result that measures it says that it `measures`.
 MEASUREMENTS = (
     ("knowledge (MMLU and the like)", "knowledge"),
@@ -46,7 +48,8 @@ def limit_lines(lineage: Lineage, finals: list[Measured]) -> list[str]:
     for stage in lineage.stages.values():
         lines += _imbalance_lines(stage)
         lines += [f"{stage_title(stage)}: the target '{name}' was missed." for name in _missed(stage)]
-    lines += [reward_line(stage) for stage in lineage.stages.values() if stage.kind == "align" and stage.is_finished]
+    rewarded = [stage for stage in lineage.stages.values() if stage.kind in REWARDED and stage.is_finished]
+    lines += [reward_line(stage) for stage in rewarded]
     if not any(found.result.measures == "truth" for found in finals):
         lines.append(
             "Whether what it says is true was not measured. Nothing here speaks for using it where a wrong sentence "
@@ -97,7 +100,7 @@ def not_measured(lineage: Lineage) -> list[str]:
         lineage: The model's stages.
     """
     kinds = {stage.kind for stage in lineage.stages.values()}
-    asked = (*MEASUREMENTS, *((("reward on held-out prompts", "reward"),) if "align" in kinds else ()))
+    asked = (*MEASUREMENTS, *((("reward on held-out prompts", "reward"),) if kinds & set(REWARDED) else ()))
     rows = [row for stage in lineage.stages.values() for row in stage.results]
     measured = {row.measures or _STAGE_MEASURES.get(row.metric) for row in rows}
     return [text for text, kind in asked if kind not in measured]

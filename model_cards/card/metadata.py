@@ -97,9 +97,9 @@ def _tags(lineage: Lineage, facts: ModelFacts, is_made_here: bool) -> list[str]:
         tags.append("custom_code")
     if facts.is_adapter:
         tags += ["adapter", str(facts.adapter.get("peft_type", "lora")).lower()]
-    if any(stage.kind == "align" and stage.is_finished for stage in lineage.stages.values()):
-        tags += ["reinforcement-learning", "ppo"]
-    return tags
+    kinds = [stage.kind for stage in lineage.stages.values() if stage.is_finished]
+    methods = [tag for kind, tag in (("dpo", "dpo"), ("align", "ppo"), ("grpo", "grpo")) if kind in kinds]
+    return [*tags, *(["reinforcement-learning"] if {"ppo", "grpo"} & set(methods) else []), *methods]
 
 
 @dataclass(frozen=True)

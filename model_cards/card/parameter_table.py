@@ -5,13 +5,13 @@ never states a number that the files do not hold. `modeling_deepseek` counts a *
 and a test holds the two against each other.
 """
 
-import json
-import math
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
+from huggingface_hub.utils import TensorInfo
 
 from deepseek_model_cards.card.model_facts import ModelFacts, read_facts
 
@@ -71,15 +71,15 @@ def count_checkpoint(model_path: str | Path) -> ParameterTable:
     by_part: dict[str, int] = {}
     by_dtype: dict[str, int] = {}
     for file in files:
-        for name, tensor in read_header(file).items():
+        for name, tensor in read_tensors(file).items():
             if name.endswith(BUFFERS):
                 continue
-            if tensor["dtype"] in PACKED:
-                raise ValueError(f"model: got {name} of type {tensor['dtype']} in {file}, expected unpacked weights")
-            size = math.prod(tensor["shape"])
+            if tensor.dtype in PACKED:
+                raise ValueError(f"model: got {name} of type {tensor.dtype} in {file}, expected unpacked weights")
+            size = tensor.parameter_count
             part = part_of(name)
             by_part[part] = by_part.get(part, 0) + size
-            by_dtype[tensor["dtype"]] = by_dtype.get(tensor["dtype"], 0) + size
+            by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + size
     total = sum(by_part.values())
     return ParameterTable(
         by_part={part: by_part[part] for part in PARTS if part in by_part},
@@ -115,27 +115,19 @@ def _count_active(facts: ModelFacts, total: int, routed: int) -> int | None:
     return round(total - routed * (1 - active / experts))
 
 
-def read_header(file: Path) -> dict[str, Any]:
+def read_tensors(file: Path) -> dict[str, TensorInfo]:
     """Return the names, shapes and types in a safetensors file.
 
     Args:
-        file: The file; the format is eight bytes of header length, then a JSON header.
+        file: The file.
 
     Raises:
         ValueError: The file is cut short or of another kind.
     """
-    with open(file, "rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-        if not 0 < length <= file.stat().st_size - 8:
-            raise ValueError(f"model: {file} is cut short or not a safetensors file")
-        text = stream.read(length)
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-    except (ValueError, AttributeError, RecursionError):
+        return parse_local_safetensors_file_metadata(file).tensors
+    except (SafetensorsParsingError, RecursionError):
         raise ValueError(f"model: {file} is cut short or not a safetensors file") from None
-    return header
 
 
 def part_of(name: str) -> str:

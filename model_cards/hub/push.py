@@ -64,8 +64,9 @@ def push_run(
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        options = {"license": license, "template": template, "with_samples": with_samples}
-        plan = plan_upload(run_path, repo_id, folder=folder, **options)
+        plan = plan_upload(
+            run_path, repo_id, folder=folder, license=license, template=template, with_samples=with_samples
+        )
         check_leaks(plan.files, folders=[Path(run_path).resolve(), folder, Path.home()])
         url = None
         if not dry_run:

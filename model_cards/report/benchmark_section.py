@@ -1,6 +1,6 @@
 """The report's part on benchmarks: scores with errors beside published ones, and accuracy by category or subject.
 
-Called by ``report.py``. Surprising: groups are drawn one by one only where they hold enough questions to say
+Called by ``report.py``. Groups are drawn one by one only where they hold enough questions to say
 something; a run with ``--limit`` shows the categories instead.
 """
 
@@ -40,7 +40,7 @@ def benchmark_section(lineage: Lineage) -> dict[str, Any]:
         missing = "No stage logged a benchmark."
     return {
         "title": "Benchmarks",
-        "note": "Where the interval covers the dashed line, the score is no evidence that the model knows anything.",
+        "note": "Where the interval covers the dashed line, the score is not evidence that the model knows anything.",
         "charts": drawn,
         "missing": missing,
         "table": _table(rows) if rows else None,

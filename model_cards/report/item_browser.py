@@ -1,7 +1,7 @@
 """Every answer of a run's benchmarks as one blob that a page unpacks and lets the reader search.
 
 Called by ``report.py``. Reads the ``samples_<task>.jsonl`` and ``prompts_<task>.jsonl.gz`` that an evaluation wrote.
-Surprising: the items travel as compressed base64. That keeps fourteen thousand questions at a few megabytes, and no
+The items travel as compressed base64. That keeps fourteen thousand questions at a few megabytes, and no
 text a model wrote can end the script it stands in, for the alphabet of base64 holds no markup. The page shows it all
 as text, never as HTML. The part all prompts of a group share (description and shots) is stored once.
 """

@@ -15,15 +15,18 @@ from deepseek_records.stages import Stage
 from deepseek_records.summary import Result
 
 Section = dict[str, Any]
-# What is drawn of PPO: title, unit, and the lines by their names in ``metrics.jsonl``; the first name logged counts.
-_PPO_FIGURES = (
+# The stages that learn from a reward.
+_REWARDED = ("align", "grpo")
+# What is drawn of PPO and GRPO: title, unit, and the lines by their names in ``metrics.jsonl``, of which the first
+# that was logged counts.
+_ALIGNMENT_FIGURES = (
     ("Loss parts", "mean of an update", (("policy", ("loss/policy_avg",)), ("value", ("loss/value_avg",)))),
     (
         *("Clip fraction", "share of tokens"),
-        (("policy", ("policy/clipfrac_avg",)), ("value", ("val/clipfrac_avg",))),
+        (("policy", ("policy/clipfrac_avg", "clip_ratio/region_mean")), ("value", ("val/clipfrac_avg",))),
     ),
     ("Entropy", "nats per token", (("policy", ("policy/entropy_avg", "entropy")),)),
-    ("Length", "tokens per completion", (("completions", ("length_tokens",)),)),
+    ("Length", "tokens per completion", (("completions", ("length_tokens", "completions/mean_length")),)),
     ("Completions that end", "share", (("with an end token", ("has_eos",)),)),
     ("Ratio", "new / old probability", (("mean", ("val/ratio",)),)),
 )
@@ -44,8 +47,8 @@ def training_sections(stages: dict[str, Stage]) -> list[Section]:
         stages: The model's stages.
     """
     makers = [_loss_section, _domain_section, _reward_section]
-    if any(stage.kind == "align" or "loss/policy_avg" in stage.metric_keys() for stage in stages.values()):
-        makers.append(_ppo_section)
+    if any(stage.kind in _REWARDED for stage in stages.values()):
+        makers.append(_course_section)
     return [make(stages) for make in (*makers, _load_section)]
 
 
@@ -147,8 +150,8 @@ def _reward_section(stages: dict[str, Stage]) -> Section:
     if pairs:
         rows = [{**row, "label": label_metric(row["metric"].removeprefix("reward_"))} for row in pairs]
         found += _draw_bars(rows, "mean reward, held-out prompts", "Mean reward on held-out prompts")
-    note = "What PPO was paid for. A rising reward with a runaway KL is a sign of a gamed measure, so both are shown."
-    return _section("Reward", note, found, _absent(stages, "align", "a reward", found))
+    note = "A rising reward with a runaway KL is a sign of a gamed measure, so both are shown."
+    return _section("Reward", note, found, _absent(stages, _rewarded(stages), "a reward", found))
 
 
 def _draw(panels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -169,12 +172,17 @@ def _first_series(stage: Stage, names: tuple[str, ...]) -> tuple[list[float], li
     return next((series for series in map(stage.series, names) if series[0]), ([], []))
 
 
-def _ppo_section(stages: dict[str, Stage]) -> Section:
+def _rewarded(stages: dict[str, Stage]) -> str:
+    """The name of the stage that learned from a reward; ``align`` where there was none."""
+    return next((stage.name for stage in stages.values() if stage.kind in _REWARDED), "align")
+
+
+def _course_section(stages: dict[str, Stage]) -> Section:
     panels = []
     for stage in stages.values():
-        if stage.kind != "align" and "loss/policy_avg" not in stage.metric_keys():
+        if stage.kind not in _REWARDED:
             continue
-        for title, unit, figures in _PPO_FIGURES:
+        for title, unit, figures in _ALIGNMENT_FIGURES:
             lines = [(name, *_first_series(stage, keys)) for name, keys in figures]
             lines = [line for line in lines if line[1]]
             if lines:
@@ -184,7 +192,7 @@ def _ppo_section(stages: dict[str, Stage]) -> Section:
         "How the policy moved. A clip fraction that stays high means steps too large; an entropy that falls to zero "
         "or a length that runs to its limit are signs of a collapsing policy."
     )
-    return _section("Course of PPO", note, found, _absent(stages, "align", "the course of PPO", found))
+    return _section("Course of the alignment", note, found, _absent(stages, _rewarded(stages), "its course", found))
 
 
 def _load_section(stages: dict[str, Stage]) -> Section:

@@ -106,6 +106,19 @@ def test_the_command_that_measures_again_names_model_and_tasks(card):
     assert command == "deepseek-moe evaluate someone/fox --tasks mmlu,humaneval --output measured-again"
 
 
+@pytest.mark.parametrize(("kind", "word"), [("dpo", "DPO"), ("grpo", "GRPO"), ("align", "PPO")])
+def test_an_alignment_is_called_what_it_was(tmp_path, builders, kind, word):
+    run = builders["stage"](tmp_path, kind, settings={"model": "org/small"}, summary={"base_model": "org/small"})
+    run.model_path.mkdir()
+    (run.model_path / "config.json").write_text('{"model_type": "llama"}')
+    card = ModelCard.load(write_card(run.path))
+    assert f"aligned by {word}" in card.text and word.lower() in card.data.tags
+    is_rewarded = kind != "dpo"
+    assert ("The reward of its alignment" in card.text) == is_rewarded
+    assert ("reinforcement-learning" in card.data.tags) == is_rewarded
+    assert "base_model:\n- org/small" in card.content
+
+
 @pytest.mark.slow  # two imports of torch in a process of its own
 def test_the_card_loads_its_model_without_our_package(demo_run):
     """The card's own code, run on the local folder in place of the Hub id, each in a clean process."""

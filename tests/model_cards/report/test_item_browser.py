@@ -152,5 +152,5 @@ def test_published_scores_stand_beside_what_measures_the_same(evaluated, tmp_pat
     assert any("MMLU, accuracy" in row and "0.871 (5-shot)" in row and "0.823" in row for row in rows)
     # Another measure on MMLU's data is not MMLU.
     assert not any("perturbed" in row and "0.871" in row for row in rows)
-    assert "no multiple of 1/164" in html
+    assert "not a multiple of 1/164" in html
     assert "mmlu: accuracy by subject" in html

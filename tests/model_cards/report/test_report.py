@@ -99,9 +99,9 @@ def test_the_course_of_ppo_shows_what_was_logged_and_nothing_else(tmp_path, buil
     words = [" ".join(drawing.itertext()) for drawing in drawings(html)]
     for key, text in PPO.items():
         assert any(text in found for found in words), key
-    assert "Course of PPO" in html
+    assert "Course of the alignment" in html
     other = builders["pretrain"](tmp_path / "other")
-    assert "Course of PPO" not in write_report(other.path, tmp_path / "other.html").read_text()
+    assert "Course of the alignment" not in write_report(other.path, tmp_path / "other.html").read_text()
 
 
 def test_what_was_written_under_one_prompt_stands_together_over_the_stages(tmp_path, builders):
