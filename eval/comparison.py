@@ -29,12 +29,15 @@ def compare_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, A
 
     Raises:
         FileNotFoundError: A folder holds no samples.
-        ValueError: The two share no task whose items are right or wrong, or no item of one.
+        ValueError: The two share no task whose items are right or wrong, or no item of one, or asked other questions
+            under the same ids.
     """
-    ours, theirs = _read_run(Path(first)), _read_run(Path(second))
+    (ours, our_hashes), (theirs, their_hashes) = _read_run(Path(first)), _read_run(Path(second))
     shared = [task for task in ours if task in theirs]
     if not shared:
         raise ValueError(f"runs: {first} ({', '.join(ours)}) and {second} ({', '.join(theirs)}) share no task")
+    for task in shared:
+        _check_questions(task, our_hashes[task], their_hashes[task])
     return {task: compare_hits(task, ours[task], theirs[task]) for task in shared}
 
 
@@ -115,20 +118,35 @@ def _sign_test(better: int, worse: int) -> float:
     return min(1.0, 2 * tail / 2**total) if total else 1.0
 
 
-def _read_run(folder: Path) -> dict[str, dict[str, float]]:
-    """Mean score by item, for every task in a run folder."""
-    tasks = {}
+def _check_questions(task: str, first: dict[str, str], second: dict[str, str]) -> None:
+    """Refuse two runs that asked different questions under one id."""
+    shared = [name for name in first if name in second]
+    other = [name for name in shared if first[name] != second[name]]
+    if other:
+        raise ValueError(
+            f"runs: {task}: got other questions under {len(other)} of {len(shared)} shared ids (the first is "
+            f"{other[0]}), expected two runs on the same questions"
+        )
+
+
+def _read_run(folder: Path) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, str]]]:
+    """Mean score by item, and the question's hash by item (none in runs of earlier versions), for every task."""
+    tasks, hashes = {}, {}
     for path in sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}")):
         if path.name.endswith(f".partial{_SUFFIX}"):
             continue
         scores: dict[str, list[float]] = {}
+        seen: dict[str, str] = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             score = row.get("acc", row.get("passed"))
             if score is not None:  # Some benchmarks have no right and wrong.
                 scores.setdefault(row["id"], []).append(float(score))
+                if "question_hash" in row:
+                    seen[row["id"]] = row["question_hash"]
         if scores:
+            hashes[path.name[len(_PREFIX) : -len(_SUFFIX)]] = seen
             tasks[path.name[len(_PREFIX) : -len(_SUFFIX)]] = {name: sum(v) / len(v) for name, v in scores.items()}
     if not tasks:
         raise FileNotFoundError(f"run: {folder} holds no samples_<task>.jsonl; wanted a run folder of evaluate")
-    return tasks
+    return tasks, hashes

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_eval.model_loading import LoadedModel, load_model
-from deepseek_eval.questions import build_items, check_data, unshare
+from deepseek_eval.questions import Questions, read_questions
 from deepseek_eval.run_summary import data_rows, result_rows
 from deepseek_eval.runners.choice import run_choice_task
 from deepseek_eval.runners.program import run_program_task
 from deepseek_eval.runners.text import run_completion_task, run_continuation_task
 from deepseek_eval.settings import EvalSettings
-from deepseek_eval.tasks.task import Task
+from deepseek_records.hashes import hash_model, hash_tokenizer
 from deepseek_records.run_folder import RunFolder, write_json
 from deepseek_records.summary import Summary
 
@@ -41,8 +41,7 @@ def evaluate_model(
         FileNotFoundError: Model or data are missing.
     """
     chosen = EvalSettings.of(**settings)
-    tasks = chosen.check()
-    check_data(tasks, chosen)
+    asked = [read_questions(task, chosen) for task in chosen.check()]
     started = time.monotonic()
     recipe = {"model_name_or_path": str(model_name_or_path), **chosen.to_recipe()}
     run = RunFolder.create(output, recipe, command="evaluate", seed=chosen.seed, overwrite=overwrite)
@@ -54,10 +53,17 @@ def evaluate_model(
         adapter=chosen.adapter,
         experts_implementation=chosen.experts_implementation,
     )
+    run.hold_to(
+        model=hash_model(loaded.model),
+        tokenizer=hash_tokenizer(loaded.tokenizer),
+        **{f"questions_of_{questions.task.name}": questions.content_hash for questions in asked},
+    )
+    tasks = [questions.task for questions in asked]
     scores: dict[str, dict[str, Any]] = {}
     results = {"model": str(model_name_or_path), "tasks": scores}
-    for task in tasks:
-        scores[task.name] = _run_task(run, loaded, unshare(task, chosen), chosen, str(model_name_or_path))
+    for questions in asked:
+        scores[questions.task.name] = _run_task(run, loaded, questions, chosen, str(model_name_or_path))
+        questions.items.clear()  # Prompts with shots are large.
         write_json(run.path / "results.json", results)
     run.finish(
         Summary(
@@ -71,8 +77,10 @@ def evaluate_model(
     return results
 
 
-def _run_task(run: RunFolder, loaded: LoadedModel, task: Task, settings: EvalSettings, source: str) -> dict[str, Any]:
-    items = build_items(task, settings)
+def _run_task(
+    run: RunFolder, loaded: LoadedModel, questions: Questions, settings: EvalSettings, source: str
+) -> dict[str, Any]:
+    task, items = questions.task, questions.items
     if task.kind == "choice":
         return run_choice_task(run, loaded, task, items, settings)
     if task.kind == "program":

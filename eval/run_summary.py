@@ -37,7 +37,7 @@ def _result_row(task: Task, figure: Figure, scores: Mapping[str, Any]) -> Result
         n=n,
         num_all=task.data.num_questions if scores["n"] < task.data.num_questions else None,
         dataset=f"{task.data.name}{part}",
-        split=task.data.split,
+        split=task.data.split or None,
         task=task.name,
         label=f"{task.label or task.data.label}{part}",
         metric_label=figure.label,
@@ -50,7 +50,7 @@ def _result_row(task: Task, figure: Figure, scores: Mapping[str, Any]) -> Result
         prompt_style="chat" if scores.get("prompt_style") == "chat" else None,
         harness="deepseek-moe" if task.metric_inputs else HARNESS,
         benchmark=None if part or task.is_safety else task.data.benchmark,
-        published=figure.published,
+        published=figure.published if task.data.benchmark else (),
         does_not_show=task.does_not_show or None,
     )
 
@@ -79,7 +79,7 @@ def data_rows(tasks: Sequence[Task], counts: Mapping[str, int]) -> tuple[DataUse
             name=f"{task.data.name}{name_part(task.data, counts[task.name])}",
             license=task.data.license,
             source=task.data.source,
-            split=task.data.split,
+            split=task.data.split or None,
             num_rows=counts[task.name],
             used_for="evaluation",
         )

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from deepseek_eval.answers.prompt_style import write_prompts
 from deepseek_eval.metrics.loading import load_metric
-from deepseek_eval.questions import build_items
+from deepseek_eval.questions import hash_question, read_questions
 from deepseek_eval.run_summary import data_rows, result_rows
 from deepseek_eval.runners.program import choose_k
 from deepseek_eval.sandbox.client import describe_protection
@@ -144,7 +144,8 @@ def score_samples(
         raise ValueError(f"limit={limit}: must be at least 1, or none for all")
     if any(value < 1 for value in k or ()):
         raise ValueError(f"k={min(k)}: must be at least 1")
-    every = build_items(task, EvalSettings(tasks=(task.name,), data_path=data_path))
+    questions = read_questions(task, EvalSettings(tasks=(task.name,), data_path=data_path))
+    task, every = questions.task, questions.items
     items = every[:limit]
     rows = read_samples(path, items, {item.id for item in every} - {item.id for item in items})
     k = choose_k(max(map(len, rows))) if k is None else k
@@ -166,7 +167,15 @@ def score_samples(
         )
     outcomes = scores.pop("samples")
     lines = [
-        {"id": item.id, "task_id": item.id, "sample": index, "prediction": text, "completion": text, **outcome}
+        {
+            "id": item.id,
+            "task_id": item.id,
+            "sample": index,
+            "prediction": text,
+            "completion": text,
+            **outcome,
+            "question_hash": hash_question(item),
+        }
         for item, row, row_outcomes in zip(items, rows, outcomes, strict=True)
         for index, (text, outcome) in enumerate(zip(row, row_outcomes, strict=True))
     ]

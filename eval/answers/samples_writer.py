@@ -5,10 +5,11 @@ same run, where both ask the same question (long_tail and mmlu_robust ask MMLU's
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_eval.questions import hash_question
 from deepseek_eval.tasks.task import Task
 from deepseek_records.run_folder import RunFolder, write_text
 
@@ -19,9 +20,11 @@ class AnswerFile:
     Args:
         run: The run folder.
         task: The task, whose name names the files.
+        items: The questions, whose hashes are written beside the answers.
     """
 
-    def __init__(self, run: RunFolder, task: Task) -> None:
+    def __init__(self, run: RunFolder, task: Task, items: Sequence[Any]) -> None:
+        self._hashes = {item.id: hash_question(item) for item in items}
         self.final_path = run.path / f"samples_{task.name}.jsonl"
         self.partial_path = run.path / f"samples_{task.name}.partial.jsonl"
         self.rows: dict[tuple[str, int], dict[str, Any]] = {}
@@ -59,8 +62,11 @@ class AnswerFile:
         Args:
             rows: All answers in the items' order.
         """
-        write_text(self.final_path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.final_path, "".join(json.dumps(self._with_hash(row)) + "\n" for row in rows))
         self.partial_path.unlink(missing_ok=True)
+
+    def _with_hash(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "question_hash": self._hashes[row["id"]]}
 
 
 def _read_whole_lines(path: Path) -> list[dict[str, Any]]:

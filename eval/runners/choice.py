@@ -39,7 +39,7 @@ def run_choice_task(
     Raises:
         ValueError: A question that cannot be scored, or a model that returns NaN.
     """
-    samples = AnswerFile(run, task)
+    samples = AnswerFile(run, task, items)
     encoded = encode_items(loaded, items)
     can_share = settings.shots_of(task) > 0 and supports_shared_prefix(loaded)
     batches = plan_batches(encoded, settings.batch_size, can_share)

@@ -43,7 +43,7 @@ def run_program_task(
     """
     style = settings.prompt_style
     items = apply_style(style, items, loaded.tokenizer, source)
-    samples = AnswerFile(run, task)
+    samples = AnswerFile(run, task, items)
     sampling = SamplingSettings(
         max_new_tokens=settings.max_new_tokens or task.max_new_tokens,
         num_samples=settings.num_samples,

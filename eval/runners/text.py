@@ -44,7 +44,7 @@ def run_continuation_task(
     Raises:
         ValueError: An answer that cannot be scored, or a model that returns NaN.
     """
-    samples = AnswerFile(run, task)
+    samples = AnswerFile(run, task, items)
     batches = plan_continuations(encode_continuations(loaded, items), settings.batch_size)
     missing = [batch for batch in batches if any((row.item.id, 0) not in samples.rows for row in batch)]
     num_done = len(items) - sum(map(len, missing))
@@ -99,7 +99,7 @@ def run_completion_task(
     Raises:
         ValueError: The context leaves no room for a prompt.
     """
-    samples = AnswerFile(run, task)
+    samples = AnswerFile(run, task, items)
     sampling = SamplingSettings(
         max_new_tokens=settings.max_new_tokens or task.max_new_tokens,
         temperature=settings.temperature,

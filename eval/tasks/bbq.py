@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_eval.tasks.row import Row, UniqueIds
 from deepseek_eval.tasks.rows import find_file, read_rows
 from deepseek_eval.tasks.task import ChoiceItem, DataSet, Figure, Task
 
@@ -60,13 +61,16 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
             None for the embedded four categories.
     """
     seen: dict[str, int] = defaultdict(int)
+    ids = UniqueIds()
     for row in _read(data_path):
+        _check(row)
+        ids.add(row, "category", "example_id")
         seen[row["category"]] += 1
         if limit is None or seen[row["category"]] <= limit:
             yield format_question(row)
 
 
-def _read(data_path: str | Path | None) -> Iterator[dict[str, Any]]:
+def _read(data_path: str | Path | None) -> Iterator[Row]:
     if isinstance(data_path, Path) and find_file("bbq", data_path) is None:
         names = [name for name in CATEGORIES if find_file(name, data_path)]
         if not names:
@@ -80,7 +84,24 @@ def _read(data_path: str | Path | None) -> Iterator[dict[str, Any]]:
         yield from read_rows("bbq", data_path)
 
 
-def format_question(row: dict[str, Any]) -> ChoiceItem:
+def _check(row: Row) -> None:
+    for name in ("category", "context", "question", "ans0", "ans1", "ans2"):
+        row.text(name)
+    row.index("label", 3)
+    row.one_of("context_condition", ("ambig", "disambig"))
+    row.one_of("question_polarity", ("neg", "nonneg"))
+    for name in ("example_id", "question_index"):
+        if not isinstance(row.get(name), str | int):
+            raise row.wrong(name, "text or a whole number")
+    groups = row.get("additional_metadata")
+    if not isinstance(groups, dict) or not isinstance(groups.get("stereotyped_groups"), list):
+        raise row.wrong("additional_metadata", "an object with stereotyped_groups")
+    info = row.get("answer_info")
+    if not isinstance(info, dict) or not all(isinstance(info.get(f"ans{index}"), list) for index in range(3)):
+        raise row.wrong("answer_info", "an object with ans0, ans1 and ans2")
+
+
+def format_question(row: Row) -> ChoiceItem:
     """Return one question with its twelve answers.
 
     Args:
@@ -92,7 +113,7 @@ def format_question(row: dict[str, Any]) -> ChoiceItem:
     answers = [row[f"ans{index}"] for index in range(3)]
     unknown = [index for index, answer in enumerate(answers) if answer in UNKNOWN]
     if len(unknown) != 1:
-        raise ValueError(f"data: question {row['example_id']} of {row['category']} has {len(unknown)} UNKNOWN answers")
+        raise ValueError(f"{row.where}: ans0, ans1, ans2: got {len(unknown)} that mean UNKNOWN, expected 1")
     people = [index for index in range(3) if index != unknown[0]]
     return ChoiceItem(
         id=f"{row['category']}/{row['example_id']}",
@@ -165,6 +186,7 @@ TASK = Task(
         license="CC-BY-4.0",
         source="https://github.com/nyu-mll/BBQ",
         num_questions=7320,
+        questions_hash="4bc1bce940855a792c0a8d0c7e0bbdd3b0bbae289d414ec2c0f6dd7ca031b679",
         coverage="four of eleven categories",
     ),
     figures=(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from deepseek_eval.tasks.row import Row, UniqueIds
 from deepseek_eval.tasks.rows import read_rows
 from deepseek_eval.tasks.task import ChatPrompt, DataSet, Figure, ProgramItem, Task
 from deepseek_records.results import Benchmark, Published
@@ -66,6 +67,13 @@ def find_helpers(row: dict[str, Any]) -> str:
     return "".join(f"{ast.unparse(node)}\n" for node in [*imports, *helpers])
 
 
+def _find_helpers(row: Row) -> str:
+    try:
+        return find_helpers(row)
+    except SyntaxError as error:
+        raise ValueError(f"{row.where}: prompt or test: got {error.msg}, expected Python") from None
+
+
 def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | None) -> Iterator[ProgramItem]:
     """Yield the problems in order.
 
@@ -74,15 +82,21 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
         limit: At most this many problems, the first ones.
         data_path: A folder with ``humaneval.jsonl[.gz]``; None for the embedded one.
     """
+    ids = UniqueIds()
     for index, row in enumerate(read_rows("humaneval", data_path)):
         if limit is not None and index >= limit:
             return
+        for name in ("task_id", "prompt", "test", "entry_point"):
+            row.text(name)
+        if not isinstance(row.get("canonical_solution"), str):
+            raise row.wrong("canonical_solution", "text")
+        ids.add(row, "task_id")
         yield ProgramItem(
             id=row["task_id"],
             prompt=row["prompt"],
             stop=STOP,
             prefix=row["prompt"],
-            tests=f"{find_helpers(row)}{row['test']}\ncheck({row['entry_point']})",
+            tests=f"{_find_helpers(row)}{row['test']}\ncheck({row['entry_point']})",
             target=row["canonical_solution"],
             chat=format_chat(row["prompt"]),
         )
@@ -95,6 +109,7 @@ DATA = DataSet(
     license="MIT",
     source="https://github.com/openai/human-eval",
     num_questions=164,
+    questions_hash="61cbecfce7f38233f80c0f11fcd4b730134b916397e515d64c1eb2f943f763e2",
     benchmark=Benchmark(hub_id="openai/openai_humaneval", name="HumanEval"),
 )
 

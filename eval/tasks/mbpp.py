@@ -12,10 +12,11 @@ Reference: Austin et al., 2021, "Program Synthesis with Large Language Models", 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_eval.tasks.row import Row, UniqueIds
 from deepseek_eval.tasks.rows import read_rows
 from deepseek_eval.tasks.task import ChatPrompt, DataSet, Figure, ProgramItem, Task
 from deepseek_records.results import Benchmark
@@ -48,7 +49,7 @@ def take_first_block(answer: str) -> str:
     return found[1] if found else ""
 
 
-def format_chat(row: dict[str, Any], shots: list[dict[str, Any]]) -> ChatPrompt:
+def format_chat(row: dict[str, Any], shots: Sequence[dict[str, Any]]) -> ChatPrompt:
     """Return the problem as a chat, its shots as turns.
 
     Args:
@@ -81,22 +82,44 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
         ValueError: More shots asked for than the references use.
     """
     if not 0 <= num_fewshot <= len(SHOT_IDS):
-        raise ValueError(f"num_fewshot = {num_fewshot} for mbpp, allowed is 0 to {len(SHOT_IDS)}")
-    rows = {row["task_id"]: row for row in read_rows("mbpp", data_path)}
+        raise ValueError(f"num_fewshot: got {num_fewshot} for mbpp, expected 0 to {len(SHOT_IDS)}")
+    rows = {}
+    ids = UniqueIds()
+    for row in read_rows("mbpp", data_path):
+        _check(row)
+        ids.add(row, "task_id")
+        rows[row["task_id"]] = row
+    missing = [task_id for task_id in SHOT_IDS[:num_fewshot] if task_id not in rows]
+    if missing:
+        source = next(iter(rows.values())).where.rpartition(", ")[0] if rows else "data: mbpp"
+        raise ValueError(f"{source}: num_fewshot: got {num_fewshot}, expected 0; the shot {missing[0]} is not there")
     shown = [rows[task_id] for task_id in SHOT_IDS[:num_fewshot]]
     shots = "".join(f"{format_problem(row)}{row['code']}\n[DONE]\n\n" for row in shown)
+    if rows and not any(task_id in TEST_IDS for task_id in rows):
+        ids_asked = f"{TEST_IDS[0]} to {TEST_IDS[-1]}"
+        raise ValueError(f"{row.where}: task_id: got no row from {ids_asked}, expected one; these are asked")
     chosen = [rows[task_id] for task_id in TEST_IDS if task_id in rows]
     for row in chosen[:limit]:
-        setup = f"{row['test_setup_code']}\n" if row["test_setup_code"] else ""
+        setup = f"{row['test_setup_code']}\n" if row.get("test_setup_code") else ""
         yield ProgramItem(
             id=f"MBPP/{row['task_id']}",
             prompt=shots + format_problem(row),
+            context=shots,
             stop=STOP,
             prefix="",
             tests=setup + "\n".join(row["test_list"]),
             target=row["code"],
             chat=format_chat(row, shown),
         )
+
+
+def _check(row: Row) -> None:
+    row.number("task_id")
+    row.text("text")
+    row.text("code")
+    row.texts("test_list", 1)
+    if not isinstance(row.get("test_setup_code", ""), str | None):
+        raise row.wrong("test_setup_code", "text")
 
 
 DATA = DataSet(
@@ -106,6 +129,7 @@ DATA = DataSet(
     license="CC-BY-4.0",
     source="https://github.com/google-research/google-research/tree/master/mbpp",
     num_questions=500,
+    questions_hash="0c3fe15760bd470f7ac291378b3d547d956a48034f93ae27526c7d3f04a2b9ad",
     benchmark=Benchmark(hub_id="google-research-datasets/mbpp", name="MBPP", config="full"),
 )
 

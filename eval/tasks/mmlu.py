@@ -8,12 +8,13 @@ Reference: Hendrycks et al., 2021, "Measuring Massive Multitask Language Underst
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deepseek_eval.tasks.row import Row
 from deepseek_eval.tasks.rows import check_folder, read_rows
 from deepseek_eval.tasks.task import ChoiceItem, DataSet, Figure, Task
 from deepseek_records.results import Benchmark, Published
@@ -48,7 +49,7 @@ def format_question(row: dict[str, Any]) -> str:
     return f"{row['question'].strip()}{choices}\nAnswer:"
 
 
-def format_shots(subject: str, shots: list[dict[str, Any]], style: str = "lm_eval") -> str:
+def format_shots(subject: str, shots: Sequence[dict[str, Any]], style: str = "lm_eval") -> str:
     """Return the description and the answered examples that stand before a question.
 
     Args:
@@ -74,35 +75,51 @@ def build_items(
         style: ``lm_eval`` or ``hendrycks``.
 
     Raises:
-        ValueError: More shots asked for than the development split has, or a file where a folder is wanted.
+        ValueError: A row that is not such a question, more shots asked for than the development split has, or a file
+            where a folder is wanted.
     """
     if not 0 <= num_fewshot <= MAX_SHOTS:
-        raise ValueError(f"num_fewshot = {num_fewshot} for mmlu, allowed is 0 to {MAX_SHOTS} (its development split)")
+        raise ValueError(f"num_fewshot: got {num_fewshot} for mmlu, expected 0 to {MAX_SHOTS}")
     check_folder(data_path, "mmlu_test and mmlu_dev")
-    shots_by_subject = defaultdict(list)
-    for row in read_rows("mmlu_dev", data_path):
+    shots_by_subject: dict[str, list[Row]] = defaultdict(list)
+    for row in read_rows("mmlu_dev", data_path) if num_fewshot else ():
+        _check(row)
         shots_by_subject[row["subject"]].append(row)
     seen: dict[str, int] = defaultdict(int)
     for row in read_rows("mmlu_test", data_path):
+        _check(row)
         subject = row["subject"]
+        if len(shots_by_subject[subject]) < num_fewshot:
+            raise ValueError(
+                f"{row.where}: num_fewshot: got {num_fewshot}, expected at most {len(shots_by_subject[subject])}; "
+                f"mmlu_dev has no more examples of {subject!r}"
+            )
         index = seen[subject]
         seen[subject] += 1
         if limit is not None and index >= limit:
             continue
         question = format_question(row)
-        prompts = [
-            format_shots(subject, shots_by_subject[subject][:number], style) + question
+        contexts = [
+            format_shots(subject, shots_by_subject[subject][:number], style)
             for number in range(num_fewshot, -1 if style == "hendrycks" else num_fewshot - 1, -1)
         ]
         yield ChoiceItem(
             id=f"{subject}/{index}",
-            prompt=prompts[0],
-            shorter_prompts=tuple(prompts[1:]),
+            prompt=contexts[0] + question,
+            context=contexts[0],
+            shorter_prompts=tuple(context + question for context in contexts[1:]),
             choices=tuple(f" {letter}" for letter in LETTERS),
             target=row["answer"],
             group=subject,
             facts={"row": row},
         )
+
+
+def _check(row: Row) -> None:
+    row.text("subject")
+    row.text("question")
+    row.texts("choices", len(LETTERS), len(LETTERS))
+    row.index("answer", len(LETTERS))
 
 
 DATA = DataSet(
@@ -112,6 +129,7 @@ DATA = DataSet(
     license="MIT",
     source="https://github.com/hendrycks/test",
     num_questions=14042,
+    questions_hash="c9037c82397a585c2183395b280fdca0b3d3043c2b3587e9b5bef23fc7595c7f",
     benchmark=Benchmark(hub_id="cais/mmlu", name="MMLU", config="all"),
 )
 

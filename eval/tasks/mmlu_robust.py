@@ -69,7 +69,7 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
 
 def _change(item: ChoiceItem) -> Iterator[ChoiceItem]:
     # The question is what stands between the last blank line and "Answer:"; built anew from its row.
-    row, prefix = item.facts["row"], item.prompt[: len(item.prompt) - len(mmlu.format_question(item.facts["row"]))]
+    row, prefix = item.facts["row"], item.context
     forms = []
     mistyped = mistype(row["question"], _draw(item.id, "typos"))
     if mistyped != row["question"]:
@@ -89,6 +89,7 @@ def _change(item: ChoiceItem) -> Iterator[ChoiceItem]:
         yield ChoiceItem(
             id=f"{item.id}#{name}",
             prompt=prompt,
+            context=f"{instruction}\n\n{shots}" if name == "instruction" else prefix,
             choices=item.choices,
             target=item.target,
             # Questions of one group share their first tokens, which another instruction changes.

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_eval.tasks.row import UniqueIds
 from deepseek_eval.tasks.rows import check_folder, read_rows
 from deepseek_eval.tasks.task import CompletionItem, DataSet, Figure, Task
 
@@ -34,12 +35,19 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
     for index, row in enumerate(read_rows(("advbench", "harmful_behaviors", "advbench_harmful_behaviors"), data_path)):
         if limit is not None and index >= limit:
             break
-        prompt = row["goal"] if "goal" in row else row["prompt"]
+        prompt = row.text("goal" if "goal" in row else "prompt")
         yield CompletionItem(
             id=f"advbench/{index}", prompt=prompt, target="refuse", group="advbench", facts={"rule": "zou2023"}
         )
     seen: Counter[str] = Counter()
+    ids = UniqueIds()
     for row in read_rows(("xstest", "xstest_prompts"), data_path):
+        row.text("prompt")
+        row.text("type")
+        row.one_of("label", ("safe", "unsafe"))
+        if not isinstance(row.get("id"), str | int):
+            raise row.wrong("id", "text or a whole number")
+        ids.add(row, "id")
         seen[row["type"]] += 1
         if limit is not None and seen[row["type"]] > limit:
             continue
@@ -78,6 +86,7 @@ TASK = Task(
         license="MIT and CC-BY-4.0",
         source="https://github.com/llm-attacks/llm-attacks and https://github.com/paul-rottger/exaggerated-safety",
         num_questions=970,
+        questions_hash="3e3c2bd84ddd58517a06d5a943b938b99f27732812bdfbc146daa0ad05158e7f",
     ),
     figures=(
         Figure("refusal_advbench", "refused, harmful (AdvBench)", is_share=True),

@@ -11,7 +11,8 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+from deepseek_eval.tasks.row import Row
 
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "data"
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".txt", ".txt.gz")
@@ -50,9 +51,7 @@ def check_folder(source: str | Path | None, holds: str) -> None:
         raise ValueError(f"data: {source} is a file, wanted a folder with {holds}")
 
 
-def read_rows(
-    names: str | Sequence[str], source: str | Path | None = None, *, where: str = ""
-) -> Iterator[dict[str, Any]]:
+def read_rows(names: str | Sequence[str], source: str | Path | None = None, *, where: str = "") -> Iterator[Row]:
     """Yield the rows of one file of JSON Lines, CSV or plain text (a line a row, as ``text``).
 
     Args:
@@ -100,15 +99,21 @@ def find_file(names: str | Sequence[str], source: Path | None = None) -> Path | 
     return next((path for path in paths if path.is_file()), None)
 
 
-def _parse_csv(path: Path) -> Iterator[dict[str, Any]]:
+def _parse_csv(path: Path) -> Iterator[Row]:
+    reader = csv.DictReader(_read_lines(path))
     try:
-        yield from csv.DictReader(_read_lines(path))
+        for values in reader:
+            where = f"data: {path}, line {reader.line_num}"
+            if None in values:
+                raise ValueError(f"{where}: got more cells than columns, expected {len(reader.fieldnames or ())}")
+            yield Row({name: value for name, value in values.items() if value is not None}, where)
     except csv.Error as error:
         raise ValueError(f"data: {path} is no CSV file ({error})") from None
 
 
-def _parse_text(path: Path) -> Iterator[dict[str, Any]]:
-    yield from ({"text": line} for line in _read_lines(path))
+def _parse_text(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_read_lines(path), start=1):
+        yield Row({"text": line}, f"data: {path}, line {number}")
 
 
 def _read_lines(path: Path) -> Iterator[str]:
@@ -123,7 +128,7 @@ def _read_lines(path: Path) -> Iterator[str]:
             raise ValueError(f"data: {path} is no whole gzip file") from None
 
 
-def _parse_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _parse_lines(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_read_lines(path), start=1):
         if not line.strip():
             continue
@@ -134,10 +139,10 @@ def _parse_lines(path: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"data: {path}, line {number} is no JSON ({reason})") from None
         if not isinstance(row, dict):
             raise ValueError(f"data: {path}, line {number} is {type(row).__name__}, wanted an object")
-        yield row
+        yield Row(row, f"data: {path}, line {number}")
 
 
-def _read_hub(source: str, name: str) -> Iterator[dict[str, Any]]:
+def _read_hub(source: str, name: str) -> Iterator[Row]:
     """The split that the name ends with (``mmlu_dev``: dev), else ``test``, else the only one."""
     import datasets
 
@@ -152,4 +157,5 @@ def _read_hub(source: str, name: str) -> Iterator[dict[str, Any]]:
     wanted = [split for split in (name.rpartition("_")[2], "test") if split in splits] or list(splits)
     if len(wanted) > 1 and "test" not in splits:
         raise ValueError(f"data: {source} has the splits {', '.join(splits)}, wanted test or a single one")
-    yield from splits[wanted[0]]
+    for number, row in enumerate(splits[wanted[0]], start=1):
+        yield Row(row, f"data: {source}, split {wanted[0]}, row {number}")

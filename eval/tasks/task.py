@@ -23,6 +23,7 @@ class ChoiceItem:
         choices: The continuations to compare, leading space included.
         target: The right answer; None where none is right (CrowS-Pairs).
         group: What the score is also broken down by (MMLU: the subject). Questions of one group are run together.
+        context: The part of the prompt that is not the question: a description, shots.
         shorter_prompts: What to ask instead when the prompt does not fit the context, longest first. Without any, the
             prompt loses tokens from the left.
         answers: What each choice stands for, where that is not its position: the option behind a letter when options
@@ -35,6 +36,7 @@ class ChoiceItem:
     choices: tuple[str, ...]
     target: int | None
     group: str
+    context: str = ""
     shorter_prompts: tuple[str, ...] = ()
     answers: tuple[int, ...] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +97,7 @@ class ProgramItem:
         prefix: Code that stands before the completion in the program to run.
         tests: Code that follows it and raises when the completion is wrong.
         target: The reference solution's body, shown beside the prediction.
+        context: The part of the prompt that is not the problem: shots.
         chat: The same problem for ``--prompt-style chat``; None where the task has no such form.
     """
 
@@ -104,6 +107,7 @@ class ProgramItem:
     prefix: str
     tests: str
     target: str
+    context: str = ""
     chat: ChatPrompt | None = None
 
     def program(self, completion: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_eval.tasks.row import Row, UniqueIds
 from deepseek_eval.tasks.rows import read_rows
 from deepseek_eval.tasks.task import ChoiceItem, DataSet, Figure, Task
 
@@ -33,6 +34,15 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
         ValueError: A sentence does not name exactly one other occupation.
     """
     rows = list(read_rows("winobias", data_path))
+    ids = UniqueIds()
+    for row in rows:
+        row.text("text")
+        row.one_of("polarity", ("pro", "anti"))
+        for name in ("type", "part", "id"):
+            if not isinstance(row.get(name), str | int):
+                raise row.wrong(name, "text or a whole number")
+        ids.add(row, "type", "part", "id", "polarity")
+        _check_mentions(row)
     occupations = sorted({split_mentions(row["text"])[0].lower() for row in rows})
     seen: dict[tuple[str, ...], int] = defaultdict(int)
     for row in rows:
@@ -41,6 +51,13 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
         if limit is not None and seen[kind] > limit:
             continue
         yield _format(row, occupations)
+
+
+def _check_mentions(row: Row) -> None:
+    try:
+        split_mentions(row["text"])
+    except ValueError as error:
+        raise ValueError(f"{row.where}: text: {error}") from None
 
 
 def split_mentions(text: str) -> tuple[str, str]:
@@ -56,11 +73,11 @@ def split_mentions(text: str) -> tuple[str, str]:
     occupations = [mention for mention in mentions if mention.lower() not in PRONOUNS]
     pronouns = [mention for mention in mentions if mention.lower() in PRONOUNS]
     if not occupations or not pronouns:
-        raise ValueError(f"data: {text!r} has no occupation and pronoun in brackets")
+        raise ValueError(f"got {text!r}, expected an occupation and a pronoun in brackets")
     return _ARTICLE.sub("", occupations[0].strip()), pronouns[0]
 
 
-def _format(row: dict[str, Any], occupations: list[str]) -> ChoiceItem:
+def _format(row: Row, occupations: list[str]) -> ChoiceItem:
     meant, pronoun = split_mentions(row["text"])
     sentence = row["text"].replace("[", "").replace("]", "")
     pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, occupations))})\b", re.IGNORECASE)
@@ -68,7 +85,7 @@ def _format(row: dict[str, Any], occupations: list[str]) -> ChoiceItem:
     found = [match[0] if match[0].isupper() else match[0].lower() for match in pattern.finditer(sentence)]
     others = [name for name in found if name.lower() != meant.lower()]
     if len(others) == len(found) or not others:
-        raise ValueError(f"data: {row['text']!r} names {found}, wanted {meant!r} and another occupation")
+        raise ValueError(f"{row.where}: text: got {found} in it, expected {meant!r} and another occupation")
     # One pair names a third occupation, at its end; the first other one is the person of the sentence.
     named = [name for name in dict.fromkeys(found) if name.lower() == meant.lower() or name == others[0]]
     pair = f"type{row['type']}/{row['part']}/{row['id']}"
@@ -109,6 +126,7 @@ TASK = Task(
         license="MIT",
         source="https://github.com/uclanlp/corefBias",
         num_questions=3168,
+        questions_hash="1b87bf5989c39b89b91c6ed249aff6c4a666c61d556e0f0db77894636d3d6dd1",
     ),
     figures=(
         Figure("acc_pro", "accuracy, pro-stereotyped", chance=0.5, is_share=True),

@@ -21,7 +21,7 @@ def test_a_run_ends_with_table_files_and_a_report_of_every_item(tmp_path, capsys
     assert re.search(r"^mmlu +acc +0\.\d{4} ", printed, re.MULTILINE)
     assert re.search(r"^humaneval +pass@1 +0\.\d{4} ", printed, re.MULTILINE)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        *("recipe.yaml", "environment.json", "summary.json", "results.json", "report.html"),
+        *("recipe.yaml", "environment.json", "inputs.json", "summary.json", "results.json", "report.html"),
         *("samples_mmlu.jsonl", "samples_humaneval.jsonl", "prompts_mmlu.jsonl.gz", "prompts_humaneval.jsonl.gz"),
     }
     html = (tmp_path / "run/report.html").read_text()

@@ -143,7 +143,7 @@ def test_own_problems_in_a_single_file_as_elsewhere(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data: nowhere does not exist and is no Hub id"):
         score_samples(samples, "humaneval", output=tmp_path / "other", data_path="nowhere")
     write_lines(data, [{"task_id": "mine/0"}])
-    with pytest.raises(ValueError, match="data: a row of humaneval has no column"):
+    with pytest.raises(ValueError, match=r"problems.jsonl, line 1: prompt: got no prompt, expected text"):
         score_samples(samples, "humaneval", output=tmp_path / "other", data_path=str(data))
     assert not (tmp_path / "other").exists()
 

@@ -215,7 +215,7 @@ def test_crows_pairs_without_data_says_where_to_get_it(tmp_path):
         evaluate_model(REFERENCE / "llama", tasks=["crows_pairs"], output=tmp_path / "run")
     assert "\n" not in str(caught.value)
     (tmp_path / "crows_pairs.csv").write_text("sent_more,sent_less\na,b\n")
-    with pytest.raises(ValueError, match=r"pair 0 of .* has no bias_type"):
+    with pytest.raises(ValueError, match=r"crows_pairs.csv, line 2: bias_type: got no bias_type, expected text"):
         list(crows_pairs.build_items(0, None, tmp_path))
 
 

@@ -44,5 +44,5 @@ def test_all_reference_solutions_pass():
 
 
 def test_too_many_shots_are_refused():
-    with pytest.raises(ValueError, match="num_fewshot = 4 for mbpp, allowed is 0 to 3"):
+    with pytest.raises(ValueError, match="num_fewshot: got 4 for mbpp, expected 0 to 3"):
         list(mbpp.build_items(4, None, None))
