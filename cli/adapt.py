@@ -7,8 +7,8 @@ from deepseek_cli.stage_command import add_run_arguments, close_with_targets
 HELP = "Continue a model on a domain with replayed general text (stage 2)."
 EXAMPLES = """
   deepseek-moe adapt adapt-debug --model runs/first/model --output runs/second
-  deepseek-moe adapt adapt-demo --model runs/mine/model --data my_domain.jsonl --output runs/domain
-  deepseek-moe adapt adapt-demo --model runs/mine/model --replay-share 0.5 --output runs/more_replay
+  deepseek-moe adapt adapt-demo --model runs/demo/pretrain/model --data my_domain.jsonl --output runs/domain
+  deepseek-moe adapt adapt-debug --model runs/demo/pretrain/model --lora-rank 8 --output runs/lora
 
 An interrupted run goes on when the same command is given again.
 """

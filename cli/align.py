@@ -6,9 +6,9 @@ from deepseek_cli.stage_command import add_run_arguments, close_with_targets
 
 HELP = "Align a model with PPO under 0.7 relevance + 0.2 safety + 0.1 diversity."
 EXAMPLES = """
-  deepseek-moe align align-demo --model runs/demo/adapt/model --output runs/align
-  deepseek-moe align align-demo --model my-model --prompts prompts.jsonl --num-updates 50 --output runs/mine
-  deepseek-moe align align-demo --model my-model --lora-rank 8 --output runs/lora
+  deepseek-moe align align-debug --model runs/demo/adapt/model --output runs/align
+  deepseek-moe align align-demo --model my-model --prompts prompts.jsonl --prompt-sources [] --output runs/more
+  deepseek-moe align align-debug --model my-model --lora-rank 8 --output runs/align_lora
   torchrun --nproc_per_node 2 -m deepseek_cli.main align align-demo --model my-model --output runs/two
 """
 

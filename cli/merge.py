@@ -6,7 +6,7 @@ from pathlib import Path
 HELP = "Add a LoRA adapter to its base model's weights and write an ordinary checkpoint."
 EXAMPLES = """
   deepseek-moe merge runs/lora/adapter merged
-  deepseek-moe merge my-adapter merged --base someone/some-model --dtype bfloat16
+  deepseek-moe merge runs/lora/adapter merged_bf16 --base my-model --dtype bfloat16
 """
 
 

@@ -7,8 +7,11 @@ from deepseek_cli.stage_command import add_run_arguments, close_with_targets
 HELP = "Teach a model to answer questions, by TRL's SFTTrainer (optional, before align)."
 EXAMPLES = """
   deepseek-moe sft sft-debug --model runs/first/model --output runs/taught
-  deepseek-moe sft sft-demo --model runs/mine/model --data my_conversations.jsonl --output runs/taught
-  deepseek-moe align align-demo --model runs/taught/model --prompt-template null --output runs/aligned
+  deepseek-moe sft sft-demo --model runs/demo/adapt/model --data my_conversations.jsonl --sources [] --output runs/mine
+  deepseek-moe sft sft-debug --model runs/demo/adapt/model --lora-rank 8 --output runs/taught_lora
+  deepseek-moe align align-debug --model runs/taught/model --prompt-template null --output runs/aligned
+
+A row holds prompt and answer, or messages: a list of turns, each with role and content.
 """
 
 
