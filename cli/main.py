@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tell_interruption(prog: str, error: BaseException, number: int | None) -> int:
-    print(f"\n{prog}: interrupted; {how_to_go_on(error)}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+        print(f"\n{prog}: interrupted; {how_to_go_on(error)}", file=sys.stderr)
     return Interrupted(number or signal.SIGINT).exit_code
 
 

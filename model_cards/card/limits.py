@@ -84,8 +84,9 @@ def reward_line(stage: Stage) -> str:
     """
     weights = stage.settings.get("weights")
     parts = ("relevance", "safety", "diversity")
-    named = ""
-    if isinstance(weights, list) and len(weights) == len(parts):
+    model = stage.settings.get("reward_model")
+    named = f" (the reward model `{model}`)" if isinstance(model, str) else ""
+    if not named and isinstance(weights, list) and len(weights) == len(parts):
         named = f" ({', '.join(f'{part} {weight:g}' for part, weight in zip(parts, weights, strict=True))})"
     return (
         f"The reward of its alignment{named} is an automatic measure. A higher reward is not proof of a better or a "

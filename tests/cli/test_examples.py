@@ -2,8 +2,9 @@
 
 The folder holds what the examples name: the demo's runs, and a reader's own texts, pairs and models under the names
 that are printed. By default every line is parsed and its recipe built, and the quick ones run. Marked slow, the others
-run: a training on a recipe of the demo's size with ``--dry-run``. Not run are benchmarks (`tests/cli/benchmarks`), the
-demo itself (`test_demo.py`), several processes, uploads, and what is fetched from the Hub or has to be asked for.
+run: a training on a recipe of the demo's size with ``--dry-run``, a whole benchmark with ``--limit 1``. Not run are
+benchmarks (`tests/cli/benchmarks`), the demo itself (`test_demo.py`), several processes, uploads, and what is fetched
+from the Hub or has to be asked for.
 """
 
 import importlib
@@ -118,6 +119,8 @@ def run_all(examples: list[tuple[str, ...]], capsys) -> None:
         is_long = words[0] in STAGES and words[1].endswith("-demo") and "--dry-run" not in words
         if "--output" in words and Path(words[words.index("--output") + 1], "summary.json").exists():
             words.append("--overwrite")  # another page shows the same folder
+        if words[0] == "evaluate" and not {"--limit", "--samples"} & set(words):
+            words += ["--limit", "1"]
         code = main([*words, "--dry-run"] if is_long else words)
         assert code in (0, 3), f"{EXAMPLES[example]}: {shlex.join(words)}: {capsys.readouterr().err[-2000:]}"
 

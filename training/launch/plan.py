@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 
 from deepseek_records.loading import load_model, resolve_checkpoint
 from deepseek_training.launch.step_time import MOST_BYTES, random_batch, time_passes
+from deepseek_training.recipes.dpo import DpoRecipe
 from deepseek_training.trainer.checkpoints import is_complete, step_of
 from modeling_deepseek.families import find_moe_layers
 
@@ -164,6 +165,8 @@ def _time_step(recipe: Any, args: TrainingArguments, model: PreTrainedModel) -> 
         return None
     batch = random_batch(model, recipe.batch_size, recipe.sequence_length)
     passes = recipe.gradient_accumulation_steps
+    if isinstance(recipe, DpoRecipe):  # two answers each, and the reference's forward passes, a third of the whole
+        passes *= 8 / 3
     return time_passes(model, batch, num_passes=passes, device=args.device, is_bf16=recipe.bf16)
 
 

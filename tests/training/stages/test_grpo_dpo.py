@@ -45,6 +45,8 @@ def test_dpo_learns_the_preference(policy_path, pairs, tmp_path, capsys, lora):
     assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "the reference is the model at its start"
     assert any("load_imbalance" in row for row in rows)
     assert (run.path / "adapter" / "adapter_config.json").is_file() == bool(lora)
+    assert main(["card", str(run.path)]) == 0
+    assert "aligned by DPO" in (run.path / "README.md").read_text()
     assert (run.model_path / "config.json").is_file() and load_tokenizer(run.model_path).chat_template
 
 
@@ -132,6 +134,9 @@ def test_grpo(policy_path, tmp_path, capsys, more):
     before, after = (load_file(path / "model.safetensors") for path in (policy_path, run.model_path))
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert (run.path / "adapter").is_dir() == bool(more)
+    assert main(["card", str(run.path)]) == 0
+    card = (run.path / "README.md").read_text()
+    assert "aligned by GRPO" in card and "The reward of its alignment (relevance 0.7" in card
 
 
 @pytest.mark.parametrize("command", ["grpo", "dpo"])

@@ -145,7 +145,7 @@ def test_sft(policy_path, tmp_path, monkeypatch, capsys, owner, call, step):
 @pytest.mark.slow
 def test_adapt(policy_path, tiny_data, tmp_path, monkeypatch, capsys):
     command = ["adapt", "adapt-debug", "--model", str(policy_path), "--output", str(tmp_path / "run")]
-    command += ["--max-steps", "6", "--report-to", "[]", "--general-data", str(tiny_data), "--sequence-length", "32"]
+    command += ["--max-steps", "6", "--report-to", "[]", "--data", str(tiny_data), "--sequence-length", "32"]
     with monkeypatch.context() as patch:
         send_in(patch, torch.optim.AdamW, "step", 3, signal.SIGINT)
         code = main(command)
@@ -210,3 +210,25 @@ def test_a_real_ctrl_c_of_the_whole_group(command, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     assert "run the same command again to go on from step" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_stop_after_the_same_step(command, tmp_path, number):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    process = subprocess.Popen(
+        [*launcher, "-m", "deepseek_cli.main", *command, "--max-steps", "100000", "--save-steps", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=90)
+    checkpoint = last_complete_checkpoint(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None and f"go on from step {step_of(checkpoint)} in" in errors, errors[-3000:]
+    assert {path.name for path in checkpoint.glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
