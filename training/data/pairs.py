@@ -42,7 +42,7 @@ def load_pairs(recipe: DpoRecipe, split: str) -> list[Pair]:
 
 
 def _messages(row: dict[str, Any], column: str, role: str) -> list[Message]:
-    value = row.get(column)
+    value: Any = row.get(column)
     if is_messages(value):
         return list(value)
     if not isinstance(value, str):

@@ -75,7 +75,7 @@ def measure_size(model: torch.nn.Module) -> ModelSize:
 
 def _routed_rest(layer: Any, model: torch.nn.Module) -> float:
     """The parameters of a layer's routed experts that a token does not use."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     chosen = getattr(config, "num_experts_per_tok", None)
     if layer.experts is None or not layer.num_experts or not isinstance(chosen, int):

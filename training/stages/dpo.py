@@ -7,6 +7,7 @@ more probability over the reference than the worse one, and TRL's loss.
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from deepseek_records.loading import load_tokenizer
 from deepseek_records.summary import Check, Result, Summary
@@ -80,7 +81,7 @@ def dpo(recipe: DpoRecipe, output: str | Path, *, overwrite: bool = False, is_dr
 
 def _measure(metrics: dict[str, float], dataset: str, n: int) -> tuple[Result, ...]:
     accuracy = metrics["eval_rewards/accuracies"]
-    about = {"dataset": dataset, "split": "validation", "n": n, "when": "after"}
+    about: dict[str, Any] = {"dataset": dataset, "split": "validation", "n": n, "when": "after"}
     error = math.sqrt(accuracy * (1 - accuracy) / n)
     return (
         Result(metric="preference_accuracy", value=accuracy, stderr=error, **about),

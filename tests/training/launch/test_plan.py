@@ -46,6 +46,7 @@ def test_what_it_says_is_what_the_run_does(recipe_path, tmp_path, capsys):
     assert "holds a finished run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_block_leaves_the_training_as_it_was(tiny_settings, tmp_path, monkeypatch):
     recipe = build_recipe({**tiny_settings, "max_steps": 4}, PretrainRecipe)
     with_block = stage.pretrain(recipe, tmp_path / "with")
@@ -62,7 +63,11 @@ def test_the_block_leaves_the_training_as_it_was(tiny_settings, tmp_path, monkey
 @pytest.mark.parametrize(
     ("command", "wanted"),
     [
-        (["adapt", "adapt-debug", "--sequence-length", "32"], {"steps": "20 of 8 x 32", "blocks": "blocks of 32"}),
+        pytest.param(
+            ["adapt", "adapt-debug", "--sequence-length", "32"],
+            {"steps": "20 of 8 x 32", "blocks": "blocks of 32"},
+            marks=pytest.mark.slow,
+        ),
         (["sft", "sft-debug"], {"steps": "10 of 8 x 128", "blocks": "conversations"}),
         (["align", "align-debug"], {"steps": "2 updates of 8 prompts", "reward": "0.7 relevance, 0.2 safety"}),
         (["align", "align-debug", "--lora-rank", "2"], {"value model": "shares the policy's weights"}),

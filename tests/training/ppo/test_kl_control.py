@@ -48,6 +48,7 @@ def test_a_resumed_training_has_the_same_weight(policy_path, tmp_path, monkeypat
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_it_ends_where_it_is_too_far(policy_path, tmp_path):
     summary = align(make_recipe(policy_path, num_updates=4, stop_kl=1e-6), tmp_path / "run")
     rows = [row for row in RunFolder(tmp_path / "run").metrics if "episode" in row]

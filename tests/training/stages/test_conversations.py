@@ -47,7 +47,7 @@ def test_sft(policy_path, path, tmp_path, capsys):
     assert {sample.prompt for sample in summary.samples} == {"And one more?"}
 
 
-def test_align(policy_path, path, tmp_path):
+def test_prompts_of_align_are_put_by_the_chat_template(policy_path, path):
     recipe = AlignRecipe(model=str(policy_path), prompts=path, prompt_template=None)
     tokenizer = load_tokenizer(str(policy_path))
     prompts = load_prompts(recipe, tokenizer, "train")
@@ -56,6 +56,10 @@ def test_align(policy_path, path, tmp_path):
         "<|begin|>Answer in few words.\n\nUser: What is 1 and 1?\n\nAssistant: It is 2.<|end|>"
         "User: And one more?\n\nAssistant:"
     )
+
+
+@pytest.mark.slow
+def test_align(policy_path, path, tmp_path):
     command = ["align", "align-debug", "--model", str(policy_path), "--prompts", path, "--prompt-template", "null"]
     assert main([*command, "--output", str(tmp_path / "run")]) == 0
     summary = RunFolder(tmp_path / "run").summary

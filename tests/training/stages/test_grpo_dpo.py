@@ -32,7 +32,7 @@ def dpo_command(policy, pairs, output, *more):
     return ["dpo", "dpo-debug", "--model", str(policy), "--data", str(pairs), "--output", str(output), *small, *more]
 
 
-@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("lora", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_dpo_learns_the_preference(policy_path, pairs, tmp_path, capsys, lora):
     command = dpo_command(policy_path, pairs, tmp_path / "run", "--lora-rank", str(lora), "--min-accuracy", "0.5")
     assert main(command) == 0
@@ -50,6 +50,7 @@ def test_dpo_learns_the_preference(policy_path, pairs, tmp_path, capsys, lora):
     assert (run.model_path / "config.json").is_file() and load_tokenizer(run.model_path).chat_template
 
 
+@pytest.mark.slow
 def test_dpo_goes_on_after_a_signal(policy_path, pairs, tmp_path, monkeypatch, capsys):
     import os
 

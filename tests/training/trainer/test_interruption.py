@@ -76,7 +76,7 @@ def command(tiny_settings, tmp_path):
     return ["pretrain", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "run")]
 
 
-QUICK = ("reading the data", "an evaluation", "the last measurement")
+QUICK = ("reading the data", "the last measurement")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_what_goes_on_ends_with_the_same_figures(command, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("owner", "name", "call", "step"),
     [
-        (ppo_trainer, "compute_targets", 2, 2),  # the update under way is finished
+        pytest.param(ppo_trainer, "compute_targets", 2, 2, marks=pytest.mark.slow),  # the update is finished
         (Player, "_reference_and_values", 3, 1),  # generation is not: one batch before training, one for each update
         pytest.param(Player, "_score", 4, 2, marks=pytest.mark.slow),  # the evaluation at the end
         pytest.param(Player, "_score", 1, None, marks=pytest.mark.slow),

@@ -58,6 +58,7 @@ def test_the_adapter_is_the_model(taught, tmp_path, monkeypatch):
         torch.testing.assert_close(logits(other), logits(whole), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(policy_path, taught, tmp_path):
     shutil.copytree(taught, tmp_path / "cut")
     for name in ("model", "adapter"):
@@ -69,7 +70,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(policy_path, taught, tmp_pat
     assert RunFolder(tmp_path / "cut").summary.results == RunFolder(taught).summary.results
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate", "export", "merge", "params", "adapt", "align", "sft"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("evaluate", "export", "adapt", "sft")]
+
+
+@pytest.mark.parametrize("command", ["generate", "merge", "params", "align", *SLOW])
 def test_the_adapter_is_model_of_every_command(taught, tmp_path, capsys, command):
     adapter, output = str(taught / "adapter"), str(tmp_path / "out")
     small = [
