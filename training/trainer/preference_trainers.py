@@ -47,7 +47,16 @@ class GrpoStageTrainer(ResumedTraining, GRPOTrainer):
 
 
 class DpoStageTrainer(ResumedTraining, DPOTrainer):
-    """TRL's trainer on pairs that are encoded already."""
+    """TRL's trainer on pairs that are encoded already.
+
+    Args:
+        recipe: The settings.
+        **kwargs: As for `DPOTrainer`.
+    """
+
+    def __init__(self, recipe: DpoRecipe, **kwargs: Any) -> None:
+        self.recipe = recipe
+        super().__init__(**kwargs)
 
     def _prepare_dataset(self, dataset: datasets.Dataset, *args: Any, **kwargs: Any) -> datasets.Dataset:
         return dataset
@@ -119,6 +128,7 @@ def dpo_trainer(
         for pairs in (train, held_out)
     ]
     trainer = DpoStageTrainer(
+        recipe,
         model=model,
         ref_model=reference,
         args=DPOConfig(

@@ -37,9 +37,13 @@ class ResumedTraining:
     """How every stage's trainer is saved and taken up again, otherwise than the `Trainer` that it is mixed into.
 
     Attributes:
+        recipe: The stage's settings.
+        held_out: Sets whose content an interrupted run is held to.
         figures: The figures of the training, added to its log; None where none are collected.
     """
 
+    recipe: Any
+    held_out: Sequence[HeldOutSet] = ()
     figures: TrainingFigures | None = None
 
     @property
