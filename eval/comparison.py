@@ -129,6 +129,16 @@ def _check_questions(task: str, first: dict[str, str], second: dict[str, str]) -
         )
 
 
+def _parse_sample(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: got no JSON ({error}), expected a sample") from None
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+        raise ValueError(f"{where}: id: got no text, expected the question's id")
+    return row
+
+
 def _read_run(folder: Path) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, str]]]:
     """Mean score by item, and the question's hash by item (none in runs of earlier versions), for every task."""
     tasks, hashes = {}, {}
@@ -137,8 +147,10 @@ def _read_run(folder: Path) -> tuple[dict[str, dict[str, float]], dict[str, dict
             continue
         scores: dict[str, list[float]] = {}
         seen: dict[str, str] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+            if not line.strip():
+                continue
+            row = _parse_sample(line, f"run: {path}, line {number}")
             score = row.get("acc", row.get("passed"))
             if score is not None:  # Some benchmarks have no right and wrong.
                 scores.setdefault(row["id"], []).append(float(score))

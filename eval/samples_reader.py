@@ -4,7 +4,9 @@ Called by ``deepseek-moe evaluate --samples``. It works the other way round as w
 that the harness writes has these two keys in every row, so ``evaluate_functional_correctness`` reads it unchanged.
 """
 
+import gzip
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
@@ -49,10 +51,7 @@ def read_samples(path: str | Path, items: list[ProgramItem], beyond_limit: Colle
     known = {item.id for item in items}
     completions: dict[str, list[str]] = defaultdict(list)
     seen = set()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"samples: {path} is no UTF-8 text (byte {error.start})") from None
+    text = _read_text(path)
     # Not splitlines: a completion may hold characters it takes for line ends, as JSON leaves them in place.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -75,6 +74,16 @@ def read_samples(path: str | Path, items: list[ProgramItem], beyond_limit: Colle
             f"samples: {path} lacks {len(missing)} of {len(items)} problems ({', '.join(missing[:_NUM_NAMED])}{more})"
         )
     return [completions[item.id] for item in items]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"samples: {path} is no UTF-8 text (byte {error.start})") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise ValueError(f"samples: {path}: got a file that is cut short or not gzip, expected .jsonl.gz") from None
 
 
 def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:

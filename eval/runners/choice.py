@@ -1,6 +1,5 @@
 """Runs the tasks that are answered by the one token that each choice adds to the prompt (MMLU)."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +16,10 @@ from deepseek_eval.answers.prompt_style import write_prompts
 from deepseek_eval.answers.samples_writer import AnswerFile
 from deepseek_eval.metrics.loading import score_answers
 from deepseek_eval.model_loading import LoadedModel
+from deepseek_eval.runners.truncation import warn_of_truncation
 from deepseek_eval.settings import EvalSettings
 from deepseek_eval.tasks.task import ChoiceItem, Task
 from deepseek_records.run_folder import RunFolder
-
-logger = logging.getLogger(__name__)
 
 
 def run_choice_task(
@@ -53,19 +51,10 @@ def run_choice_task(
     scores = score_answers(task, items, rows)
     samples.finish(rows)
     write_prompts(run, task, items)
-    num_truncated = sum(row["is_truncated"] for row in rows)
-    if num_truncated:
-        logger.warning(
-            "%s: %d of %d prompts lost tokens to the context of %d",
-            task.name,
-            num_truncated,
-            len(rows),
-            loaded.max_length,
-        )
     return {
         **scores,
         "num_fewshot": settings.shots_of(task),
-        "num_truncated": num_truncated,
+        "num_truncated": warn_of_truncation(task, rows, loaded.max_length),
         "context": loaded.max_length,
     }
 

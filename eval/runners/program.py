@@ -10,6 +10,7 @@ from deepseek_eval.answers.prompt_style import apply_style, take_code, write_pro
 from deepseek_eval.answers.samples_writer import AnswerFile
 from deepseek_eval.metrics.loading import load_metric
 from deepseek_eval.model_loading import LoadedModel
+from deepseek_eval.runners.truncation import warn_of_truncation
 from deepseek_eval.sandbox.client import describe_protection
 from deepseek_eval.settings import EvalSettings
 from deepseek_eval.tasks.task import ProgramItem, Task
@@ -17,12 +18,12 @@ from deepseek_records.run_folder import RunFolder
 
 
 def choose_k(num_samples: int) -> list[int]:
-    """Return the k for which pass@k is asked for: where each problem has one sample, only pass@1.
+    """Return the k for which pass@k is asked for: 1, 2, 5, 10 and 100, as far as there are samples.
 
     Args:
         num_samples: The most samples that a problem has.
     """
-    return [1, 10, 100] if num_samples > 1 else [1]
+    return [k for k in (1, 2, 5, 10, 100) if k <= max(1, num_samples)]
 
 
 def run_program_task(
@@ -62,6 +63,7 @@ def run_program_task(
     write_prompts(run, task, items)
     scores = _run_tests(samples, items, task, settings)
     rows = scores.pop("rows")
+    num_truncated = warn_of_truncation(task, rows, loaded.max_length)
     return {
         **scores,
         "num_fewshot": settings.shots_of(task),
@@ -69,7 +71,7 @@ def run_program_task(
         "num_samples": settings.num_samples,
         "temperature": sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens,
-        "num_truncated": sum(row["is_truncated"] for row in rows),
+        "num_truncated": num_truncated,
         "sandbox": describe_protection(),
     }
 

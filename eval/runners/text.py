@@ -23,6 +23,7 @@ from deepseek_eval.answers.prompt_style import write_prompts
 from deepseek_eval.answers.samples_writer import AnswerFile
 from deepseek_eval.metrics.loading import score_answers
 from deepseek_eval.model_loading import LoadedModel
+from deepseek_eval.runners.truncation import warn_of_truncation
 from deepseek_eval.settings import EvalSettings
 from deepseek_eval.tasks.task import ChoiceItem, CompletionItem, Task
 from deepseek_records.run_folder import RunFolder
@@ -59,7 +60,7 @@ def run_continuation_task(
     return {
         **scores,
         "num_fewshot": 0,
-        "num_truncated": sum(row["is_truncated"] for row in rows),
+        "num_truncated": warn_of_truncation(task, rows, loaded.max_length),
         "context": loaded.max_length,
     }
 
@@ -125,7 +126,7 @@ def run_completion_task(
         "prompt_style": "plain" if loaded.tokenizer.chat_template is None else "chat",
         "temperature": sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens,
-        "num_truncated": sum(row["is_truncated"] for row in rows),
+        "num_truncated": warn_of_truncation(task, rows, loaded.max_length),
     }
 
 

@@ -66,6 +66,8 @@ class PassAtK(evaluate.Metric):
     ) -> dict[str, Any]:
         ks = [k] if isinstance(k, numbers.Number) else list(k)
         _check(ks, predictions)
+        if not 0 < timeout_s < math.inf:
+            raise ValueError(f"timeout_s: got {timeout_s}, expected a finite number of seconds above 0")
         pairs, owners = [], []
         for index, (candidates, tests) in enumerate(zip(predictions, references, strict=True)):
             pairs += [(candidate, tests) for candidate in candidates]
