@@ -90,7 +90,7 @@ def _name_data(task: Task, source: str | Path, items: Sequence[Any]) -> Task:
         return task
     if isinstance(source, str):
         # Of a set that we have not seen, its own place on the Hub vouches.
-        if published.questions_hash is None and source.partition(":")[0] == published.name:
+        if published.questions_hash is None and source == published.name:
             return replace(task, data=replace(published, num_questions=len(base), coverage=""))
         name, origin = source, f"https://huggingface.co/datasets/{source.partition(':')[0]}"
     else:
@@ -126,7 +126,7 @@ def hash_question(item: Any) -> str:
     elif isinstance(item, ProgramItem):
         parts = [item.prompt.removeprefix(item.context), item.tests]
     else:
-        parts = [item.prompt, item.target, item.group]
+        parts = [item.prompt.removeprefix(item.context), item.target, item.group]
     return hash_rows([parts])[:_NUM_DIGITS]
 
 

@@ -48,7 +48,7 @@ def _result_row(task: Task, figure: Figure, scores: Mapping[str, Any]) -> Result
         chance=figure.chance,
         num_fewshot=scores.get("num_fewshot"),
         prompt_style="chat" if scores.get("prompt_style") == "chat" else None,
-        harness="deepseek-moe" if task.metric_inputs else HARNESS,
+        harness=HARNESS if task.measures in ("knowledge", "code") else "deepseek-moe",
         benchmark=None if part or task.is_safety else task.data.benchmark,
         published=figure.published if task.data.benchmark else (),
         does_not_show=task.does_not_show or None,

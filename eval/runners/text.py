@@ -117,21 +117,34 @@ def run_completion_task(
             bar.update(number * sampling.max_new_tokens - bar.n)  # Batches may end before the length limit.
     rows = [samples.rows[item.id, 0] for item in items]
     scores = score_answers(task, items, rows)
-    rows = [row | outcome for row, outcome in zip(rows, scores.pop("samples"), strict=True)]
+    outcomes = scores.pop("samples", None) or _right_and_wrong(task, items, rows)
+    rows = [row | outcome for row, outcome in zip(rows, outcomes, strict=True)]
     samples.finish(rows)
     write_prompts(run, task, items)
     return {
         **scores,
-        "num_fewshot": 0,
-        "prompt_style": "plain" if loaded.tokenizer.chat_template is None else "chat",
+        "num_fewshot": settings.shots_of(task),
+        "prompt_style": "chat" if items[0].is_request and loaded.tokenizer.chat_template is not None else "plain",
         "temperature": sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens,
         "num_truncated": warn_of_truncation(task, rows, loaded.max_length),
     }
 
 
+def _right_and_wrong(
+    task: Task, items: Sequence[CompletionItem], rows: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What each answer was taken for, and whether it is right, for a metric that compares answers one by one."""
+    assert task.metric_inputs is not None
+    inputs = task.metric_inputs(items, rows)
+    pairs = zip(inputs["predictions"], inputs["references"], strict=True)
+    return [{"answer": prediction, "acc": int(prediction == reference)} for prediction, reference in pairs]
+
+
 def _as_user_turn(item: CompletionItem, tokenizer: PreTrainedTokenizerBase) -> CompletionItem:
     """The request as the model was taught to read one: the user's turn of its chat template, else a line of text."""
+    if not item.is_request:
+        return item
     if tokenizer.chat_template is None:
         return dataclasses.replace(item, prompt=f"{protect(item.prompt, tokenizer)}\n")
     turns = [{"role": "user", "content": item.prompt}]

@@ -2,11 +2,24 @@
 
 import difflib
 
-from deepseek_eval.tasks import bbq, crows_pairs, humaneval, long_tail, mbpp, mmlu, mmlu_robust, refusal, winobias
+from deepseek_eval.tasks import (
+    bbq,
+    crows_pairs,
+    humaneval,
+    long_tail,
+    mbpp,
+    mmlu,
+    mmlu_pro,
+    mmlu_redux,
+    mmlu_robust,
+    refusal,
+    winobias,
+)
 from deepseek_eval.tasks.task import Task
 
 _ALL = (
     *(mmlu.TASK, mmlu.HENDRYCKS_TASK, humaneval.TASK, mbpp.TASK),
+    *(mmlu_pro.TASK, mmlu_redux.TASK),
     *(crows_pairs.TASK, winobias.TASK, bbq.TASK, long_tail.TASK, mmlu_robust.TASK, refusal.TASK),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -60,6 +60,8 @@ class CompletionItem:
         target: What a good answer is, for example ``refuse``.
         group: What the score is also broken down by.
         stop: Strings that end a completion.
+        context: The part of the prompt that is not the question: a description, shots.
+        is_request: Whether it is put as the user's turn; otherwise the model continues the prompt as it stands.
         facts: What the task's metric needs to know.
     """
 
@@ -68,6 +70,8 @@ class CompletionItem:
     target: str
     group: str
     stop: tuple[str, ...] = ()
+    context: str = ""
+    is_request: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
 
 

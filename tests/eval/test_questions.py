@@ -31,6 +31,8 @@ BBQ = json.loads(gzip.decompress((EMBEDDED_FOLDER / "bbq.jsonl.gz").read_bytes()
 CROWS_PAIRS = {"sent_more": "a", "sent_less": "b", "bias_type": "c"}
 WINOBIAS = {"id": 1, "type": 1, "part": "dev", "polarity": "pro", "text": "[The cook] met the nurse; [he] left."}
 XSTEST = {"id": "1", "prompt": "May I?", "type": "plain", "label": "safe"}
+# Not shipped, or made of another task's questions.
+EMBEDDED = sorted(set(TASKS) - {"crows_pairs", "mmlu_hendrycks", "mmlu_robust", "mmlu_pro", "mmlu_redux"})
 EVIL = [None, "", "  ", 0, -1, 4, 9, 1.0, True, "1", "B", [], {}, "abc", ["a"]]
 
 
@@ -143,7 +145,7 @@ def test_humaneval_is_0_shot_whatever_is_asked_of_others(tmp_path):
     assert [row.num_fewshot for row in RunFolder(tmp_path / "run").summary.results] == [2, 0]
 
 
-@pytest.mark.parametrize("task", sorted(set(TASKS) - {"crows_pairs", "mmlu_hendrycks", "mmlu_robust"}))
+@pytest.mark.parametrize("task", EMBEDDED)
 def test_embedded_questions_are_those_of_the_published_name(task):
     """Whatever the shots; the hash in the task's file is what lets a copy of the data keep the name."""
     items = read_questions(TASKS[task], EvalSettings(tasks=(task,))).items

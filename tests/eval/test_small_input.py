@@ -45,7 +45,7 @@ def test_k_goes_as_far_as_there_are_samples():
 
 @pytest.mark.parametrize("timeout_s", [float("inf"), float("nan"), 0, -1])
 def test_a_time_limit_that_is_none_is_refused(timeout_s):
-    with pytest.raises(ValueError, match="timeout_s: got .*, expected a finite number of seconds"):
+    with pytest.raises(ValueError, match=r"timeout_s: got .*, expected a finite number of seconds"):
         load_metric("pass_at_k").compute(predictions=[["x = 1"]], references=["assert x"], k=[1], timeout_s=timeout_s)
 
 
