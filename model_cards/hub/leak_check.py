@@ -1,15 +1,11 @@
 """The last look at what is about to leave the machine: secrets and local paths in the bytes of each file."""
 
-import fnmatch
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek_records.leaks import find_leaks, secret_values
-
-# Vocabularies hold paths and token-like strings by nature; in them and in weights only exact local values are sought.
-OPAQUE_FILES = ("*.safetensors", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "*.png")
+from deepseek_records import leaks
+from deepseek_records.leaks import inspect_files
 
 
 @dataclass(frozen=True)
@@ -40,27 +36,15 @@ def check_leaks(files: Sequence[UploadFile], folders: Sequence[Path]) -> None:
     Raises:
         ValueError: The first such file, with what was found in it but never the secret itself.
     """
-    folders = [folder for folder in folders if len(folder.parts) > 1]
-    for file in files:
-        is_text = not any(fnmatch.fnmatch(file.path_in_repo, pattern) for pattern in OPAQUE_FILES)
-        found = find_leaks(_view(file), is_text=is_text, folders=folders)
-        if found:
-            raise ValueError(f"push: {file.path_in_repo} holds {'; '.join(found)}; nothing was sent")
+    report = inspect_files({file.path_in_repo: file.content for file in files}, folders=folders)
+    for name, found in report.found.items():
+        raise ValueError(f"push: {name} holds {'; '.join(found)}; nothing was sent")
 
 
 def describe_search() -> list[str]:
     """Return what `check_leaks` looks for, one line each, without any secret."""
     return [
-        f"the values of environment variables whose names sound secret ({len(secret_values())} are set)",
-        "the shapes of access tokens, signed web tokens and private keys (text files)",
-        "absolute paths (text files)",
+        *leaks.describe_search(),
         "the names of the run's folder and of the home folder",
+        "links out of their folder",
     ]
-
-
-def _view(file: UploadFile) -> bytes | mmap.mmap:
-    """The content without reading a checkpoint of many GiB into memory."""
-    if isinstance(file.content, bytes) or file.num_bytes == 0:
-        return file.content if isinstance(file.content, bytes) else b""
-    with open(file.content, "rb") as stream:
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
