@@ -1,7 +1,8 @@
 """The named model sizes, as overrides of `DeepseekConfig`'s defaults.
 
 `DeepseekConfig.from_preset` reads this table. The two large ones follow the article: a linear gate with softmax over
-the chosen experts, 8 to 12 of 128 experts a token, LayerNorm, dropout 0.1. The two small ones are shaped for a CPU and
+the chosen experts, 8 to 12 of 128 experts a token, LayerNorm, dropout 0.1. All balance their experts, for without it a
+router trained from scratch collapses onto a few of them. The two small ones are shaped for a CPU and
 take their vocabulary from the tokenizer that comes with them: pass ``vocab_size``.
 """
 
@@ -13,6 +14,9 @@ _ARTICLE: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
     "num_nextn_predict_layers": 0,
+    # DeepSeek-V3's. Loading a checkpoint sets both to 0.
+    "router_bias_update_speed": 0.001,
+    "seq_aux_loss_coef": 1e-4,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -74,6 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
         "routed_scaling_factor": 1.0,
+        "router_bias_update_speed": 0.01,  # ten times V3's: hundreds of steps, not hundreds of thousands
         "max_position_embeddings": 1024,
         "num_nextn_predict_layers": 0,
         "pad_token_id": 0,
@@ -104,6 +109,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
         "routed_scaling_factor": 1.0,
+        "router_bias_update_speed": 0.01,  # ten times V3's: hundreds of steps, not hundreds of thousands
         "max_position_embeddings": 512,
         "num_nextn_predict_layers": 0,
         "pad_token_id": 0,

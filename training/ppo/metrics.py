@@ -12,7 +12,7 @@ from trl.experimental.ppo import PPOConfig
 from deepseek_training.ppo.forward import NO_TOKEN
 from deepseek_training.ppo.rollout import Rollout
 from deepseek_training.ppo.stopwatch import Stopwatch
-from deepseek_training.ppo.update import Targets
+from deepseek_training.ppo.update import DEVIATION, Targets
 
 
 def speed_metrics(watch: Stopwatch, rollout: Rollout, args: PPOConfig) -> dict[str, float]:
@@ -56,6 +56,8 @@ def step_means(rollout: Rollout, targets: Targets, stats: dict[str, torch.Tensor
         "val/clipfrac_avg": stats["vf_clipfrac"].mean(),
         "policy/entropy_avg": stats["entropy"].mean(),
         "val/ratio": stats["ratio"].mean(),
+        # Before the first optimizer step it would be 0, were sampling and update to compute the same bits.
+        "val/first_ratio_deviation": stats[DEVIATION][0],
         "length_tokens": rollout.lengths.float().mean(),
         "has_eos": rollout.has_eos.float().mean(),
         **{name: stats[name].mean() for name in ("grad_norm", "aux_loss") if name in stats},

@@ -44,7 +44,7 @@ from deepseek_training.ppo.setup import (
     stock_parts_replaced,
 )
 from deepseek_training.ppo.stopwatch import Stopwatch
-from deepseek_training.ppo.update import Targets, compute_targets, micro_batch_loss
+from deepseek_training.ppo.update import DEVIATION, Targets, compute_targets, micro_batch_loss
 from deepseek_training.ppo.value import value_model_for
 from deepseek_training.trainer.divergence import refuse_divergence
 from modeling_deepseek.training_pass import set_accumulation_steps
@@ -306,8 +306,10 @@ class CorrectedPPOTrainer(PPOTrainer):
                     stats["grad_norm"] = norm.detach()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+            deviation = torch.maximum(stats.pop(DEVIATION), sums.get(DEVIATION, totals.new_zeros(())))
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value
+            sums[DEVIATION] = deviation
         # Stock tells no callback of its steps; ExpertBalanceCallback moves its biases here
         self.control = self.callback_handler.on_optimizer_step(args, self.state, self.control)
         return sums

@@ -16,6 +16,8 @@ from trl.experimental.ppo.ppo_trainer import INVALID_LOGPROB
 from deepseek_training.ppo.rollout import Rollout
 
 STATS = ("approxkl", "pg_clipfrac", "pg_loss", "vf_loss", "vf_clipfrac", "entropy", "ratio")
+# The largest |ratio - 1| of a micro-batch's tokens; not a share, so that a mini-batch takes the largest.
+DEVIATION = "ratio_deviation"
 
 
 @dataclasses.dataclass
@@ -89,7 +91,7 @@ def micro_batch_loss(
     totals: tuple[Any, ...],
     args: PPOConfig,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return this micro-batch's share of its mini-batch's loss, and its share of each of `STATS`.
+    """Return this micro-batch's share of its mini-batch's loss, its share of each of `STATS`, and `DEVIATION`.
 
     Where the policy computes an auxiliary loss (`output_router_logits`, `router_aux_loss_coef`), as MoE models do, it
     is added and reported as ``aux_loss``.
@@ -135,6 +137,7 @@ def micro_batch_loss(
             "vf_clipfrac": _share((vf_losses_clipped > vf_losses).float(), value_mask, totals[1]),
             "entropy": entropy.mean() * row_share,
             "ratio": ratio.mean() * row_share,
+            DEVIATION: (ratio - 1).abs().masked_fill(~mask, 0).max(),
         }
     if aux_loss is not None:
         loss = loss + aux_loss * row_share

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import trl
+from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from deepseek_training.data.conversations import encode_conversation, question_of
 from deepseek_training.data.texts import load_texts
@@ -78,6 +79,17 @@ def test_labels_hide_all_but_the_answers(tokenizer):
     kept = [number for number in encoded.labels if number != -100]
     assert tokenizer.decode(kept) == " A disease of the lungs.<|end|> Yes, very.<|end|>"
     assert len(encoded.labels) == len(encoded.input_ids)
+
+
+def test_the_answers_that_trl_trains_by_our_template_are_the_same(tokenizer):
+    """`assistant_only_loss` asks the template for them, by its ``generation`` blocks."""
+    tokenizer.chat_template = CHAT_TEMPLATE
+    for messages in (ONE, TWO):
+        (encoded,) = encode_conversation({"messages": messages}, tokenizer, 10_000)
+        asked = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)
+        assert asked["input_ids"] == encoded.input_ids
+        assert [bool(own) for own in asked["assistant_masks"]] == encoded.is_answer
+    assert is_chat_template_stop_token_trained(tokenizer)
 
 
 def test_a_template_that_generates_otherwise_than_it_trains_is_refused(tokenizer):
