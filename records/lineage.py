@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepseek_records.leaks import scrub
-from deepseek_records.run_folder import RunFolder
+from deepseek_records.run_folder import MODEL_FOLDER, RunFolder
 from deepseek_records.stages import MODEL_MARKS, Stage, read_stages
 
 # Stages that begin without a model: the setting `model` is a preset there.
@@ -55,6 +55,9 @@ def read_lineage(run_path: str | Path) -> Lineage:
     """
     path = Path(run_path)
     if is_model_folder(path) and not RunFolder(path).is_finished:
+        run = path.resolve().parent
+        if path.resolve().name == MODEL_FOLDER and RunFolder(run).is_finished:
+            return trace_lineage(read_stages(run))  # The model of a run: its making is recorded one level above.
         return Lineage({}, None, folder=path)
     try:
         return trace_lineage(read_stages(path))

@@ -126,7 +126,10 @@ def check_template(path: Path, known: set[str]) -> None:
 def _name_from(path: Path, repo_id: str | None, lineage: Lineage) -> str:
     if repo_id:
         return repo_id.split("/")[-1]
-    return f"deepseek-moe-{path.resolve().name}" if lineage.stages else path.resolve().name
+    folder = path.resolve()
+    if not lineage.stages:
+        return folder.name
+    return f"deepseek-moe-{folder.parent.name if folder == lineage.model_path else folder.name}"
 
 
 def _place_from(target: Path, model_path: Path | None) -> str:

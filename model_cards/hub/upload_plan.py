@@ -103,10 +103,13 @@ def plan_upload(
         FileNotFoundError: There is no finished run, or it made no model.
         ValueError: The license is not known, or the model is not whole.
     """
-    path, lineage = Path(run_path), read_lineage(run_path)
+    path = Path(run_path).resolve()
+    lineage = read_lineage(path)
     model_path = lineage.model_path
     if model_path is None:
         raise FileNotFoundError(f"run: {run_path} made no model, so there is nothing to upload")
+    if with_samples and not lineage.stages:
+        raise ValueError(f"with_samples: got {run_path}, a model without a run, expected a run; it has no samples")
     facts = read_facts(model_path)
     edited = _edited_card(path)
     known = _check_license(license, lineage, facts, path if edited else None)
@@ -120,13 +123,13 @@ def plan_upload(
     write_card(path, output=folder, license=license, repo_id=repo_id, template=template)
     if edited:
         (folder / CARD).write_text(edited, encoding="utf-8")
-    if with_samples and lineage.stages:
+    if with_samples:
         write_report(path, folder / REPORT)
     names = [CARD, PICTURE, REPORT]
     written = [file for file in sorted(folder.rglob("*")) if file.name in names or file.parent.name == ".eval_results"]
     files = [UploadFile(str(file.relative_to(folder)), file) for file in written] + model_files
     sent = {file.path_in_repo for file in model_files}
-    return UploadPlan(files, list(_held_back(path, model_path, sent, with_samples)), known, bool(edited))
+    return UploadPlan(files, list(_held_back(path, model_path.resolve(), sent, with_samples)), known, bool(edited))
 
 
 def _edited_card(path: Path) -> str:

@@ -93,6 +93,13 @@ def test_an_unfinished_stage_made_no_model(tmp_path):
     assert chain_of(tmp_path) == (["pretrain", "align"], "pretrain")
 
 
+def test_the_model_of_a_run_knows_its_making(tmp_path):
+    make(tmp_path, "sft", "sft", "org/one")
+    lineage = read_lineage(tmp_path / "sft" / "model")
+    assert list(lineage.stages) == ["sft"] and lineage.base == "org/one"
+    assert lineage.model_path == tmp_path / "sft" / "model"
+
+
 def test_a_models_folder_without_a_run(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -223,6 +223,18 @@ def test_links_are_not_followed_out_of_the_run(hub, stage_run, tmp_path):
         push(hub, stage_run)
 
 
+def test_a_models_folder_is_pushed_too_with_or_without_its_run(hub, stage_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(stage_run)
+    plan, _ = push(hub, "model")
+    assert "How it was made is not recorded" not in hub.files(REPO)["README.md"].decode()
+    assert plan.held_back == [] and set(hub.files(REPO)) > {path.name for path in (stage_run / "model").iterdir()}
+    alone = (stage_run / "model").rename(tmp_path / "alone")
+    push(hub, alone, repo="someone/alone")
+    assert "How it was made is not recorded" in hub.files("someone/alone")["README.md"].decode()
+    with pytest.raises(ValueError, match=r"with_samples: got .* expected a run"):
+        push(hub, alone, with_samples=True)
+
+
 def test_an_adapter_of_a_local_base_is_refused_by_name(hub, stage_run):
     model = stage_run / "model"
     (model / "config.json").rename(model / "adapter_config.json")
