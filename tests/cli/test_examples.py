@@ -25,10 +25,7 @@ from deepseek_training.recipes.write_docs import STAGES
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "|".join(SUBCOMMANDS)
 LINE = re.compile(rf"^\s*(?:\$ )?(?:deepseek-moe|torchrun .*-m deepseek_cli\.main) ((?:{COMMANDS}) .*)$", re.MULTILINE)
-QUICK = (
-    *("params", "generate runs/demo", "merge", "pretrain pretrain-demo --preset 154b"),
-    "adapt adapt-debug --model runs/demo",
-)
+QUICK = ("params", "generate runs/demo")
 NOT_RUN = (
     *("--compare", "crows_pairs", "org/name", "tempt", "runs/two", "--private", "--revision", "--use-mtp"),
     "--allow-weak-sandbox",
