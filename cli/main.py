@@ -35,6 +35,7 @@ SUBCOMMANDS = (
     "card",
     "push",
     "params",
+    "doctor",
     "bench",
 )
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
