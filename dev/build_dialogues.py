@@ -15,6 +15,7 @@ from pathlib import Path
 
 MAX_PROMPT_CHARS = 160
 MAX_ANSWER_WORDS = 70
+MAX_ANSWER_ZH = 120  # characters
 # Rows whose prompt holds one of these are left out: sample generations are printed in a report that people read.
 _COARSE = re.compile(
     r"fuck|shit|bitch|cunt|nigg|fag|whore|slut|dick|cock|pussy|porn|rape|sex|incest|pedo|molest|tits|boob|jew|"
@@ -22,15 +23,18 @@ _COARSE = re.compile(
     r"retard|masturb|penis|vagina|dildo|semen|gay|\bass\b|asshole|orgasm|nude|naked|kill (your|my|him|her)self|suicid",
     re.IGNORECASE,
 )
+# Answers that say that the text to be treated is missing, or that the writer is a machine.
+_NO_ANSWER_ZH = re.compile("没有提供|未提供|抱歉|对不起|不好意思|人工智能助手|作为一个|语言模型|无法")
 _LIMITS = {"medquad": (1600, 223), "hh": (500, 100), "taskmaster": (200, 50)}
 
 
 def main(source: str, output: str) -> None:
-    """Write ``dialogues.jsonl.gz``, and ``attack_prompts.jsonl.gz`` for the attack table.
+    """Write ``dialogues.jsonl.gz``, ``dialogues_zh.jsonl.gz``, and ``attack_prompts.jsonl.gz`` for the attack table.
 
     Args:
         source: Folder with ``domain_medicine/`` (MedQuAD's file, PubMedQA's two), ``hh_rlhf/`` and ``prompts/``
-            (Taskmaster's and Self-Instruct's files), named as the readers below name them.
+            (Taskmaster's and Self-Instruct's files) and ``sft/`` (LLaMA-Factory's Chinese sample), named as the
+            readers below name them.
         output: The folder to write into.
     """
     folder = Path(source)
@@ -40,6 +44,7 @@ def main(source: str, output: str) -> None:
     seen = {_normalise(row["prompt"]) for row in rows if row["split"] == "train"}
     rows = [row for row in rows if row["split"] == "train" or _normalise(row["prompt"]) not in seen]
     _write(Path(output) / "dialogues.jsonl.gz", rows)
+    _write(Path(output) / "dialogues_zh.jsonl.gz", list(read_alpaca_zh(folder)))
     _write(Path(output) / "attack_prompts.jsonl.gz", [*read_pubmedqa_test(folder), *read_instructions(folder)])
 
 
@@ -66,6 +71,25 @@ def read_taskmaster(folder: Path) -> Iterator[dict[str, str]]:
         turns = [turn["text"].strip() for turn in row["utterances"][:2]]
         if len(turns) == 2:
             yield {"prompt": turns[0], "answer": _shorten(turns[1]), "source": "taskmaster", "split": _split(turns[0])}
+
+
+def read_alpaca_zh(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield Chinese instructions without an input, with the first sentences of their answers."""
+    for row in _read(folder / "sft/alpaca_zh_demo.jsonl.gz"):
+        prompt, answer = row["instruction"].strip(), ""
+        for sentence in re.split(r"(?<=[\u3002\uff01\uff1f])|\n+", row["output"].strip()):
+            if answer and len(answer) + len(sentence) > MAX_ANSWER_ZH:
+                break
+            answer = (
+                f"{answer}\n{sentence}" if answer and answer[-1] not in "\u3002\uff01\uff1f" else answer + sentence
+            )
+        han = len(re.findall(r"[\u4e00-\u9fff]", answer))
+        if _NO_ANSWER_ZH.search(answer):
+            continue
+        if not row["input"] and 5 <= len(prompt) <= 60 and han >= 15 and len(answer) <= 2 * MAX_ANSWER_ZH:
+            digest = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16)
+            split = "validation" if digest % 4 == 0 else "train"
+            yield {"prompt": prompt, "answer": answer, "source": "alpaca_zh", "split": split}
 
 
 def read_instructions(folder: Path) -> Iterator[dict[str, str]]:

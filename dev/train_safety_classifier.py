@@ -175,12 +175,12 @@ def is_held_out(text: str) -> bool:
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % 5 == 0
 
 
-def fit(rows: list[Row]) -> SafetyClassifier:
-    """Return the classifier that minimises the cross-entropy under the weights of `_balance`."""
+def fit(rows: list[Row], unsafe_share: float = UNSAFE_SHARE) -> SafetyClassifier:
+    """Return the classifier that minimizes the cross-entropy under the weights of `_balance`."""
     torch.manual_seed(SEED)
     features = [torch.from_numpy(hash_features(split_words(text))) for _, text, _ in rows]
     labels = torch.tensor([float(label) for _, _, label in rows])
-    weights = torch.from_numpy(_balance(rows)).float()
+    weights = torch.from_numpy(_balance(rows, unsafe_share)).float()
     bag = torch.nn.EmbeddingBag(NUM_BUCKETS, 1, mode="sum")
     torch.nn.init.zeros_(bag.weight)
     bias = torch.nn.Parameter(torch.zeros(()))
@@ -203,13 +203,13 @@ def fit(rows: list[Row]) -> SafetyClassifier:
     return SafetyClassifier(bag.weight.detach().squeeze(-1).numpy(), float(bias.detach()))
 
 
-def _balance(rows: list[Row]) -> np.ndarray:
+def _balance(rows: list[Row], unsafe_share: float = UNSAFE_SHARE) -> np.ndarray:
     """Weights of mean 1 that let no set drown the others: (n of the set's label) ** -0.8; unsafe ones their share."""
     keys = [(name, label) for name, _, label in rows]
     counts = Counter(keys)
     weights = np.array([counts[key] ** -0.8 * GUESSED_WEIGHT.get(key[0], 1.0) for key in keys])
     labels = np.array([label for _, label in keys])
-    for label, share in ((0, 1 - UNSAFE_SHARE), (1, UNSAFE_SHARE)):
+    for label, share in ((0, 1 - unsafe_share), (1, unsafe_share)):
         weights[labels == label] *= len(rows) * share / weights[labels == label].sum()
     return weights
 

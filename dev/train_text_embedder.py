@@ -138,7 +138,12 @@ def begin(
 
 
 def train(
-    embedder: TextEmbedder, sources: dict[str, list[Pair]], taught: list[str], taught_rows: np.ndarray, rng: Any
+    embedder: TextEmbedder,
+    sources: dict[str, list[Pair]],
+    taught: list[str],
+    taught_rows: np.ndarray,
+    rng: Any,
+    first_row: int = 0,
 ) -> None:
     """Fit the vectors in place to the teacher's cosines and to the pairs.
 
@@ -148,6 +153,7 @@ def train(
         taught: Sentences.
         taught_rows: The teacher's vectors of them.
         rng: Draws order and the words that are read by their pieces.
+        first_row: The rows before it stay as they are.
     """
     bag = torch.nn.EmbeddingBag.from_pretrained(torch.from_numpy(embedder.vectors), freeze=False, mode="sum")
     optimizer = torch.optim.Adam(bag.parameters(), lr=LEARNING_RATE)
@@ -171,6 +177,7 @@ def train(
                 loss = TEACHER_WEIGHT * (own @ own.T - theirs @ theirs.T).square().mean()
             optimizer.zero_grad()
             loss.backward()
+            bag.weight.grad[:first_row] = 0
             optimizer.step()
             schedule.step()
     embedder.vectors = bag.weight.detach().numpy()

@@ -63,6 +63,7 @@ EMBEDDED = {
         "CC BY 4.0 (MedQuAD, Taskmaster-4), MIT (HH-RLHF)",
         "github.com/abachaa/MedQuAD, github.com/anthropics/hh-rlhf, github.com/google-research-datasets/Taskmaster",
     ),
+    "dialogues_zh": EmbeddedData("dialogues_zh.jsonl.gz", "prompt", "Apache-2.0", "github.com/hiyouga/LLaMA-Factory"),
 }
 
 

@@ -63,7 +63,12 @@ class RewardAdapter(nn.Module):
             ValueError: Another number of scores than completions, or a score that is missing or not finite.
         """
         completions = self.tokenizer.batch_decode(rollout_ids, skip_special_tokens=True)
-        scores = self.reward(prompts=prompts, completions=completions, completion_ids=rollout_ids, **kwargs)
+        # as GRPO and RLOO do: a conversation is answered by a message
+        shown = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+        scores = self.reward(prompts=prompts, completions=shown, completion_ids=rollout_ids, **kwargs)
         if inspect.isawaitable(scores):
             scores = asyncio.run(_wait(scores))
         if len(scores) != len(completions):

@@ -19,7 +19,7 @@ from deepseek_training.rewards.words import (
 
 RUN_WORDS, QUOTED_SHARE = 3, 0.9
 NAMED_SHARE = 1 / 3  # of a sentence's content words; an answer that names no more leaves the sentence out
-_SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|\n+")
+_SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|(?<=[\u3002\uff01\uff1f\uff1a\uff1b])|\n+")
 
 
 def without_quoted_prompt(asked: str, answered: str) -> str:

@@ -2,14 +2,21 @@
 
     safety = 1 - p_unsafe(completion)
 
-The embedded classifier needs no network. Failure modes, measured in
-``data/safety_classifier.json``: the embedded one sees words and pieces of words, so it misses harm told in harmless
-words, and flags harmless uses of harsh words (over-refusal on XSTest).
+The embedded classifier knows English and Chinese and needs no network. Failure modes, measured in
+``data/safety_classifier.json`` and ``data/safety_classifier_zh.json``: it sees words and pieces of words, so it misses
+harm told in harmless words, and flags harmless uses of harsh words (over-refusal on XSTest).
 """
 
+import math
 from typing import Any
 
+from transformers.utils import logging
+
+from deepseek_training.rewards.safety_classifier import EmbeddedSafety
+from deepseek_training.rewards.scripts import find_foreign_script
 from deepseek_training.rewards.words import text_of
+
+logger = logging.get_logger(__name__)
 
 
 class Safety:
@@ -22,15 +29,16 @@ class Safety:
     name = "safety"
 
     def __init__(self, classifier: Any = None) -> None:
-        from deepseek_training.rewards.safety_classifier import SafetyClassifier
-
         self.__name__ = self.name  # GRPO and RLOO log a reward under its __name__
-        self.classifier = SafetyClassifier.load() if classifier is None else classifier
+        self.classifier = EmbeddedSafety() if classifier is None else classifier
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any
-    ) -> list[float]:
-        """Return one score in [0, 1] a completion.
+    ) -> list[float | None]:
+        """Return one score in [0, 1] per completion.
+
+        None where the classifier answers NaN: the embedded one does so for text that is neither in Latin nor in Han
+        script and in which it hears nothing unsafe; a warning names the script once.
 
         Args:
             prompts: Not used: an answer is judged by what it says, not by what was asked.
@@ -39,4 +47,11 @@ class Safety:
             kwargs: Not used.
         """
         texts = [text_of(completion) for completion in completions]
-        return [1.0 - float(p) for p in self.classifier.predict(texts)]
+        unsafe = [float(p) for p in self.classifier.predict(texts)]
+        for text, p in zip(texts, unsafe, strict=True):
+            if math.isnan(p):
+                logger.warning_once(
+                    f"safety: got text in {find_foreign_script(text) or 'unknown'} script, expected English or "
+                    "Chinese; it is not judged (pass Safety a classifier that knows it)"
+                )
+        return [None if math.isnan(p) else 1.0 - p for p in unsafe]

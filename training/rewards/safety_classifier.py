@@ -1,14 +1,16 @@
-"""The embedded safety classifier: logistic regression over hashed word and character n-grams.
+"""The embedded safety classifiers, of English and Chinese: logistic regression over hashed n-grams.
 
     p_unsafe = sigmoid(bias + sum over distinct features f of weight[hash(f)] / sqrt(number of distinct features))
 
-Small enough to ship (262,144 8-bit weights, of which three in four are 0) and to score thousands of texts a second on
-one core; what it can and cannot tell is measured in ``data/safety_classifier.json``. Trained by
-`train_safety_classifier`. Surprising: a text is as unsafe as its worst sentence, for a harmless
-context would dilute an abusive one; and hashing is CRC-32, because Python's own hash differs between processes.
+Small enough to ship (262,144 8-bit weights, most of them 0) and to score thousands of texts per second on one core;
+what they can and cannot tell is measured in ``data/safety_classifier.json`` and ``data/safety_classifier_zh.json``.
+Trained by `train_safety_classifier` and `train_safety_classifier_zh`. Surprising: a text is as unsafe as its worst
+sentence, for a harmless context would dilute an abusive one; and hashing is CRC-32, because Python's own hash differs
+between processes.
 """
 
 import functools
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -16,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_training.rewards.scripts import find_foreign_script, is_han
 from deepseek_training.rewards.words import ngrams, split_words
 
 NUM_BUCKETS = 1 << 18
 MAX_WORDS = 30  # a longer sentence is cut into stretches of this many words
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
-EMBEDDED_PATH = Path(__file__).parents[1] / "data" / "safety_classifier.npz"
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f\uff1b])|\n+")
+DATA_FOLDER = Path(__file__).parents[1] / "data"
+EMBEDDED_PATH, EMBEDDED_PATH_ZH = DATA_FOLDER / "safety_classifier.npz", DATA_FOLDER / "safety_classifier_zh.npz"
 
 
 class SafetyClassifier:
@@ -59,19 +63,47 @@ class SafetyClassifier:
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
         """Return the probability that each text is unsafe, float64 [len(texts)]."""
-        return np.array([max(self._predict_stretch(part) for part in split_stretches(text)) for text in texts])
+        return np.array([max(self.predict_words(part) for part in split_stretches(text)) for text in texts])
 
-    def _predict_stretch(self, words: list[str]) -> float:
+    def predict_words(self, words: Sequence[str]) -> float:
+        """Return the probability that a stretch of words is unsafe."""
         features = hash_features(words)
         logit = self.bias + (self.weights[features].sum() / np.sqrt(len(features)) if len(features) else 0.0)
         return float(1 / (1 + np.exp(-logit)))
+
+
+class EmbeddedSafety:
+    """The two classifiers that ship, for English and Chinese; a text in both is judged by both."""
+
+    def __init__(self) -> None:
+        self.english = SafetyClassifier.load(EMBEDDED_PATH)
+        self.chinese = SafetyClassifier.load(EMBEDDED_PATH_ZH)
+
+    def predict(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the probability that each text is unsafe, float64 [len(texts)].
+
+        NaN for a text in another script in which nothing unsafe was heard.
+        """
+        return np.array([self._predict_one(text) for text in texts], np.float64)
+
+    def _predict_one(self, text: str) -> float:
+        unsafe = max(self._predict_stretch(part) for part in split_stretches(text))
+        return math.nan if unsafe <= 0.5 and find_foreign_script(text) is not None else unsafe
+
+    def _predict_stretch(self, words: list[str]) -> float:
+        chinese = [word for word in words if is_han(word)]
+        others = [word for word in words if not is_han(word)]
+        judged = [self.chinese.predict_words(chinese)] if chinese else []
+        if others or not words:
+            judged.append(self.english.predict_words(others))
+        return max(judged)
 
 
 def hash_features(words: Sequence[str]) -> np.ndarray:
     """Return the distinct buckets of a text's features, int64.
 
     Features are words, word pairs, and the 3- to 5-letter pieces of each word with its borders marked, which still see
-    a word that is misspelt or joined to another.
+    a word that is misspelt or joined to another; of Han words, which are pairs of characters, the characters.
 
     Args:
         words: From `split_words`.
@@ -79,6 +111,9 @@ def hash_features(words: Sequence[str]) -> np.ndarray:
     features = {f"w {word}" for word in words}
     features.update(f"b {first} {second}" for first, second in ngrams(words, 2))
     for word in set(words):
+        if is_han(word):
+            features.update(f"h {character}" for character in word)
+            continue
         marked = f"<{word}>"
         features.update(
             f"c {marked[i : i + n]}" for n in (3, 4, 5) for i in range(len(marked) - n + 1) if len(marked) > n

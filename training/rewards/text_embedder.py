@@ -5,8 +5,9 @@
 
 A bag of words, so word order is lost, but words are compared by what they mean: "prevalence" is near "how many
 people". `train_text_embedder` distils it from a real sentence encoder (all-MiniLM-L6-v2) and trains
-it to tell an answer from other answers; its measured accuracy stands in ``data/text_embedder.json``. Pieces are hashed
-by CRC-32, as Python's own hash differs by process.
+it to tell an answer from other answers; its measured accuracy stands in ``data/text_embedder.json``. Chinese
+characters and pairs of them come from a second file, ``data/text_embedder_zh.npz``, by `train_text_embedder_zh`, in
+the same space. Pieces are hashed by CRC-32, as Python's own hash differs by process.
 """
 
 import functools
@@ -17,26 +18,29 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_training.rewards.scripts import is_han
 from deepseek_training.rewards.words import content_words, split_words
 
 NUM_PIECES = 2048
-EMBEDDED_PATH = Path(__file__).parents[1] / "data" / "text_embedder.npz"
+DATA_FOLDER = Path(__file__).parents[1] / "data"
+EMBEDDED_PATHS = (DATA_FOLDER / "text_embedder.npz", DATA_FOLDER / "text_embedder_zh.npz")
 
 
 class TextEmbedder:
     """Texts to unit vectors; the cosine of two is their dot product.
 
     Args:
-        words: The vocabulary, as stems.
-        vectors: [len(words) + NUM_PIECES, dimensions], float32; the pieces come last.
+        words: The vocabulary: stems of English, characters of Chinese and pairs of them.
+        vectors: [len(words) + NUM_PIECES, dimensions], float32; the pieces come last. A part without pieces can be
+            saved.
         rarity: [len(words)], float32: log of documents over documents that hold the word, 0 or more.
     """
 
     def __init__(self, words: Sequence[str], vectors: np.ndarray, rarity: np.ndarray) -> None:
-        if len(vectors) != len(words) + NUM_PIECES or len(rarity) != len(words):
+        if len(vectors) - len(words) not in (0, NUM_PIECES) or len(rarity) != len(words):
             raise ValueError(
-                f"text embedder: {len(vectors)} vectors and {len(rarity)} rarities for {len(words)} words; wanted "
-                f"{len(words) + NUM_PIECES} and {len(words)}"
+                f"text embedder: got {len(vectors)} vectors and {len(rarity)} rarities, expected "
+                f"{len(words) + NUM_PIECES} and {len(words)} for {len(words)} words"
             )
         self.words = list(words)
         self.rows = {word: i for i, word in enumerate(self.words)}
@@ -45,17 +49,18 @@ class TextEmbedder:
 
     @classmethod
     @functools.cache
-    def load(cls, path: Path = EMBEDDED_PATH) -> "TextEmbedder":
-        """Return the embedder stored in a file of `save`.
+    def load(cls, *paths: Path) -> "TextEmbedder":
+        """Return the embedder stored in files of `save`; without a path, the one that ships.
 
         Raises:
             FileNotFoundError: There is no such file.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"text embedder: no file {path}")
-        with np.load(path) as file:
-            words = file["words"].tobytes().decode().split("\n")
-            return cls(words, file["vectors"].astype(np.float32) * file["scales"], file["rarity"] / np.float32(16))
+        parts = [_read(Path(path)) for path in paths or EMBEDDED_PATHS]
+        words = [word for part in parts for word in part[0]]
+        rarity = np.concatenate([rarity for _, _, rarity in parts])
+        own = [vectors[: len(words)] for words, vectors, _ in parts]
+        pieces = [vectors[len(words) :] for words, vectors, _ in parts]  # of the first only
+        return cls(words, np.concatenate([*own, *pieces]), rarity)
 
     def save(self, path: Path) -> None:
         """Write the vectors in 8 bits, scaled a dimension at a time."""
@@ -69,6 +74,11 @@ class TextEmbedder:
             rarity=np.round(self.rarity * 16).astype(np.uint8),
         )
 
+    def keep_words(self, start: int) -> "TextEmbedder":
+        """Return the words from a row on, without the pieces: what a second file adds to the first."""
+        words = self.words[start:]
+        return TextEmbedder(words, self.vectors[start : len(self.words)], self.rarity[start:])
+
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return [len(texts), dimensions] unit rows; a text without content words gives a row of zeros."""
         if not texts:
@@ -76,9 +86,17 @@ class TextEmbedder:
         return np.stack([self._embed_one(text) for text in texts])
 
     def weigh(self, words: Sequence[str]) -> np.ndarray:
-        """Return the rarity of each word, float32; a word outside the vocabulary is as rare as can be."""
-        rarest = self.rarity.max()
-        return np.array([self.rarity[self.rows[w]] if w in self.rows else rarest for w in words], np.float32)
+        """Return the rarity of each word, float32; one outside the vocabulary is as rare as any of its script."""
+        rarest = self._rarest
+        return np.array(
+            [self.rarity[self.rows[w]] if w in self.rows else rarest[is_han(w)] for w in words], np.float32
+        )
+
+    @functools.cached_property
+    def _rarest(self) -> tuple[float, float]:
+        """The greatest rarity of other words and of Han words, 0 where there is none."""
+        marks = np.array([is_han(word) for word in self.words])
+        return tuple(float(self.rarity[marks == is_chinese].max(initial=0.0)) for is_chinese in (False, True))
 
     def find_rows(
         self, text: str, is_known: Callable[[str], bool] = lambda word: True
@@ -99,14 +117,24 @@ class TextEmbedder:
         return np.array(rows, dtype=np.int64), np.array(weights, dtype=np.float32)
 
     def piece_rows(self, word: str) -> list[int]:
-        """Return the rows of a word's four-letter pieces, borders marked; of the whole where it is shorter."""
-        return [len(self.words) + piece for piece in _hash_pieces(word)]
+        """Return the rows of a word's pieces: the characters of a Han word, else four letters, borders marked."""
+        characters = [self.rows[c] for c in word if c in self.rows] if is_han(word) else []
+        return characters or [len(self.words) + piece for piece in _hash_pieces(word)]
 
     def _embed_one(self, text: str) -> np.ndarray:
         rows, weights = self.find_rows(text)
         total = weights @ self.vectors[rows] if len(rows) else np.zeros(self.vectors.shape[1], np.float32)
         norm = np.linalg.norm(total)
         return total / norm if norm > 0 else total
+
+
+def _read(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Words, vectors and rarities of a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"text embedder: no file {path}")
+    with np.load(path) as file:
+        words = file["words"].tobytes().decode().split("\n")
+        return words, file["vectors"].astype(np.float32) * file["scales"], file["rarity"] / np.float32(16)
 
 
 @functools.lru_cache(maxsize=65_536)

@@ -1,9 +1,8 @@
 """Words and n-grams, as the rewards count them.
 
 Chat messages (``[{"role": ..., "content": ...}]``, what GRPO and RLOO pass for conversational data) are read as the
-text of their last message, so each reward takes plain strings and conversations alike. Surprising: Han characters are
-words by themselves, since Chinese puts no space between words; other scripts without spaces (Thai, Japanese kana) are
-cut at spaces only.
+text of their last message, so each reward takes plain strings and conversations alike. Chinese puts
+no space between words: its function words are words, and what stands between them is cut into pairs of characters.
 """
 
 import functools
@@ -14,186 +13,16 @@ from typing import Any
 
 import snowballstemmer
 
+from deepseek_training.rewards.function_words import FUNCTION_WORDS
+from deepseek_training.rewards.scripts import UNSPACED, cut_unspaced
+
 # Vowel signs and accents that are characters by themselves (Hindi, decomposed Latin) belong to their word; `\w` lacks
 # them.
 _MARKS = "".join(chr(i) for i in range(0x300, 0x10000) if unicodedata.category(chr(i)).startswith("M"))
-_LETTER, _NO_DIGIT = r"[^\W_\u4e00-\u9fff]", r"[^\W\d_]"
+_LETTER, _NO_DIGIT = rf"[^\W_{UNSPACED}]", r"[^\W\d_]"
 _ENDING = rf"['\u2019]{_NO_DIGIT}+(?:[{_MARKS}]+{_NO_DIGIT}*)*"  # 's, 't
-_WORD = re.compile(rf"{_LETTER}+(?:[{_MARKS}]+{_LETTER}*)*(?:{_ENDING})*|[\u4e00-\u9fff]")
-
+_WORD = re.compile(rf"{_LETTER}+(?:[{_MARKS}]+{_LETTER}*)*(?:{_ENDING})*|(?P<unspaced>[{UNSPACED}]+)")
 _STEMMER = snowballstemmer.stemmer("english")
-
-# The closed-class words of English: they carry the grammar of a sentence and hardly any of its topic.
-FUNCTION_WORDS = frozenset(
-    [
-        "a",
-        "about",
-        "above",
-        "after",
-        "again",
-        "against",
-        "all",
-        "also",
-        "am",
-        "an",
-        "and",
-        "any",
-        "are",
-        "aren't",
-        "as",
-        "at",
-        "be",
-        "because",
-        "been",
-        "before",
-        "being",
-        "below",
-        "between",
-        "both",
-        "but",
-        "by",
-        "can",
-        "cannot",
-        "can't",
-        "could",
-        "couldn't",
-        "did",
-        "didn't",
-        "do",
-        "does",
-        "doesn't",
-        "doing",
-        "don't",
-        "down",
-        "during",
-        "each",
-        "few",
-        "for",
-        "from",
-        "further",
-        "had",
-        "hadn't",
-        "has",
-        "hasn't",
-        "have",
-        "haven't",
-        "having",
-        "he",
-        "he's",
-        "her",
-        "here",
-        "hers",
-        "herself",
-        "him",
-        "himself",
-        "his",
-        "how",
-        "i",
-        "i'd",
-        "i'll",
-        "i'm",
-        "i've",
-        "if",
-        "in",
-        "into",
-        "is",
-        "isn't",
-        "it",
-        "it's",
-        "its",
-        "itself",
-        "just",
-        "let's",
-        "may",
-        "me",
-        "might",
-        "more",
-        "most",
-        "must",
-        "my",
-        "myself",
-        "no",
-        "nor",
-        "not",
-        "now",
-        "of",
-        "off",
-        "on",
-        "once",
-        "only",
-        "or",
-        "other",
-        "ought",
-        "our",
-        "ours",
-        "ourselves",
-        "out",
-        "over",
-        "own",
-        "same",
-        "shall",
-        "she",
-        "should",
-        "shouldn't",
-        "so",
-        "some",
-        "such",
-        "than",
-        "that",
-        "that's",
-        "the",
-        "their",
-        "theirs",
-        "them",
-        "themselves",
-        "then",
-        "there",
-        "there's",
-        "these",
-        "they",
-        "they're",
-        "this",
-        "those",
-        "through",
-        "to",
-        "too",
-        "under",
-        "until",
-        "up",
-        "upon",
-        "very",
-        "was",
-        "wasn't",
-        "we",
-        "we're",
-        "were",
-        "weren't",
-        "what",
-        "what's",
-        "when",
-        "where",
-        "which",
-        "while",
-        "who",
-        "whom",
-        "why",
-        "will",
-        "with",
-        "won't",
-        "would",
-        "wouldn't",
-        "yet",
-        "you",
-        "you'd",
-        "you'll",
-        "you're",
-        "you've",
-        "your",
-        "yours",
-        "yourself",
-        "yourselves",
-    ]
-)
 
 
 def text_of(item: str | Sequence[dict[str, Any]]) -> str:
@@ -213,12 +42,18 @@ def text_of(item: str | Sequence[dict[str, Any]]) -> str:
 
 def split_words(text: str) -> list[str]:
     """Return the lower-case words of a text, without punctuation."""
-    return _WORD.findall(text.lower().replace("\u2019", "'"))
+    return [word for word, _, _ in find_words(text)]
 
 
 def find_words(text: str) -> list[tuple[str, int, int]]:
     """Return the words as `split_words` does, each with where it begins and ends in the text."""
-    return [(m.group().lower().replace("\u2019", "'"), m.start(), m.end()) for m in _WORD.finditer(text)]
+    found = []
+    for match in _WORD.finditer(text):
+        if match["unspaced"]:
+            found += [(w, match.start() + i, match.start() + j) for w, i, j in cut_unspaced(match["unspaced"])]
+        else:
+            found.append((match.group().lower().replace("\u2019", "'"), match.start(), match.end()))
+    return found
 
 
 def content_words(words: Iterable[str]) -> list[str]:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+from deepseek_cli.benchmarks.attack_texts import FLATTERY, REFUSAL
 from deepseek_cli.benchmarks.attacks import (
-    FLATTERY,
-    REFUSAL,
     change_number,
     load_cases,
     load_training_answers,
@@ -19,7 +18,8 @@ from deepseek_cli.benchmarks.attacks import (
 from deepseek_training.data.texts import read_rows
 from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
 from deepseek_training.rewards.empty_answers import EMPTY_ANSWERS
-from deepseek_training.rewards.words import FUNCTION_WORDS, split_words
+from deepseek_training.rewards.function_words import FUNCTION_WORDS
+from deepseek_training.rewards.words import split_words
 
 WEIGHTS = [0.7, 0.2, 0.1]
 
@@ -81,14 +81,22 @@ def test_an_echo_in_other_forms_earns_no_more_than_an_echo(change: Callable[[str
 
 
 def test_the_gated_sum_ranks_honest_answers_first_and_the_unguarded_does_not():
-    cases = load_cases()
+    cases, answers = load_cases(), load_training_answers()
     guarded = WeightedReward([Relevance(), Safety(), Diversity(0)], WEIGHTS, gate="safety")
     bare = WeightedReward([Relevance(has_guards=False), Safety(), Diversity(0)], WEIGHTS)
     wanted = {"pubmedqa": 0.94, "medquad": 0.93, "instructions": 0.85}  # on every fourth; the docs have them all
     for source, share in wanted.items():
         chosen = [case for case in cases if case.source == source][::4]
-        assert summarize(run_attacks(guarded, chosen))["beats_all"] >= share
-        assert summarize(run_attacks(bare, chosen))["beats_all"] < 0.6
+        assert summarize(run_attacks(guarded, chosen, answers))["beats_all"] >= share
+        assert summarize(run_attacks(bare, chosen, answers))["beats_all"] < 0.6
+
+
+def test_chinese_honest_answers_are_ranked_first() -> None:
+    cases, answers = load_cases("Chinese"), load_training_answers("Chinese")
+    guarded = WeightedReward([Relevance(), Safety(), Diversity(0)], WEIGHTS, gate="safety")
+    assert len(cases) > 150
+    assert not {case.answer for case in cases} & set(answers)
+    assert summarize(run_attacks(guarded, cases[::2], answers))["beats_all"] >= 0.85
 
 
 def test_attacks_in_other_words_and_places_lose_too():

@@ -10,7 +10,7 @@ import torch
 from made_sentences import make_abuse, make_openings, make_orders, make_threats
 from train_safety_classifier import NUM_HIDDEN, UNSAFE_SHARE, _balance, auc, fit, hide
 
-from deepseek_cli.benchmarks.attacks import UNSAFE
+from deepseek_cli.benchmarks.attack_texts import UNSAFE
 from deepseek_training.data.texts import read_rows
 from deepseek_training.rewards import Safety
 from deepseek_training.rewards.safety_classifier import EMBEDDED_PATH, NUM_BUCKETS, SafetyClassifier, split_stretches
