@@ -18,6 +18,7 @@ EXAMPLES = """
   deepseek-moe evaluate path/to/model --tasks mmlu,long_tail,mmlu_robust,winobias,bbq,refusal --limit 20
   deepseek-moe evaluate path/to/model --tasks crows_pairs --data crows_pairs=path/to/crows_pairs_anonymized.csv
   deepseek-moe evaluate --compare runs/before runs/after
+  deepseek-moe evaluate --table runs/seed-0 runs/seed-1 runs/other
   deepseek-moe evaluate org/name --tasks humaneval --num-samples 10 --temperature 0.8 --output runs/humaneval
 """
 
@@ -38,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="RUN",
         help="instead of a model: a paired test of two finished runs on the items both answered",
+    )
+    parser.add_argument(
+        "--table",
+        nargs="+",
+        default=None,
+        metavar="RUN",
+        help="instead of a model: finished runs of any stage side by side, with intervals and what differs",
     )
     parser.add_argument(
         "--tasks", default="mmlu,humaneval", metavar="NAMES", help=f"comma-separated, of {', '.join(sorted(TASKS))}"
@@ -147,13 +155,18 @@ def run(args: argparse.Namespace) -> int:
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not tasks:
         raise ValueError("--tasks: got no name, wanted at least one, for example mmlu,humaneval")
-    if sum(source is not None for source in (args.model, args.samples, args.compare)) != 1:
-        raise ValueError("evaluate: give one of MODEL, --samples FILE and --compare RUN RUN")
+    if sum(source is not None for source in (args.model, args.samples, args.compare, args.table)) != 1:
+        raise ValueError("evaluate: give one of MODEL, --samples FILE, --compare RUN RUN and --table RUN ...")
     _refuse_unused(args)
     if args.compare:
         from deepseek_eval.comparison import format_comparison
 
         print(format_comparison(*args.compare))
+        return 0
+    if args.table:
+        from deepseek_cli.run_table import format_table
+
+        print(format_table(args.table))
         return 0
     for name in tasks:  # Before the seconds that torch takes to load.
         find_task(name)
@@ -176,8 +189,9 @@ _OF_RUNS = ["tasks", "limit", "data", "output", "overwrite", "allow_weak_sandbox
 
 def _refuse_unused(args: argparse.Namespace) -> None:
     """Raise a one-line ValueError at an option that changes nothing in place of ignoring it."""
-    source = "--compare" if args.compare else "--samples" if args.samples is not None else None
-    unused = {"--compare": [*_OF_RUNS, *_OF_MODELS], "--samples": _OF_MODELS}.get(source, ())
+    source = next((f"--{name}" for name in ("compare", "table", "samples") if getattr(args, name) is not None), None)
+    of_all = [*_OF_RUNS, *_OF_MODELS]
+    unused = {"--compare": of_all, "--table": of_all, "--samples": _OF_MODELS}.get(source or "", [])
     given = [name for name in unused if getattr(args, name) != args.subparser.get_default(name)]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -43,7 +43,7 @@ def test_a_run_ends_with_table_files_and_a_report_of_every_item(tmp_path, capsys
         ((MODEL, "--tasks", "mmlu", "--batch-size", "0"), "batch_size: got 0, expected 1 or more"),
         ((MODEL, "--tasks", ","), "--tasks: got no name"),
         (("./nowhere", "--tasks", "mmlu"), "model: './nowhere' does not exist"),
-        (("--tasks", "mmlu"), "give one of MODEL, --samples FILE and --compare RUN RUN"),
+        (("--tasks", "mmlu"), "give one of MODEL, --samples FILE, --compare RUN RUN and --table RUN ..."),
         (("--samples", "nowhere.jsonl", "--tasks", "humaneval"), "samples: nowhere.jsonl does not exist"),
         (("--samples", "nowhere.jsonl"), "tasks: mmlu,humaneval with --samples, wanted exactly one"),
         ((MODEL, "--tasks", "mmlu", "--prompt-style", "chat"), "task mmlu has base only"),
