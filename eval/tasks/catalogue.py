@@ -1,6 +1,7 @@
 """The benchmarks by name. Adding one is a file beside this one and a line here."""
 
 import difflib
+from pathlib import Path
 
 from deepseek_eval.tasks import (
     bbq,
@@ -15,6 +16,7 @@ from deepseek_eval.tasks import (
     refusal,
     winobias,
 )
+from deepseek_eval.tasks.own_task import load_task
 from deepseek_eval.tasks.task import Task
 
 _ALL = (
@@ -29,11 +31,17 @@ def find_task(name: str) -> Task:
     """Return the task of that name.
 
     Args:
-        name: As in ``--tasks``.
+        name: As in ``--tasks``; or a YAML file that describes a task of one's own.
 
     Raises:
         ValueError: There is none; the message suggests the nearest.
+        FileNotFoundError: There is no such file.
     """
+    if name.endswith((".yaml", ".yml")):
+        task = load_task(Path(name))
+        if task.name in TASKS:
+            raise ValueError(f"{name}: name: got {task.name!r}, expected a name that no other task has")
+        return task
     if name in TASKS:
         return TASKS[name]
     nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)

@@ -108,6 +108,8 @@ def measuring_command(stage: Stage, tasks: list[str], place: str) -> str | None:
     settings = stage.settings
     if stage.kind != "evaluate" or not tasks or settings.get("data_path") or settings.get("adapter"):
         return None
+    if set(tasks) - set(settings.get("tasks") or tasks):
+        return None  # Described by a file of the user's own, which is not here.
     words = ["deepseek-moe", "evaluate", place, "--tasks", ",".join(tasks)]
     for name, default in _MEASURING.items():
         value = settings.get(name, default)
