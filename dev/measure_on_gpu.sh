@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 400 seconds: correctness first, then the benchmark, then tiles and profiles.
+# Everything that needs a GPU, in under 400 seconds: the benchmark, tiles and profiles, then correctness.
 #
 #   bash dev/measure_on_gpu.sh [FOLDER]
 #
 # Run from the repository root with torch, triton and pytest. No step stops the ones after it, each has a time limit, and
-# what it measured until then is kept. FOLDER (default: $OUT, else runs/gpu) gets at most eight files:
+# what it measured until then is kept. FOLDER (default: $OUT, else runs/gpu) gets at most ten files:
 #
 #   summary.txt     one line per step, the machine, the end of every table
 #   tests.txt       what failed, in full
@@ -12,7 +12,9 @@
 #   bench.txt       the same as tables
 #   variants.json   every product alone, with the shipped tile and with others
 #   profile.txt     time per kernel of a training step
+#   layers.json     whole steps with the shipped tiles and with the ones before, in turn
 #   counters.txt    Nsight Compute, if it is there
+#   memcheck.txt    compute-sanitizer, if it is there
 #   tests.xml       every test with its time
 #
 # With DRY_RUN=1 the same steps run without a GPU, by Triton's interpreter and on the smallest grid.
@@ -76,25 +78,30 @@ CODE
 }
 describe 2>&1 | tee -a "$folder/summary.txt"
 
-if [ "${DRY_RUN:-0}" != 1 ]; then # compiled beside the tests, which wait for the GPU in between
-    timeout 110 "$python" -m deepseek_cli.benchmarks.kernel_variants --compile-only >> "$scratch/compile.txt" 2>&1 &
-    compiling=$!
-fi
 tests=tests/kernels/gpu
-step 95 "production tiles and device" "$folder/tests.txt" "${pytest[@]}" \
-    $tests/test_on_device.py $tests/test_production_tiles.py $tests/test_planted_faults.py \
-    --junit-xml "$folder/tests.xml"
-[ -n "${compiling:-}" ] && { wait "$compiling"; say "compiled ahead: exit $?"; tail -3 "$scratch/compile.txt" | tee -a "$folder/summary.txt"; }
-step 125 "benchmark" "$folder/bench.txt" "$python" -m deepseek_cli.main bench kernels --grid "$grid" --seconds 0.6 \
+if [ "${DRY_RUN:-0}" != 1 ]; then # what the timings need, so that none of them waits for the compiler
+    step 60 "compiled ahead" "$folder/bench.txt" "$python" -m deepseek_cli.benchmarks.kernel_variants --compile-only
+fi
+step 100 "benchmark" "$folder/bench.txt" "$python" -m deepseek_cli.main bench kernels --grid "$grid" --seconds 0.6 \
     --output "$scratch/bench" --overwrite
 cp "$scratch/bench/results.json" "$folder/bench.json" 2> /dev/null
 if [ "${DRY_RUN:-0}" != 1 ]; then
     step 60 "variants" "$folder/bench.txt" "$python" -m deepseek_cli.benchmarks.kernel_variants --output "$folder"
 fi
 step 30 "profile" "$folder/profile.txt" "$python" -m deepseek_cli.benchmarks.kernel_profile
-step 45 "layer tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_kernels.py $tests/test_triton_layer.py \
-    $tests/test_tune.py
-if [ "${DRY_RUN:-0}" != 1 ] && command -v ncu > /dev/null; then
+step 95 "production tiles and device" "$folder/tests.txt" "${pytest[@]}" \
+    $tests/test_on_device.py $tests/test_production_tiles.py $tests/test_planted_faults.py \
+    --junit-xml "$folder/tests.xml"
+if [ "${DRY_RUN:-0}" != 1 ] && command -v compute-sanitizer > /dev/null; then
+    step 45 "memcheck" "$folder/memcheck.txt" compute-sanitizer --tool memcheck --target-processes all \
+        "$python" -m pytest -p no:cacheprovider -q $tests/test_production_tiles.py -k "test_a_tile_of_every_kernel"
+fi
+step "${LAYER_SECONDS:-150}" "layer tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_layer.py \
+    $tests/test_triton_kernels.py $tests/test_tune.py
+if [ "${DRY_RUN:-0}" != 1 ]; then # every shape compiles kernels of its own
+    step 90 "forty random layers" "$folder/tests.txt" "${pytest[@]}" "tests/kernels/test_fuzz.py::test_layer["{0..39}"]"
+fi
+if [ "${DRY_RUN:-0}" != 1 ] && [ "${COUNTERS:-1}" = 1 ] && command -v ncu > /dev/null; then
     step 45 "counters" "$folder/counters.txt" ncu --clock-control none --section SpeedOfLight --section Occupancy \
         --section WarpStateStats --section LaunchStats --kernel-name-base function \
         --kernel-name 'regex:gate_up|grouped_gemm|down_backward|weight_gradient|combine' --launch-count 8 \
@@ -102,6 +109,7 @@ if [ "${DRY_RUN:-0}" != 1 ] && command -v ncu > /dev/null; then
 fi
 {
     grep -aE "passed|failed|FAILED|ERROR" "$folder/tests.txt" | tail -40
+    grep -a "ERROR SUMMARY" "$folder/memcheck.txt"
     tail -60 "$folder/bench.txt"
     head -60 "$folder/profile.txt"
 } 2> /dev/null | tee -a "$folder/summary.txt"

@@ -2,13 +2,14 @@
 
 ``modeling_deepseek.fused_experts`` registers it with transformers as the experts implementation ``fused_moe``.
 Surprising: forward and backward are one custom operator each, so ``torch.compile(fullgraph=True)`` sees two opaque
-calls, and what is kept between them is exactly the input, the pre-activation of each row, and integers: 2H + 4KI bytes
-a token in bf16, where transformers' grouped_mm keeps K(4H + 8I).
+calls; without a compiler the functions behind them are called directly. What is kept between them is exactly the
+input, the pre-activation of each row, and integers: 2H + 4KI bytes per token in bf16, where transformers' grouped_mm
+keeps K(4H + 8I).
 
 T tokens, K slots a token, S = T*K rows, H hidden, I expert width, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -82,19 +83,17 @@ def fused_moe(
     _check(hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, casts_weights=is_autocast)
     floats = (hidden_states, gate_up_proj, down_proj, topk_weights)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
-    # The dispatcher takes 0.1 ms, a tenth of what decoding one token takes; it is there for autograd and compilers.
-    is_plain = not hidden_states.is_meta and all(type(t) in _PLAIN_TYPES for t in floats)
-    is_direct = not keep and is_plain and not torch.compiler.is_compiling()
-    forward = _forward if is_direct else _forward_op
-    return forward(
-        hidden_states.contiguous(),
-        gate_up_proj,
-        down_proj,
-        topk_indices.contiguous(),
-        topk_weights.contiguous(),
-        activation,
-        keep,
-    )[0]
+    operands = (hidden_states.contiguous(), gate_up_proj, down_proj, topk_indices.contiguous())
+    operands += (topk_weights.contiguous(), activation)
+    # The operators' dispatch takes the host 0.1 ms, and 1 ms with gradients: more than a small step takes a GPU. They
+    # are there for compilers and for whoever watches operators.
+    if torch.compiler.is_compiling() or hidden_states.is_meta or any(type(t) not in _PLAIN_TYPES for t in floats):
+        return _forward_op(*operands, keep)[0]
+    if not keep:
+        return _forward(*operands, keep)[0]
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return _forward_op(*operands, keep)[0]
+    return _Eager.apply(*operands)
 
 
 def fused_moe_reference(
@@ -304,13 +303,30 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.activation = activation
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_output: Tensor | None, *_: Any, run: Callable[..., Sequence[Tensor]] = _backward_op
+) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 7
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-    grads = _backward_op(grad_output.contiguous(), *ctx.saved_tensors, ctx.activation, needs)
+    grads = run(grad_output.contiguous(), *ctx.saved_tensors, ctx.activation, needs)
     x, gate_up, down, weights = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return x, gate_up, down, None, weights, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """The same two calls and the same tensors kept, without the operators around them."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output, preactivation, packed = _forward(*inputs, True)
+        _setup_context(ctx, (*inputs, True), (output, preactivation, packed))
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad_output, run=_backward_op._init_fn)[:6]
 
 
 torch.library.register_autograd("deepseek_kernels::fused_moe", _backward, setup_context=_setup_context)

@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from deepseek_cli.benchmarks.result_files import BenchmarkRun
 from deepseek_kernels.gpu import combine, decode, down_backward, gate_up, grouped_gemm, router, routing_metadata
 from deepseek_kernels.gpu import weight_gradient as weight_gradient_file
-from deepseek_kernels.gpu.tiles import SAFE, SHIPPED, TARGETS, Tiles
+from deepseek_kernels.gpu.tiles import SAFE, SHIPPED, TARGETS, Tile, Tiles
 from deepseek_kernels.gpu.triton_numerics import LAUNCH
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, "gfx942": 65536}
@@ -75,7 +75,8 @@ class Compilation:
         is_matrix: Whether it multiplies tiles, so that a matrix instruction is expected.
         function: The ``triton.jit`` function.
         constants: Compile-time arguments.
-        options: ``num_warps``, ``num_stages``.
+        options: ``num_warps``, ``num_stages``, ``maxnreg``.
+        blocks: Sizes of the blocks of every operand that comes by descriptor, by its name.
     """
 
     kernel: str
@@ -84,6 +85,7 @@ class Compilation:
     function: object
     constants: dict[str, Any]
     options: dict[str, Any]
+    blocks: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,31 @@ def matrix_instruction(target: tuple[Any, ...], compilation: Compilation) -> str
 
 
 def row_kernels(tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
-    """Yield the five tiled products with these tiles.
+    """Yield the five tiled products with these tiles; those that ask for descriptors with them and without.
 
     Args:
         tiles: From the table.
         dtype: Of the operands.
     """
+    for compilation in _by_pointer(tiles, dtype):
+        yield compilation
+        tile = getattr(tiles, compilation.kernel, tiles.weight_gradient)
+        if tile.uses_descriptor:
+            yield _by_descriptor(compilation, tile)
+
+
+def _by_descriptor(compilation: Compilation, tile: Tile) -> Compilation:
+    """The same where the weights, and in the grouped product the rows too, come by descriptor."""
+    flag = "DESCRIPTORS" if "DESCRIPTORS" in compilation.constants else "DESCRIPTOR"
+    turned = compilation.kernel in ("gate_up", "down")  # weights stored output first
+    blocks = {"weight_ptr": (tile.block_n, tile.block_k) if turned else (tile.block_k, tile.block_n)}
+    if flag == "DESCRIPTORS":
+        blocks["rows_ptr"] = (tile.block_m, tile.block_k)
+    constants = {**compilation.constants, flag: True}
+    return replace(compilation, tile=f"{compilation.tile} by descriptor", constants=constants, blocks=blocks)
+
+
+def _by_pointer(tiles: Tiles, dtype: torch.dtype) -> Iterator[Compilation]:
     shape = (dtype, NUM_EXPERTS, HIDDEN, WIDTH, SLOTS)
     gate_up_constants = gate_up.gate_up_constants(
         *shape, activation="silu", keep_preactivation=True, tile=tiles.gate_up
@@ -193,6 +214,9 @@ def compile_for(compilation: Compilation, target: tuple[Any, ...], dtype: str = 
     for position, name in enumerate(names):
         if name in compilation.constants:
             signature[name] = "constexpr"
+        elif name in compilation.blocks:
+            signature[name] = f"tensordesc<{dtype}[1, {', '.join(map(str, compilation.blocks[name]))}]>"
+            continue
         elif name.endswith("_ptr"):
             signature[name] = _POINTERS.get(name, f"*{dtype}")
         else:

@@ -4,7 +4,8 @@
 
     python -m deepseek_cli.benchmarks.kernel_variants --output FOLDER
 
-It answers which tile a kernel should ship with, and where the time of a layer goes. A variant is timed only if it
+It answers which tile a kernel should ship with, and what a whole layer gains by it: the shipped tiles and the ones
+before them run in turn. A variant is timed only if it
 gives the safe tiles' result block by block. Writes ``variants.json`` after every kernel, so that what was measured
 survives a time limit. Surprising: with ``--compile-only`` many processes compile all that this and the benchmark will
 run, into Triton's cache; in one process compiling takes ten times as long as timing.
@@ -17,6 +18,7 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,67 +29,59 @@ from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
 
 from deepseek_cli.benchmarks.kernel_cells import LEASE_GRID, Cell
+from deepseek_cli.benchmarks.kernel_peers import find_implementations
+from deepseek_cli.benchmarks.kernel_timing import Mark, interleave
+from deepseek_cli.benchmarks.kernels import _Layer
 from deepseek_kernels.expert_loop import largest_tile_error
 from deepseek_kernels.gpu import experts as fused_moe_gpu
 from deepseek_kernels.gpu import tune
 from deepseek_kernels.gpu.combine import combine
 from deepseek_kernels.gpu.routing_metadata import routing_metadata
-from deepseek_kernels.gpu.tiles import ROW_BUCKETS, SAFE, SHIPPED, Tile
+from deepseek_kernels.gpu.tiles import ROW_BUCKETS, SAFE, SHIPPED, Tile, Tiles
 
-# Rows of one expert by columns by inner, warps, stages; the shipped tile is the first of each.
+# Rows of one expert by columns by inner, warps, stages; the shipped tile is the first of each, the second the one
+# that shipped before anything was timed.
 VARIANTS: dict[str, tuple[Tile, ...]] = {
     "gate_up": (
-        Tile(128, 128, 64, 8, 3),
-        Tile(128, 128, 64, 8, 4),
-        Tile(128, 128, 64, 8, 3, group_m=1),
-        Tile(128, 128, 64, 8, 3, group_m=32),
-        Tile(128, 64, 64, 8, 4),
-        Tile(128, 64, 64, 4, 4),
         Tile(128, 128, 64, 8, 3, uses_descriptor=True),
+        Tile(128, 128, 64, 8, 3),
         Tile(128, 128, 64, 8, 4, uses_descriptor=True),
-        Tile(128, 64, 64, 8, 4, uses_descriptor=True),
+        Tile(128, 128, 64, 8, 3, group_m=1, uses_descriptor=True),
+        Tile(128, 128, 64, 8, 3, group_m=16, uses_descriptor=True),
     ),
     "down": (
-        Tile(128, 256, 64, 8, 3),
-        Tile(128, 256, 64, 8, 4),
-        Tile(128, 128, 64, 8, 3),
-        Tile(128, 128, 64, 4, 4),
-        Tile(128, 256, 64, 8, 3, group_m=1),
-        Tile(128, 256, 64, 8, 3, group_m=32),
-        Tile(128, 256, 64, 8, 3, uses_descriptor=True),
         Tile(128, 256, 64, 8, 4, uses_descriptor=True),
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 256, 64, 8, 3, uses_descriptor=True),
         Tile(128, 128, 64, 8, 3, uses_descriptor=True),
-        Tile(128, 128, 64, 4, 4, uses_descriptor=True),
+        Tile(128, 256, 64, 8, 4, group_m=32, uses_descriptor=True),
     ),
     "input_gradient": (
-        Tile(128, 256, 64, 8, 3),
-        Tile(128, 256, 64, 8, 4),
-        Tile(128, 128, 64, 8, 3),
-        Tile(128, 128, 64, 4, 4),
-        Tile(128, 256, 64, 8, 3, group_m=32),
         Tile(128, 256, 64, 8, 3, uses_descriptor=True),
+        Tile(128, 256, 64, 8, 3),
         Tile(128, 256, 64, 8, 4, uses_descriptor=True),
-        Tile(128, 128, 64, 8, 3, uses_descriptor=True),
+        Tile(128, 256, 64, 8, 3, group_m=4, uses_descriptor=True),
+        Tile(128, 256, 64, 8, 3, group_m=16, uses_descriptor=True),
     ),
     "down_backward": (
-        Tile(128, 64, 64, 8, 4),
-        Tile(128, 128, 64, 8, 3),
-        Tile(128, 128, 64, 8, 3, max_registers=128),
-        Tile(128, 128, 64, 8, 4),
-        Tile(128, 64, 64, 4, 4),
-        Tile(128, 128, 64, 8, 3, uses_descriptor=True),
         Tile(128, 128, 64, 8, 3, max_registers=128, uses_descriptor=True),
-        Tile(128, 128, 64, 8, 4, uses_descriptor=True),
+        Tile(128, 64, 64, 8, 4),
+        Tile(128, 128, 64, 8, 3, max_registers=128),
+        Tile(128, 128, 64, 8, 3, group_m=1, max_registers=128, uses_descriptor=True),
+        Tile(128, 128, 64, 8, 3, group_m=32, max_registers=128, uses_descriptor=True),
     ),
     "weight_gradient": (
-        Tile(128, 256, 64, 8, 3),
         Tile(128, 256, 64, 8, 5),
+        Tile(128, 256, 64, 8, 3),
         Tile(128, 256, 64, 8, 7),
-        Tile(128, 128, 64, 8, 5),
-        Tile(128, 128, 64, 4, 5),
-        Tile(128, 128, 32, 8, 6),
         Tile(128, 256, 64, 8, 5, group_m=32),
+        Tile(128, 256, 32, 8, 7),
+        Tile(256, 128, 64, 8, 5),
     ),
+}
+_SETS = {
+    name: Tiles(**{kernel: tiles[position] for kernel, tiles in VARIANTS.items()})
+    for position, name in enumerate(("shipped", "before"))
 }
 # T, K, H, I, E: where training runs, and where an expert has a few hundred rows only.
 SHAPES = ((32768, 12, 2048, 768, 128), (4096, 12, 2048, 768, 128))
@@ -152,12 +146,42 @@ def measure_small(shape: tuple[int, ...], milliseconds: int) -> list[dict[str, A
     return rows
 
 
+def measure_layers(cells: list[Cell], seconds: float) -> list[dict[str, Any]]:
+    """Return a row per cell, mode and set of tiles: whole steps with the shipped tiles and the ones before, in turn.
+
+    Args:
+        cells: Of many rows per expert.
+        seconds: How long to go on with each.
+    """
+    choose, rows = fused_moe_gpu.choose_tiles, []
+    step_of = find_implementations()[0]["fused_moe"]
+
+    def with_tiles(tiles: Tiles, step: Callable[[Mark], object]) -> Callable[[Mark], object]:
+        def run(mark: Mark) -> object:
+            fused_moe_gpu.choose_tiles = lambda *arguments: tiles
+            return step(mark)
+
+        return run
+
+    for cell in cells:
+        layer = _Layer(cell, "cuda")
+        for is_training in (False, True):
+            step = layer.make_step("fused_moe", step_of, is_training)
+            timings = interleave({name: with_tiles(tiles, step) for name, tiles in _SETS.items()}, seconds, "cuda")
+            for name, (*_, total) in timings.items():
+                row = {"cell": cell.title, "is_training": is_training, "tiles": name, "ms": total.ms}
+                rows.append(row | {"ms_stderr": total.stderr, "num_rounds": total.num_rounds})
+                print(f"layer, {row}", flush=True)
+    fused_moe_gpu.choose_tiles = choose
+    return rows
+
+
 def compile_in_parallel() -> None:
     """Compile what this file and the benchmark's grid will run, by as many processes as there are cores."""
     begun, context = time.time(), multiprocessing.get_context("spawn")
     num_parts = max(1, min(6, (os.cpu_count() or 1) - 2))
     cells = list({_small(cell) for cell in LEASE_GRID})
-    workers = [context.Process(target=_compile_layer, args=(cell,)) for cell in cells]
+    workers = [context.Process(target=_compile_layer, args=(cell, name)) for cell in cells for name in _SETS]
     workers += [context.Process(target=_compile_variants, args=(SHAPES[0], i, num_parts)) for i in range(num_parts)]
     for worker in workers:
         worker.start()
@@ -183,8 +207,10 @@ def _compile_instead_of_launching() -> None:
     fused_moe_gpu.choose_tiles = lambda device, hidden, width, bucket, dtype: SHIPPED["sm_90", 0, 0, bucket]
 
 
-def _compile_layer(cell: Cell) -> None:
+def _compile_layer(cell: Cell, name: str) -> None:
     _compile_instead_of_launching()
+    if not cell.is_decode:
+        fused_moe_gpu.choose_tiles = lambda *arguments: _SETS[name]
     inputs = _empty_inputs((cell.T, cell.K, cell.H, cell.I, cell.E))
     operands = (inputs.x, inputs.gate_up_proj, inputs.down_proj)
     fused_moe_gpu.forward(*operands, inputs.indices, inputs.weights, "silu", False)
@@ -242,11 +268,15 @@ def main() -> None:
     )
     parser.add_argument("--milliseconds", type=int, default=60)
     args = parser.parse_args()
-    if VARIANTS["gate_up"][0] != SHIPPED["sm_90", 0, 0, 2].gate_up:
+    shipped = SHIPPED["sm_90", 0, 0, 2]
+    if any(tiles[0] != getattr(shipped, name) for name, tiles in VARIANTS.items()):
         print("the first variants are not the shipped tiles")
     if args.compile_only:
         compile_in_parallel()
         return
+    cells = [cell for cell in LEASE_GRID if not cell.is_decode]
+    layers = measure_layers(cells, 10 * args.milliseconds / 1000)
+    (args.output / "layers.json").write_text(json.dumps(layers, indent=1), encoding="utf-8")
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         for kernels in [[name] for name in VARIANTS]:

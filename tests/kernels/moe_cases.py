@@ -11,6 +11,11 @@ RMS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 8e-4, torch.bfl
 NAMES = ("output", "hidden_states", "gate_up_proj", "down_proj", "topk_weights")
 
 
+def runs_descriptors():
+    """Whether descriptors run here: in the interpreter, and on a GPU with a copy engine."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
+
+
 def make_ids(pattern, T, K, E, generator):
     """Expert of each slot; E means unused."""
     if pattern == "one_expert":

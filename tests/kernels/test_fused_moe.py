@@ -3,6 +3,7 @@
 import pytest
 import torch
 from moe_cases import assert_equals_reference, gradients, make_case
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_kernels.cpu import decode as fused_moe_cpu_decode
@@ -231,3 +232,30 @@ def test_errors_of_sizes():
         fused_moe(x, gate_up, down, ids.repeat(1, 22), weights.repeat(1, 22))
     with pytest.raises(ValueError, match="activation: got 'relu2', wanted one of silu"):
         fused_moe(x, gate_up, down, ids, weights, activation="relu2")
+
+
+def test_called_directly_or_as_operators_the_results_are_the_same(either_path):
+    """Who watches operators sees them; nobody else pays for them."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    direct = gradients(fused_moe, make_case(torch.float32, T=9))
+    with Watch():
+        watched = gradients(fused_moe, make_case(torch.float32, T=9))
+    assert [name for name in seen if "deepseek" in name] == [
+        "deepseek_kernels.fused_moe.default",
+        "deepseek_kernels.fused_moe_backward.default",
+    ]
+    for one, other in zip(direct, watched, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_second_derivative_is_refused():
+    case = make_case(torch.float32, T=3)
+    (grad,) = torch.autograd.grad(fused_moe(*case).square().sum(), case[0], create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()

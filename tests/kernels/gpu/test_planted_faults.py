@@ -4,6 +4,7 @@ A check that passes is worth what it would have caught. Every fault changes one 
 or a compiler could: it computes a tile wrongly, and nothing crashes or becomes NaN.
 """
 
+import dataclasses
 import importlib.util
 import os
 from pathlib import Path
@@ -15,15 +16,15 @@ pytest.importorskip("triton")
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from moe_cases import make_case, tile_errors
+from moe_cases import make_case, runs_descriptors, tile_errors
 
 from deepseek_kernels.expert_loop import TILE_TOLERANCE, largest_tile_error
 from deepseek_kernels.fused_moe import fused_moe
 from deepseek_kernels.gpu import experts as fused_moe_gpu
-from deepseek_kernels.gpu.tiles import SHIPPED
+from deepseek_kernels.gpu.tiles import ROW_KERNELS, SHIPPED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Name: file, function, what stands there, what is put in its place.
+# Name: file and function, what stands there, what is put in its place.
 FAULTS = {
     "a_zero_tile": (
         "grouped_gemm",
@@ -34,6 +35,21 @@ FAULTS = {
         "gate_up",
         "expert * 2 * WIDTH + columns",
         "(expert ^ (block_n == 1)) * 2 * WIDTH + columns",
+    ),
+    "another_experts_block": (
+        "gate_up",
+        "load_block(weight_ptr, expert, first_column, k",
+        "load_block(weight_ptr, expert ^ (block_n == 1), first_column, k",
+    ),
+    "the_first_block_again": (
+        "down_backward",
+        "load_block(weight_ptr, expert, k, block_n * BLOCK_N",
+        "load_block(weight_ptr, expert, k, block_n * 0",
+    ),
+    "rows_of_the_tile_before": (
+        "grouped_gemm",
+        "load_block(rows_ptr, expert * 0, first.to(tl.int32)",
+        "load_block(rows_ptr, expert * 0, first.to(tl.int32) // 256 * 128",
     ),
     "a_neighbors_tile": ("weight_gradient", "ms % M", "(ms + BLOCK_M * (block_m == 0)) % M"),
     "a_swapped_scale": (
@@ -59,19 +75,27 @@ FAULTS = {
     "gate_and_up_swapped": ("down_backward", "narrow(grad_a * activated, DTYPE)", "narrow(grad_a * up, DTYPE)"),
 }
 QUICK = ["a_zero_tile"]
+# In the lines that run where the weights come by pointer.
+BY_POINTER = ["another_experts_tile", "an_unmasked_tail_of_columns"]
 pytestmark = pytest.mark.usefixtures("guarded_buffers")
 
 
-@pytest.fixture(autouse=True)
-def production_tiles(monkeypatch):
+def use_production_tiles(monkeypatch, *, by_descriptor):
     def choose(device, hidden, width, bucket, dtype):
-        return SHIPPED["sm_90", 0, 0, bucket].for_dtype(dtype)
+        tiles = SHIPPED["sm_90", 0, 0, bucket].for_dtype(dtype)
+        rows = {n: dataclasses.replace(getattr(tiles, n), uses_descriptor=by_descriptor) for n in ROW_KERNELS}
+        return dataclasses.replace(tiles, **rows)
 
     monkeypatch.setattr(fused_moe_gpu, "choose_tiles", choose)
 
 
 def case_of_two_experts():
-    return make_case(torch.bfloat16, T=140, H=264, I=136, E=2, K=2, pattern="any", device=DEVICE)
+    """Each expert's last row weighs as much as any: counted twice, it must show among some 140."""
+    case = make_case(torch.bfloat16, T=140, H=264, I=136, E=2, K=2, pattern="any", device=DEVICE)
+    with torch.no_grad():
+        case[3][-1] = torch.tensor([0, 1])
+        case[4][-1] = 2.0
+    return case
 
 
 def plant(name, folder, monkeypatch):
@@ -87,8 +111,16 @@ def plant(name, folder, monkeypatch):
     monkeypatch.setattr(fused_moe_gpu, file, getattr(module, file))
 
 
+@pytest.mark.slow
+def test_the_case_without_a_fault_is_right(monkeypatch):
+    use_production_tiles(monkeypatch, by_descriptor=runs_descriptors())
+    errors = tile_errors(fused_moe, case_of_two_experts())
+    assert max(errors.values()) < TILE_TOLERANCE[torch.bfloat16], errors
+
+
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAULTS])
 def test_a_planted_fault_is_seen(name, tmp_path, monkeypatch):
+    use_production_tiles(monkeypatch, by_descriptor=name not in BY_POINTER and runs_descriptors())
     plant(name, tmp_path, monkeypatch)
     errors = tile_errors(fused_moe, case_of_two_experts())
     assert max(errors.values()) > 4 * TILE_TOLERANCE[torch.bfloat16], errors

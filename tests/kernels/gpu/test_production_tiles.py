@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from moe_cases import assert_tiles_equal_reference, make_case
+from moe_cases import assert_tiles_equal_reference, make_case, runs_descriptors
 
 from deepseek_kernels.fused_moe import fused_moe
 from deepseek_kernels.gpu import experts as fused_moe_gpu
@@ -26,10 +26,6 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 # The tile's multiple, and neighbors above and below that load in other widths: by 8, and by 1.
 SIZES = [(512, 256), (520, 264), (511, 257)]
 pytestmark = pytest.mark.usefixtures("guarded_buffers", "production_tiles")
-
-
-def runs_descriptors():
-    return DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
 
 
 @pytest.fixture
@@ -55,20 +51,22 @@ def test_a_tile_of_every_kernel():
     assert_tiles_equal_reference(fused_moe, case, torch.bfloat16)
 
 
-@pytest.fixture
-def weights_by_descriptor(monkeypatch, production_tiles):
-    original = fused_moe_gpu.choose_tiles
+@pytest.fixture(params=["descriptor", "pointer"])
+def either_way(request, monkeypatch, production_tiles):
+    """The production tiles with all weights by descriptor, and with all by pointer, whichever ships."""
+    if request.param == "descriptor" and not runs_descriptors():
+        pytest.skip("there is no copy engine before sm_90")
+    original, by = fused_moe_gpu.choose_tiles, request.param == "descriptor"
 
     def choose(*arguments):
         tiles = original(*arguments)
-        rows = {name: dataclasses.replace(getattr(tiles, name), uses_descriptor=True) for name in ROW_KERNELS}
+        rows = {name: dataclasses.replace(getattr(tiles, name), uses_descriptor=by) for name in ROW_KERNELS}
         return dataclasses.replace(tiles, **rows)
 
     monkeypatch.setattr(fused_moe_gpu, "choose_tiles", choose)
 
 
 # 264 = 8 * 33: rows of a multiple of 16 bytes that no tile divides; rows of 2 * 257 bytes take pointers.
-@pytest.mark.skipif(not runs_descriptors(), reason="there is no copy engine before sm_90")
 @pytest.mark.parametrize(
     "rows,H,I",
     [
@@ -76,7 +74,7 @@ def weights_by_descriptor(monkeypatch, production_tiles):
         *(pytest.param(*s, marks=pytest.mark.slow) for s in ((1000, 512, 256), (100, 264, 136), (100, 511, 257))),
     ],
 )
-def test_weights_by_descriptor(weights_by_descriptor, rows, H, I):  # noqa: E741
+def test_weights_by_descriptor_and_by_pointer(either_way, rows, H, I):  # noqa: E741
     case = case_of(torch.bfloat16, rows=rows, H=H, I=I)
     assert_tiles_equal_reference(fused_moe, case, torch.bfloat16)
 
