@@ -150,3 +150,35 @@ def test_a_folder_of_several_models_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "expected one model; pass one of them" in error
     assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
+def test_a_trainer_of_any_family_gets_a_card_that_is_true(family, tmp_path):
+    from torch.utils.data import Dataset
+    from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+    from deepseek_model_cards.hub_callback import HubCardCallback
+
+    class Rows(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return {"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i}
+
+    save(family, tmp_path / "base")
+    options = {"use_cpu": True, "report_to": [], "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        TrainingArguments(str(tmp_path / "out"), **options),
+        train_dataset=Rows(),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "base"),
+    )
+    trainer.add_callback(HubCardCallback(trainer, license="mit"))
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "It was trained with transformers' Trainer." in text and "local folder `base`" in text
+    assert [word for word in NEVER if word in text.replace("written by deepseek-moe", "")] == []
+    assert run_all_that_it_prints(tmp_path / "out" / "README.md")
