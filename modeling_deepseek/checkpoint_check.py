@@ -91,7 +91,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
         index: The file, ``model.safetensors.index.json`` for example.
 
     Raises:
-        ValueError: It is cut short or no index.
+        ValueError: It is cut short or no index, or names a file elsewhere.
     """
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
@@ -105,6 +105,9 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if wrong is not None or not weight_map:
         where = "an empty weight_map" if wrong is None else f"{weight_map[wrong]!r} for {wrong!r}"
         raise ValueError(f"index: {index} has {where}, want a file name for each tensor")
+    away = next((shard for shard in weight_map.values() if "/" in shard or "\\" in shard or shard == ".."), None)
+    if away is not None:
+        raise ValueError(f"index: {index} names {away!r}, want a file beside it")
     return weight_map
 
 

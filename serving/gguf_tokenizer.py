@@ -42,6 +42,8 @@ def write_tokenizer(writer: Any, model_path: Path, vocab_size: int) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path)
     special = {token["id"] for token in state["added_tokens"]}
     texts = {index: text for text, index in tokenizer.get_vocab().items()}
+    if texts and max(texts) >= vocab_size:
+        raise ValueError(f"tokenizer: got token {max(texts)}, expected at most {vocab_size - 1}, the model's last row")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_tokenizer(state))
     writer.add_token_list([texts.get(i, f"[UNUSED{i}]") for i in range(vocab_size)])
