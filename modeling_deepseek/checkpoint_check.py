@@ -107,7 +107,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"index: {index} has {where}, want a file name for each tensor")
     away = next((shard for shard in weight_map.values() if "/" in shard or "\\" in shard or shard == ".."), None)
     if away is not None:
-        raise ValueError(f"index: {index} names {away!r}, want a file beside it")
+        raise ValueError(f"index: got {away!r} in {index}, expected a file beside it")
     return weight_map
 
 
