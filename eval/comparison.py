@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_records.run_folder import RunFolder
+from deepseek_records.statistics import mean_with_error
 
 _PREFIX, _SUFFIX = "samples_", ".jsonl"
 
@@ -58,14 +59,13 @@ def compare_hits(task: str, first: dict[str, float], second: dict[str, float]) -
         raise ValueError(f"runs: the two share no item of {task}")
     differences = [second[name] - first[name] for name in names]
     n = len(differences)
-    mean = sum(differences) / n
-    variance = sum((value - mean) ** 2 for value in differences) / (n - 1) if n > 1 else None
+    mean, stderr = mean_with_error(differences)
     better, worse = sum(value > 0 for value in differences), sum(value < 0 for value in differences)
     return {
         "first": sum(first[name] for name in names) / n,
         "second": sum(second[name] for name in names) / n,
         "difference": mean,
-        "stderr": None if variance is None else math.sqrt(variance / n),
+        "stderr": stderr,
         "n": n,
         "num_better": better,
         "num_worse": worse,

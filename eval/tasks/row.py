@@ -41,10 +41,11 @@ class Row(dict[str, Any]):
         """
         value = self.get(name)
         is_list = isinstance(value, list | tuple) and all(isinstance(text, str) and text.strip() for text in value)
-        if not is_list or len(value) < least or (most is not None and len(value) > most):
+        texts: list[str] = list(value) if is_list and value is not None else []
+        if not is_list or len(texts) < least or (most is not None and len(texts) > most):
             size = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
             raise self.wrong(name, f"a list of {size} text{'s' if least != 1 else ''}")
-        return list(value)
+        return texts
 
     def index(self, name: str, below: int) -> int:
         """Return a column that holds a position in a list, counted from 0.

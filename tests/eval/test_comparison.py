@@ -83,7 +83,7 @@ def test_the_command_compares_and_names_what_else_differs(tmp_path, capsys):
     ("words", "message"),
     [
         (("--compare", "nowhere", "nowhere"), "nowhere holds no samples_<task>.jsonl"),
-        (("model", "--compare", "a", "b"), "give one of MODEL, --samples FILE and --compare RUN RUN"),
+        (("model", "--compare", "a", "b"), "give one of MODEL, --samples FILE, --compare RUN RUN and --table RUN ..."),
     ],
 )
 def test_what_cannot_be_compared_is_told_in_one_line(words, message, capsys):

@@ -15,6 +15,7 @@ import datasets
 import evaluate
 
 from deepseek_eval.sandbox.client import run_tests
+from deepseek_records.statistics import mean_with_error
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +106,5 @@ def _estimate(counts: list[tuple[int, int]], ks: list[int]) -> dict[str, Any]:
         if k > smallest:
             continue
         per_problem = [1 - math.comb(total - passed, k) / math.comb(total, k) for total, passed in counts]
-        n = len(per_problem)
-        mean = sum(per_problem) / n
-        spread = sum((value - mean) ** 2 for value in per_problem)
-        scores[f"pass@{k}"] = mean
-        scores[f"pass@{k}_stderr"] = math.sqrt(spread / (n - 1) / n) if n > 1 else None
+        scores[f"pass@{k}"], scores[f"pass@{k}_stderr"] = mean_with_error(per_problem)
     return scores
