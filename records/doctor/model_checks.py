@@ -146,7 +146,7 @@ def recomputed_routing(subject: Subject) -> Finding | None:
     settings = subject.settings
     if not any(settings.get(name) for name in _CHECKPOINTING) or not subject.layers:
         return None
-    options = next((settings[f"{n}_kwargs"] for n in _CHECKPOINTING if settings.get(f"{n}_kwargs")), {})
+    options: object = next((settings[f"{n}_kwargs"] for n in _CHECKPOINTING if settings.get(f"{n}_kwargs")), {})
     if not isinstance(options, dict):
         raise ValueError(f"recipe: gradient_checkpointing_kwargs: got {options!r}, expected a mapping")
     changed = share_of_changed_choices(subject.model, options)
