@@ -132,7 +132,7 @@ _HOPPER_SOME_ROWS = Tiles(
     weight_gradient=Tile(128, 128, 32, 8, 3),
 )
 # Timed on an H200 (docs/experiments.md). Stages of `weight_gradient` count the load of the row numbers too: five are
-# two blocks in flight. `down_backward` spills 16 bytes per thread so that two programs fit, and gains a quarter by it.
+# two blocks in flight. `down_backward` spills 16 bytes per thread so that two programs fit, and gains a third by it.
 _HOPPER_MANY_ROWS = Tiles(
     gate_up=Tile(128, 128, 64, 8, 3, uses_descriptor=True),
     down=Tile(128, 256, 64, 8, 4, uses_descriptor=True),
