@@ -43,12 +43,13 @@ def run(args: argparse.Namespace) -> int:
     from transformers import TextStreamer, set_seed
 
     from deepseek_eval.model_loading import find_max_length
-    from deepseek_records.loading import load_model, load_tokenizer
+    from deepseek_records.loading import check_vocabulary, load_model, load_tokenizer
     from deepseek_records.user_text import encode, protect
     from modeling_deepseek.draft_acceptance import count_drafts
 
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     model = load_model(args.model, trust_remote_code=args.trust_remote_code)
+    check_vocabulary(model, tokenizer)
     prompt = args.prompt if args.special_tokens else protect(args.prompt, tokenizer)
     input_ids = torch.tensor([encode(prompt, tokenizer, add_special_tokens=True)], dtype=torch.long)
     num_prompt_tokens = input_ids.shape[1]

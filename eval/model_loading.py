@@ -56,7 +56,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: A local path is absent or holds no checkpoint.
-        ValueError: The device is not there, the checkpoint is damaged, or a Hub id cannot be fetched.
+        ValueError: The device is not there, the checkpoint is damaged, its tokenizer is larger than the model, or a
+            Hub id cannot be fetched.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
@@ -67,6 +68,7 @@ def load_model(
     tokenizer = loading.load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
     if adapter is not None:
         model = _add_adapter(model, adapter)
+    loading.check_vocabulary(model, tokenizer)
     return LoadedModel(model.eval().to(device), tokenizer, find_max_length(model.config, tokenizer))
 
 

@@ -6,6 +6,7 @@ checkpoint (its ``model/`` subfolder is taken).
 """
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -31,6 +32,8 @@ _OWN_CLASSES: dict[type, type] = {
     AutoModelForCausalLM: DeepseekForCausalLM,
     AutoModelForSequenceClassification: DeepseekForSequenceClassification,
 }
+# What torch's restricted reader raises at a pickle that is damaged or holds more than tensors.
+_PICKLE_ERRORS = (UnpicklingError, EOFError, LookupError, AttributeError, TypeError, AssertionError)
 # Of every kind of tokenizer in transformers at least one.
 _TOKENIZER_FILES = ("tokeniz*", "*.tokenizer", "*.model", "*vocab*", "*.bpe", "*.tiktoken", "*tekken*")
 
@@ -53,12 +56,13 @@ def load_model(
 
     Raises:
         FileNotFoundError: A local path is absent, holds no checkpoint or lacks a shard.
-        ValueError: The checkpoint is damaged, or a Hub id cannot be fetched.
+        ValueError: The checkpoint is damaged, asks for a library that is not there, or a Hub id cannot be fetched.
     """
     source = resolve_checkpoint(name_or_path)
     if is_adapter(source):
         return merge_adapter(source, auto_class=auto_class, trust_remote_code=trust_remote_code, **options)
     _check_json("model", source, ("config.json",))
+    _check_quantization(source)
     check_index(source)
     auto_class = _choose_class(auto_class, source)
     model, found = _load(
@@ -87,9 +91,29 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
     if is_adapter(source) and not _has_tokenizer(Path(source)):
         return load_tokenizer(base_of_adapter(source), trust_remote_code=trust_remote_code)
     _check_json("tokenizer", source, ("config.json", "tokenizer.json", "tokenizer_config.json"))
+    _check_quantization(source)
     if Path(source).is_dir() and not _has_tokenizer(Path(source)):
         raise FileNotFoundError(f"tokenizer: {source} holds none; wanted tokenizer.json or a vocabulary")
     return _load(AutoTokenizer, "tokenizer", source, trust_remote_code=trust_remote_code)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with ids that the model's embedding has no rows for, before a batch fails at one of them.
+
+    Args:
+        model: The model.
+        tokenizer: What encodes for it.
+
+    Raises:
+        ValueError: An id is too large.
+    """
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= num_rows:
+        raise ValueError(
+            f"tokenizer: got ids up to {largest}, expected them below {num_rows}, the rows of the model's embedding; "
+            "the tokenizer is another model's, or tokens were added and the model not resized"
+        )
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -213,6 +237,22 @@ def _check_json(what: str, source: str, names: tuple[str, ...]) -> None:
             read_object(path, what)
 
 
+def _check_quantization(source: str) -> None:
+    """Refuse what transformers fails at in its depths, and an unknown method: it reads the weights as plain ones."""
+    path = Path(source, "config.json")
+    settings = read_object(path, "model").get("quantization_config") if path.is_file() else None
+    if settings is None:
+        return
+    if not isinstance(settings, dict):
+        raise ValueError(f"model: {path}: quantization_config: got {type(settings).__name__}, expected an object")
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = settings.get("quant_method")
+    known = sorted({*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"})
+    if method is not None and method not in known:
+        raise ValueError(f"model: {path}: quant_method: got {method!r}, expected one of {', '.join(known)}")
+
+
 def _load(auto_class: type, what: str, source: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(source, **options)
@@ -221,6 +261,15 @@ def _load(auto_class: type, what: str, source: str, **options: Any) -> Any:
     except RuntimeError as error:
         # transformers logs a table of the tensors and raises this where shapes differ from the configuration's.
         raise ValueError(f"{what}: the weights in {source} do not fit its config.json ({first_line(error)})") from None
+    except _PICKLE_ERRORS:  # torch's holds advice to switch its protection off
+        if not list(Path(source).glob("*.bin")):
+            raise
+        raise ValueError(
+            f"{what}: {source} holds pickle weights that are damaged or hold more than tensors, which could run code; "
+            "convert them to safetensors"
+        ) from None
+    except ImportError as error:
+        raise ValueError(f"{what}: {source} asks for a library that is not installed ({first_line(error)})") from None
     except OSError as error:
         if Path(source).is_dir():
             raise FileNotFoundError(f"{what}: {source} is not whole ({first_line(error)})") from None

@@ -14,6 +14,7 @@ Surprising: on a machine that offers less than `MINIMUM`, nothing runs unless as
 
 import atexit
 import json
+import math
 import os
 import queue
 import shutil
@@ -163,9 +164,9 @@ def _run_all(
 ) -> Iterator[ProgramResult]:
     num_workers = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
     if num_workers < 1:
-        raise ValueError(f"num_workers = {num_workers}, allowed is 1 or more")
-    if not timeout_s > 0:
-        raise ValueError(f"timeout_s = {timeout_s}, allowed is more than 0")
+        raise ValueError(f"num_workers: got {num_workers}, expected 1 or more")
+    if not 0 < timeout_s < math.inf:
+        raise ValueError(f"timeout_s: got {timeout_s}, expected a finite number of seconds above 0")
     _check_protection(allow_weak_sandbox)
     return _run_ahead(requests, run, num_workers)
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 import torch
 from run_deepseek_moe import run_command
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from deepseek_cli.main import SUBCOMMANDS, main
+from deepseek_records.loading import load_model
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.data.tokenizer import train_tokenizer
 from modeling_deepseek import DeepseekConfig
@@ -179,6 +181,75 @@ def test_a_checkpoint_cut_short(capsys, broken, tmp_path, command):
         "adapt": ["adapt", "adapt-debug", "--model", str(broken), "--output", str(tmp_path / "out")],
     }[command]
     assert "cut short" in error_line(capsys, *arguments)
+
+
+def _command(name: str, model: Path, output: Path) -> list[str]:
+    """A short call of a command that loads a model and its tokenizer."""
+    return {
+        "generate": ["generate", str(model), "--prompt", "hello"],
+        "evaluate": ["evaluate", str(model), "--tasks", "mmlu", "--limit", "1", "--output", str(output)],
+        "adapt": ["adapt", "adapt-debug", "--model", str(model), "--output", str(output)],
+        "sft": ["sft", "sft-debug", "--model", str(model), "--output", str(output)],
+        "align": ["align", "align-debug", "--model", str(model), "--output", str(output)],
+    }[name]
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"", "pickle weights"), (b"cos\nsystem\n(S'false'\ntR.", "pickle weights"), (b"\x80", "pickle")],
+    ids=["empty", "code", "damaged"],
+)
+def test_pickle_weights_that_are_no_tensors(capsys, checkpoint, tmp_path, command, content, expected):
+    folder = shutil.copytree(checkpoint, tmp_path / "pickle")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    assert re.search(expected, error_line(capsys, *_command(command, folder, tmp_path / "out")))
+
+
+def test_pickle_weights_of_tensors_load(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "pickle")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    loaded, expected = load_model(folder).state_dict(), load_model(checkpoint).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+# Each asks for a library that the package does not bring, or is no quantization at all.
+QUANTIZED = [
+    ({"quant_method": "awq"}, "asks for a library that is not installed"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "asks for a library that is not installed"),
+    ({"load_in_8bit": True}, "asks for a library that is not installed"),
+    ({"quant_method": "gptq", "bits": 4}, "asks for a library that is not installed"),
+    ({"quant_method": "hqq"}, "asks for a library that is not installed"),
+    ({"quant_method": "nothing"}, "quant_method: got 'nothing', expected one of"),
+    ("awq", "quantization_config: got str, expected an object"),
+    ([], "quantization_config: got list, expected an object"),
+    ({}, "no `quant_method` attribute"),
+]
+
+
+@pytest.mark.parametrize(("quantization", "expected"), QUANTIZED, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("model_type", ["deepseek_moe", "llama"])
+def test_a_quantized_model_whose_library_is_missing(capsys, checkpoint, tmp_path, model_type, quantization, expected):
+    folder = shutil.copytree(checkpoint, tmp_path / "quantized")
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": model_type, "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert expected in error_line(capsys, *_command("generate", folder, tmp_path / "out"))
+    assert expected in error_line(capsys, *_command("evaluate", folder, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "adapt", "sft", "align"])
+def test_a_tokenizer_larger_than_the_embedding(capsys, checkpoint, tmp_path, command):
+    folder = shutil.copytree(checkpoint, tmp_path / "larger")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    num_rows = len(tokenizer)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(folder)
+    line = error_line(capsys, *_command(command, folder, tmp_path / "out"))
+    assert f"tokenizer: got ids up to {num_rows + 1}, expected them below {num_rows}" in line
 
 
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "./nowhere"])

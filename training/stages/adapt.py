@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from deepseek_records.loading import load_tokenizer
+from deepseek_records.loading import check_vocabulary, load_tokenizer
 from deepseek_records.summary import Check, Summary
 from deepseek_training.data.packing import MixedDataset, PackedDataset, encode_documents
 from deepseek_training.data.texts import Corpus, describe_corpora, distinct_names
@@ -45,11 +45,9 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
         ValueError: A setting, the model or a data set cannot be used.
     """
     started = time.monotonic()
-    corpora = (
-        Corpus.load(recipe.data, recipe.data_column),
-        Corpus.load(recipe.general_data, recipe.general_column),
-    )
+    corpora = (Corpus.load(recipe.data, recipe.data_column), Corpus.load(recipe.general_data, recipe.general_column))
     tokenizer, model = load_tokenizer(recipe.model), load_or_outline(recipe.model, is_dry=is_dry)
+    check_vocabulary(model, tokenizer)
     check_context(recipe, model.config)
     args = training_arguments(recipe, Path(output))
     run = open_run(recipe, output, args, command="adapt", overwrite=overwrite, is_dry=is_dry)

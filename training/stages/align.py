@@ -8,7 +8,7 @@ import contextlib
 import time
 from pathlib import Path
 
-from deepseek_records.loading import load_tokenizer
+from deepseek_records.loading import check_vocabulary, load_tokenizer
 from deepseek_records.summary import Summary
 from deepseek_training.data.prompts import check_enough, load_prompts, prompt_texts
 from deepseek_training.data.texts import describe_data
@@ -57,6 +57,7 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
     args = ppo_config(recipe, Path(output))
     check_enough(recipe, train, args.world_size)
     policy, value_model = load_models(recipe, is_dry=is_dry)  # a bad path leaves no run folder behind
+    check_vocabulary(policy, tokenizer)
     run = open_run(recipe, output, args, command="align", overwrite=overwrite, is_dry=is_dry)
     plan = plan_alignment(recipe, args, policy, value_model, tokenizer, train, held_out, reward)
     announce(plan, run.path, is_first=args.process_index == 0, is_dry=is_dry)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepseek_records.loading import load_tokenizer
+from deepseek_records.loading import check_vocabulary, load_tokenizer
 from deepseek_records.summary import Check, Result, Summary
 from deepseek_training.data.conversations import read_template
 from deepseek_training.data.pairs import describe_pairs, load_pairs
@@ -46,6 +46,7 @@ def dpo(recipe: DpoRecipe, output: str | Path, *, overwrite: bool = False, is_dr
     tokenizer = load_tokenizer(recipe.model)
     tokenizer.chat_template = read_template(recipe, tokenizer)
     model = load_or_outline(recipe.model, is_dry=is_dry)
+    check_vocabulary(model, tokenizer)
     reference = None if recipe.lora_rank or is_dry else load_or_outline(recipe.model, is_dry=is_dry)
     check_context(recipe, model.config)
     args = training_arguments(recipe, Path(output))

@@ -7,7 +7,7 @@ was interrupted goes on from its last checkpoint; what it samples then is not wh
 import time
 from pathlib import Path
 
-from deepseek_records.loading import load_tokenizer
+from deepseek_records.loading import check_vocabulary, load_tokenizer
 from deepseek_records.summary import Summary
 from deepseek_training.data.prompts import load_prompts, prompt_texts
 from deepseek_training.data.texts import describe_data
@@ -46,7 +46,9 @@ def grpo(recipe: GrpoRecipe, output: str | Path, *, overwrite: bool = False, is_
     train, validation = (load_prompts(recipe, tokenizer, split) for split in ("train", "validation"))
     held_out = validation.select(range(min(recipe.num_eval_prompts, len(validation))))
     options = {"experts_implementation": recipe.experts_implementation} if recipe.experts_implementation else {}
-    model = with_lora(load_or_outline(recipe.model, is_dry=is_dry, **options), recipe)
+    model = load_or_outline(recipe.model, is_dry=is_dry, **options)
+    check_vocabulary(model, tokenizer)
+    model = with_lora(model, recipe)
     args = grpo_config(recipe, Path(output))
     run = open_run(recipe, output, args, command="grpo", overwrite=overwrite, is_dry=is_dry)
     plan = plan_group_updates(recipe, args, model, len(train), len(held_out))

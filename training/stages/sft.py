@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from deepseek_records.loading import load_tokenizer
+from deepseek_records.loading import check_vocabulary, load_tokenizer
 from deepseek_records.summary import Check, Summary
 from deepseek_training.data.conversations import describe_conversations, load_conversations, read_template
 from deepseek_training.data.texts import data_name
@@ -50,6 +50,7 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False, is_dr
     tokenizer = load_tokenizer(recipe.model)
     tokenizer.chat_template = read_template(recipe, tokenizer)
     model = load_or_outline(recipe.model, is_dry=is_dry)
+    check_vocabulary(model, tokenizer)
     check_context(recipe, model.config)
     args = training_arguments(recipe, Path(output))
     run = open_run(recipe, output, args, command="sft", overwrite=overwrite, is_dry=is_dry)

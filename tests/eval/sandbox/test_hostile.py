@@ -241,7 +241,15 @@ def test_a_killed_server_costs_one_program_only():
     pool.close()
 
 
-@pytest.mark.parametrize("settings", [{"timeout_s": 0}, {"timeout_s": -1.0}, {"num_workers": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"timeout_s": seconds} for seconds in (0, -1.0, float("inf"), float("nan"))),
+        {"num_workers": 0},
+    ],
+)
 def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(ValueError, match="allowed is"):
-        list(sandbox.run_programs(["pass"], **settings))
+    for run, sources in ((sandbox.run_programs, ["pass"]), (sandbox.run_tests, [("pass", "pass")])):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))}: got .*, expected") as caught:
+            list(run(sources, **settings))
+        assert "\n" not in str(caught.value)
