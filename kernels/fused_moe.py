@@ -83,8 +83,8 @@ def fused_moe(
     _check(hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, casts_weights=is_autocast)
     floats = (hidden_states, gate_up_proj, down_proj, topk_weights)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
-    operands = (hidden_states.contiguous(), gate_up_proj, down_proj, topk_indices.contiguous())
-    operands += (topk_weights.contiguous(), activation)
+    indices, weights = topk_indices.contiguous(), topk_weights.contiguous()
+    operands = (hidden_states.contiguous(), gate_up_proj, down_proj, indices, weights, activation)
     # The operators' dispatch takes the host 0.1 ms, and 1 ms with gradients: more than a small step takes a GPU. They
     # are there for compilers and for whoever watches operators.
     if torch.compiler.is_compiling() or hidden_states.is_meta or any(type(t) not in _PLAIN_TYPES for t in floats):
@@ -319,7 +319,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output, preactivation, packed = _forward(*inputs, True)
+        output, preactivation, packed = _forward(*inputs, keep=True)
         _setup_context(ctx, (*inputs, True), (output, preactivation, packed))
         return output
 
