@@ -14,6 +14,7 @@ HELP = "Score a causal language model: knowledge, code, bias, robustness, refusa
 EXAMPLES = """
   deepseek-moe evaluate runs/demo/align --tasks mmlu --limit 2
   deepseek-moe evaluate path/to/model --tasks mmlu --num-fewshot 5 --batch-size 64 --output runs/mmlu
+  deepseek-moe evaluate runs/demo/align --tasks mmlu --num-fewshot 2 --limit 1 --apply-chat-template
   deepseek-moe evaluate --samples completions.jsonl --tasks humaneval --output runs/scored
   deepseek-moe evaluate path/to/model --tasks mmlu,long_tail,mmlu_robust,winobias,bbq,refusal --limit 20
   deepseek-moe evaluate path/to/model --tasks crows_pairs --data crows_pairs=path/to/crows_pairs_anonymized.csv
@@ -79,13 +80,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("completions")
+    group = parser.add_argument_group("prompts and completions")
     group.add_argument("--max-new-tokens", type=int, default=None, metavar="N", help="length limit (HumanEval: 1024)")
     group.add_argument("--num-samples", type=int, default=1, metavar="N", help="completions per problem")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus share for sampling")
     group.add_argument(
         "--prompt-style", default="base", choices=("base", "chat"), help="raw text, or the tokenizer's chat template"
+    )
+    group.add_argument(
+        "--apply-chat-template",
+        "--apply_chat_template",
+        dest="prompt_style",
+        action="store_const",
+        const="chat",
+        default=argparse.SUPPRESS,
+        help="the same as --prompt-style chat, as lm-evaluation-harness calls it",
     )
     group.add_argument("--seed", type=int, default=0, help="seed for sampling")
     group.add_argument(

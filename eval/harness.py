@@ -81,9 +81,9 @@ def _run_task(
     run: RunFolder, loaded: LoadedModel, questions: Questions, settings: EvalSettings, source: str
 ) -> dict[str, Any]:
     task, items = questions.task, questions.items
-    if task.kind == "choice":
+    if task.kind == "choice" and settings.prompt_style == "base":
         return run_choice_task(run, loaded, task, items, settings)
     if task.kind == "program":
         return run_program_task(run, loaded, task, items, settings, source)
-    run_text = run_continuation_task if task.kind == "continuation" else run_completion_task
+    run_text = run_completion_task if task.kind == "completion" else run_continuation_task
     return run_text(run, loaded, task, items, settings)

@@ -33,7 +33,7 @@ class EvalSettings:
         num_samples: Completions per problem.
         temperature: 0 is greedy.
         top_p: Nucleus share for sampling.
-        prompt_style: ``base`` or, for programs, ``chat``: through the tokenizer's chat template.
+        prompt_style: ``base`` or, for programs and MMLU, ``chat``: through the tokenizer's chat template.
         seed: Seed for sampling.
         dtype: As `deepseek_eval.model_loading.load_model` takes it, as are the next four.
         device: Torch device.

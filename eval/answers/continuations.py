@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from deepseek_eval.answers.loglikelihood import keep_logits
 from deepseek_eval.model_loading import LoadedModel
 from deepseek_eval.tasks.task import ChoiceItem
+from deepseek_records.user_text import encode
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,15 @@ def _encode_pair(loaded: LoadedModel, prompt: str, choice: str) -> tuple[list[in
             raise ValueError("tokenizer: neither a BOS nor an EOS token, so a sentence has nothing to begin with")
         return (ids[:1], ids[1:]) if ids[:1] == [start] else ([start], ids)
     stripped = prompt.rstrip()
-    whole = tokenizer.encode(prompt + choice, verbose=False)
-    prompt_ids = tokenizer.encode(stripped, verbose=False)
+    # A chat template may have written the begin token itself.
+    add = not prompt.startswith(_begin_token(tokenizer))
+    whole = encode(prompt + choice, tokenizer, add_special_tokens=add)
+    prompt_ids = encode(stripped, tokenizer, add_special_tokens=add)
     return prompt_ids, whole[len(prompt_ids) :]
+
+
+def _begin_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.bos_token or tokenizer.eos_token or "\0")
 
 
 def plan_continuations(

@@ -2,7 +2,7 @@
 
 Called by ``harness.py`` and ``samples_file.py``. A chat prompt is rendered to text here, so that nothing behind this
 file knows of chats. As in lm-evaluation-harness 0.4.13 the last message is the opening of the model's own answer,
-which it continues.
+which it continues; of a multiple-choice question it is the question, and each letter is an answer.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from deepseek_eval.tasks.task import ProgramItem, Task
+from deepseek_eval.tasks.task import ChoiceItem, ProgramItem, Task
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.user_text import render_chat, show
 
@@ -33,9 +33,9 @@ def check_style(style: str, tasks: Sequence[Task]) -> None:
     """
     if style not in STYLES:
         raise ValueError(f"prompt_style = {style!r}, allowed is {' or '.join(STYLES)}")
-    without = [task.name for task in tasks if task.kind in _CHOICE_KINDS]
+    without = [task.name for task in tasks if task.kind in _CHOICE_KINDS and not task.has_chat]
     if style == "chat" and without:
-        raise ValueError(f"prompt_style = chat: task {without[0]} has base only; chat is for programs")
+        raise ValueError(f"prompt_style = chat: task {without[0]} has base only")
 
 
 def apply_style(
@@ -54,8 +54,7 @@ def apply_style(
     """
     if style == "base":
         return list(items)
-    if not tokenizer.chat_template:
-        raise ValueError(f"prompt_style = chat: the tokenizer of {source} has no chat template; use base")
+    _check_template(tokenizer, source)
     return [dataclasses.replace(item, prompt=_render(item, tokenizer, source), stop=item.chat.stop) for item in items]
 
 
@@ -65,6 +64,49 @@ def _render(item: ProgramItem, tokenizer: PreTrainedTokenizerBase, source: str) 
     except ValueError as error:
         reason = str(error).removeprefix("chat_template: ")
         raise ValueError(f"prompt_style = chat: the chat template of {source} refuses {item.id} ({reason})") from None
+
+
+def apply_chat(items: Sequence[ChoiceItem], tokenizer: PreTrainedTokenizerBase, source: str) -> list[ChoiceItem]:
+    """Return questions put as the user's turn, with answers that begin the model's, as lm-eval's chat template does.
+
+    Args:
+        items: The questions.
+        tokenizer: Whose chat template is used.
+        source: The model's name, for errors.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, or its template refuses the questions.
+    """
+    _check_template(tokenizer, source)
+    return [
+        dataclasses.replace(
+            item,
+            prompt=_render_question(item, tokenizer, source),
+            choices=tuple(choice.removeprefix(" ") for choice in item.choices),
+            context="",
+            shorter_prompts=(),
+        )
+        for item in items
+    ]
+
+
+def _render_question(item: ChoiceItem, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    turns = [*(item.chat_context or ()), {"role": "user", "content": item.prompt.removeprefix(item.context)}]
+    try:
+        return render_chat(turns, tokenizer, add_generation_prompt=True)
+    except ValueError:
+        pass  # as lm-eval: a template that refuses a system's turn gets the others
+    try:
+        turns = [turn for turn in turns if turn["role"] != "system"]
+        return render_chat(turns, tokenizer, add_generation_prompt=True)
+    except ValueError as error:
+        reason = str(error).removeprefix("chat_template: ")
+        raise ValueError(f"prompt_style = chat: the chat template of {source} refuses {item.id} ({reason})") from None
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    if not tokenizer.chat_template:
+        raise ValueError(f"prompt_style = chat: the tokenizer of {source} has no chat template; use base")
 
 
 def take_code(style: str, item: ProgramItem, text: str) -> str:

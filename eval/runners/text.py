@@ -19,7 +19,7 @@ from deepseek_eval.answers.continuations import (
     score_continuations,
 )
 from deepseek_eval.answers.generation import EncodedPrompt, SamplingSettings, complete_batches, plan_prompts
-from deepseek_eval.answers.prompt_style import write_prompts
+from deepseek_eval.answers.prompt_style import apply_chat, write_prompts
 from deepseek_eval.answers.samples_writer import AnswerFile
 from deepseek_eval.metrics.loading import score_answers
 from deepseek_eval.model_loading import LoadedModel
@@ -38,14 +38,16 @@ def run_continuation_task(
     Args:
         run: Where the answers go.
         loaded: Model and tokenizer.
-        task: A task of kind ``continuation``.
+        task: A task of kind ``continuation``, or of kind ``choice`` in a chat, where an answer may be several tokens.
         items: Its items.
-        settings: Batch size.
+        settings: Batch size, shots and the style of prompts.
 
     Raises:
         ValueError: An answer that cannot be scored, or a model that returns NaN.
     """
     samples = AnswerFile(run, task, items)
+    if settings.prompt_style == "chat":
+        items = apply_chat(items, loaded.tokenizer, str(run.settings["model_name_or_path"]))
     batches = plan_continuations(encode_continuations(loaded, items), settings.batch_size)
     missing = [batch for batch in batches if any((row.item.id, 0) not in samples.rows for row in batch)]
     num_done = len(items) - sum(map(len, missing))
@@ -59,7 +61,8 @@ def run_continuation_task(
     write_prompts(run, task, items)
     return {
         **scores,
-        "num_fewshot": 0,
+        "num_fewshot": settings.shots_of(task),
+        **({"prompt_style": "chat"} if settings.prompt_style == "chat" else {}),
         "num_truncated": warn_of_truncation(task, rows, loaded.max_length),
         "context": loaded.max_length,
     }

@@ -63,6 +63,22 @@ def format_shots(subject: str, shots: Sequence[dict[str, Any]], style: str = "lm
     return description + "".join(f"{format_question(row)} {LETTERS[row['answer']]}\n\n" for row in shots)
 
 
+def format_turns(subject: str, shots: Sequence[dict[str, Any]]) -> tuple[dict[str, str], ...]:
+    """Return what `format_shots` does as turns: the description is the system's, each shot asked and answered.
+
+    Args:
+        subject: As for `format_shots`.
+        shots: Likewise.
+    """
+    turns = [{"role": "system", "content": format_shots(subject, ())}]
+    for row in shots:
+        turns += [
+            {"role": "user", "content": format_question(row)},
+            {"role": "assistant", "content": LETTERS[row["answer"]]},
+        ]
+    return tuple(turns)
+
+
 def build_items(
     num_fewshot: int, limit: int | None, data_path: str | Path | None, style: str = "lm_eval"
 ) -> Iterator[ChoiceItem]:
@@ -86,6 +102,7 @@ def build_items(
         _check(row)
         shots_by_subject[row["subject"]].append(row)
     seen: dict[str, int] = defaultdict(int)
+    turns: dict[str, tuple[dict[str, str], ...]] = {}  # shared by a subject's questions
     for row in read_rows("mmlu_test", data_path):
         _check(row)
         subject = row["subject"]
@@ -99,6 +116,8 @@ def build_items(
         if limit is not None and index >= limit:
             continue
         question = format_question(row)
+        if subject not in turns:
+            turns[subject] = format_turns(subject, shots_by_subject[subject][:num_fewshot])
         contexts = [
             format_shots(subject, shots_by_subject[subject][:number], style)
             for number in range(num_fewshot, -1 if style == "hendrycks" else num_fewshot - 1, -1)
@@ -112,6 +131,7 @@ def build_items(
             target=row["answer"],
             group=subject,
             facts={"row": row},
+            chat_context=turns[subject],
         )
 
 
@@ -153,6 +173,7 @@ TASK = Task(
     measures="knowledge",
     categories=SUBJECT_CATEGORIES,
     max_fewshot=MAX_SHOTS,
+    has_chat=True,
 )
 
 HENDRYCKS_TASK = replace(
@@ -161,4 +182,5 @@ HENDRYCKS_TASK = replace(
     label="MMLU, original format",
     build_items=partial(build_items, style="hendrycks"),
     num_fewshot=MAX_SHOTS,
+    has_chat=False,
 )

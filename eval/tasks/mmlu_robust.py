@@ -165,6 +165,7 @@ def metric_inputs(items: Sequence[ChoiceItem], rows: Sequence[dict[str, Any]]) -
 TASK = replace(
     mmlu.TASK,
     name="mmlu_robust",
+    has_chat=False,
     build_items=build_items,
     label="MMLU, perturbed",
     figures=(

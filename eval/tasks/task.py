@@ -29,6 +29,7 @@ class ChoiceItem:
         answers: What each choice stands for, where that is not its position: the option behind a letter when options
             are reordered, the one answer behind several wordings of it.
         facts: What the task's metric needs to know beside prediction and target.
+        chat_context: The context as turns of a chat; None where the task has no such form.
     """
 
     id: str
@@ -40,6 +41,7 @@ class ChoiceItem:
     shorter_prompts: tuple[str, ...] = ()
     answers: tuple[int, ...] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    chat_context: tuple[dict[str, str], ...] | None = None
 
     def answer(self, choice: int) -> int:
         """Return the answer that a choice stands for.
@@ -192,6 +194,7 @@ class Task:
         metric_inputs: Turns items and rows (``prediction``, ``target``, scores) into the metric's arguments; None
             gives `choice_accuracy` what it takes.
         is_length_normalized: Compare choices by their mean log-likelihood a token, that is by perplexity.
+        has_chat: Whether its questions, of a choice, can be put through a chat template.
         shares_answers_with: A task that asks some of the same questions under the same ids.
         does_not_show: One line on what the figures leave open, written beside them.
     """
@@ -211,5 +214,6 @@ class Task:
     metric: str = "choice_accuracy"
     metric_inputs: Callable[[Sequence[Any], Sequence[dict[str, Any]]], dict[str, Any]] | None = None
     is_length_normalized: bool = False
+    has_chat: bool = False
     shares_answers_with: str | None = None
     does_not_show: str = ""

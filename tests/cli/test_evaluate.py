@@ -46,7 +46,9 @@ def test_a_run_ends_with_table_files_and_a_report_of_every_item(tmp_path, capsys
         (("--tasks", "mmlu"), "give one of MODEL, --samples FILE, --compare RUN RUN and --table RUN ..."),
         (("--samples", "nowhere.jsonl", "--tasks", "humaneval"), "samples: nowhere.jsonl does not exist"),
         (("--samples", "nowhere.jsonl"), "tasks: mmlu,humaneval with --samples, wanted exactly one"),
-        ((MODEL, "--tasks", "mmlu", "--prompt-style", "chat"), "task mmlu has base only"),
+        ((MODEL, "--tasks", "mmlu", "--prompt-style", "chat"), "has no chat template; use base"),
+        ((MODEL, "--tasks", "mmlu", "--apply_chat_template"), "has no chat template; use base"),
+        ((MODEL, "--tasks", "winobias", "--apply-chat-template"), "task winobias has base only"),
         (
             ("--samples", "nowhere.jsonl", "--tasks", "humaneval", "--num-samples", "5", "--num-fewshot", "0"),
             "--num-fewshot, --num-samples: without effect with --samples, which runs no model",

@@ -1,9 +1,11 @@
 """The prompt styles: item by item lm-evaluation-harness' prompts, its way to take code from an answer, and errors."""
 
+import copy
 import gzip
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from deepseek_eval.answers.generation import encode_prompt
-from deepseek_eval.answers.prompt_style import apply_style, take_code
+from deepseek_eval.answers.prompt_style import apply_chat, apply_style, take_code
 from deepseek_eval.harness import evaluate_model
 from deepseek_eval.metrics.loading import load_metric
-from deepseek_eval.tasks import humaneval, mbpp
-from deepseek_model_cards.card.metadata import write_eval_results
+from deepseek_eval.tasks import humaneval, mbpp, mmlu
 from deepseek_records.run_folder import RunFolder
-from deepseek_records.stages import read_stages
 
 pytestmark = pytest.mark.xdist_group("harness")
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
@@ -102,7 +102,6 @@ def test_a_chat_run_end_to_end(tmp_path):
     assert results["tasks"]["humaneval"]["prompt_style"] == "chat"
     # A card must not pass the figure off as one of base prompts.
     assert RunFolder(tmp_path / "run").summary.results[0].prompt_style == "chat"
-    assert "chat prompts" in write_eval_results(read_stages(tmp_path / "run"), tmp_path)[0].read_text()
 
     with gzip.open(tmp_path / "run/prompts_humaneval.jsonl.gz", "rt") as file:
         prompts = [json.loads(line)["prompt"] for line in file]
@@ -111,11 +110,56 @@ def test_a_chat_run_end_to_end(tmp_path):
     assert all("<|im_start|>assistant\nHere is the completed function:\n```python\n" in prompt for prompt in prompts)
 
 
+@pytest.mark.parametrize("num_fewshot", [0, 2])
+def test_mmlu_in_a_chat_equals_lm_eval(tmp_path, num_fewshot):
+    with gzip.open(REFERENCE / "lm_eval_0.4.13_chat.json.gz", "rt") as file:
+        expected = {row["id"]: row for row in json.load(file)[str(num_fewshot)]}
+    model = with_template(tmp_path / "model", (REFERENCE / "chat_template.jinja").read_text())
+    whole = {}
+    for split in ("test", "dev"):
+        with gzip.open(mmlu.__file__.replace("tasks/mmlu.py", f"data/mmlu_{split}.jsonl.gz"), "rt") as file:
+            whole[split] = [json.loads(line) for line in file]
+    # own data: the questions that lm-eval was asked, so that ids count from 0 in each subject
+    asked, ids, counts, places = [], [], Counter(), Counter()
+    for row in whole["test"]:
+        name = f"{row['subject']}/{places[row['subject']]}"
+        places[row["subject"]] += 1
+        if name in expected:
+            asked.append(row)
+            ids.append((f"{row['subject']}/{counts[row['subject']]}", name))
+            counts[row["subject"]] += 1
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, rows in (("test", asked), ("dev", whole["dev"])):
+        (data / f"mmlu_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"tasks": ["mmlu"], "num_fewshot": num_fewshot, "dtype": "float32", "data_path": data}
+    results = evaluate_model(model, prompt_style="chat", output=tmp_path / "run", **settings)["tasks"]["mmlu"]
+    assert (results["prompt_style"], results["num_fewshot"], results["n"]) == ("chat", num_fewshot, len(expected))
+    assert RunFolder(tmp_path / "run").summary.results[0].prompt_style == "chat"
+    lines = (tmp_path / "run/samples_mmlu.jsonl").read_text().splitlines()
+    samples = {row["id"]: row for row in map(json.loads, lines)}
+    with gzip.open(tmp_path / "run/prompts_mmlu.jsonl.gz", "rt") as file:
+        prompts = {row["id"]: row["prompt"] for row in map(json.loads, file)}
+    for own, name in ids:
+        assert hashlib.sha256(prompts[own].encode()).hexdigest() == expected[name]["prompt_hash"]
+        assert samples[own]["loglikelihoods"] == pytest.approx(expected[name]["loglikelihoods"], abs=1e-4)
+        assert samples[own]["acc"] == expected[name]["acc"]
+
+
+def test_a_template_without_a_system_turn_gets_the_others(tokenizer):
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template + tokenizer.chat_template
+    item = next(mmlu.build_items(1, 1, None))
+    prompt = apply_chat([item], tokenizer, "x")[0].prompt
+    assert prompt.count("<|im_start|>user") == 2 and "multiple choice questions" not in prompt
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"prompt_style": "chatty"}, "prompt_style = 'chatty', allowed is base or chat"),
-        ({"prompt_style": "chat", "tasks": ["mmlu"]}, "prompt_style = chat: task mmlu has base only"),
+        ({"prompt_style": "chat", "tasks": ["mmlu_robust"]}, "prompt_style = chat: task mmlu_robust has base only"),
         ({"prompt_style": "chat"}, "prompt_style = chat: the tokenizer of .* has no chat template"),
     ],
 )

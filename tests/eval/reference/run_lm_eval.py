@@ -8,6 +8,7 @@ with one change: the data comes from the files in ``eval/data`` and not from the
 
 import argparse
 import gzip
+import hashlib
 import json
 import sys
 import tempfile
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--num-fewshot", type=int, required=True)
     parser.add_argument("--ids", type=Path, help="JSON list of question ids; all without it")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--chat-template", type=Path, help="run with --apply_chat_template and this template")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
@@ -74,6 +76,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ids = write_tasks(Path(folder), wanted)
         model = HFLM(pretrained=args.model, dtype="float32", device="cpu", batch_size=args.batch_size)
+        if args.chat_template:
+            model.tokenizer.chat_template = args.chat_template.read_text()
         # Its own batches are what is timed: requests are built and results aggregated outside.
         inner, spent = model._loglikelihood_tokens, []
 
@@ -89,6 +93,7 @@ def main() -> None:
             tasks=[f"local_mmlu_{subject}" for subject in ids],
             num_fewshot=args.num_fewshot,
             task_manager=TaskManager(include_path=folder, include_defaults=False),
+            apply_chat_template=bool(args.chat_template),
             bootstrap_iters=0,
             log_samples=True,
         )
@@ -97,7 +102,11 @@ def main() -> None:
             samples = sorted(results["samples"][f"local_mmlu_{subject}"], key=lambda sample: sample["doc_id"])
             for name, sample in zip(names, samples, strict=True):
                 scores = [float(response[0]) for response in (pair[0] for pair in sample["resps"])]
-                file.write(json.dumps({"id": name, "loglikelihoods": scores, "acc": sample["acc"]}) + "\n")
+                row = {"id": name, "loglikelihoods": scores, "acc": sample["acc"]}
+                if args.chat_template:
+                    prompt = sample["arguments"][0][0]
+                    row |= {"prompt_hash": hashlib.sha256(prompt.encode()).hexdigest()}
+                file.write(json.dumps(row) + "\n")
     print(json.dumps({"seconds_in_model": sum(spent), "num_questions": sum(map(len, ids.values()))}))
 
 
