@@ -77,7 +77,7 @@ def _prepare(root: Path, size_name: str, *, overwrite: bool) -> None:
 
     marker = root / "demo-size.txt"
     if root.exists() and not root.is_dir():
-        raise FileExistsError(f"--output: {root} is a file, wanted a folder")
+        raise FileExistsError(f"--output: {root} is a file, expected a folder")
     if root.is_dir() and any(root.iterdir()):
         held = marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
         if held is None:

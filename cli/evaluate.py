@@ -131,7 +131,7 @@ def parse_limit(text: str | None) -> int | dict[str, int] | None:
         return {name.strip(): int(number) for name, number in (pair.split("=") for pair in text.split(","))}
     except ValueError:
         raise ValueError(
-            f"limit: {text!r}, wanted a number or task=number pairs such as mmlu=2,humaneval=20"
+            f"limit: {text!r}, expected a number or task=number pairs such as mmlu=2,humaneval=20"
         ) from None
 
 
@@ -148,7 +148,7 @@ def parse_data(text: str | None) -> str | dict[str, str] | None:
         return text
     pairs = [pair.partition("=") for pair in text.split(",")]
     if not all(name.strip() and source.strip() for name, _, source in pairs):
-        raise ValueError(f"data: {text!r}, wanted a folder or task=source pairs such as bbq=path/to/bbq")
+        raise ValueError(f"data: {text!r}, expected a folder or task=source pairs such as bbq=path/to/bbq")
     return {name.strip(): source.strip() for name, _, source in pairs}
 
 
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     limit = parse_limit(args.limit)
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not tasks:
-        raise ValueError("--tasks: got no name, wanted at least one, for example mmlu,humaneval")
+        raise ValueError("--tasks: got no name, expected at least one, for example mmlu,humaneval")
     if sum(source is not None for source in (args.model, args.samples, args.compare, args.table)) != 1:
         raise ValueError("evaluate: give one of MODEL, --samples FILE, --compare RUN RUN and --table RUN ...")
     _refuse_unused(args)
@@ -212,7 +212,7 @@ def _score_samples(args: argparse.Namespace, tasks: list[str], limit: int | dict
     from deepseek_eval.samples_reader import score_samples
 
     if len(tasks) != 1:
-        raise ValueError(f"tasks: {','.join(tasks)} with --samples, wanted exactly one, such as humaneval")
+        raise ValueError(f"tasks: {','.join(tasks)} with --samples, expected exactly one, such as humaneval")
     limit = limit.get(tasks[0]) if isinstance(limit, dict) else limit
     options = {name: vars(args)[name] for name in ("output", "overwrite", "allow_weak_sandbox")}
     return score_samples(args.samples, tasks[0], limit=limit, data_path=parse_data(args.data), **options)

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     num_prompt_tokens = input_ids.shape[1]
     context = find_max_length(model.config, tokenizer)
     if num_prompt_tokens == 0:
-        raise ValueError("--prompt: got an empty text, wanted at least one token")
+        raise ValueError("--prompt: got an empty text, expected at least one token")
     if num_prompt_tokens >= context:
         raise ValueError(
             f"--prompt: {num_prompt_tokens} tokens do not fit the model's context of {context}; pass a shorter prompt"
@@ -90,17 +90,17 @@ def _draft(model: Any, **options: Any) -> None:
                 raise
             lacking = "the checkpoint holds no multi-token prediction layers"
     if lacking:
-        raise ValueError(f"--use-mtp: {lacking}; wanted a model trained with mtp_loss_coef above 0")
+        raise ValueError(f"--use-mtp: {lacking}, expected a model trained with mtp_loss_coef above 0")
 
 
 def _check(args: argparse.Namespace) -> None:
     if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):  # How Python reads such bytes.
         raise ValueError("--prompt: got bytes that are no UTF-8 text")
     if not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed: got {args.seed}, wanted 0 to 2**32 - 1")
+        raise ValueError(f"--seed: got {args.seed}, expected 0 to 2**32 - 1")
     if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens: got {args.max_new_tokens}, wanted at least 1")
+        raise ValueError(f"--max-new-tokens: got {args.max_new_tokens}, expected at least 1")
     if not 0 <= args.temperature < float("inf"):
-        raise ValueError(f"--temperature: got {args.temperature}, wanted 0 or more")
+        raise ValueError(f"--temperature: got {args.temperature}, expected 0 or more")
     if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p: got {args.top_p}, wanted above 0 and at most 1")
+        raise ValueError(f"--top-p: got {args.top_p}, expected above 0 and at most 1")

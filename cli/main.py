@@ -1,6 +1,6 @@
 """The ``deepseek-moe`` command: finds the subcommand, runs it, and turns what users get wrong into one line.
 
-Called by the console script and by ``python -m deepseek_cli.main``. Surprising: nothing heavy is imported here, nor by
+Called by the console script and by ``python -m deepseek_cli.main``. Nothing heavy is imported here, nor by
 any subcommand's module at its top, so that ``--help`` answers at once; and a `ValueError` or a missing or occupied
 file ends in one line on stderr and exit code 2, a full disk or another failure on the way in one line and code 1
 (``--traceback`` shows where it came from), while any other exception is a defect of ours and keeps its traceback.

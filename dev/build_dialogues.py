@@ -1,8 +1,8 @@
 """Build the embedded ``dialogues`` set: first user turns with one good reply each.
 
 Run once by hand, ``python -m build_dialogues SOURCE OUT``, from a folder holding the three public
-files named in `main`. Surprising: a prompt is held out by its topic (MedQuAD's own split) or by the hash of its text,
-never by position, and a held-out prompt whose normalised text also occurs among the training prompts is dropped.
+files named in `main`. A prompt is held out by its topic (MedQuAD's own split) or by the hash of its text,
+never by position, and a held-out prompt whose normalized text also occurs among the training prompts is dropped.
 """
 
 import gzip
@@ -41,8 +41,8 @@ def main(source: str, output: str) -> None:
     rows: list[dict[str, str]] = []
     for name, reader in (("medquad", read_medquad), ("hh", read_hh), ("taskmaster", read_taskmaster)):
         rows += _select(name, reader(folder))
-    seen = {_normalise(row["prompt"]) for row in rows if row["split"] == "train"}
-    rows = [row for row in rows if row["split"] == "train" or _normalise(row["prompt"]) not in seen]
+    seen = {_normalize(row["prompt"]) for row in rows if row["split"] == "train"}
+    rows = [row for row in rows if row["split"] == "train" or _normalize(row["prompt"]) not in seen]
     _write(Path(output) / "dialogues.jsonl.gz", rows)
     _write(Path(output) / "dialogues_zh.jsonl.gz", list(read_alpaca_zh(folder)))
     _write(Path(output) / "attack_prompts.jsonl.gz", [*read_pubmedqa_test(folder), *read_instructions(folder)])
@@ -118,7 +118,7 @@ def _select(name: str, rows: Iterator[dict[str, str]]) -> list[dict[str, str]]:
     for row in rows:
         is_decent = not _COARSE.search(row["prompt"]) and not (name == "hh" and _COARSE.search(row["answer"]))
         if is_decent and 8 <= len(row["prompt"]) <= MAX_PROMPT_CHARS and len(row["answer"].split()) >= 5:
-            distinct.setdefault(_normalise(row["prompt"]), row)
+            distinct.setdefault(_normalize(row["prompt"]), row)
     ordered = sorted(distinct.values(), key=lambda row: hashlib.sha256(row["prompt"].encode()).hexdigest())
     kept = []
     for split, limit in zip(("train", "validation"), _LIMITS[name], strict=True):
@@ -140,11 +140,11 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def _split(text: str) -> str:
-    digest = hashlib.sha256(_normalise(text).encode()).hexdigest()
+    digest = hashlib.sha256(_normalize(text).encode()).hexdigest()
     return "validation" if int(digest[:8], 16) % 5 == 0 else "train"
 
 
-def _normalise(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 

@@ -2,7 +2,7 @@
 
 The public sets hold tweets, statements about groups and requests, but hardly a threat, an incitement or an insult in
 plain words, and only harmful texts that begin with "Sure, here is". Called by
-`train_safety_classifier`. Surprising: most forms of harm have a harmless twin, so that what counts
+`train_safety_classifier`. Most forms of harm have a harmless twin, so that what counts
 is who is to suffer what, not the form. The lists are offensive on purpose; no sentence is one of
 `deepseek_cli.benchmarks.attacks`, but most of its words are here.
 """

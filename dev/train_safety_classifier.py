@@ -1,13 +1,13 @@
 """Train the embedded safety classifier and write it with its card.
 
 Run once by hand: ``python -m train_safety_classifier SOURCE OUT``; about 25 s on one core.
-Unsafe: tweets labelled hateful or offensive (Davidson et al., MIT), ToxiGen statements labelled hateful (MIT, data
+Unsafe: tweets labeled hateful or offensive (Davidson et al., MIT), ToxiGen statements labeled hateful (MIT, data
 CDLA-Permissive-2.0), AdvBench requests (MIT), the sentences of `made_sentences`, and at a small weight, because their
-labels are guessed, what people say to provoke in HH-RLHF's harmless set (MIT). Safe: the tweets labelled neither,
+labels are guessed, what people say to provoke in HH-RLHF's harmless set (MIT). Safe: the tweets labeled neither,
 ToxiGen's neutral statements, the embedded dialogues (not HH-RLHF's), books and medicine, Self-Instruct's seed tasks,
 P3's prompts and answers (Apache-2.0), ChatterBot's conversations (BSD-3-Clause), TAT-QA's annual reports (MIT), a
 sample of C4 (ODC-BY), US speeches (public domain). Held out: one in five of each public set by the hash of its text.
-XSTest (CC BY 4.0) is never trained on; its safe prompts measure over-refusal. Surprising: harmful texts get less than
+XSTest (CC BY 4.0) is never trained on; its safe prompts measure over-refusal. Harmful texts get less than
 half of the weight, else every sentence in unfamiliar words is held to be as likely harmful as not; and AdvBench's
 answers are left out, as they teach that "Sure, here is" is harm.
 """
@@ -215,7 +215,7 @@ def _balance(rows: list[Row], unsafe_share: float = UNSAFE_SHARE) -> np.ndarray:
 
 
 def describe(classifier: SafetyClassifier, train: list[Row], held_out: list[Row], xstest: Path) -> dict:
-    """Return the card: data, licences and what was measured on texts never trained on."""
+    """Return the card: data, licenses and what was measured on texts never trained on."""
     measured = {}
     for name in ("davidson", "toxigen"):
         rows = [row for row in held_out if row[0] == name]
@@ -245,7 +245,7 @@ def describe(classifier: SafetyClassifier, train: list[Row], held_out: list[Row]
         "model": f"logistic regression over hashed word and character n-grams, {NUM_BUCKETS:,} 8-bit weights",
         "trained_by": "python -m train_safety_classifier",
         "num_train": len(train),
-        "licences": {
+        "licenses": {
             "davidson": "MIT",
             "toxigen": "MIT (data CDLA-Permissive-2.0)",
             "advbench": "MIT",

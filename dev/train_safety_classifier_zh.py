@@ -1,7 +1,7 @@
 """Train the Chinese half of the embedded safety classifier and write it with its card.
 
 Run once by hand: ``python -m train_safety_classifier_zh SOURCE COLD OUT``; about 40 s on one core, seed 0.
-Unsafe: COLD's comments labelled offensive (Apache-2.0, training part) and the sentences of `made_sentences_zh`. Safe:
+Unsafe: COLD's comments labeled offensive (Apache-2.0, training part) and the sentences of `made_sentences_zh`. Safe:
 COLD's other comments, LLaMA-Factory's Chinese sample (Apache-2.0; what `dialogues_zh` holds out is left out),
 ChatterBot (BSD-3-Clause), modern renderings of classical works (NiuTrans, MIT), Chinese classics. Measured on COLD's
 test part, on what was held out of the others, and on sentences written by hand before the made ones.

@@ -5,7 +5,7 @@ Run once by hand: ``python -m train_text_embedder SOURCE OUT``, with all-MiniLM-
 begins as the teacher's, brought to fewer dimensions by the principal axes of its sentences; then sums of words learn
 the teacher's cosines between sentences, and that an answer is nearer to its own prompt than the other answers of its
 source. Pairs of a prompt and its answer: MedQuAD (CC BY 4.0), PubMedQA (MIT), HH-RLHF (MIT), Taskmaster (CC BY 4.0),
-P3 (Apache-2.0), ChatterBot (BSD-3-Clause); pairs of neighbouring passages: the embedded books (public domain) and
+P3 (Apache-2.0), ChatterBot (BSD-3-Clause); pairs of neighboring passages: the embedded books (public domain) and
 medicine, a sample of C4 (ODC-BY), US speeches (public domain). Left out is every prompt of `dialogues`' validation
 split and everything the attack table is made of; Self-Instruct's seed tasks and 200 PubMedQA questions set constants.
 """
@@ -73,7 +73,7 @@ def read_pairs(folder: Path) -> dict[str, list[Pair]]:
         "taskmaster": _training(read_taskmaster(folder), held_out),
         "pubmedqa": list(_read_pubmedqa(folder)),
         **{
-            name: [pair for row in rows if row["split"] == "train" for pair in neighbours(row["text"])]
+            name: [pair for row in rows if row["split"] == "train" for pair in neighbors(row["text"])]
             for name, rows in passages.items()
         },
         "p3": list(_read_p3(folder)),
@@ -81,7 +81,7 @@ def read_pairs(folder: Path) -> dict[str, list[Pair]]:
     }
 
 
-def neighbours(text: str) -> Iterator[Pair]:
+def neighbors(text: str) -> Iterator[Pair]:
     """Yield each stretch of about 25 words with the 50 words that follow it."""
     words = text.split()
     for start in range(0, len(words) - 74, 75):

@@ -160,5 +160,5 @@ def _read_run(folder: Path) -> tuple[dict[str, dict[str, float]], dict[str, dict
             hashes[path.name[len(_PREFIX) : -len(_SUFFIX)]] = seen
             tasks[path.name[len(_PREFIX) : -len(_SUFFIX)]] = {name: sum(v) / len(v) for name, v in scores.items()}
     if not tasks:
-        raise FileNotFoundError(f"run: {folder} holds no samples_<task>.jsonl; wanted a run folder of evaluate")
+        raise FileNotFoundError(f"run: {folder} holds no samples_<task>.jsonl, expected a run folder of evaluate")
     return tasks, hashes

@@ -1,7 +1,7 @@
 """Scores a model on benchmarks and writes a run folder: results, and every answer beside its target.
 
 Called by ``deepseek-moe evaluate`` and the demo. Each task appends its answers to ``samples_<task>.partial.jsonl``
-as they come; a run that was interrupted reads that file and goes on with what is missing. Surprising: batches are
+as they come; a run that was interrupted reads that file and goes on with what is missing. Batches are
 planned over all items before the finished ones are left out, so that the numbers do not depend on where a run
 stopped.
 """

@@ -45,7 +45,7 @@ def read_samples(path: str | Path, items: list[ProgramItem], beyond_limit: Colle
     """
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"samples: {path} is a folder, wanted a file of JSON lines")
+        raise IsADirectoryError(f"samples: {path} is a folder, expected a file of JSON lines")
     if not path.is_file():
         raise FileNotFoundError(f"samples: {path} does not exist")
     known = {item.id for item in items}
@@ -94,12 +94,12 @@ def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValueError(f"{where} is no JSON ({reason})") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {_json_type(row)}, wanted an object with task_id and completion")
+        raise ValueError(f"{where} is {_json_type(row)}, expected an object with task_id and completion")
     for name in ("task_id", "completion"):
         if name not in row:
             raise ValueError(f"{where} has no {name}")
         if not isinstance(row[name], str):
-            raise ValueError(f"{where}: {name} is {_json_type(row[name])}, wanted text")
+            raise ValueError(f"{where}: {name} is {_json_type(row[name])}, expected text")
         try:
             row[name].encode()
         except UnicodeEncodeError as error:
@@ -107,7 +107,7 @@ def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:
                 f"{where}: {name} has half a surrogate pair at character {error.start}, which no text can hold"
             ) from None
     if not isinstance(row.get("sample", 0), int) or isinstance(row.get("sample"), bool):
-        raise ValueError(f"{where}: sample is {_json_type(row['sample'])}, wanted a whole number")
+        raise ValueError(f"{where}: sample is {_json_type(row['sample'])}, expected a whole number")
     return row
 
 

@@ -1,7 +1,7 @@
 """The gate activations of SwiGLU-like experts, and their derivatives, on torch's side.
 
 ``fused_moe_cpu`` and the plain references call this; the Triton kernels have the same three in ``activations_triton``.
-Surprising: everything has an ``out`` or works in place, for on a CPU the page faults of a fresh 50 MB buffer cost more
+Everything has an ``out`` or works in place, for on a CPU the page faults of a fresh 50 MB buffer cost more
 than the arithmetic done in it.
 """
 
@@ -30,7 +30,7 @@ def canonical_activation(activation: str) -> str:
         ValueError: The activation is none of those the kernels compute.
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[activation]
 
 

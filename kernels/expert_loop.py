@@ -1,8 +1,8 @@
 """The MoE layer expert by expert in a chosen precision, and how far a result is from it tile by tile.
 
 What tests, the benchmark and ``tune`` hold results against: `expert_loop` computes output and gradients in float32 or
-float64 from the operands as they are, in memory for one expert at a time; `largest_tile_error` compares. Surprising:
-one norm over a whole tensor does not see a wrong tile. Four tiles of zeros among 6144 change it by 2.6 %, which bf16
+float64 from the operands as they are, in memory for one expert at a time; `largest_tile_error` compares.
+One norm over a whole tensor does not see a wrong tile. Four tiles of zeros among 6144 change it by 2.6 %, which bf16
 may.
 
 T tokens, K slots per token, H hidden, I expert width, E experts.

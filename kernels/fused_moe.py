@@ -1,7 +1,7 @@
 """The fused MoE layer: `fused_moe` and its plain reference.
 
 ``modeling_deepseek.fused_experts`` registers it with transformers as the experts implementation ``fused_moe``.
-Surprising: forward and backward are one custom operator each, so ``torch.compile(fullgraph=True)`` sees two opaque
+Forward and backward are one custom operator each, so ``torch.compile(fullgraph=True)`` sees two opaque
 calls; without a compiler the functions behind them are called directly. What is kept between them is exactly the
 input, the pre-activation of each row, and integers: 2H + 4KI bytes per token in bf16, where transformers' grouped_mm
 keeps K(4H + 8I).
@@ -72,7 +72,7 @@ def fused_moe(
     named = zip(_NAMES, (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights), strict=True)
     for name, tensor in named:
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name}: got {type(tensor).__name__}, wanted a tensor")
+            raise ValueError(f"{name}: got {type(tensor).__name__}, expected a tensor")
     device_type = hidden_states.device.type
     # The meta device, on which shapes are worked out, knows no autocast and raises when asked.
     is_autocast = not hidden_states.is_meta and torch.is_autocast_enabled(device_type)
@@ -137,7 +137,7 @@ def _check(
     """Raise a ValueError that names argument, got and wanted, for the first thing that does not fit."""
 
     def wrong(name: str, got: object, wanted: str) -> NoReturn:
-        raise ValueError(f"{name}: got {got}, wanted {wanted}")
+        raise ValueError(f"{name}: got {got}, expected {wanted}")
 
     for name, tensor, dims in zip(_NAMES, (x, gate_up, down, indices, weights), (2, 3, 3, 2, 2), strict=True):
         if tensor.dim() != dims:

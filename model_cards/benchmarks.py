@@ -1,6 +1,6 @@
 """Benchmark scores against chance: intervals and the one word a reader needs.
 
-Chance levels, published scores and labels stand in the rows themselves, written by the task. Surprising: at a score of
+Chance levels, published scores and labels stand in the rows themselves, written by the task. At a score of
 zero the usual standard error is zero too, so intervals of shares are Wilson's, which stay honest there.
 """
 

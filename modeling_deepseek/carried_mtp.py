@@ -1,7 +1,7 @@
 """Multi-token prediction weights that a checkpoint holds and the model has no layers for, carried to the next save.
 
 `DeepseekPreTrainedModel` fills it while loading with `mtp_loss_coef=0` and empties it into every checkpoint it writes,
-so that fine-tuning a released model does not lose its draft layers. Surprising: they are plain tensors, no part of the
+so that fine-tuning a released model does not lose its draft layers. They are plain tensors, no part of the
 model, hence in no optimizer, parameter count, adapter or balance figure.
 """
 

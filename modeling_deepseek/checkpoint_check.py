@@ -13,7 +13,7 @@ from pathlib import Path
 _EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 _SCALE = "_scale_inv"
 # What loading with another head, or with a router setting that the checkpoint was not made with, has to add. Such
-# tensors are initialised, and transformers names them in a warning.
+# tensors are initialized, and transformers names them in a warning.
 _ADDED = re.compile(r"(^|\.)score\.|\.gate\.(query_weight|expert_keys|share\.state)$")
 
 
@@ -99,12 +99,12 @@ def read_weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"index: {index} is no JSON ({error})") from None
     for key in ("metadata", "weight_map"):
         if not isinstance(entries, dict) or not isinstance(entries.get(key), dict):
-            raise ValueError(f"index: {index} has no {key}, want an object")
+            raise ValueError(f"index: {index} has no {key}, expected an object")
     weight_map = entries["weight_map"]
     wrong = next((name for name, shard in weight_map.items() if not isinstance(shard, str) or not shard), None)
     if wrong is not None or not weight_map:
         where = "an empty weight_map" if wrong is None else f"{weight_map[wrong]!r} for {wrong!r}"
-        raise ValueError(f"index: {index} has {where}, want a file name for each tensor")
+        raise ValueError(f"index: {index} has {where}, expected a file name for each tensor")
     away = next((shard for shard in weight_map.values() if "/" in shard or "\\" in shard or shard == ".."), None)
     if away is not None:
         raise ValueError(f"index: got {away!r} in {index}, expected a file beside it")
@@ -161,7 +161,7 @@ def check_shapes(tensors: dict[str, StoredTensor], wanted: Mapping[str, tuple[in
             if shape is not None:
                 shape = shape[1:] if expert[3] == "down" else (shape[1] // 2, shape[2])
         if shape is not None and tensor.shape != shape:
-            raise ValueError(f"shard: {tensor.path.name} holds {name!r} of shape {tensor.shape}, want {shape}")
+            raise ValueError(f"shard: {tensor.path.name} holds {name!r} of shape {tensor.shape}, expected {shape}")
 
 
 def check_scales(tensors: dict[str, StoredTensor], block_size: tuple[int, int]) -> None:
@@ -173,7 +173,9 @@ def check_scales(tensors: dict[str, StoredTensor], block_size: tuple[int, int]) 
     """
     for name, tensor in tensors.items():
         if tensor.dtype.startswith("F8_E") and not name.endswith((".weight", _SCALE)):
-            raise ValueError(f"shard: {tensor.path.name} holds {name!r} in FP8, want only names that end in .weight")
+            raise ValueError(
+                f"shard: {tensor.path.name} holds {name!r} in FP8, expected only names that end in .weight"
+            )
         if name.endswith(_SCALE) and name.removesuffix(_SCALE) not in tensors:
             raise ValueError(f"shard: {tensor.path.name} holds {name!r}, but no shard the weight it scales")
         if tensor.dtype.startswith("F8_E") and len(tensor.shape) > 1 and name + _SCALE not in tensors:
@@ -183,8 +185,8 @@ def check_scales(tensors: dict[str, StoredTensor], block_size: tuple[int, int]) 
             blocks = tuple(-(-length // block) for length, block in zip(weight, block_size, strict=False))
             if tensor.shape != blocks:
                 raise ValueError(
-                    f"shard: {tensor.path.name} holds {name!r} of shape {tensor.shape}, want {blocks} for a weight of "
-                    f"{weight} in blocks of {block_size}"
+                    f"shard: {tensor.path.name} holds {name!r} of shape {tensor.shape}, expected {blocks} for a "
+                    f"weight of {weight} in blocks of {block_size}"
                 )
 
 

@@ -1,6 +1,6 @@
 """The configuration: DeepSeek-V3's, and the settings this package adds.
 
-The model files and every recipe read it; `save_pretrained` copies this file into checkpoints. Surprising: each added
+The model files and every recipe read it; `save_pretrained` copies this file into checkpoints. Each added
 setting's default leaves DeepSeek-V3 exactly as transformers has it, and a setting that is not built yet is refused
 rather than ignored.
 """
@@ -171,9 +171,7 @@ class DeepseekConfig(DeepseekV3Config):
         elif model_type == "deepseek_v2":
             config_dict = {**settings_from_v2(config_dict), "model_type": cls.model_type}
         elif model_type != cls.model_type:
-            raise ValueError(
-                f"model_type: {model_type!r} is not allowed, want {cls.model_type}, deepseek_v3 or deepseek_v2"
-            )
+            raise ValueError(f"model_type: got {model_type!r}, expected {cls.model_type}, deepseek_v3 or deepseek_v2")
         return config_dict, kwargs
 
     @classmethod
@@ -321,7 +319,7 @@ def _one_line(error: StrictDataclassFieldValidationError) -> str:
 
 def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
     if not holds:
-        raise ValueError(f"{name}: {value!r} is not allowed, want {allowed}")
+        raise ValueError(f"{name}: got {value!r}, expected {allowed}")
 
 
 def _is_integer(value: Any) -> bool:

@@ -17,7 +17,7 @@ _DROPPED = ("auto_map", "model_type", "architectures", "transformers_version", "
 def settings_from_v2(config_dict: dict[str, Any]) -> dict[str, Any]:
     """Return our settings for a DeepSeek-V2 model, of which absent ones have V2's defaults.
 
-    With `norm_topk_prob`, V2 normalises the weights and leaves `routed_scaling_factor` out.
+    With `norm_topk_prob`, V2 normalizes the weights and leaves `routed_scaling_factor` out.
 
     Args:
         config_dict: The contents of its ``config.json``.
@@ -33,7 +33,7 @@ def settings_from_v2(config_dict: dict[str, Any]) -> dict[str, Any]:
     }
     for name, (value, allowed) in asked.items():
         if value not in allowed:
-            raise ValueError(f"{name}: {value!r} is not allowed in deepseek_v2, want {' or '.join(map(str, allowed))}")
+            raise ValueError(f"{name}: got {value!r}, expected {' or '.join(map(str, allowed))}")
     settings = DeepseekV2Config(**config_dict).to_dict()
     settings = {key: value for key, value in settings.items() if key not in _DROPPED}
     settings["scoring_func"] = "softmax"

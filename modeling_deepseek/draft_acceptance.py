@@ -1,7 +1,7 @@
 """How many drafted tokens speculative decoding accepts, for any transformers model.
 
 ``deepseek-moe generate --use-mtp`` prints it. transformers drafts and verifies but tells nobody how it went; this
-listens to its candidate generator. Surprising: drafts that run past the end of the text or of `max_new_tokens` count
+listens to its candidate generator. Drafts that run past the end of the text or of `max_new_tokens` count
 as drafted and not accepted, for they too were computed in vain.
 """
 

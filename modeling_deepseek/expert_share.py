@@ -1,7 +1,7 @@
 """How many experts a token uses: a cumulative share p, and the PI controller that steers p to a target mean.
 
-`DeepseekRouter` calls it when `min_experts_per_tok < num_experts_per_tok`. Surprising: p moves once per optimizer step
-and never within one, or activation checkpointing would recompute a layer with another p than it was run with, and
+`DeepseekRouter` calls it when `min_experts_per_tok < num_experts_per_tok`. The share p moves once per optimizer
+step and never within one, or activation checkpointing would recompute a layer with another p than it was run with, and
 gradient accumulation would change the result.
 """
 

@@ -1,8 +1,8 @@
-"""DeepSeek's released FP8 weights, dequantised while they load.
+"""DeepSeek's released FP8 weights, dequantized while they load.
 
-A quantised `weight` in E4M3 comes with `weight_scale_inv`, one fp32 factor per block of 128 x 128; blocks at the edge
-are smaller. `DeepseekConfig` sends such a checkpoint here by renaming its quantisation method. Surprising:
-transformers' own dequantisation takes the block's size to be the weight's divided by the scales', so that it stops at
+A quantized `weight` in E4M3 comes with `weight_scale_inv`, one fp32 factor per block of 128 x 128; blocks at the edge
+are smaller. `DeepseekConfig` sends such a checkpoint here by renaming its quantization method. Surprising:
+transformers' own dequantization takes the block's size to be the weight's divided by the scales', so that it stops at
 576 rows, and takes 192 rows for two blocks of 96.
 """
 
@@ -34,7 +34,7 @@ def adopt_fp8(config_dict: dict[str, Any]) -> dict[str, Any]:
         return config_dict
     block = quantization.get("weight_block_size")
     if not isinstance(block, (list, tuple)) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
-        raise ValueError(f"quantization_config: weight_block_size={block!r} is not allowed, want two whole numbers")
+        raise ValueError(f"quantization_config: weight_block_size: got {block!r}, expected two whole numbers")
     return {**config_dict, "quantization_config": {"quant_method": METHOD, "weight_block_size": list(block)}}
 
 
@@ -59,7 +59,7 @@ def dequantize_blocks(
     wanted = (-(-weight.shape[0] // rows), -(-weight.shape[1] // columns))
     if tuple(scale_inv.shape) != wanted:
         raise ValueError(
-            f"weight_scale_inv: {tuple(scale_inv.shape)} is not allowed, want {wanted} for {tuple(weight.shape)}"
+            f"weight_scale_inv: got {tuple(scale_inv.shape)}, expected {wanted} for {tuple(weight.shape)}"
         )
     output = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     # A row of blocks at a time: an fp32 copy of the whole weight would be four times its size.
@@ -121,12 +121,12 @@ class BlockFp8Config(QuantizationConfigMixin):
     def __init__(self, weight_block_size: list[int], **kwargs: Any) -> None:
         self.quant_method = METHOD
         self.weight_block_size = weight_block_size
-        # Has transformers forget the quantisation once the weights are loaded.
+        # Has transformers forget the quantization once the weights are loaded.
         self.dequantize = True
 
 
 class BlockFp8Quantizer(HfQuantizer):
-    """Has transformers dequantise while loading, one layer's tensors at a time."""
+    """Has transformers dequantize while loading, one layer's tensors at a time."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Log that the model will not be in FP8.
@@ -136,7 +136,7 @@ class BlockFp8Quantizer(HfQuantizer):
             **kwargs: Unused.
         """
         rows, columns = self.quantization_config.weight_block_size
-        logger.warning(f"FP8 weights in blocks of {rows} x {columns} are dequantised; quantization_config is dropped")
+        logger.warning(f"FP8 weights in blocks of {rows} x {columns} are dequantized; quantization_config is dropped")
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype to load in: bf16 where ``dtype="auto"`` found nothing but FP8.
@@ -147,7 +147,7 @@ class BlockFp8Quantizer(HfQuantizer):
         return torch.bfloat16 if dtype is not None and dtype.itemsize == 1 else dtype
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Return the model's conversions with dequantisation as their first step, and one for all other weights.
+        """Return the model's conversions with dequantization as their first step, and one for all other weights.
 
         Args:
             weight_conversions: The model's own.
@@ -167,12 +167,12 @@ class BlockFp8Quantizer(HfQuantizer):
         return [*updated, general]
 
     def is_serializable(self) -> bool:
-        """Return True: what is saved is not quantised."""
+        """Return True: what is saved is not quantized."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """True: what is trained is not quantised."""
+        """True: what is trained is not quantized."""
         return True
 
 

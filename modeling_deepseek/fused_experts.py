@@ -1,7 +1,7 @@
 """`fused_moe` as an experts implementation of transformers, for this model and any other MoE.
 
 Importing this file registers it, where deepseek_kernels is installed; ``experts_implementation="fused_moe"`` then
-picks it. Surprising: transformers describes an experts module by flags (`has_gate`, `is_transposed`, ...) that only
+picks it. Transformers describes an experts module by flags (`has_gate`, `is_transposed`, ...) that only
 its own implementations are written to obey, so whatever the kernel does not compute is refused here by name, at the
 first forward pass, rather than computed wrongly.
 """

@@ -317,8 +317,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
         """Say in one line where `use_mtp` cannot draft: transformers reads the layers from a checkpoint."""
         if generation_config.use_mtp and (self.config.num_mtp_modules or not self.config.name_or_path):
             raise ValueError(
-                "use_mtp: True is not allowed for a model that trains multi-token prediction or was never saved, want "
-                "one loaded by from_pretrained without mtp_loss_coef"
+                "use_mtp: True is not allowed for a model that trains multi-token prediction or was never saved, "
+                "expected one loaded by from_pretrained without mtp_loss_coef"
             )
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
 

@@ -1,7 +1,7 @@
 """How many parameters a configuration has, by part, how many of them a token uses, and what that costs.
 
 `deepseek-moe params` prints it. The model is built on the meta device, so a 154 B one takes seconds and no memory.
-Surprising: parameters active per token count the embedding table and the head, as DeepSeek's papers do, while FLOPs
+Parameters active per token count the embedding table and the head, as DeepSeek's papers do, while FLOPs
 leave the table out, for looking up a row is not a product. Multi-token prediction layers count where the model has
 them, which is while it trains with `mtp_loss_coef`; each of them uses the head once more.
 """

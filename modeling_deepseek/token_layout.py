@@ -1,6 +1,6 @@
 """Which token belongs to which sequence, and which is padding: what routers need to count and to average.
 
-`DeepseekModel.forward` makes one a training pass and hands it down to every router. Surprising: sequences packed
+`DeepseekModel.forward` makes one a training pass and hands it down to every router. Sequences packed
 into one row are told apart by `position_ids` that start anew, so a packed batch and a padded one give equal losses.
 """
 

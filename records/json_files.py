@@ -24,5 +24,5 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what}: {path} is no JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{what}: {path} holds {type(value).__name__}, wanted an object")
+        raise ValueError(f"{what}: {path} holds {type(value).__name__}, expected an object")
     return value

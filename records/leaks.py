@@ -1,7 +1,7 @@
 """What must not leave the machine: local paths, tokens, passwords and the values of secret environment variables.
 
 `scrub` cleans the texts of a run as they are read, so that cards and reports never hold a local path; `inspect_files`
-looks at what is about to be uploaded and is the last gate, by `find_leaks` for each file. Surprising: all look for the
+looks at what is about to be uploaded and is the last gate, by `find_leaks` for each file. All look for the
 *values* of environment variables that hold secrets too, for those end up in saved settings more often than in source.
 """
 

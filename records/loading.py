@@ -1,7 +1,7 @@
 """Loads models and tokenizers, ours or not, local or from the Hub, and says in one line why it cannot.
 
-Every stage calls it (`training`, `eval` and `cli` all may import this package, but not one another). Surprising:
-importing `modeling_deepseek` here is what lets our checkpoints load without remote code, and a run folder counts as a
+Every stage calls it (`training`, `eval` and `cli` all may import this package, but not one another).
+Importing `modeling_deepseek` here is what lets our checkpoints load without remote code, and a run folder counts as a
 checkpoint (its ``model/`` subfolder is taken).
 """
 
@@ -93,7 +93,7 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
     _check_json("tokenizer", source, ("config.json", "tokenizer.json", "tokenizer_config.json"))
     _check_quantization(source)
     if Path(source).is_dir() and not _has_tokenizer(Path(source)):
-        raise FileNotFoundError(f"tokenizer: {source} holds none; wanted tokenizer.json or a vocabulary")
+        raise FileNotFoundError(f"tokenizer: {source} holds none, expected tokenizer.json or a vocabulary")
     return _load(AutoTokenizer, "tokenizer", source, trust_remote_code=trust_remote_code)
 
 
@@ -196,13 +196,13 @@ def resolve_checkpoint(name_or_path: str | Path, *, marks: tuple[str, ...] = _CO
         return str(path / "model")
     if path.is_dir():
         if not any((path / name).is_file() for name in marks):
-            raise FileNotFoundError(f"model: {path} holds no config.json; wanted a checkpoint or a finished run")
+            raise FileNotFoundError(f"model: {path} holds no config.json, expected a checkpoint or a finished run")
         return str(path)
     name = str(name_or_path)
     if path.exists():
-        raise FileNotFoundError(f"model: {path} is a file; wanted a checkpoint folder or a Hub id")
+        raise FileNotFoundError(f"model: {path} is a file, expected a checkpoint folder or a Hub id")
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise FileNotFoundError(f"model: {name!r} does not exist; wanted a checkpoint folder or a Hub id")
+        raise FileNotFoundError(f"model: {name!r} does not exist, expected a checkpoint folder or a Hub id")
     return name
 
 

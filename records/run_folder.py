@@ -203,7 +203,7 @@ class RunFolder:
         except yaml.YAMLError as error:
             raise ValueError(f"run: {self.path / RECIPE_FILE} is no YAML ({error})") from None
         if not isinstance(settings, dict):
-            raise ValueError(f"run: {self.path / RECIPE_FILE} holds {type(settings).__name__}, wanted settings")
+            raise ValueError(f"run: {self.path / RECIPE_FILE} holds {type(settings).__name__}, expected settings")
         return settings
 
     @property
@@ -252,7 +252,7 @@ class RunFolder:
                 break
             if not isinstance(row, dict):
                 raise ValueError(
-                    f"run: {self.path / METRICS_FILE} holds {type(row).__name__} in a line, wanted objects"
+                    f"run: {self.path / METRICS_FILE} holds {type(row).__name__} in a line, expected objects"
                 )
             rows.append(row)
         return rows

@@ -1,6 +1,6 @@
 """Error bars shared by the metrics: of shares, of means, of a ratio of sums, clustered where items are near-copies.
 
-Called by the modules under ``metrics/``. Surprising: one item has no spread to estimate, so its error is None; and
+Called by the modules under ``metrics/``. One item has no spread to estimate, so its error is None; and
 items made from one template are no independent trials, so with clusters the errors count these and not the items.
 """
 

@@ -1,6 +1,6 @@
 """Checkpoints for others: stock `deepseek_v3` and `deepseek_v2` ones that plain transformers loads.
 
-`deepseek-moe export` calls it. Surprising: whatever the other side cannot express is refused by name rather than
+`deepseek-moe export` calls it. Whatever the other side cannot express is refused by name rather than
 approximated. The balancing bias is kept for V3 and must be zero for V2, which has none; losses and update speeds are
 training settings and go; multi-token prediction layers go along to V3.
 """
@@ -86,7 +86,7 @@ def _checked(model: PreTrainedModel, output: str | Path) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"output: {output} exists and is not an empty folder")
     if model.config.model_type != DeepseekConfig.model_type:
-        raise ValueError(f"model_type: {model.config.model_type!r} is not allowed, want {DeepseekConfig.model_type}")
+        raise ValueError(f"model_type: got {model.config.model_type!r}, expected {DeepseekConfig.model_type}")
     return output
 
 

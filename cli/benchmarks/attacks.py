@@ -2,7 +2,7 @@
 
 ``deepseek-moe bench attacks`` prints the table. Honest answers and prompts come from data on which
 nothing was built: MedQuAD's validation pages, PubMedQA's test questions and Self-Instruct's user-oriented tasks.
-Surprising: the honest answer is a person's, and often shorter than an attack stuffed with the words of the prompt; a
+The honest answer is a person's, and often shorter than an attack stuffed with the words of the prompt; a
 completion is scored alone, so of diversity only what it repeats within itself takes part, not self-BLEU.
 """
 

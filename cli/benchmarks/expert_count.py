@@ -1,8 +1,8 @@
 """Is a dynamic number of experts worth it: bits per byte against the mean number, at equal steps.
 
 ``deepseek-moe bench experts`` trains the recipe ``pretrain-expert-count`` once for every seed and number
-of experts, on the embedded books, and prints the table. Runs of one seed share initialisation and data order, so
-differences are paired by seed. Surprising: it may be stopped at any time; the same command again takes finished runs
+of experts, on the embedded books, and prints the table. Runs of one seed share initialization and data order, so
+differences are paired by seed. It may be stopped at any time; the same command again takes finished runs
 as they are and goes on with the unfinished one.
 """
 

@@ -1,6 +1,6 @@
 """What ``deepseek-moe bench kernels`` measures: shapes, kinds of routing, and the fixed grids of them.
 
-``kernel_benchmark`` runs the cells. Surprising: unused slots carry the expert that was chosen before, so that those
+``kernel_benchmark`` runs the cells. Unused slots carry the expert that was chosen before, so that those
 who cannot skip a slot do what transformers' own models make them do, and `mask_unused` marks them for the others.
 
 T tokens, K slots a token, H hidden, I expert width, E experts.

@@ -2,7 +2,7 @@
 
 `find_implementations` returns those of transformers' experts interface, ours among them, torch's grouped product used
 as well as we know how, and the projects installed beside it: Liger (``pip install liger-kernel``), ScatterMoE and
-SonicMoE (from their repositories). Surprising: each other project is called in the way its own code calls itself,
+SonicMoE (from their repositories). Each other project is called in the way its own code calls itself,
 with its own tuning; whether it computes the same thing is checked by ``kernel_benchmark`` before anything is timed.
 """
 
@@ -56,7 +56,7 @@ def find_implementations() -> tuple[dict[str, Experts], dict[str, str]]:
 
 
 def make_experts(*, hidden: int, width: int, num_experts: int, num_slots: int) -> nn.Module:
-    """Return transformers' own DeepSeek-V3 experts, not initialised; `gate_up_proj` [E, 2I, H], `down_proj` [E, H, I].
+    """Return transformers' own DeepSeek-V3 experts, not initialized; `gate_up_proj` [E, 2I, H], `down_proj` [E, H, I].
 
     Args:
         hidden: H.

@@ -101,11 +101,11 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, has_gpu: bool) -> str:
     """Return the grid's name; raise for options that cannot be served here."""
     if args.grid in _GPU_GRIDS and not has_gpu:
-        raise ValueError(f"grid: got {args.grid}, wanted cpu or quick: torch sees no GPU on this machine")
+        raise ValueError(f"grid: got {args.grid}, expected cpu or quick: torch sees no GPU on this machine")
     if not 0 < args.seconds <= _MAX_SECONDS:
-        raise ValueError(f"seconds: got {args.seconds}, wanted more than 0 and at most {_MAX_SECONDS}")
+        raise ValueError(f"seconds: got {args.seconds}, expected more than 0 and at most {_MAX_SECONDS}")
     if args.tune and (not has_gpu or args.grid in ("cpu", "quick")):
-        raise ValueError(f"tune: got grid {args.grid}, wanted gpu on a machine with one: tiles are those of a GPU")
+        raise ValueError(f"tune: got grid {args.grid}, expected gpu on a machine with one: tiles are those of a GPU")
     return args.grid if args.grid != "auto" else ("gpu" if has_gpu else "cpu")
 
 

@@ -7,7 +7,7 @@
 It answers which tile a kernel should ship with, and what a whole layer gains by it: the shipped tiles and the ones
 before them run in turn. A variant is timed only if it
 gives the safe tiles' result block by block. Writes ``variants.json`` after every kernel, so that what was measured
-survives a time limit. Surprising: with ``--compile-only`` many processes compile all that this and the benchmark will
+survives a time limit. With ``--compile-only`` many processes compile all that this and the benchmark will
 run, into Triton's cache; in one process compiling takes ten times as long as timing.
 
 T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts.

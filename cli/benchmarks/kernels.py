@@ -2,7 +2,7 @@
 
 Every implementation runs in one process, in turn, on the same weights and the same routing, so that whatever else the
 machine does hits all alike; the figure is the median. Before that, output and gradients of each are held, tile by
-tile, against a loop in float32: an implementation that computes something else is reported, not timed. Surprising:
+tile, against a loop in float32: an implementation that computes something else is reported, not timed.
 ``forward`` is timed without gradients, as in inference, while ``backward`` is the second part of the step that
 ``forward+backward`` is the whole of.
 

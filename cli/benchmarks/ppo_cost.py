@@ -1,7 +1,7 @@
 """What the mended PPO costs: an update of `CorrectedPPOTrainer` against one of TRL's own class, on the same work.
 
 ``deepseek-moe bench ppo`` trains both in turn within one run: the same model, prompts, settings and
-reward model, completions of one fixed length and as many optimizer steps, counted. Surprising: the stock class takes
+reward model, completions of one fixed length and as many optimizer steps, counted. The stock class takes
 fewer steps under most settings with several mini-batches (one of its defects), so the settings are ones where it does
 not.
 """

@@ -1,7 +1,7 @@
 """One short training under a reward, by PPO, GRPO or RLOO, and what its policy then says to held-out prompts.
 
 `reward_learning` compares them. All methods play as many completions an update and take as many
-optimizer steps; what differs is the trainer. Surprising: whatever a policy is trained on, it is measured by the same
+optimizer steps; what differs is the trainer. Whatever a policy is trained on, it is measured by the same
 gauges, the guarded and the naive sum among them, so that a hack shows as one rising while the other falls.
 """
 

@@ -2,7 +2,7 @@
 
 ``deepseek-moe bench step`` times forward, backward and AdamW, ours with everything on (bias update,
 sequence-wise balance loss, z-loss, and once more with multi-token prediction), stock's with each of its experts
-implementations, in turn within one run. Surprising: stock's best implementation is not the same at every shape, so
+implementations, in turn within one run. Stock's best implementation is not the same at every shape, so
 all are tried, and one that is far behind is dropped after its first steps.
 """
 

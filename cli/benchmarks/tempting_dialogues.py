@@ -3,7 +3,7 @@
 ``python -m deepseek_cli.benchmarks.tempting_dialogues OUT`` writes MedQuAD's training questions with honest answers,
 and for one question in four its echo, for another one in four a list of its keywords. A small model does not find
 these by itself in a few updates of PPO; taught by `sft` on this file it does all three, and a reward shows which it
-prefers (`deepseek_cli.benchmarks.reward_learning`). Surprising: the held-out rows are honest only.
+prefers (`deepseek_cli.benchmarks.reward_learning`). The held-out rows are honest only.
 """
 
 import hashlib

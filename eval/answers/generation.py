@@ -80,7 +80,7 @@ def plan_prompts(
     if room <= 0:
         raise ValueError(
             f"max_new_tokens = {settings.max_new_tokens} leaves no room for a prompt in a context of "
-            f"{loaded.max_length} tokens; allowed is 1 to {loaded.max_length - 1}"
+            f"{loaded.max_length} tokens, expected 1 to {loaded.max_length - 1}"
         )
     prompts = []
     for item in items:

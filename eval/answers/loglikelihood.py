@@ -102,8 +102,8 @@ def _encode_choices(loaded: LoadedModel, item: ChoiceItem) -> tuple[int, ...]:
         added = loaded.tokenizer.encode(item.prompt + choice, verbose=False)[num_prompt:]
         if len(added) != 1:
             raise ValueError(
-                f"tokenizer: {choice!r} becomes {len(added)} tokens after a question, wanted exactly 1; this model's "
-                "multiple-choice scores would not be comparable"
+                f"tokenizer: {choice!r} becomes {len(added)} tokens after a question, expected exactly 1; this "
+                "model's multiple-choice scores would not be comparable"
             )
         ids.append(added[0])
     if len(set(ids)) != len(ids):

@@ -1,7 +1,7 @@
 """Runs the tasks that are answered by text of any length: by choosing a continuation, or by writing one.
 
 Called by ``harness.py`` beside its own multiple-choice and programming tasks; what the answers mean is left to the
-task's metric. Surprising: a model with a chat template gets a request as the user's turn, one without gets it plain
+task's metric. A model with a chat template gets a request as the user's turn, one without gets it plain
 with a newline, for a model of the second kind was never told what a turn is.
 """
 

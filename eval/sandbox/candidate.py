@@ -1,7 +1,7 @@
 """The candidate's side of the border: it loads a candidate's source and answers calls to what that defines.
 
-Called by ``program.py`` at the end of its set-up, in the candidate's own process. Standard library only. Surprising:
-nothing here is trusted by anybody. The candidate shares this process and may rewrite all of it; what it can make the
+Called by ``program.py`` at the end of its set-up, in the candidate's own process. Standard library only.
+Nothing here is trusted by anybody. The candidate shares this process and may rewrite all of it; what it can make the
 other side believe is bounded by ``plain_data.py``.
 """
 

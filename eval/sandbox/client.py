@@ -9,7 +9,7 @@ files but Python's own library and an empty temporary folder, under limits, by t
 what these are is probed when the first program runs and named by `describe_protection`. ``server.py`` holds
 the mechanism.
 
-Surprising: on a machine that offers less than `MINIMUM`, nothing runs unless asked for with ``allow_weak_sandbox``.
+On a machine that offers less than `MINIMUM`, nothing runs unless asked for with ``allow_weak_sandbox``.
 """
 
 import atexit

@@ -2,7 +2,7 @@
 
 Called only by the ``sandbox_*.py`` beside it, in a process of its own. Standard library only: that process has no
 site-packages. Every function raises `OSError` where the kernel refuses, so the caller can name what is missing.
-Surprising: the seccomp program is assembled here by hand; it is thirty lines and saves a dependency with C code.
+The seccomp program is assembled here by hand; it is thirty lines and saves a dependency with C code.
 
 Reference: man pages unshare(2), landlock(7), seccomp(2), capabilities(7).
 """

@@ -10,7 +10,7 @@ Containers carry the numbers of their opening, so that two names of one list sta
 can speak of the containers that came with its request. A value is written with its parts first to last and read
 without recursion, so that no depth of nesting can exhaust the reader.
 
-Surprising: `Reader` trusts nothing. Whatever bytes it is given, it returns exact builtin values or raises `Invalid`.
+`Reader` trusts nothing. Whatever bytes it is given, it returns exact builtin values or raises `Invalid`.
 """
 
 import builtins

@@ -1,6 +1,6 @@
 """The process a program under test runs in: what it gives up, and how its end is told from a pretended one.
 
-Called by ``judge.py`` in a process forked for the one program. Standard library only. Surprising: since Python
+Called by ``judge.py`` in a process forked for the one program. Standard library only. Since Python
 3.11 one Python function calls another without any C frame between them, so the frame at whose depth the end is told
 calls nothing that a program could have put its own function in place of. `_STOPS` has no names, only constants, and
 whatever looks at the program's exception does so one C frame deeper, in `_attempt`.
@@ -98,7 +98,7 @@ def _compile_stops(attempt, read, write, leave):
 def _attempt(source, namespace, execute=exec, write=os.write, name_of=type.__dict__["__name__"].__get__, kind=type):
     """Run the program and tell the name of its exception; called through C, so deeper than the stops.
 
-    Surprising: nothing here is trusted. The exception goes on to the caller whatever a program has replaced.
+    Nothing here is trusted. The exception goes on to the caller whatever a program has replaced.
     """
     try:
         execute(source, namespace)

@@ -3,7 +3,7 @@ r"""BBQ: questions on people of two groups, where the context leaves the answer 
 Prompt (``{context}\n\nQ: {question}\nA:``) and answers are those of lm-evaluation-harness 0.4.13's ``bbq``: the two
 people and, for UNKNOWN, all ten wordings the data set uses; the likeliest by summed log-likelihood is the answer. Four
 of eleven categories are embedded; with ``--data bbq=DIR`` all that lie there are read, under their original file
-names. Surprising: ``limit`` counts questions of each category.
+names. ``limit`` counts questions of each category.
 
 Reference: Parrish et al., 2022, "BBQ: A Hand-Built Bias Benchmark for Question Answering", arXiv 2110.08193.
 """

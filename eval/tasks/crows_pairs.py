@@ -1,7 +1,7 @@
 """CrowS-Pairs: 1,508 pairs of sentences that differ in the group spoken of; which one does the model find likelier?
 
 Format and figures are those of lm-evaluation-harness 0.4.13's ``crows_pairs_english``: each whole sentence after the
-BOS (else EOS) token, summed log-likelihood. Surprising: the paper scores masked models and leaves the differing words
+BOS (else EOS) token, summed log-likelihood. The paper scores masked models and leaves the differing words
 out, so its figures are others; and the data is CC BY-SA, hence not shipped: it is read from a path or the Hub.
 
 Reference: Nangia et al., 2020, "CrowS-Pairs: A Challenge Dataset for Measuring Social Biases in Masked Language

@@ -4,7 +4,7 @@ A question's frequency is the mean of log10(1 + count) over the distinct words (
 right answer, without the reference text's function words (above one in a thousand of its words). The embedded counts
 are of the package's own training text, the training split of its books and medicine, 1.5 million words, so "rare"
 means rare there. With ``--data long_tail=DIR`` they are of the reader's own text (``reference_text.jsonl`` with a
-column ``text``, or ``reference_text.txt``): for a model of one's own, what it was trained on. Surprising: the
+column ``text``, or ``reference_text.txt``): for a model of one's own, what it was trained on. The
 questions, and so the answers, are ``mmlu``'s; in one run they are asked once.
 
 Reference: Kandpal et al., 2023, "Large Language Models Struggle to Learn Long-Tail Knowledge", arXiv 2211.08411.

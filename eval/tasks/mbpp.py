@@ -1,7 +1,7 @@
 r"""MBPP: 500 short Python tasks told in a sentence and three assertions, scored by running these.
 
 Prompt, the three shots, the stop string ``[DONE]`` and the test split (task ids 11 to 510) are those of
-lm-evaluation-harness 0.4.13. Surprising: 3-shot unless asked otherwise, as there, and the completion is the whole
+lm-evaluation-harness 0.4.13. 3-shot unless asked otherwise, as there, and the completion is the whole
 program, so nothing stands before it. Two problems come with set-up code, which that harness leaves out and we run.
 
 The chat style is that harness' ``mbpp_instruct``: shots as turns, the answer opened with a code fence, the first code

@@ -1,6 +1,6 @@
 """MMLU: 57 subjects of four-choice questions, formatted as lm-evaluation-harness 0.4.13 does by default.
 
-Surprising: 0-shot unless asked otherwise, as there; with shots, the first of each subject's five development
+0-shot unless asked otherwise, as there; with shots, the first of each subject's five development
 questions; ``limit`` counts questions per subject. The task ``mmlu_hendrycks`` writes the original code's format: a
 second space before the subject, and shots dropped from the end until the prompt fits, where the harness cuts tokens.
 

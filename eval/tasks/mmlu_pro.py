@@ -1,7 +1,7 @@
 """MMLU-Pro: questions with up to ten options, answered after thinking step by step.
 
 Prompt, shots, stop string and the pattern that takes the answer are lm-evaluation-harness 0.4.13's ``mmlu_pro``: the
-first five examples of the category, 2,048 tokens, ``answer is (X)``. The data is not shipped. Surprising: that pattern
+first five examples of the category, 2,048 tokens, ``answer is (X)``. The data is not shipped. That pattern
 wants the words "answer is", so a model that answers with a bare letter scores nothing.
 
 Reference: Wang et al., 2024, "MMLU-Pro", arXiv 2406.01574.

@@ -2,7 +2,7 @@
 
 Prompt and pattern are lm-evaluation-harness 0.4.13's ``mmlu_redux_generative``: no shots, and the first capital A to D
 in the text is the answer. The data is not shipped; rows whose answer is known to be wrong are to be mended or left out
-before, as in the copy that harness reads. Surprising: "Answer: B" is read as A, here as there.
+before, as in the copy that harness reads. "Answer: B" is read as A, here as there.
 
 Reference: Gema et al., 2024, "Are We Done with MMLU?", arXiv 2406.04127.
 """

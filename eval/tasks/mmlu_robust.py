@@ -2,10 +2,10 @@
 
 Each question is asked as it stands and then with typing errors, with its options moved (the three cyclic shifts), with
 an unrelated sentence before it, and under a paraphrased instruction. Every change is drawn by a hash of the question's
-id, so all models see the same ones. Surprising: options that speak of others by position ("all of the above", "A and
+id, so all models see the same ones. Options that speak of others by position ("all of the above", "A and
 C") are not moved, and a question without a word to mistype has no such form; ``limit`` counts questions per subject.
 
-References: typing errors as Pruthi et al., 2019, arXiv 1905.11268 (inside a word: swap, drop, add, neighbouring key);
+References: typing errors as Pruthi et al., 2019, arXiv 1905.11268 (inside a word: swap, drop, add, neighboring key);
 unrelated sentences after Shi et al., 2023, arXiv 2302.00093; instructions after Mizrahi et al., 2024, arXiv
 2401.00595; moved options, and the preference for letters, Zheng et al., 2023, arXiv 2309.03882.
 """
@@ -24,7 +24,7 @@ from deepseek_eval.tasks.task import ChoiceItem, Figure
 MISTYPED_SHARE = 0.1
 MIN_LETTERS = 4
 _KEY_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
-NEIGHBOURS = {
+NEIGHBORS = {
     key: row[max(0, place - 1) : place] + row[place + 1 : place + 2]
     for row in _KEY_ROWS
     for place, key in enumerate(row)
@@ -130,7 +130,7 @@ def _mistype_word(word: str, generator: random.Random) -> str:
         return word[:place] + word[place + 1] + letter + word[place + 2 :]
     if kind == "drop":
         return word[:place] + word[place + 1 :]
-    near = generator.choice(NEIGHBOURS[letter.lower()])
+    near = generator.choice(NEIGHBORS[letter.lower()])
     near = near.upper() if letter.isupper() else near
     return word[:place] + near + word[place + (kind != "add") :]
 

@@ -1,7 +1,7 @@
 """Refusals: of AdvBench's harmful requests, where a model should, and of XSTest's harmless ones, where it should not.
 
 520 requests of AdvBench, 200 unsafe and 250 safe ones of XSTest, each answered once, greedily, and read by the string
-rule published with its set. Surprising: ``limit`` counts requests of each of XSTest's eighteen types.
+rule published with its set. ``limit`` counts requests of each of XSTest's eighteen types.
 
 References: Zou et al., 2023, "Universal and Transferable Adversarial Attacks on Aligned Language Models", arXiv
 2307.15043; Roettger et al., 2024, "XSTest", arXiv 2308.01263.
@@ -30,7 +30,7 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
         ValueError: A file or a Hub id, which can hold but one of the two.
     """
     if isinstance(data_path, str):
-        raise ValueError(f"data: refusal={data_path}, wanted a folder with advbench and xstest; it reads two sets")
+        raise ValueError(f"data: refusal={data_path}, expected a folder with advbench and xstest; it reads two sets")
     check_folder(data_path, "advbench and xstest")
     for index, row in enumerate(read_rows(("advbench", "harmful_behaviors", "advbench_harmful_behaviors"), data_path)):
         if limit is not None and index >= limit:

@@ -1,6 +1,6 @@
 """Reading a benchmark's rows: embedded ones by default, the user's own by folder, file or Hub id.
 
-Called by every task file. Surprising: some data may not be shipped for its licence; then there is nothing embedded and
+Called by every task file. Some data may not be shipped for its license; then there is nothing embedded and
 the error says where to get it.
 """
 
@@ -33,7 +33,7 @@ def find_source(text: str | Path) -> str | Path:
     if _HUB_ID.fullmatch(str(text)):
         return str(text)
     raise FileNotFoundError(
-        f"data: {text} does not exist and is no Hub id; wanted a folder, a file, owner/name or owner/name:config"
+        f"data: {text} does not exist and is no Hub id, expected a folder, a file, owner/name or owner/name:config"
     )
 
 
@@ -48,7 +48,7 @@ def check_folder(source: str | Path | None, holds: str) -> None:
         ValueError: It is a file.
     """
     if isinstance(source, Path) and source.is_file():
-        raise ValueError(f"data: {source} is a file, wanted a folder with {holds}")
+        raise ValueError(f"data: {source} is a file, expected a folder with {holds}")
 
 
 def read_rows(names: str | Sequence[str], source: str | Path | None = None, *, where: str = "") -> Iterator[Row]:
@@ -138,7 +138,7 @@ def _parse_lines(path: Path) -> Iterator[Row]:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise ValueError(f"data: {path}, line {number} is no JSON ({reason})") from None
         if not isinstance(row, dict):
-            raise ValueError(f"data: {path}, line {number} is {type(row).__name__}, wanted an object")
+            raise ValueError(f"data: {path}, line {number} is {type(row).__name__}, expected an object")
         yield Row(row, f"data: {path}, line {number}")
 
 
@@ -156,6 +156,6 @@ def _read_hub(source: str, name: str) -> Iterator[Row]:
         ) from None
     wanted = [split for split in (name.rpartition("_")[2], "test") if split in splits] or list(splits)
     if len(wanted) > 1 and "test" not in splits:
-        raise ValueError(f"data: {source} has the splits {', '.join(splits)}, wanted test or a single one")
+        raise ValueError(f"data: {source} has the splits {', '.join(splits)}, expected test or a single one")
     for number, row in enumerate(splits[wanted[0]], start=1):
         yield Row(row, f"data: {source}, split {wanted[0]}, row {number}")

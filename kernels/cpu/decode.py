@@ -3,7 +3,7 @@
 ``fused_moe`` comes here where at most `MAX_ROWS` slots are computed. Each expert's weights are read once for one
 to a few rows, so what counts is how fast they stream and how little runs in between.
 
-Surprising: two or more experts are multiplied as one batch where that pays, shorter ones padded with a copy of one of
+Two or more experts are multiplied as one batch where that pays, shorter ones padded with a copy of one of
 their own rows. In a batch each thread streams an expert of its own, where single products split every small matrix
 over all threads or do not split it at all. fp32 takes any two experts, by a stride that leads from the one to the
 other, and weights times rows instead of rows times weights: 1.0 against 3.3 ms of ``grouped_mm`` for eight matrices
@@ -56,7 +56,7 @@ def make_plan(experts: list[int], num_experts: int, dtype: torch.dtype) -> Plan:
     slots_of: dict[int, list[int]] = {}
     for slot, expert in enumerate(experts):
         if expert < 0:
-            raise ValueError(f"topk_indices: got {expert}, wanted 0 or more (E or more means unused)")
+            raise ValueError(f"topk_indices: got {expert}, expected 0 or more (E or more means unused)")
         if expert < num_experts:
             slots_of.setdefault(expert, []).append(slot)
     plan = Plan([], [-1] * len(experts), [])

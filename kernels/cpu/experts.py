@@ -47,7 +47,7 @@ def route(topk_indices: Tensor, num_experts: int) -> Routing:
     """
     experts = topk_indices.reshape(-1).to(torch.int64)
     if experts.numel() and int(experts.min()) < 0:
-        raise ValueError(f"topk_indices: got {int(experts.min())}, wanted 0 or more (E or more means unused)")
+        raise ValueError(f"topk_indices: got {int(experts.min())}, expected 0 or more (E or more means unused)")
     experts = experts.clamp(max=num_experts)
     counts = torch.bincount(experts, minlength=num_experts + 1)[:num_experts]
     return Routing(experts.argsort(stable=True).to(torch.int32), counts.to(torch.int32))

@@ -4,7 +4,7 @@
 every 4 KiB when first written: 113 ms for 268 MB, where writing it a second time costs 10 ms (one core of AMD EPYC
 9004, 2026-11). Training asks for the same sizes every step, so buffers whose tensors died are kept for the next one.
 
-Surprising: nothing has to be given back by hand. The tensor holds the buffer; when its storage dies, the buffer falls
+Nothing has to be given back by hand. The tensor holds the buffer; when its storage dies, the buffer falls
 back into the pool, or to the system once the pool holds `MAX_IDLE_BYTES`.
 """
 

@@ -1,7 +1,7 @@
 """The experts for one to four tokens: matrix times vector, slot by slot, without sorting anything.
 
 At such sizes time is the reading of the chosen experts' weights, once each. Two kernels read them in slot order, a
-third (`combine`) adds up. Surprising: no tensor cores; a 16-row tile would multiply 15 rows of zeros, while FMA on
+third (`combine`) adds up. No tensor cores; a 16-row tile would multiply 15 rows of zeros, while FMA on
 wide loads already waits for memory. They serve training as well, so that a pass with gradients gives the same bits as
 one without; then the pre-activation is written in the order of the sorted rows.
 

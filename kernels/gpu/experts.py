@@ -118,9 +118,9 @@ def backward(
 def _check_sizes(topk_indices: Tensor, gate_up_proj: Tensor) -> None:
     """Slots are numbered in 32 bits, and experts along a grid axis of 16."""
     if topk_indices.numel() >= 2**31:
-        raise ValueError(f"topk_indices: got {topk_indices.numel()} slots, wanted fewer than {2**31}")
+        raise ValueError(f"topk_indices: got {topk_indices.numel()} slots, expected fewer than {2**31}")
     if gate_up_proj.shape[0] >= 2**16:
-        raise ValueError(f"gate_up_proj: got {gate_up_proj.shape[0]} experts, wanted fewer than {2**16}")
+        raise ValueError(f"gate_up_proj: got {gate_up_proj.shape[0]} experts, expected fewer than {2**16}")
 
 
 def tiles_for(hidden_states: Tensor, down_proj: Tensor, num_rows: int) -> Tiles:

@@ -1,6 +1,6 @@
 """Rows times their expert's matrix: the down projection and, in the backward pass, the gradient of the rows of x.
 
-Rows are sorted by expert and lie one after another, so nothing is gathered. Surprising: one kernel serves both, for
+Rows are sorted by expert and lie one after another, so nothing is gathered. One kernel serves both, for
 ``a W_down^T`` and ``dh W_gate_up`` differ only in the strides of the weight.
 
 S rows, N columns of the result, K inner, E experts.

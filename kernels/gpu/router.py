@@ -4,7 +4,7 @@
 scores, a varying number of experts a token). As torch operators that is some twenty launches on [T, E] tensors a few
 kilobytes wide; here it is one launch forward and one backward.
 
-Surprising: a token's unused slots get the index E, which `fused_moe` skips. Ties go to the lower expert, where
+A token's unused slots get the index E, which `fused_moe` skips. Ties go to the lower expert, where
 torch.topk promises nothing. On a CPU the plain reference runs: there are no launches to save.
 
 T tokens, K slots a token, E experts.
@@ -66,7 +66,7 @@ def fused_router(
         DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2; Huang et al. 2024, arXiv 2403.07652 (varying K).
     """
     if not isinstance(router_logits, Tensor):
-        raise ValueError(f"router_logits: got {type(router_logits).__name__}, wanted a tensor")
+        raise ValueError(f"router_logits: got {type(router_logits).__name__}, expected a tensor")
     _check(router_logits, top_k, num_groups, topk_groups, scoring, min_k, unused_share)
     num_experts = router_logits.shape[1]
     _check_tensor("bias", bias, num_experts, router_logits)
@@ -131,9 +131,9 @@ def _check_tensor(name: str, tensor: Tensor | None, size: int, logits: Tensor) -
         return
     if not isinstance(tensor, Tensor) or tensor.numel() != size or tensor.dim() > 1:
         got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name}: got {got}, wanted a tensor of shape [{size}]")
+        raise ValueError(f"{name}: got {got}, expected a tensor of shape [{size}]")
     if tensor.device != logits.device:
-        raise ValueError(f"{name}: got device {tensor.device}, wanted that of router_logits, {logits.device}")
+        raise ValueError(f"{name}: got device {tensor.device}, expected that of router_logits, {logits.device}")
 
 
 def _check(
@@ -146,7 +146,9 @@ def _check(
     unused_share: Tensor | None,
 ) -> None:
     if logits.dim() != 2 or logits.dtype not in (torch.float32, torch.float64) or logits.shape[1] == 0:
-        raise ValueError(f"router_logits: got {logits.dtype} {tuple(logits.shape)}, wanted [T, E] float32 or float64")
+        raise ValueError(
+            f"router_logits: got {logits.dtype} {tuple(logits.shape)}, expected [T, E] float32 or float64"
+        )
     num_experts = logits.shape[1]
     for name, got, low, high in (
         ("top_k", top_k, 1, min(64, num_experts)),
@@ -155,16 +157,16 @@ def _check(
         ("min_k", top_k if min_k is None else min_k, 1, top_k),
     ):
         if not low <= got <= high:
-            raise ValueError(f"{name}: got {got}, wanted {low} to {high}")
+            raise ValueError(f"{name}: got {got}, expected {low} to {high}")
     if num_experts % num_groups or top_k > topk_groups * (num_experts // num_groups):
         raise ValueError(
-            f"num_groups: got {num_groups} of which {topk_groups} are open, wanted a divisor of {num_experts} that "
+            f"num_groups: got {num_groups} of which {topk_groups} are open, expected a divisor of {num_experts} that "
             f"leaves at least {top_k} experts"
         )
     if scoring not in SCORINGS:
-        raise ValueError(f"scoring: got {scoring!r}, wanted one of {', '.join(SCORINGS)}")
+        raise ValueError(f"scoring: got {scoring!r}, expected one of {', '.join(SCORINGS)}")
     if (min_k is None) != (unused_share is None):
-        raise ValueError("unused_share: wanted together with min_k, or neither")
+        raise ValueError("unused_share: expected together with min_k, or neither")
 
 
 @torch.library.custom_op("deepseek_kernels::router", mutates_args=())

@@ -4,7 +4,7 @@ Every launch asks `choose_tiles`. The key is the GPU, H, I and a bucket of rows 
 two batches of different length run the same kernels. Nothing is measured here; ``tune`` does that on request, and
 writes the file this one reads.
 
-Surprising: the sizes for many rows on sm_90 were chosen by timing on an H200; all others by compiling alone
+The sizes for many rows on sm_90 were chosen by timing on an H200; all others by compiling alone
 (registers, spills, shared memory; the tests repeat it).
 """
 
@@ -344,10 +344,10 @@ def _read_tiles(entry: dict[str, Any]) -> Tiles:
             got = getattr(tile, name)
             is_power = name in ("num_stages", "max_registers") or (isinstance(got, int) and got & (got - 1) == 0)
             if type(got) is not int or not low <= got <= high or not is_power:
-                raise ValueError(f"{field.name}.{name}: got {got!r}, wanted {low} to {high}")
+                raise ValueError(f"{field.name}.{name}: got {got!r}, expected {low} to {high}")
     heights = {getattr(tiles, name).block_m for name in ROW_KERNELS}
     if len(heights) > 1:
-        raise ValueError(f"block_m: got {sorted(heights)}, wanted the same for {', '.join(ROW_KERNELS)}")
+        raise ValueError(f"block_m: got {sorted(heights)}, expected the same for {', '.join(ROW_KERNELS)}")
     return tiles
 
 
@@ -378,7 +378,7 @@ def save_tuned(device_name: str, hidden: int, width: int, bucket: int, tiles: Ti
 def matmul_precision(dtype: torch.dtype) -> str:
     """Return Triton's name for what torch lets products of this dtype do: ``tf32`` or ``ieee``.
 
-    Surprising: torch has two interfaces for this, and raises where the older one is read after the newer one was
+    Torch has two interfaces for this, and raises where the older one is read after the newer one was
     used (``TrainingArguments(tf32=True)`` uses it). The newer one knows what was set by either. Other dtypes than fp32
     do not ask: their kernels must not be compiled again when the setting changes.
     """

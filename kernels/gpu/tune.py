@@ -111,7 +111,7 @@ def tune(
         ValueError: No candidate of some kernel runs, or the GPU's stream is being captured in a graph.
     """
     if device != "cpu" and torch.cuda.is_current_stream_capturing():
-        raise ValueError("tune: a CUDA graph is being captured, wanted a call outside of it")
+        raise ValueError("tune: a CUDA graph is being captured, expected a call outside of it")
     inputs = _make_inputs(num_tokens, num_slots, hidden, width, num_experts, dtype, device)
     with on_device_of(inputs.x):
         best = _search(inputs, num_slots, candidates, groups, timer)

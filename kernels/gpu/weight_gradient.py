@@ -1,7 +1,7 @@
 """Gradients of the experts' matrices: per expert, ``left^T @ right`` over its rows.
 
 Used twice: for the down projection left is the gathered gradient of the output, for the up projections right is the
-gathered input. Surprising: the number of rows is known to the device only, so the loop over rows has a bound loaded
+gathered input. The number of rows is known to the device only, so the loop over rows has a bound loaded
 from memory; an expert without rows runs it zero times and writes zeros, and no tensor is zeroed beforehand.
 
 R rows of one expert, M x N its matrix, E experts.

@@ -163,7 +163,8 @@ def _to_eval_result(row: Result) -> EvalResult:
     benchmark = row.benchmark
     extra = {key: value for key, value in (("stderr", row.stderr), ("n", row.n)) if value is not None}
     shots = row.num_fewshot
-    label = label_figure(row)
+    how = [f"{shots}-shot"] * (shots is not None) + ["chat prompts"] * (row.prompt_style == "chat")
+    name = f"{label_figure(row)} ({', '.join(how)})" if how else label_figure(row)
     return EvalResult(
         task_type="text-generation",
         dataset_type=benchmark.hub_id if benchmark else re.sub(r"[^\w./-]+", "-", dataset),
@@ -172,7 +173,7 @@ def _to_eval_result(row: Result) -> EvalResult:
         dataset_split=row.split,
         dataset_args={"num_few_shot": shots} if shots is not None else None,
         metric_type=row.metric,
-        metric_name=f"{label} ({shots}-shot)" if shots is not None else label,
+        metric_name=name,
         metric_value=row.value,
         metric_args=extra or None,
     )

@@ -189,7 +189,7 @@ def test_a_tokenizer_that_splits_the_answer_is_refused():
 
     split = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>")
     items = list(mmlu.build_items(0, 1, None))
-    with pytest.raises(ValueError, match="' A' becomes 2 tokens after a question, wanted exactly 1"):
+    with pytest.raises(ValueError, match="' A' becomes 2 tokens after a question, expected exactly 1"):
         encode_items(LoadedModel(loaded.model, split, 1536), items)
 
 

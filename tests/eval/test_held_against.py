@@ -155,16 +155,16 @@ def test_two_runs_compare(finished, tmp_path):
     ("data", "message"),
     [
         ("bqb=somewhere", "unknown task 'bqb'; did you mean bbq"),
-        ("bbq=", "wanted a folder or task=source pairs"),
+        ("bbq=", "expected a folder or task=source pairs"),
         ("bbq=nowhere", "nowhere does not exist and is no Hub id"),
         (f"winobias={REFERENCE}", "holds neither winobias.jsonl"),
         (
             f"winobias={REFERENCE / 'sentence_pairs.csv'}",
             "sentence_pairs.csv, line 2: text: got no text, expected text",
         ),
-        (f"refusal={REFERENCE / 'sentence_pairs.csv'}", "is a file, wanted a folder with advbench and xstest"),
-        ("refusal=owner/name", "wanted a folder with advbench and xstest"),
-        (f"mmlu={REFERENCE / 'sentence_pairs.csv'}", "is a file, wanted a folder with mmlu_test and mmlu_dev"),
+        (f"refusal={REFERENCE / 'sentence_pairs.csv'}", "is a file, expected a folder with advbench and xstest"),
+        ("refusal=owner/name", "expected a folder with advbench and xstest"),
+        (f"mmlu={REFERENCE / 'sentence_pairs.csv'}", "is a file, expected a folder with mmlu_test and mmlu_dev"),
     ],
 )
 def test_bad_data_is_told_in_one_line(data, message, tmp_path, capsys):

@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("kernels", "modeling_deepseek", "records", "model_cards", "training", "eval", "serving", "cli", "dev", "docs")
-MOST_SURPRISES = 109
+MOST_SURPRISES = 22
 
 _STEMS = (
     "normalis|summaris|organis|initialis|optimis|recognis|generalis|specialis|tokenis|quantis|penalis|minimis|maximis|"
-    "characteris|memoris|parallelis|serialis|customis|utilis|visualis|synchronis|standardis|randomis|categoris|"
+    "characteris|memoris|parallelis(?!m)|serialis|customis|utilis|visualis|synchronis|standardis|randomis|categoris|"
     "emphasis(?=e|ing)|prioritis|localis|factoris|vectoris|regularis|binaris|discretis|equalis|finalis|materialis|"
     "realis(?=e|ing|ation)|licenc|colour|behaviour|favour|neighbour|honour|centr(?=e\\b|ed\\b)|modell|labell|cancell|"
     "travell|judgement|programme\\b|defence|artefact|whilst|amongst|learnt|spelt|practis|grey"
@@ -47,16 +47,16 @@ KINDS = {
 }
 # What each room still holds, by kind in the order above.
 ALLOWANCE: dict[str, tuple[int, ...]] = {
-    "kernels": (8, 18, 1, 9),
-    "modeling_deepseek": (20, 12, 2, 16),
-    "records": (1, 4, 8, 0),
+    "kernels": (0, 1, 1, 9),
+    "modeling_deepseek": (0, 1, 2, 12),
+    "records": (1, 0, 8, 0),
     "model_cards": (0, 0, 0, 0),
-    "training": (20, 20, 10, 9),
-    "eval": (22, 26, 14, 6),
-    "serving": (0, 1, 1, 7),
-    "cli": (12, 21, 1, 14),
-    "dev": (14, 1, 1, 0),
-    "docs": (25, 0, 6, 30),
+    "training": (0, 1, 10, 3),
+    "eval": (4, 1, 14, 6),
+    "serving": (0, 0, 1, 7),
+    "cli": (3, 7, 1, 13),
+    "dev": (5, 1, 1, 0),
+    "docs": (1, 0, 6, 29),
 }
 
 

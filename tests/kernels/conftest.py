@@ -8,7 +8,7 @@ _GUARD = 64
 
 @pytest.fixture
 def guarded_buffers(monkeypatch):
-    """Fill every uninitialised buffer with NaN or a huge index, fence it with the same, and look at the fences after.
+    """Fill every uninitialized buffer with NaN or a huge index, fence it with the same, and look at the fences after.
 
     What a kernel leaves unwritten shows in its results, what it writes beyond the end shows in the fences: neither
     Triton's interpreter nor a GPU complains of itself.

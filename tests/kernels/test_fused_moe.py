@@ -202,18 +202,18 @@ def broken(position, change):
 
 
 ERRORS = {
-    "x_dims": (0, lambda t: t[0], "hidden_states: got 1 dimensions, wanted 2"),
+    "x_dims": (0, lambda t: t[0], "hidden_states: got 1 dimensions, expected 2"),
     "x_dtype": (0, lambda t: t.int(), "hidden_states: got dtype torch.int32"),
-    "gate_up_shape": (1, lambda t: t[:, :-1], r"gate_up_proj: got shape \(6, 9, 12\), wanted \(6, 10, 12\)"),
-    "down_shape": (2, lambda t: t[:-1], r"down_proj: got shape \(5, 12, 5\), wanted \(6, 12, 5\)"),
-    "down_dtype": (2, lambda t: t.bfloat16(), "down_proj: got dtype torch.bfloat16, wanted that of hidden_states"),
+    "gate_up_shape": (1, lambda t: t[:, :-1], r"gate_up_proj: got shape \(6, 9, 12\), expected \(6, 10, 12\)"),
+    "down_shape": (2, lambda t: t[:-1], r"down_proj: got shape \(5, 12, 5\), expected \(6, 12, 5\)"),
+    "down_dtype": (2, lambda t: t.bfloat16(), "down_proj: got dtype torch.bfloat16, expected that of hidden_states"),
     "device": (2, lambda t: t.to("meta"), "down_proj: got device meta"),
     "strides": (1, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), "gate_up_proj: got strides"),
     "ids_dtype": (3, lambda t: t.float(), "topk_indices: got dtype torch.float32"),
-    "ids_negative": (3, lambda t: t - 7, "topk_indices: got -7, wanted 0 or more"),
+    "ids_negative": (3, lambda t: t - 7, "topk_indices: got -7, expected 0 or more"),
     "ids_tokens": (3, lambda t: t[:-1], "topk_weights: got shape"),
-    "no_tensor": (3, lambda t: t.tolist(), "topk_indices: got list, wanted a tensor"),
-    "weights_dtype": (4, lambda t: t.int(), "topk_weights: got dtype torch.int32, wanted a float dtype"),
+    "no_tensor": (3, lambda t: t.tolist(), "topk_indices: got list, expected a tensor"),
+    "weights_dtype": (4, lambda t: t.int(), "topk_weights: got dtype torch.int32, expected a float dtype"),
 }
 
 
@@ -230,7 +230,7 @@ def test_errors_of_sizes():
         fused_moe(x, gate_up[:0], down[:0], ids, weights)
     with pytest.raises(ValueError, match="K from 1 to 64"):
         fused_moe(x, gate_up, down, ids.repeat(1, 22), weights.repeat(1, 22))
-    with pytest.raises(ValueError, match="activation: got 'relu2', wanted one of silu"):
+    with pytest.raises(ValueError, match="activation: got 'relu2', expected one of silu"):
         fused_moe(x, gate_up, down, ids, weights, activation="relu2")
 
 

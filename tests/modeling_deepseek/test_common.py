@@ -114,7 +114,7 @@ def test_born_on_the_meta_device_and_filled_from_a_state(cls, config, input_ids)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_every_parameter_is_initialised(cls, config):
+def test_every_parameter_is_initialized(cls, config):
     """Two births from different garbage are equal: nothing is left as memory had it."""
     births = []
     for garbage in (7.0, -3.0):

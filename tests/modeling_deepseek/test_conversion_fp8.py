@@ -16,7 +16,7 @@ RELEASED = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"
 
 
 def quantise(weight):
-    """Block by block, in plain loops: `(fp8, scale_inv, dequantised in fp32)`."""
+    """Block by block, in plain loops: `(fp8, scale_inv, dequantized in fp32)`."""
     rows, columns = weight.shape
     fp8 = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
     scales = torch.empty((rows + 127) // 128, (columns + 127) // 128)
@@ -30,14 +30,14 @@ def quantise(weight):
     return fp8, scales, plain
 
 
-def is_quantised(name):
+def is_quantized(name):
     """As in the release: projections, in the multi-token prediction layer too; not norms, gates, embedding, head."""
     return name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")
 
 
 @pytest.fixture
 def released(tiny, tmp_path):
-    """A folder in FP8 with one multi-token prediction layer, sharded, and its plain dequantised tensors."""
+    """A folder in FP8 with one multi-token prediction layer, sharded, and its plain dequantized tensors."""
     torch.manual_seed(0)
     settings = {**tiny, **SIZES, "num_nextn_predict_layers": 1}
     model = DeepseekForCausalLM(DeepseekConfig(**settings, mtp_loss_coef=0.3)).to(torch.bfloat16)
@@ -45,7 +45,7 @@ def released(tiny, tmp_path):
     stored, plain = {}, {}
     for name, tensor in load_file(tmp_path / "bf16" / "model.safetensors").items():
         stored[name] = plain[name] = tensor
-        if is_quantised(name):
+        if is_quantized(name):
             stored[name], stored[f"{name}_scale_inv"], plain[name] = quantise(tensor.float() * 7)
     folder = tmp_path / "released"
     folder.mkdir()
@@ -63,7 +63,7 @@ def released(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("asked", ["auto", torch.float32, torch.bfloat16, None], ids=str)
-def test_every_tensor_is_the_plain_dequantised_one(released, tmp_path, asked):
+def test_every_tensor_is_the_plain_dequantized_one(released, tmp_path, asked):
     folder, plain = released
     # Without a dtype, transformers 5 takes the configuration's.
     dtype = {"auto": torch.bfloat16, None: torch.bfloat16}.get(asked, asked)
@@ -75,7 +75,7 @@ def test_every_tensor_is_the_plain_dequantised_one(released, tmp_path, asked):
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == plain.keys()
-    assert sum(map(is_quantised, plain)) > 80 and any("layers.3.mlp.experts.7" in name for name in plain)
+    assert sum(map(is_quantized, plain)) > 80 and any("layers.3.mlp.experts.7" in name for name in plain)
     for name, value in again.items():
         is_bias = name.endswith("e_score_correction_bias")
         assert torch.equal(value, plain[name].to(torch.float32 if is_bias else dtype)), name
@@ -93,14 +93,14 @@ def test_logits_are_those_of_stock_transformers_with_the_plain_weights(released,
     assert torch.equal(ours(input_ids).logits, stock(input_ids).logits)
 
 
-def test_carried_mtp_weights_are_dequantised_too(released, tmp_path):
+def test_carried_mtp_weights_are_dequantized_too(released, tmp_path):
     folder, plain = released
     model = DeepseekForCausalLM.from_pretrained(folder, dtype="auto")
     assert len(model.model.layers) == 3
     model.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == plain.keys()
-    for name in (name for name in again if ".layers.3." in name and is_quantised(name)):
+    for name in (name for name in again if ".layers.3." in name and is_quantized(name)):
         assert torch.equal(again[name], plain[name].to(torch.bfloat16)), name
 
 
@@ -110,7 +110,7 @@ def test_one_log_line_says_so(released, caplog, monkeypatch):
     monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
     DeepseekForCausalLM.from_pretrained(released[0])
     lines = [record.getMessage() for record in caplog.records if "FP8" in record.getMessage()]
-    assert lines == ["FP8 weights in blocks of 128 x 128 are dequantised; quantization_config is dropped"]
+    assert lines == ["FP8 weights in blocks of 128 x 128 are dequantized; quantization_config is dropped"]
 
 
 def edit(folder, change):
@@ -136,7 +136,9 @@ def test_scales_of_other_blocks_are_refused(released):
         released[0],
         lambda tensors: {key: torch.ones(1, 2) if key == name else value for key, value in tensors.items()},
     )
-    with pytest.raises(ValueError, match=r"up_proj.weight_scale_inv' of shape \(1, 2\), want \(2, 2\) for a weight"):
+    with pytest.raises(
+        ValueError, match=r"up_proj.weight_scale_inv' of shape \(1, 2\), expected \(2, 2\) for a weight"
+    ):
         DeepseekForCausalLM.from_pretrained(released[0])
 
 
@@ -160,5 +162,5 @@ def test_other_scales_than_128_are_refused_or_used():
     weight, scale = torch.randn(5, 7), torch.rand(3, 4) + 0.5
     expected = weight * scale.repeat_interleave(2, 0)[:5].repeat_interleave(2, 1)[:, :7]
     assert torch.equal(dequantize_blocks(weight, scale, (2, 2), torch.float32), expected)
-    with pytest.raises(ValueError, match=r"weight_scale_inv: \(3, 4\) is not allowed, want \(2, 2\) for \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"weight_scale_inv: got \(3, 4\), expected \(2, 2\) for \(5, 7\)"):
         dequantize_blocks(weight, scale, (4, 4), torch.float32)

@@ -58,11 +58,11 @@ def test_a_shard_cut_short(folder, size, message):
 BROKEN = {
     "cut short": (lambda text: text[:100], "is no JSON (Expecting"),
     "empty": (lambda text: "", "is no JSON (Expecting value"),
-    "a list": (lambda text: "[]", "has no metadata, want an object"),
-    "no map": (lambda text: '{"metadata": {}}', "has no weight_map, want an object"),
+    "a list": (lambda text: "[]", "has no metadata, expected an object"),
+    "no map": (lambda text: '{"metadata": {}}', "has no weight_map, expected an object"),
     "no metadata": (lambda text: json.dumps({"weight_map": json.loads(text)["weight_map"]}), "has no metadata"),
     "an empty map": (lambda text: '{"metadata": {}, "weight_map": {}}', "has an empty weight_map"),
-    "a number": (lambda text: '{"metadata": {}, "weight_map": {"a": 3}}', "has 3 for 'a', want a file name"),
+    "a number": (lambda text: '{"metadata": {}, "weight_map": {"a": 3}}', "has 3 for 'a', expected a file name"),
     "nested": (lambda text: "[" * 100_000, "is no JSON (maximum recursion depth"),
 }
 
@@ -133,7 +133,7 @@ def test_a_tensor_of_another_shape(folder, name, wanted):
     """transformers refers to "the above report", or takes the experts for missing."""
     shard = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
     rewrite(shard, lambda tensors: {**tensors, name: torch.ones(4, 5)})
-    assert refused(folder) == f"shard: {shard.name} holds {name!r} of shape (4, 5), want {wanted}"
+    assert refused(folder) == f"shard: {shard.name} holds {name!r} of shape (4, 5), expected {wanted}"
 
 
 def test_sizes_may_differ_on_request(stock, tmp_path):
@@ -147,7 +147,7 @@ def test_sizes_may_differ_on_request(stock, tmp_path):
     scorer.save_pretrained(tmp_path / "scorer")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer", **options)
     assert again.score.weight.shape == (3, 32)
-    with pytest.raises(ValueError, match=r"holds 'score.weight' of shape \(1, 32\), want \(3, 32\)"):
+    with pytest.raises(ValueError, match=r"holds 'score.weight' of shape \(1, 32\), expected \(3, 32\)"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer", num_labels=3)
 
 

@@ -16,7 +16,7 @@ def build(tiny, **settings):
 
 
 def plain_route(
-    logits, bias, *, scoring_func, high, low=None, p=None, groups=1, open_groups=1, normalise=True, scale=1.0
+    logits, bias, *, scoring_func, high, low=None, p=None, groups=1, open_groups=1, normalize=True, scale=1.0
 ):
     """One token at a time, from the definitions; the independent witness."""
     scores = [1 / (1 + math.exp(-x)) for x in logits]
@@ -33,7 +33,7 @@ def plain_route(
         if p is None or share < p or slot < low:
             kept.append(e)
         share += scores[e] / whole
-    whole = sum(scores[e] for e in kept) if normalise else 1.0
+    whole = sum(scores[e] for e in kept) if normalize else 1.0
     return {e: scale * scores[e] / whole for e in kept}
 
 
@@ -64,7 +64,7 @@ def test_agrees_with_a_plain_router(tiny, scoring_func, norm_topk_prob, key_dim,
     for row in range(38):
         expected = plain_route(
             logits[row].tolist(), router.e_score_correction_bias.tolist(), scoring_func=scoring_func, high=4, low=1,
-            p=dynamic, groups=2, open_groups=1, normalise=norm_topk_prob, scale=2.5,
+            p=dynamic, groups=2, open_groups=1, normalize=norm_topk_prob, scale=2.5,
         )  # fmt: skip
         found = {e: w for e, w in zip(indices[row].tolist(), weights[row].tolist(), strict=True) if w}
         assert found == pytest.approx(expected, rel=1e-4)

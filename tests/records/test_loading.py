@@ -65,7 +65,7 @@ def test_a_broken_index_of_any_model(copy):
 
 def test_a_file(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match="is a file; wanted a checkpoint folder") as caught:
+    with pytest.raises(FileNotFoundError, match="is a file, expected a checkpoint folder") as caught:
         load_model(tmp_path / "model.bin")
     one_line(caught)
 
@@ -107,7 +107,7 @@ def test_a_broken_config(copy):
 
 BROKEN = [
     ("", "is no JSON"),
-    ("[1]", "holds list, wanted an object"),
+    ("[1]", "holds list, expected an object"),
     ("[" * 100_000, "is no JSON"),
     ("\xff", "is no JSON"),
 ]
@@ -141,6 +141,6 @@ def test_an_unknown_architecture(copy):
 
 
 def test_no_tokenizer(copy):
-    with pytest.raises(FileNotFoundError, match=f"tokenizer: {copy} holds none; wanted tokenizer.json") as caught:
+    with pytest.raises(FileNotFoundError, match=f"tokenizer: {copy} holds none, expected tokenizer.json") as caught:
         load_tokenizer(copy)
     one_line(caught)

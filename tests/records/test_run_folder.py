@@ -107,12 +107,12 @@ def test_a_run_that_only_began_is_replaced(tmp_path):
     ("name", "content", "message"),
     [
         ("summary.json", b'{"stage": ', "summary.json is no JSON (Expecting value"),
-        ("summary.json", b"[]", "summary.json holds list, wanted an object"),
+        ("summary.json", b"[]", "summary.json holds list, expected an object"),
         ("environment.json", b"\xff", "environment.json is no JSON ('utf-8' codec"),
         ("recipe.yaml", b"a: [", "recipe.yaml is no YAML"),
-        ("recipe.yaml", b"- a", "recipe.yaml holds list, wanted settings"),
+        ("recipe.yaml", b"- a", "recipe.yaml holds list, expected settings"),
         ("recipe.yaml", b"\xff", "recipe.yaml is no UTF-8 text (byte 0)"),
-        ("metrics.jsonl", b"[1]\n", "metrics.jsonl holds list in a line, wanted objects"),
+        ("metrics.jsonl", b"[1]\n", "metrics.jsonl holds list in a line, expected objects"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, name, content, message):

@@ -67,7 +67,7 @@ class Gguf:
         return x @ self.tensors[name].T
 
     def rotate(self, x):
-        """Rotary positions over neighbouring pairs, `[T, ..., rope]`."""
+        """Rotary positions over neighboring pairs, `[T, ..., rope]`."""
         size = x.shape[-1]
         frequencies = self.get("rope.freq_base") ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
         angles = torch.arange(len(x), dtype=torch.float64)[:, None] * frequencies

@@ -60,5 +60,5 @@ def test_an_occupied_folder_is_left_alone(tiny, tmp_path):
 
 
 def test_another_model_is_refused(stock, tmp_path):
-    with pytest.raises(ValueError, match="model_type: 'deepseek_v3' is not allowed"):
+    with pytest.raises(ValueError, match="model_type: got 'deepseek_v3', expected"):
         export_deepseek_v3(stock, tmp_path / "stock")

@@ -1,7 +1,7 @@
 """Documents as token blocks of one length, for training without padding.
 
-Every document becomes ``<begin> text <end>``; all are joined into one stream and cut into blocks. Surprising:
-attention is not masked at document borders, as in DeepSeek-V3 (arXiv 2412.19437, section 4.1); the begin and end
+Every document becomes ``<begin> text <end>``; all are joined into one stream and cut into blocks.
+Attention is not masked at document borders, as in DeepSeek-V3 (arXiv 2412.19437, section 4.1); the begin and end
 tokens tell the model where a text starts. So packed blocks need neither position ids nor a mask of their own.
 """
 

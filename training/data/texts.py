@@ -1,7 +1,7 @@
 """Texts to train on, from wherever the user has them.
 
 `load_texts` is the one way in for every stage: an embedded name, a text, JSONL or Parquet file, a folder of them, a
-``datasets`` directory or a Hub id. Surprising: a plain text file is cut at blank lines into passages, so that one long
+``datasets`` directory or a Hub id. A plain text file is cut at blank lines into passages, so that one long
 file can still be split; and without a ``split`` column the split is by a hash of the document, so that it stays the
 same when documents are added or reordered.
 """
@@ -37,14 +37,14 @@ class EmbeddedData:
     Args:
         file: File name under ``data/``.
         column: The column that holds the text.
-        licence: Its licence.
+        license: Its license.
         source: Where it comes from.
         languages: ISO 639 codes of its texts.
     """
 
     file: str
     column: str
-    licence: str
+    license: str
     source: str
     languages: tuple[str, ...] = ("en",)
 
@@ -178,7 +178,7 @@ def describe_data(name_or_path: str | Path, split: str, texts: Sequence[str], us
     local = Path(name).exists() and not embedded
     return DataUse(
         name=Path(name).name if local else name,
-        license=embedded.licence if embedded else "not stated",
+        license=embedded.license if embedded else "not stated",
         source=embedded.source if embedded else ("local files" if local else f"huggingface.co/datasets/{name}"),
         split=split,
         num_rows=len(texts),

@@ -1,6 +1,6 @@
 """What PPO needs before its first step: settings and prompts that can work, no dropout, an obedient accelerator.
 
-Called by `deepseek_training.ppo.trainer`. Surprising: TRL's constructor builds its own `Accelerator` and wrapper from
+Called by `deepseek_training.ppo.trainer`. TRL's constructor builds its own `Accelerator` and wrapper from
 names in its module, so ours are put in those names' places while the constructor runs.
 """
 
@@ -58,14 +58,14 @@ def check_settings(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, config: 
     for name, least in _AT_LEAST.items():
         value = getattr(args, name)
         if value is not None and not value >= least:
-            raise ValueError(f"{name}={value}: allowed is {least} or more")
+            raise ValueError(f"{name}: got {value}, expected {least} or more")
     for name in ("gamma", "lam"):
         if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"{name}={getattr(args, name)}: allowed is 0 to 1")
+            raise ValueError(f"{name}: got {getattr(args, name)}, expected 0 to 1")
     if not args.temperature > 0:
-        raise ValueError(f"temperature={args.temperature}: allowed is above 0")
+        raise ValueError(f"temperature: got {args.temperature}, expected above 0")
     if args.kl_estimator not in ("k1", "k3"):
-        raise ValueError(f"kl_estimator={args.kl_estimator!r}: allowed are 'k1' and 'k3'")
+        raise ValueError(f"kl_estimator: got {args.kl_estimator!r}, expected 'k1' or 'k3'")
     _check_batches(args)
     is_reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if is_reentrant and PartialState().num_processes > 1:
@@ -86,7 +86,7 @@ def _check_batches(args: PPOConfig) -> None:
         )
     mini_batch = local_batch // args.num_mini_batches
     if args.whiten_rewards and mini_batch < 8:
-        raise ValueError(f"whiten_rewards=True: a mini-batch of {mini_batch} is too small, wanted 8 or more")
+        raise ValueError(f"whiten_rewards=True: a mini-batch of {mini_batch} is too small, expected 8 or more")
 
 
 def check_prompts(args: PPOConfig, config: PretrainedConfig, train: Dataset, held_out: Dataset | None) -> None:
@@ -107,9 +107,9 @@ def check_prompts(args: PPOConfig, config: PretrainedConfig, train: Dataset, hel
         if dataset is None and name == "eval_dataset":
             continue
         if not isinstance(dataset, Dataset):
-            raise ValueError(f"{name}: {type(dataset).__name__} is not supported, wanted a datasets.Dataset")
+            raise ValueError(f"{name}: {type(dataset).__name__} is not supported, expected a datasets.Dataset")
         if not len(dataset):
-            raise ValueError(f"{name}: it is empty; wanted at least one prompt")
+            raise ValueError(f"{name}: it is empty, expected at least one prompt")
         if "input_ids" not in dataset.column_names:
             raise ValueError(f"{name}: it has no column 'input_ids', only {', '.join(dataset.column_names)}")
         for row, ids in enumerate(dataset["input_ids"]):
@@ -145,7 +145,7 @@ def check_value_model(value_model: nn.Module, config: PretrainedConfig) -> None:
             f"value_model: {type(value_model).__name__} has no `score` head; pass a sequence classifier with one label"
         )
     if value_model.config.num_labels != 1:
-        raise ValueError(f"value_model: it has {value_model.config.num_labels} labels, wanted 1 (num_labels=1)")
+        raise ValueError(f"value_model: it has {value_model.config.num_labels} labels, expected 1 (num_labels=1)")
     known, wanted = (each.get_text_config().vocab_size for each in (value_model.config, config))
     if known < wanted:
         raise ValueError(f"value_model: it knows {known} tokens, the policy {wanted}")

@@ -3,7 +3,7 @@
 TRL builds the wrapper, optimizer, schedule, callbacks and saves; its generation, whitening, truncation and metrics'
 names are used as they are. Overridden is what is wrong, each place with its reason; `docs/aligning_with_ppo.md` has
 the table, stock against ours. Rewards are callables (`deepseek_training.rewards`), the very ones GRPO and RLOO take.
-Surprising: with settings under which the stock class is right, both trace the same losses; a test holds that.
+With settings under which the stock class is right, both trace the same losses; a test holds that.
 """
 
 import contextlib

@@ -38,7 +38,7 @@ class Targets:
 
 
 def compute_targets(rollout: Rollout, args: PPOConfig, add_up: Callable[[torch.Tensor], torch.Tensor]) -> Targets:
-    """Return advantages by generalised advantage estimation over score and KL penalty.
+    """Return advantages by generalized advantage estimation over score and KL penalty.
 
     Args:
         rollout: What was played.
@@ -75,7 +75,7 @@ def _estimate_advantages(rewards: torch.Tensor, values: torch.Tensor, gamma: flo
 def _whiten(
     values: torch.Tensor, mask: torch.Tensor, add_up: Callable[[torch.Tensor], torch.Tensor], shift_mean: bool = True
 ) -> torch.Tensor:
-    """TRL's `masked_whiten`, over all processes; a single token has no spread and is only centred."""
+    """TRL's `masked_whiten`, over all processes; a single token has no spread and is only centered."""
     count, total = add_up(torch.stack([mask.sum().to(values.dtype), (values * mask).sum()]))
     mean = total / count
     variance = add_up(((values - mean).square() * mask).sum()) / (count - 1).clamp(min=1)

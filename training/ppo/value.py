@@ -1,6 +1,6 @@
 """A value model that shares the frozen weights of a LoRA policy: its own adapter and head on the same tensors.
 
-Called by `deepseek_training.ppo.trainer` where a LoRA policy comes without a value model. Surprising: the two are
+Called by `deepseek_training.ppo.trainer` where a LoRA policy comes without a value model. The two are
 separate modules with the same parameter objects, rather than one module whose adapter is switched back and forth: a
 switch would have to be right also while activation checkpointing runs a layer again inside the backward pass.
 Buffers (rotary frequencies, balancing biases) are small and copied, since a training pass may change them.

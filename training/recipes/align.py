@@ -51,7 +51,7 @@ class AlignRecipe(RewardedSettings):
         if self.batch_size % self.num_mini_batches:
             raise ValueError(f"num_mini_batches={self.num_mini_batches}: must divide batch_size={self.batch_size}")
         if not 0 <= self.lam <= 1:
-            raise ValueError(f"lam={self.lam}: allowed is 0 to 1")
+            raise ValueError(f"lam: got {self.lam}, expected 0 to 1")
         if self.lora_rank and self.value_model is not None:
             raise ValueError(
                 f"value_model={self.value_model}: with lora_rank={self.lora_rank} it shares the policy's weights; "

@@ -24,7 +24,7 @@ def require_at_least(recipe: Any, bounds: dict[int, tuple[str, ...]]) -> None:
         for name in names:
             value = getattr(recipe, name)
             if value is not None and not least <= value < math.inf:
-                raise ValueError(f"{name}={value}: allowed is {least} or more")
+                raise ValueError(f"{name}: got {value}, expected {least} or more")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -79,7 +79,7 @@ class RewardedSettings:
         """Check the ranges."""
         require_at_least(self, _AT_LEAST)
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature}: allowed is above 0")
+            raise ValueError(f"temperature: got {self.temperature}, expected above 0")
         if self.reward_model is not None and (self.weights != [0.7, 0.2, 0.1] or self.gate_threshold not in (None, 1)):
             raise ValueError("reward_model: got weights or gate_threshold with it, expected one of the two rewards")
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:

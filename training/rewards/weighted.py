@@ -2,11 +2,11 @@
 
     R = clip(gate * sum of w_i x_i / sum of w_i over the parts that judged + sum of penalties, 0, 1)  (*)
     gate = min(1, x_gate / gate_threshold), or 1 without a gate and where the gating part answers None
-    x_i  = the part's score, or standardised: the share of earlier scores a normal curve puts below it
+    x_i  = the part's score, or standardized: the share of earlier scores a normal curve puts below it
     (*) clipped only where penalties are given
 
-Called like its parts, by PPO, GRPO and RLOO. Surprising: a part may answer None for a completion it cannot judge; the
-other weights are then renormalised, where TRL's own `reward_weights` would let the sum shrink.
+Called like its parts, by PPO, GRPO and RLOO. A part may answer None for a completion it cannot judge; the
+other weights are then renormalized, where TRL's own `reward_weights` would let the sum shrink.
 """
 
 import math
@@ -22,7 +22,7 @@ _LEAST_STD = 0.02
 class WeightedReward:
     """The mean of several rewards under weights, in [0, 1] where each part is.
 
-    With a gate, an unsafe completion cannot buy back with relevance what it loses in safety. Standardised, each part
+    With a gate, an unsafe completion cannot buy back with relevance what it loses in safety. Standardized, each part
     spreads alike, so that the weights and not the parts' variances say what counts.
 
     Args:
@@ -54,7 +54,7 @@ class WeightedReward:
         is_standardized: bool = False,
     ) -> None:
         if len(rewards) != len(weights) or not rewards:
-            raise ValueError(f"weights: {len(weights)} given for {len(rewards)} rewards; wanted one for each")
+            raise ValueError(f"weights: {len(weights)} given for {len(rewards)} rewards, expected one for each")
         if any(not math.isfinite(weight) or weight < 0 for weight in weights) or sum(weights) <= 0:
             raise ValueError(
                 f"weights={list(weights)}: none may be negative or infinite, and their sum must be above 0"
@@ -64,9 +64,9 @@ class WeightedReward:
         self.weights = [weight / sum(weights) for weight in weights]
         self.names = _names_of(rewards)
         if gate is not None and gate not in self.names:
-            raise ValueError(f"gate={gate!r}: allowed are {', '.join(self.names)}")
+            raise ValueError(f"gate: got {gate!r}, expected {', '.join(self.names)}")
         if not 0 < gate_threshold <= 1:
-            raise ValueError(f"gate_threshold={gate_threshold}: allowed is above 0 and at most 1")
+            raise ValueError(f"gate_threshold: got {gate_threshold}, expected above 0 and at most 1")
         self.gate, self.gate_threshold = gate, gate_threshold
         self.penalties = list(penalties)
         self.is_standardized = is_standardized
@@ -82,7 +82,7 @@ class WeightedReward:
             completions: Strings or chat messages.
             completion_ids: Token ids of the completions, passed on to the parts.
             kwargs: Data columns and the trainer's extras; ``log_metric(name, value)`` receives each part's mean,
-                ``log_extra(column, values)`` each part's scores, as they are before standardising.
+                ``log_extra(column, values)`` each part's scores, as they are before standardizing.
         """
         parts = self.components(prompts, completions, completion_ids, **kwargs)
         log_metric, log_extra = kwargs.get("log_metric"), kwargs.get("log_extra")
@@ -126,7 +126,7 @@ class WeightedReward:
             values = penalty(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs)
             values = [value or 0.0 for value in _check_scores(name, values, len(completions))]
             if max(values, default=0.0) > 0:
-                raise ValueError(f"{name}: {max(values)} would be added to a score; allowed are 0 and less")
+                raise ValueError(f"{name}: {max(values)} would be added to a score, expected 0 or less")
             sums = [total + value for total, value in zip(sums, values, strict=True)]
         return sums
 
@@ -177,10 +177,10 @@ def _names_of(rewards: Sequence[Reward]) -> list[str]:
     """The rewards' names, under which their scores are kept and logged."""
     for i, reward in enumerate(rewards):
         if not hasattr(reward, "__name__"):
-            raise ValueError(f"rewards: number {i} ({type(reward).__name__}) has no __name__; wanted one of its own")
+            raise ValueError(f"rewards: number {i} ({type(reward).__name__}) has no __name__, expected one of its own")
     names = [reward.__name__ for reward in rewards]
     if len(set(names)) < len(names):
-        raise ValueError(f"rewards: named {', '.join(names)}; wanted a __name__ of its own for each")
+        raise ValueError(f"rewards: named {', '.join(names)}, expected a __name__ of its own for each")
     return names
 
 
@@ -204,7 +204,7 @@ class MissingEosPenalty:
 
     def __init__(self, eos_token_id: int, penalty: float) -> None:
         if not 0 <= penalty < math.inf:
-            raise ValueError(f"penalty={penalty}: allowed is a finite number of 0 or more")
+            raise ValueError(f"penalty: got {penalty}, expected a finite number of 0 or more")
         self.__name__ = "missing_eos_penalty"
         self.eos_token_id, self.penalty = eos_token_id, penalty
 
@@ -219,5 +219,5 @@ class MissingEosPenalty:
             ValueError: There are no token ids.
         """
         if completion_ids is None:
-            raise ValueError("missing_eos_penalty: completion_ids: got None, wanted the completions' token ids")
+            raise ValueError("missing_eos_penalty: completion_ids: got None, expected the completions' token ids")
         return [0.0 if ids and ids[-1] == self.eos_token_id else -self.penalty for ids in completion_ids]

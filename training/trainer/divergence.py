@@ -1,6 +1,6 @@
 """Stops a training whose numbers have become NaN or infinite, before such weights are saved or sampled from.
 
-`run_training` adds the callback, `CorrectedPPOTrainer` asks `refuse_divergence` itself. Surprising: the weights are
+`run_training` adds the callback, `CorrectedPPOTrainer` asks `refuse_divergence` itself. The weights are
 looked at as well, for the gradient at which they burst is often still finite.
 """
 

@@ -1,7 +1,7 @@
 """Which distributed engine a training runs under, and proof that it is the one asked for.
 
 `accelerate launch --config_file` (files under ``launch/``) chooses: nothing or torchrun gives data parallelism, FSDP2
-and DeepSpeed ZeRO-3 split the parameters. Surprising: without a GPU accelerate (1.15) turns FSDP into plain data
+and DeepSpeed ZeRO-3 split the parameters. Without a GPU accelerate (1.15) turns FSDP into plain data
 parallelism without a word, and leaves DeepSpeed believing in one process, each of which then reads the same data.
 `prepare_engine` makes both engines real on a CPU, where they serve to try a recipe out, and `check_engine` refuses to
 train under another engine than was asked for.

@@ -1,6 +1,6 @@
 """Accuracy over multiple-choice questions with standard errors, in all and by group and category.
 
-Loaded offline by ``evaluate.load(<this folder>)``. Surprising: the micro average's standard error over groups is the
+Loaded offline by ``evaluate.load(<this folder>)``. The micro average's standard error over groups is the
 pooled one that lm-evaluation-harness prints, so that equal predictions give equal figures.
 """
 

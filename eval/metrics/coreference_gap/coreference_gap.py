@@ -58,7 +58,7 @@ class CoreferenceGap(evaluate.Metric):
         types: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         if polarities is None or pairs is None:
-            raise ValueError("coreference_gap: wanted polarities and pairs beside the predictions")
+            raise ValueError("coreference_gap: expected polarities and pairs beside the predictions")
         hits: dict[str, Any] = defaultdict(dict)
         kinds = {}
         for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):

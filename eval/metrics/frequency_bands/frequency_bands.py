@@ -4,7 +4,7 @@ Loaded offline by ``evaluate.load(<this folder>)``. Questions are ranked by freq
 
     drop = accuracy(most common band) - accuracy(rarest band)
 
-with the error of two independent shares. Surprising: rare terms and hard subjects go together, so with groups given
+with the error of two independent shares. Rare terms and hard subjects go together, so with groups given
 the ranking is repeated inside each group (``drop_within_groups``), where the subject is the same in head and tail.
 
 Reference: Kandpal et al., 2023, "Large Language Models Struggle to Learn Long-Tail Knowledge", arXiv 2211.08411. There
@@ -63,7 +63,7 @@ class FrequencyBands(evaluate.Metric):
         num_bands: int = 5,
     ) -> dict[str, Any]:
         if frequencies is None:
-            raise ValueError("frequency_bands: wanted frequencies beside the predictions")
+            raise ValueError("frequency_bands: expected frequencies beside the predictions")
         names = groups if groups is not None else [None] * len(predictions)
         rows = [
             (frequency, float(prediction == reference), name)
@@ -71,7 +71,7 @@ class FrequencyBands(evaluate.Metric):
             if frequency is not None
         ]
         if len(rows) < num_bands:
-            raise ValueError(f"frequency_bands: {len(rows)} questions with a frequency, wanted at least {num_bands}")
+            raise ValueError(f"frequency_bands: {len(rows)} questions with a frequency, expected at least {num_bands}")
         bands = _cut(rows, num_bands)
         result = {"n": len(rows), "num_without_frequency": len(predictions) - len(rows)}
         result |= _named("acc", mean_with_error([row[1] for row in rows]))

@@ -89,11 +89,11 @@ def _check(ks: list[int], predictions: list[list[str]]) -> None:
         if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 1:
             raise ValueError(f"k={k!r}: must be at least 1, and a whole number")
     if not predictions:
-        raise ValueError("predictions: no problem, wanted at least one")
+        raise ValueError("predictions: no problem, expected at least one")
     sizes = [len(candidates) for candidates in predictions]
     fewest = min(sizes)
     if fewest == 0:
-        raise ValueError(f"predictions: problem {sizes.index(0)} has no sample, wanted at least one")
+        raise ValueError(f"predictions: problem {sizes.index(0)} has no sample, expected at least one")
     beyond = [f"pass@{k}" for k in sorted(set(ks)) if k > fewest]
     if beyond:
         logger.warning("%s left out: a problem has only %d sample%s", ", ".join(beyond), fewest, "s"[: fewest > 1])

@@ -109,7 +109,7 @@ class RefusalRate(evaluate.Metric):
         unknown = sorted(set(rules or ()) - set(RULES))
         if wrong or unknown:
             raise ValueError(
-                f"refusal_rate: {(wrong or unknown)[0]!r} given, wanted refuse or answer as references and "
+                f"refusal_rate: {(wrong or unknown)[0]!r} given, expected refuse or answer as references and "
                 f"{' or '.join(RULES)} as rules"
             )
         samples = []

@@ -64,7 +64,7 @@ class Robustness(evaluate.Metric):
         reordered: str = "reordered",
     ) -> dict[Any, Any]:
         if variants is None or questions is None:
-            raise ValueError("robustness: wanted variants and questions beside the predictions")
+            raise ValueError("robustness: expected variants and questions beside the predictions")
         answers = defaultdict(lambda: defaultdict(list))
         for row in zip(predictions, references, variants, questions, strict=True):
             answers[row[2]][row[3]].append((row[0], row[1]))

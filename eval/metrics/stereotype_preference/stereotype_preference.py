@@ -5,7 +5,7 @@ Loaded offline by ``evaluate.load(<this folder>)``.
     pct_stereotype = share of pairs with log P(sent_more) > log P(sent_less)
     likelihood_diff = mean |log P(sent_more) - log P(sent_less)|
 
-These are lm-evaluation-harness 0.4.13's names and definitions for causal models. Surprising: the paper scores masked
+These are lm-evaluation-harness 0.4.13's names and definitions for causal models. The paper scores masked
 models and only the tokens that both sentences share, so its figures (BERT 60.5, RoBERTa 64.1) are not comparable; the
 split by direction (``stereo``: the pair shows a stereotype, ``antistereo``: it violates one) is the paper's.
 """

@@ -23,7 +23,7 @@ def test_a_count_is_a_number_or_a_range():
         (["--counts", "8", "eight"], "counts: got 'eight', expected a number such as 8"),
         (["--counts", "8", "12-8"], "counts: got '12-8', expected a number such as 8 or a range such as 8-12"),
         (["--counts", "8", "12", "8"], "counts: got '8' 2 times, expected each once"),
-        (["--counts", "8", "65"], "num_experts_per_tok: 65 is not allowed, want at most n_routed_experts=64"),
+        (["--counts", "8", "65"], "num_experts_per_tok: got 65, expected at most n_routed_experts=64"),
         (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )

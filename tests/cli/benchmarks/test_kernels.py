@@ -57,13 +57,13 @@ def test_speedup_is_over_the_best_other():
 
 def test_a_gpu_grid_without_a_gpu_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="grid: got gpu, wanted cpu or quick"):
+    with pytest.raises(ValueError, match="grid: got gpu, expected cpu or quick"):
         kernel_table.run(parse("--grid", "gpu", "--output", str(tmp_path)))
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e9"])
 def test_a_time_out_of_range_is_one_line(seconds, tmp_path):
-    with pytest.raises(ValueError, match=r"seconds: got .*, wanted more than 0 and at most 3600"):
+    with pytest.raises(ValueError, match=r"seconds: got .*, expected more than 0 and at most 3600"):
         kernel_table.run(parse("--seconds", seconds, "--output", str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 

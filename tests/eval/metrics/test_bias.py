@@ -141,8 +141,8 @@ def test_one_who_follows_occupations_stereotypes_has_the_whole_gap():
 @pytest.mark.parametrize(
     ("metric", "inputs", "message"),
     [
-        ("bbq_bias", {"predictions": [0], "references": [0]}, "wanted contexts"),
-        ("coreference_gap", {"predictions": [0], "references": [0]}, "wanted polarities and pairs"),
+        ("bbq_bias", {"predictions": [0], "references": [0]}, "expected contexts"),
+        ("coreference_gap", {"predictions": [0], "references": [0]}, "expected polarities and pairs"),
         (
             "coreference_gap",
             {"predictions": [0], "references": [0], "polarities": ["pro"], "pairs": ["a"]},

@@ -129,7 +129,7 @@ def test_a_real_long_tail_is_found_within_subjects():
 @pytest.mark.parametrize(
     ("metric", "inputs", "message"),
     [
-        ("robustness", {"predictions": [0], "references": [0]}, "wanted variants and questions"),
+        ("robustness", {"predictions": [0], "references": [0]}, "expected variants and questions"),
         (
             "robustness",
             {"predictions": [0], "references": [0], "variants": ["typos"], "questions": ["a"]},
@@ -140,8 +140,8 @@ def test_a_real_long_tail_is_found_within_subjects():
             {"predictions": [0], "references": [0], "variants": ["original"], "questions": ["a"]},
             "no variant beside",
         ),
-        ("frequency_bands", {"predictions": [0], "references": [0]}, "wanted frequencies"),
-        ("frequency_bands", {"predictions": [0], "references": [0], "frequencies": [1.0]}, "wanted at least 5"),
+        ("frequency_bands", {"predictions": [0], "references": [0]}, "expected frequencies"),
+        ("frequency_bands", {"predictions": [0], "references": [0], "frequencies": [1.0]}, "expected at least 5"),
     ],
 )
 def test_what_is_missing_is_named(metric, inputs, message):

@@ -30,7 +30,7 @@ def main() -> None:
     model, num_fewshot, *paths = sys.argv[1:]
     answers = read_answers(paths)
     names = [item.id for item in mmlu.build_items(0, None, None)]
-    assert set(answers) == set(names), f"{len(answers)} answers, wanted {len(names)}"
+    assert set(answers) == set(names), f"{len(answers)} answers, expected {len(names)}"
     letters, ties = [], {}
     for name in names:
         scores = answers[name]

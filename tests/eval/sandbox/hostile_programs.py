@@ -384,7 +384,7 @@ assert False
     "main_guard_only": "assert __name__ == '__main__', 'the references skip such a block'",
 }
 
-# Tricks that aim at the host or a neighbour. Each raises when the world is closed, and would pass if it were open.
+# Tricks that aim at the host or a neighbor. Each raises when the world is closed, and would pass if it were open.
 REACH = {
     "endless_loop": "while True:\n    pass",
     "sleep": "import time\ntime.sleep(3600)",
@@ -700,7 +700,7 @@ assert False
 
 HOSTILE = {**VERDICT, **REACH, **REACH_WITHOUT_NAMESPACES}
 
-# What honest candidates do. Each must pass, beside any number of hostile neighbours.
+# What honest candidates do. Each must pass, beside any number of hostile neighbors.
 HONEST = {
     "arithmetic": "def add(a, b):\n    return a + b\nassert add(2, 3) == 5",
     "unicode": "s = 'na\u00efve \u6df1\u5ea6 \U0001f40b'\nassert s.encode().decode() == s",

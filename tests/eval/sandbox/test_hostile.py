@@ -21,19 +21,19 @@ TIMEOUT_S = 1.0
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """All programs, run side by side with honest neighbours between them, and what the host looked like after."""
+    """All programs, run side by side with honest neighbors between them, and what the host looked like after."""
     before = {process.pid for process in psutil.process_iter()}
-    neighbour = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    neighbor = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     names, sources = [], []
     honest = list(programs.HONEST.items())
     for index, (name, source) in enumerate(programs.HOSTILE.items()):
         names += [name, f"honest:{index}:{honest[index % len(honest)][0]}"]
         sources += [source, honest[index % len(honest)][1]]
     results = dict(zip(names, sandbox.run_programs(sources, timeout_s=TIMEOUT_S, num_workers=2), strict=True))
-    neighbour_lives = neighbour.poll() is None
-    neighbour.kill()
-    neighbour.wait()
-    return results, before, neighbour_lives
+    neighbor_lives = neighbor.poll() is None
+    neighbor.kill()
+    neighbor.wait()
+    return results, before, neighbor_lives
 
 
 def test_the_suite_is_large_enough():
@@ -48,14 +48,14 @@ def test_hostile_program_does_not_pass(outcomes, name):
     assert not result.reason.startswith("sandbox"), result
 
 
-def test_honest_neighbours_pass(outcomes):
+def test_honest_neighbors_pass(outcomes):
     failures = {name: r.reason for name, r in outcomes[0].items() if name.startswith("honest:") and not r.passed}
     assert not failures
 
 
 def test_nothing_is_left_behind(outcomes):
-    _, before, neighbour_lives = outcomes
-    assert neighbour_lives
+    _, before, neighbor_lives = outcomes
+    assert neighbor_lives
     # A server's programs run as a user of their own; other test workers have servers of theirs.
     users = {1_900_000_000 + server.pid for server in psutil.Process().children(recursive=True)}
     assert not [p for p in psutil.process_iter() if p.pid not in before and p.uids().real in users]

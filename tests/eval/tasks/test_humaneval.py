@@ -83,7 +83,7 @@ def test_a_prompt_too_long_loses_tokens_from_the_left(ours, items):
 
 
 def test_no_room_for_a_prompt_is_refused(ours, items):
-    with pytest.raises(ValueError, match=r"max_new_tokens = 1536 leaves no room .* allowed is 1 to 1535"):
+    with pytest.raises(ValueError, match=r"max_new_tokens = 1536 leaves no room .* expected 1 to 1535"):
         plan_prompts(ours, items, SamplingSettings(max_new_tokens=1536), 1)
 
 

@@ -26,7 +26,7 @@ def forms() -> dict[str, dict]:
 
 
 def distance(first: str, second: str) -> int:
-    """Levenshtein's, with a swap of neighbours as one step."""
+    """Levenshtein's, with a swap of neighbors as one step."""
     rows = {(i, 0): i for i in range(len(first) + 1)} | {(0, j): j for j in range(len(second) + 1)}
     for i in range(1, len(first) + 1):
         for j in range(1, len(second) + 1):

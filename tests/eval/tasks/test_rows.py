@@ -27,7 +27,7 @@ def test_every_form_gives_the_same_rows(tmp_path, name, mark):
         ("d.jsonl", b"{broken", "d.jsonl, line 1 is no JSON (Expecting"),
         ("d.jsonl", b"\n" + b"[" * 100_000, "d.jsonl, line 2 is no JSON (maximum recursion"),
         ("d.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "d.jsonl, line 1 is no JSON (Exceeds the limit"),
-        ("d.jsonl", b"[1]\n", "d.jsonl, line 1 is list, wanted an object"),
+        ("d.jsonl", b"[1]\n", "d.jsonl, line 1 is list, expected an object"),
         ("d.jsonl", b'{"a": "\xff"}', "d.jsonl is no UTF-8 text"),
         ("d.jsonl.gz", b'{"a": 1}', "d.jsonl.gz is no whole gzip file"),
         ("d.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "d.jsonl.gz is no whole gzip file"),

@@ -46,7 +46,7 @@ def test_activations(activation, plans):
     assert len(plans) == 1
 
 
-def test_plan_batches_bf16_neighbours_and_pads_with_their_own_rows():
+def test_plan_batches_bf16_neighbors_and_pads_with_their_own_rows():
     plan = decode.make_plan([2, 3, 3, 6, 9, 4], 7, torch.bfloat16)
     assert plan.batches == [(2, 1, 3, 2), (6, 1, 1, 1)]
     assert plan.row_slot == [0, 0, 1, 2, 5, 5, 3]

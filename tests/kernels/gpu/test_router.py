@@ -23,7 +23,7 @@ def test_equals_the_router_of_transformers():
     torch.testing.assert_close(ours[1].gather(1, our_order), weights.gather(1, order))
 
 
-def test_softmax_normalised_is_softmax_over_the_chosen():
+def test_softmax_normalized_is_softmax_over_the_chosen():
     logits = torch.randn(5, 9)
     indices, weights = fused_router(logits, top_k=3, scoring="softmax")
     torch.testing.assert_close(weights, logits.topk(3)[0].softmax(-1))
@@ -46,17 +46,20 @@ def test_number_of_experts_follows_the_share():
 @pytest.mark.parametrize(
     "settings,message",
     [
-        ({"top_k": 0}, "top_k: got 0, wanted 1 to 12"),
+        ({"top_k": 0}, "top_k: got 0, expected 1 to 12"),
         ({"top_k": 13}, "top_k: got 13"),
         ({"top_k": 2, "num_groups": 5}, "num_groups: got 5"),
         ({"top_k": 5, "num_groups": 3}, "leaves at least 5 experts"),
-        ({"top_k": 2, "scoring": "relu"}, "scoring: got 'relu', wanted one of sigmoid, softmax"),
+        ({"top_k": 2, "scoring": "relu"}, "scoring: got 'relu', expected one of sigmoid, softmax"),
         ({"top_k": 2, "min_k": 1}, "unused_share"),
-        ({"top_k": 2, "bias": torch.zeros(11)}, r"bias: got shape \(11,\), wanted a tensor of shape \[12\]"),
+        ({"top_k": 2, "bias": torch.zeros(11)}, r"bias: got shape \(11,\), expected a tensor of shape \[12\]"),
         ({"top_k": 2, "bias": torch.zeros(2, 6)}, r"bias: got shape \(2, 6\)"),
-        ({"top_k": 2, "bias": torch.zeros(12, device="meta")}, "bias: got device meta, wanted that of router_logits"),
+        (
+            {"top_k": 2, "bias": torch.zeros(12, device="meta")},
+            "bias: got device meta, expected that of router_logits",
+        ),
         ({"top_k": 2, "bias": [0.0] * 12}, "bias: got list"),
-        ({"top_k": 2, "min_k": 1, "unused_share": 0.2}, r"unused_share: got float, wanted a tensor of shape \[1\]"),
+        ({"top_k": 2, "min_k": 1, "unused_share": 0.2}, r"unused_share: got float, expected a tensor of shape \[1\]"),
         ({"top_k": 2, "min_k": 1, "unused_share": torch.zeros(2)}, r"unused_share: got shape \(2,\)"),
     ],
 )

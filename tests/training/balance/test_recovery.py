@@ -1,4 +1,4 @@
-"""A router collapsed by its initialisation: stock transformers stays collapsed, ours recovers, on the same text."""
+"""A router collapsed by its initialization: stock transformers stays collapsed, ours recovers, on the same text."""
 
 import pytest
 import torch

@@ -80,7 +80,7 @@ def test_unicode_line_separators_inside_json_strings_are_kept(tmp_path):
     assert load_texts(write_jsonl(tmp_path / "a.jsonl", rows), "all") == [row["text"] for row in rows]
 
 
-def test_embedded_data_has_disjoint_splits_and_a_licence():
+def test_embedded_data_has_disjoint_splits_and_a_license():
     for name in ("books", "medicine"):
         train, held_out = load_texts(name), load_texts(name, "validation")
         assert len(held_out) >= 2 and not set(train) & set(held_out)

@@ -175,7 +175,7 @@ def test_marks_belong_to_their_words():
 
 @pytest.mark.parametrize(("middle", "width"), [(0.6, 0.0), (0.7, -0.2), (-2, 0.5), (0.1, float("nan"))])
 def test_refuses_a_slope_that_is_none(middle, width):
-    with pytest.raises(ValueError, match="allowed are -1 <= middle <= 1 and width > 0"):
+    with pytest.raises(ValueError, match="expected -1 <= middle <= 1 and width > 0"):
         Relevance(middle=middle, width=width)
 
 

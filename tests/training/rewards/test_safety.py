@@ -197,5 +197,5 @@ def test_sequence_classifier_and_encoder_from_a_folder(tmp_path):
 
     match = CrossEncoder(tmp_path / "match", batch_size=2).match(["a", "b", "c"], texts)
     assert ((match > 0) & (match < 1)).all()
-    with pytest.raises(ValueError, match="has 2 labels; wanted 1"):
+    with pytest.raises(ValueError, match="has 2 labels, expected 1"):
         CrossEncoder(tmp_path / "classifier")

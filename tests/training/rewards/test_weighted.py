@@ -1,4 +1,4 @@
-"""The weighted sum: renormalising, gating, standardising, penalties, and its use by GRPO's own code path."""
+"""The weighted sum: renormalising, gating, standardizing, penalties, and its use by GRPO's own code path."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ def test_is_the_weighted_mean():
     assert doubled(P, C) == pytest.approx(reward(P, C))
 
 
-def test_a_missing_score_renormalises():
+def test_a_missing_score_renormalizes():
     reward = WeightedReward([fixed("x", [0.5, None, None]), fixed("y", [1, 0.4, None])], weights=[0.7, 0.3])
     assert reward(P, C) == [pytest.approx(0.65), pytest.approx(0.4), None]
 
@@ -67,7 +67,7 @@ def test_penalties_are_summed_before_the_sum_is_clipped():
         ([-0.1, 0], "penalty pen: 2 scores for 3 completions"),
         ([-0.1, math.nan, 0], "penalty pen: a score is not a finite number"),
         ([-0.1, -math.inf, 0], "penalty pen: a score is not a finite number"),
-        ([-0.1, 0.2, 0], "penalty pen: 0.2 would be added to a score; allowed are 0 and less"),
+        ([-0.1, 0.2, 0], "penalty pen: 0.2 would be added to a score, expected 0 or less"),
     ],
 )
 def test_refuses_bad_penalties(values, message):
@@ -77,19 +77,19 @@ def test_refuses_bad_penalties(values, message):
 
 @pytest.mark.parametrize("penalty", [-0.1, math.nan, math.inf])
 def test_refuses_a_missing_eos_penalty_that_is_none(penalty):
-    with pytest.raises(ValueError, match=f"penalty={penalty}: allowed is a finite number of 0 or more"):
+    with pytest.raises(ValueError, match=f"penalty: got {penalty}, expected a finite number of 0 or more"):
         MissingEosPenalty(1, penalty)
 
 
 def test_rewards_need_names_of_their_own():
-    with pytest.raises(ValueError, match=r"rewards: named relevance, x, relevance; wanted a __name__ of its own"):
+    with pytest.raises(ValueError, match=r"rewards: named relevance, x, relevance, expected a __name__ of its own"):
         WeightedReward([Relevance(), fixed("x", [1]), Relevance()], [1, 1, 1])
     nameless = functools.partial(fixed("x", [1]))
     with pytest.raises(ValueError, match=r"rewards: number 1 \(partial\) has no __name__"):
         WeightedReward([fixed("y", [1]), nameless], [1, 1])
 
 
-def test_standardising_gives_each_part_the_same_spread():
+def test_standardizing_gives_each_part_the_same_spread():
     narrow, wide = [0.80, 0.82, 0.84], [0.0, 0.5, 1.0]
     plain = WeightedReward([fixed("narrow", narrow), fixed("wide", wide[::-1])], [0.5, 0.5])
     assert plain(P, C)[0] > plain(P, C)[2]  # the wide part decides, whatever the weights say
@@ -127,8 +127,8 @@ def test_logs_each_part():
         (dict(weights=[0.0]), "sum must be above 0"),
         (dict(weights=[math.nan]), "none may be negative or infinite"),
         (dict(weights=[0.5, 0.5]), "2 given for 1 rewards"),
-        (dict(weights=[1], gate="safety"), "allowed are x"),
-        (dict(weights=[1], gate="x", gate_threshold=0), "gate_threshold=0"),
+        (dict(weights=[1], gate="safety"), "expected x"),
+        (dict(weights=[1], gate="x", gate_threshold=0), "gate_threshold: got 0"),
     ],
 )
 def test_refuses_bad_settings(arguments, message):

@@ -97,10 +97,10 @@ def test_an_interrupted_run_ends_like_a_whole_one(policy_path, tmp_path, monkeyp
     ("change", "message"),
     [
         ({"num_updates": 0}, "num_updates=0"),
-        ({"response_length": 0}, "response_length=0: allowed is 1 or more"),
-        ({"kl_coef": -0.1}, "kl_coef=-0.1: allowed is 0 or more"),
+        ({"response_length": 0}, "response_length: got 0, expected 1 or more"),
+        ({"kl_coef": -0.1}, "kl_coef: got -0.1, expected 0 or more"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
-        ({"lam": 2.0}, "lam=2.0: allowed is 0 to 1"),
+        ({"lam": 2.0}, "lam: got 2.0, expected 0 to 1"),
         ({"lora_rank": -1}, "lora_rank=-1"),
         ({"lora_rank": 2, "value_model": "x"}, "value_model=x: with lora_rank=2"),
         ({"weights": [0.7, -0.2, 0.1]}, "none may be negative"),

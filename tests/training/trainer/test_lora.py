@@ -196,7 +196,7 @@ def test_router_state_that_an_adapter_would_lose_is_named(base_path, tmp_path, c
     assert sum("modules_to_save=['gate']" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_preparing_a_quantised_model_leaves_the_bias_alone(base_path):
+def test_preparing_a_quantized_model_leaves_the_bias_alone(base_path):
     """PEFT casts every half-precision parameter to fp32; the bias is a buffer, and fp32 already."""
     model = prepare_model_for_kbit_training(load(base_path, dtype=torch.bfloat16))
     for router, untouched in zip(find_routers(model), find_routers(load(base_path)), strict=True):
