@@ -80,6 +80,8 @@ class Player:
                     unwrapped.policy, queries, config, args.local_rollout_forward_batch_size, self.stop_token_id
                 )
             with self.watch.time("logps"):
+                if self._rounds():
+                    logprobs = self._own_logprobs(query_responses, context_length)
                 ref_logprobs, values = self._reference_and_values(query_responses, context_length)
         self.model.train()
         responses = query_responses[:, context_length:]
@@ -128,6 +130,18 @@ class Player:
             router_logits_off(unwrapped.policy),
         ):
             yield unwrapped, config
+
+    def _rounds(self) -> bool:
+        """Whether the policy computes in 16 bits, where generation with a cache rounds otherwise than an update."""
+        policy = self.accelerator.unwrap_model(self.model).policy
+        is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in policy.parameters())
+        return is_half or self.accelerator.mixed_precision != "no"
+
+    def _own_logprobs(self, query_responses: torch.Tensor, context_length: int) -> torch.Tensor:
+        """[B, T] of the policy, by the passes of the update, so that its first ratio is 1."""
+        policy, temperature = self.accelerator.unwrap_model(self.model).policy, self.args.temperature
+        parts = query_responses.split(self.args.local_rollout_forward_batch_size)
+        return torch.cat([response_logprobs(policy, part, context_length, temperature) for part in parts])
 
     def _reference_and_values(
         self, query_responses: torch.Tensor, context_length: int

@@ -15,6 +15,16 @@ def test_the_first_ratio_is_one_in_fp32_and_only_the_first_counts(tmp_path):
     assert any(abs(row["val/ratio"] - 1) > 1e-4 for row in rows)  # the weights did move afterwards
 
 
+@pytest.mark.parametrize("kind", ["autocast", "weights"])
+def test_in_16_bits_the_log_probs_are_those_of_the_updates_passes(tmp_path, kind):
+    models = make_models() if kind == "autocast" else tuple(model.bfloat16() for model in make_models())
+    settings = dict(bf16=kind == "autocast", temperature=0.8, response_length=16, learning_rate=0.0, logging_steps=1)
+    trainer = make_ours(tmp_path, models=models, **settings)
+    trainer.train()
+    deviations = [row[NAME] for row in losses(trainer)]
+    assert deviations and max(deviations) < 1e-3  # by generation's log-probs: 0.002 to 0.008
+
+
 def test_other_log_probs_than_the_updates_show(tmp_path):
     policy, value = make_models(attention_dropout=0.0)
     trainer = make_ours(tmp_path, models=(policy, value), logging_steps=1, learning_rate=0.0)
