@@ -158,7 +158,7 @@ def test_a_template_without_a_system_turn_gets_the_others(tokenizer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompt_style": "chatty"}, "prompt_style = 'chatty', allowed is base or chat"),
+        ({"prompt_style": "chatty"}, "prompt_style: got 'chatty', expected base or chat"),
         ({"prompt_style": "chat", "tasks": ["mmlu_robust"]}, "prompt_style = chat: task mmlu_robust has base only"),
         ({"prompt_style": "chat"}, "prompt_style = chat: the tokenizer of .* has no chat template"),
     ],
