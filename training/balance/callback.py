@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from deepseek_training.balance.accumulation import StepPasses, length_of
+from deepseek_training.balance.bias_speed import check_bias_speed
 from deepseek_training.balance.router_figures import LoadRecord, RouterWindow, router_figures
 from deepseek_training.balance.routing_observer import LayerCounts, RouterLosses, RoutingObserver, has_own_losses
 from modeling_deepseek.families import MoeLayer
@@ -251,11 +252,7 @@ class ExpertBalanceCallback(TrainerCallback):
         layers = self._observing.layers
         if not layers and not self.bias_update_speed and not self.losses:
             logger.warning("ExpertBalanceCallback: %s has no router; nothing to balance", type(model).__name__)
-        if self.bias_update_speed and not any(layer.bias is not None for layer in layers):
-            raise ValueError(
-                f"bias_update_speed: got {self.bias_update_speed} for {type(model).__name__}, expected None or 0; "
-                "its routers have no balancing bias" + (" (seq_aux_loss_coef balances them)" if layers else "")
-            )
+        check_bias_speed(model, self.bias_update_speed)
         if self.losses and not layers:
             raise ValueError(
                 f"seq_aux_loss_coef, router_z_loss_coef: got {self.losses.seq_aux_loss_coef}, "

@@ -21,7 +21,7 @@ from deepseek_training.trainer.expert_parallel import split_experts
 from deepseek_training.trainer.held_out import HeldOut, bits_figures, measure_sets
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.lora import with_lora
-from deepseek_training.trainer.new_model import check_context
+from deepseek_training.trainer.new_model import check_model
 from deepseek_training.trainer.outcome import bits_rows, step_tokens, write_samples
 from deepseek_training.trainer.run_callbacks import log_once
 from deepseek_training.trainer.run_start import open_run, training_arguments
@@ -48,7 +48,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
     corpora = (Corpus.load(recipe.data, recipe.data_column), Corpus.load(recipe.general_data, recipe.general_column))
     tokenizer, model = load_tokenizer(recipe.model), load_or_outline(recipe.model, is_dry=is_dry)
     check_vocabulary(model, tokenizer)
-    check_context(recipe, model.config)
+    check_model(recipe, model)
     args = training_arguments(recipe, Path(output))
     run = open_run(recipe, output, args, command="adapt", overwrite=overwrite, is_dry=is_dry)
     model.set_experts_implementation(recipe.experts_implementation)

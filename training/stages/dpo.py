@@ -18,7 +18,7 @@ from deepseek_training.launch.plan import announce, load_or_outline, plan_traini
 from deepseek_training.recipes.dpo import DpoRecipe
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.lora import with_lora
-from deepseek_training.trainer.new_model import check_context
+from deepseek_training.trainer.new_model import check_model
 from deepseek_training.trainer.preference_trainers import dpo_trainer
 from deepseek_training.trainer.run_start import open_run, training_arguments
 from deepseek_training.trainer.stage_trainer import run_training
@@ -48,7 +48,7 @@ def dpo(recipe: DpoRecipe, output: str | Path, *, overwrite: bool = False, is_dr
     model = load_or_outline(recipe.model, is_dry=is_dry)
     check_vocabulary(model, tokenizer)
     reference = None if recipe.lora_rank or is_dry else load_or_outline(recipe.model, is_dry=is_dry)
-    check_context(recipe, model.config)
+    check_model(recipe, model)
     args = training_arguments(recipe, Path(output))
     run = open_run(recipe, output, args, command="dpo", overwrite=overwrite, is_dry=is_dry)
     model.set_experts_implementation(recipe.experts_implementation)

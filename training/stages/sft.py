@@ -20,7 +20,7 @@ from deepseek_training.trainer.answers import HeldOutAnswers
 from deepseek_training.trainer.held_out import bits_figures
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.lora import with_lora
-from deepseek_training.trainer.new_model import check_context
+from deepseek_training.trainer.new_model import check_model
 from deepseek_training.trainer.outcome import bits_rows
 from deepseek_training.trainer.run_callbacks import log_once
 from deepseek_training.trainer.run_start import open_run, training_arguments
@@ -51,7 +51,7 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False, is_dr
     tokenizer.chat_template = read_template(recipe, tokenizer)
     model = load_or_outline(recipe.model, is_dry=is_dry)
     check_vocabulary(model, tokenizer)
-    check_context(recipe, model.config)
+    check_model(recipe, model)
     args = training_arguments(recipe, Path(output))
     run = open_run(recipe, output, args, command="sft", overwrite=overwrite, is_dry=is_dry)
     model.set_experts_implementation(recipe.experts_implementation)

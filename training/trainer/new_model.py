@@ -14,6 +14,7 @@ from transformers import (
     set_seed,
 )
 
+from deepseek_training.balance.bias_speed import check_bias_speed
 from deepseek_training.launch.plan import measure_size
 from deepseek_training.launch.step_time import MOST_BYTES
 from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe, TrainerSettings
@@ -76,6 +77,12 @@ def model_config(recipe: PretrainRecipe, **vocabulary: int | None) -> DeepseekCo
     config = DeepseekConfig.from_preset(recipe.preset, **{**vocabulary, **recipe.model})
     check_context(recipe, config)
     return config
+
+
+def check_model(recipe: TrainerSettings, model: PreTrainedModel) -> None:
+    """Raise a one-line ValueError if a model that was loaded cannot be trained as the recipe says."""
+    check_context(recipe, model.config)
+    check_bias_speed(model, recipe.bias_update_speed)
 
 
 def check_context(recipe: TrainerSettings, config: PreTrainedConfig) -> None:
