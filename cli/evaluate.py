@@ -18,6 +18,7 @@ EXAMPLES = """
   deepseek-moe evaluate --samples completions.jsonl --tasks humaneval --output runs/scored
   deepseek-moe evaluate path/to/model --tasks mmlu,long_tail,mmlu_robust,winobias,bbq,refusal --limit 20
   deepseek-moe evaluate path/to/model --tasks crows_pairs --data crows_pairs=path/to/crows_pairs_anonymized.csv
+  deepseek-moe evaluate runs/demo/sft runs/demo/align --tasks mmlu --limit 1 --output runs/both
   deepseek-moe evaluate --compare runs/before runs/after
   deepseek-moe evaluate --table runs/seed-0 runs/seed-1 runs/other
   deepseek-moe evaluate org/name --tasks humaneval --num-samples 10 --temperature 0.8 --output runs/humaneval
@@ -30,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The command's parser.
     """
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="checkpoint folder, run folder, or Hub id")
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        help="checkpoint folder, run folder, or Hub id; of several, each gets a run folder below --output",
+    )
     parser.add_argument(
         "--samples", default=None, metavar="FILE", help="instead of a model: completions to run (task_id, completion)"
     )
@@ -165,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not tasks:
         raise ValueError("--tasks: got no name, expected at least one, for example mmlu,humaneval")
-    if sum(source is not None for source in (args.model, args.samples, args.compare, args.table)) != 1:
+    if sum(source is not None for source in (args.models or None, args.samples, args.compare, args.table)) != 1:
         raise ValueError("evaluate: give one of MODEL, --samples FILE, --compare RUN RUN and --table RUN ...")
     _refuse_unused(args)
     if args.compare:
@@ -180,13 +186,60 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for name in tasks:  # Before the seconds that torch takes to load.
         find_task(name)
-    results = _evaluate_model(args, tasks, limit) if args.samples is None else _score_samples(args, tasks, limit)
-    print(format_results(results, RunFolder(args.output).summary.results))
     from deepseek_model_cards.report.report import write_report
 
+    if len(args.models) > 1:
+        return _evaluate_several(args, tasks, limit)
+    results = _score_samples(args, tasks, limit) if args.samples else _evaluate_model(args, tasks, limit)
+    print(format_results(results, RunFolder(args.output).summary.results))
     report = write_report(args.output, Path(args.output) / "report.html", with_items=True)
     print(f"\nWritten to {args.output}: results.json, samples_<task>.jsonl and {report.name}")
     return 0
+
+
+def _evaluate_several(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> int:
+    """Score one model after another into folders below the output, and print the joint table."""
+    from deepseek_cli.run_table import format_table
+    from deepseek_model_cards.report.report import write_report
+    from deepseek_records.loading import resolve_checkpoint
+
+    for model in args.models:  # before the first is scored
+        resolve_checkpoint(model)
+    output = Path(args.output)
+    if (output / "recipe.yaml").exists():
+        raise FileExistsError(f"output: {output} holds a run, expected a folder for several; pass another --output")
+    folders = [output / name for name in name_models(args.models)]
+    for folder in folders:
+        if RunFolder(folder).is_finished and not args.overwrite:
+            raise FileExistsError(
+                f"output: {folder} holds a finished run; pass --overwrite, or only the other models, and set all side "
+                "by side with --table"
+            )
+    for model, folder in zip(args.models, folders, strict=True):
+        one = argparse.Namespace(**{**vars(args), "models": [model], "output": str(folder)})
+        _evaluate_model(one, tasks, limit)
+        write_report(folder, folder / "report.html", with_items=True)
+    print(format_table(folders))
+    print("\nWritten to each: results.json, samples_<task>.jsonl and report.html")
+    return 0
+
+
+def name_models(models: Sequence[str]) -> list[str]:
+    """Return a folder name for each model: the last part of its path, numbered where two would be equal.
+
+    Args:
+        models: As the user names them; the ``model`` of a run folder is called by the run.
+    """
+    names: list[str] = []
+    for model in models:
+        path = Path(model).expanduser().resolve()
+        name = path.parent.name if path.name == "model" and path.parent.name else path.name or "model"
+        number = 2
+        unique = name
+        while unique in names:
+            unique, number = f"{name}-{number}", number + 1
+        names.append(unique)
+    return names
 
 
 # Options without effect where no model is run, and those that a comparison has no use for either.
@@ -222,7 +275,7 @@ def _evaluate_model(args: argparse.Namespace, tasks: list[str], limit: int | dic
     from deepseek_eval.harness import evaluate_model
 
     options = {name: vars(args)[name] for name in (*_OF_MODELS, "output", "overwrite", "allow_weak_sandbox")}
-    return evaluate_model(args.model, tasks=tasks, limit=limit, data_path=parse_data(args.data), **options)
+    return evaluate_model(args.models[0], tasks=tasks, limit=limit, data_path=parse_data(args.data), **options)
 
 
 def format_results(results: dict[str, Any], rows: Sequence[Result]) -> str:
