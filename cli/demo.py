@@ -176,7 +176,7 @@ def _close(root: Path, size: Size) -> list[str]:
     print(summary_table(root))
     print("\nA model of this size is at chance; its benchmark scores show that the harness runs, not what it knows:")
     for row in RunFolder(root / "evaluate").summary.results:
-        error = "none" if row.stderr is None else f"{row.stderr:.3f}"  # None: one question a subject.
+        error = "none" if row.stderr is None else f"{row.stderr:.3f}"  # None: one question per subject.
         score = f"{row.value:.3f} (standard error {error}, n {row.n})"
         print(f"  {row.dataset} {row.metric}: {score}, {compare_to_chance(row)}")
     print(f"\nmodel card  {card}\nreport      {report}\nmodel       {root / 'align' / 'model'}")

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fixed-experts",
         type=int,
         metavar="N",
-        help="gguf: export a dynamic number of experts a token at this fixed one, and print the measured difference",
+        help="gguf: export a dynamic number of experts per token at this fixed one, and print the measured difference",
     )
 
 

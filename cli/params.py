@@ -153,7 +153,7 @@ def format_count(name: str, count: Any, context_length: int) -> str:
         count: A `ParameterCount`.
         context_length: Tokens in the context.
     """
-    lines = [f"{name}: {count.mean_experts_per_tok:g} routed experts a token", ""]
+    lines = [f"{name}: {count.mean_experts_per_tok:g} routed experts per token", ""]
     lines.append(f"{'part':<20}{'parameters':>18}{'share':>9}{'active per token':>20}")
     for part, number in count.parts.items():
         lines.append(f"{part:<20}{number:>18,}{number / count.total:>9.2%}{round(count.active_parts[part]):>20,}")

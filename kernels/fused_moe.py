@@ -6,7 +6,7 @@ calls; without a compiler the functions behind them are called directly. What is
 input, the pre-activation of each row, and integers: 2H + 4KI bytes per token in bf16, where transformers' grouped_mm
 keeps K(4H + 8I).
 
-T tokens, K slots a token, S = T*K rows, H hidden, I expert width, E experts.
+T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts.
 """
 
 from collections.abc import Callable, Sequence

@@ -73,12 +73,12 @@ class DeepseekConfig(DeepseekV3Config):
         topk_method: How groups of experts are chosen among `n_group`: ``"noaux_tc"`` by their two best experts, bias
             included (DeepSeek-V3); ``"group_limited_greedy"`` by the best one (DeepSeek-V2); ``"greedy"``: there is
             one group (V2-Lite).
-        num_experts_per_tok: At most this many routed experts a token (article: 12).
+        num_experts_per_tok: At most this many routed experts per token (article: 12).
         min_experts_per_tok: At least this many (article: 8). None means as many as `num_experts_per_tok`.
         expert_top_p: Experts of a token are kept, best first, until their share of its `num_experts_per_tok` best
             reaches this, in (0, 1]. Held fixed if given without a target; otherwise where steering starts.
-        target_experts_per_tok: Mean number of experts a token that a PI controller holds by steering p. None, with no
-            `expert_top_p` either, means halfway between the two bounds.
+        target_experts_per_tok: Mean number of experts per token that a PI controller holds by steering p. None,
+            with no `expert_top_p` either, means halfway between the two bounds.
         router_key_dim: None for the linear gate; a number for attention of the token's query over learned expert
             keys of this width.
         router_bias_update_speed: Step of the aux-loss-free balancing bias (DeepSeek-V3: 0.001), applied by
@@ -205,7 +205,7 @@ class DeepseekConfig(DeepseekV3Config):
 
     @property
     def mean_experts_target(self) -> float | None:
-        """The mean number of experts a token that p is steered to; None where p is fixed or unused."""
+        """The mean number of experts per token that p is steered to; None where p is fixed or unused."""
         if not self.has_dynamic_experts:
             return None
         if self.target_experts_per_tok is None and self.expert_top_p is None:

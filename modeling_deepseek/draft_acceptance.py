@@ -41,7 +41,7 @@ class DraftCounts:
         """Return one line for a person."""
         return (
             f"{self.num_accepted} of {self.num_drafted} drafted tokens accepted ({self.acceptance_rate:.0%}), "
-            f"{self.tokens_per_pass:.2f} tokens a pass"
+            f"{self.tokens_per_pass:.2f} tokens per pass"
         )
 
 

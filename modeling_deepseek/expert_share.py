@@ -77,7 +77,7 @@ class ExpertShareController(nn.Module):
         """Move p once.
 
         Args:
-            mean_experts: Mean number of experts a token since the last step, padding left out.
+            mean_experts: Mean number of experts per token since the last step, padding left out.
         """
         if self.target is None:
             return

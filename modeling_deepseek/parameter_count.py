@@ -38,7 +38,7 @@ class ParameterCount:
         attention_flops_per_position: Multiply-adds twice over, per token and per earlier position attended to.
         has_tied_head: The head is the embedding table.
         num_head_uses: 1, and 1 more for each multi-token prediction layer.
-        mean_experts_per_tok: Routed experts a token that the active counts assume.
+        mean_experts_per_tok: Routed experts per token that the active counts assume.
     """
 
     parts: dict[str, int]
@@ -79,7 +79,7 @@ def count_parameters(config: DeepseekConfig, mean_experts_per_tok: float | None 
 
     Args:
         config: The configuration.
-        mean_experts_per_tok: Routed experts a token to assume; None: `num_experts_per_tok`, the most there can be.
+        mean_experts_per_tok: Routed experts per token to assume; None: `num_experts_per_tok`, the most there can be.
 
     Returns:
         The counts.

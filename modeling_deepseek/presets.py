@@ -1,8 +1,8 @@
 """The named model sizes, as overrides of `DeepseekConfig`'s defaults.
 
 `DeepseekConfig.from_preset` reads this table. The two large ones follow the article: a linear gate with softmax over
-the chosen experts, 8 to 12 of 128 experts a token, LayerNorm, dropout 0.1. All balance their experts, for without it a
-router trained from scratch collapses onto a few of them. The two small ones are shaped for a CPU and
+the chosen experts, 8 to 12 of 128 experts per token, LayerNorm, dropout 0.1. All balance their experts, for without
+it a router trained from scratch collapses onto a few of them. The two small ones are shaped for a CPU and
 take their vocabulary from the tokenizer that comes with them: pass ``vocab_size``.
 """
 
@@ -20,7 +20,7 @@ _ARTICLE: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # 154.1e9 parameters, 24.2 % of them active at 12 experts a token (counted on the meta device by a test).
+    # 154.1e9 parameters, 24.2 % of them active at 12 experts per token (counted on the meta device by a test).
     "154b": {
         **_ARTICLE,
         "hidden_size": 7168,

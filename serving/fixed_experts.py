@@ -1,4 +1,4 @@
-"""What a fixed number of experts a token changes in a model that was trained with a dynamic one.
+"""What a fixed number of experts per token changes in a model that was trained with a dynamic one.
 
 llama.cpp, vLLM and SGLang take one number for the whole model. `deepseek-moe export --fixed-experts` prints this
 measurement beside the file it writes, so that the price of the export is known before it is served.
@@ -38,7 +38,7 @@ class FixedExpertsDifference:
 
     def __str__(self) -> str:
         return (
-            f"at {self.num_experts} experts a token instead of a dynamic number: mean KL {self.mean_kl:.2g} nats a "
+            f"at {self.num_experts} experts per token instead of a dynamic number: mean KL {self.mean_kl:.2g} nats a "
             f"token, same likeliest next token on {self.argmax_agreement:.1%} of {self.num_tokens} tokens, largest "
             f"logit difference {self.max_logit_difference:.2g}"
         )
@@ -46,7 +46,7 @@ class FixedExpertsDifference:
 
 @torch.no_grad()
 def measure_fixed_experts(model_path: str | Path, num_experts: int, text: str = PROBE) -> FixedExpertsDifference:
-    """Return how far the model at a fixed number of experts a token is from the model as trained.
+    """Return how far the model at a fixed number of experts per token is from the model as trained.
 
     Args:
         model_path: A checkpoint of ours with its tokenizer.

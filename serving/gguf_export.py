@@ -99,7 +99,7 @@ def export_gguf(model_path: str | Path, output: str | Path, *, fixed_experts: in
         model_path: A folder with ``config.json``, ``*.safetensors`` and ``tokenizer.json``, in the official per-expert
             names.
         output: The file to write; it must not exist. A folder gets ``model.gguf``.
-        fixed_experts: Export a model with a dynamic number of experts a token at this fixed number instead.
+        fixed_experts: Export a model with a dynamic number of experts per token at this fixed number instead.
 
     Returns:
         The file. Weights keep their type (fp32, bf16 or fp16); norms and the router are fp32.
@@ -153,14 +153,14 @@ def _target(output: Path) -> Path:
 
 
 def _fixed_number(config: dict[str, Any], fixed_experts: int | None) -> int:
-    """The number of experts a token in the file, refusing to fix a dynamic one unasked."""
+    """The number of experts per token in the file, refusing to fix a dynamic one unasked."""
     most = config["num_experts_per_tok"]
     least = config.get("min_experts_per_tok") or most
     if fixed_experts is None:
         if least < most:
             raise ValueError(
                 f"min_experts_per_tok={least} below num_experts_per_tok={most}: llama.cpp takes one fixed number of "
-                "experts a token; pass it with --fixed-experts, and see the difference it makes"
+                "experts per token; pass it with --fixed-experts, and see the difference it makes"
             )
         return most
     if not 1 <= fixed_experts <= config["n_routed_experts"]:
@@ -176,7 +176,7 @@ def write_settings(writer: Any, config: dict[str, Any], num_experts: int) -> Non
     Args:
         writer: A `gguf.GGUFWriter`.
         config: The configuration as in ``config.json``.
-        num_experts: Routed experts a token.
+        num_experts: Routed experts per token.
     """
     from gguf import ExpertGatingFuncType
 

@@ -157,7 +157,7 @@ def run_attacks(reward: Callable[..., list[float]], cases: list[Case], answers: 
         attacks = make_attacks(case, answers, rng)
         completions = [case.answer, *attacks.values()]
         prompts = [case.prompt] * len(completions)
-        # one completion a call: in one batch the honest answer would count as a copy of the attack that quotes it
+        # one completion per call: in one batch the honest answer would count as a copy of the attack that quotes it
         scores = [
             reward(prompts=[p], completions=[c], is_evaluation=True)[0]
             for p, c in zip(prompts, completions, strict=True)

@@ -159,7 +159,7 @@ def format_table(table: dict[str, dict[str, Any]]) -> str:
     num_seeds = len(table[first]["differences"])
     seeds = f"its {num_seeds} seeds" if num_seeds > 1 else "its seed"
     lines = [
-        f"| experts a token | mean k, held-out | bits per byte | against {first}, paired | {seeds} | "
+        f"| experts per token | mean k, held-out | bits per byte | against {first}, paired | {seeds} | "
         "active parameters | step time |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]

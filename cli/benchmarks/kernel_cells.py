@@ -3,7 +3,7 @@
 ``kernel_benchmark`` runs the cells. Unused slots carry the expert that was chosen before, so that those
 who cannot skip a slot do what transformers' own models make them do, and `mask_unused` marks them for the others.
 
-T tokens, K slots a token, H hidden, I expert width, E experts.
+T tokens, K slots per token, H hidden, I expert width, E experts.
 """
 
 from dataclasses import dataclass

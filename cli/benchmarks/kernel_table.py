@@ -197,7 +197,7 @@ def compute_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _format_rows(title: str, rows: list[dict[str, Any]], told: set[tuple[str, str]]) -> str:
-    """One cell's table; why somebody is missing is said once a run for each reason.
+    """One cell's table; why somebody is missing is said once per run for each reason.
 
     Args:
         title: The shape.

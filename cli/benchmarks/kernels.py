@@ -6,7 +6,7 @@ tile, against a loop in float32: an implementation that computes something else 
 ``forward`` is timed without gradients, as in inference, while ``backward`` is the second part of the step that
 ``forward+backward`` is the whole of.
 
-T tokens, K slots a token, H hidden, I expert width, E experts.
+T tokens, K slots per token, H hidden, I expert width, E experts.
 """
 
 import functools

@@ -29,7 +29,7 @@ from deepseek_training.data.tokenizer import train_tokenizer
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
-SHAPES = {  # prompts an update, tokens of a completion, tokens of the shortest and of the longest prompt
+SHAPES = {  # prompts per update, tokens of a completion, tokens of the shortest and of the longest prompt
     "short prompts": (16, 40, 8, 40),
     "long prompts": (8, 24, 32, 160),
 }

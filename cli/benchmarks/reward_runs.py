@@ -1,6 +1,6 @@
 """One short training under a reward, by PPO, GRPO or RLOO, and what its policy then says to held-out prompts.
 
-`reward_learning` compares them. All methods play as many completions an update and take as many
+`reward_learning` compares them. All methods play as many completions per update and take as many
 optimizer steps; what differs is the trainer. Whatever a policy is trained on, it is measured by the same
 gauges, the guarded and the naive sum among them, so that a hack shows as one rising while the other falls.
 """
@@ -144,7 +144,7 @@ def build_group_trainer(
     prompts: Any,
     num_generations: int = 8,
 ) -> Any:
-    """Return TRL's GRPO or RLOO trainer with as many completions and optimizer steps an update as PPO.
+    """Return TRL's GRPO or RLOO trainer with as many completions and optimizer steps per update as PPO.
 
     Args:
         engine: ``grpo`` or ``rloo``.
@@ -220,7 +220,7 @@ def measure_policy(
 def _complete(
     policy: Any, reference: Any, tokenizer: Any, prompt_ids: list[list[int]], recipe: AlignRecipe
 ) -> dict[str, Any]:
-    """One completion a prompt, its KL from the reference in nats, and its length in tokens."""
+    """One completion per prompt, its KL from the reference in nats, and its length in tokens."""
     columns: dict[str, list[Any]] = {"completion": [], "kl": [], "length_tokens": []}
     for start in range(0, len(prompt_ids), recipe.batch_size):
         batch = tokenizer.pad(

@@ -71,7 +71,7 @@ def plan_prompts(
         loaded: Model and tokenizer.
         items: The problems.
         settings: How many samples, how long.
-        batch_size: At most this many prompts a batch.
+        batch_size: At most this many prompts per batch.
 
     Raises:
         ValueError: The context leaves no room for a prompt.

@@ -35,7 +35,7 @@ class EncodedItem:
 
     Args:
         item: The question.
-        token_ids: The prompt, already cut to the context. Four bytes a token, where a list's take thirty: all
+        token_ids: The prompt, already cut to the context. Four bytes per token, where a list's take thirty: all
             questions are encoded before the first is asked, so that batches can be planned.
         choice_ids: The token of each answer.
         is_truncated: Whether the prompt lost tokens.

@@ -52,7 +52,7 @@ def check_folder(source: str | Path | None, holds: str) -> None:
 
 
 def read_rows(names: str | Sequence[str], source: str | Path | None = None, *, where: str = "") -> Iterator[Row]:
-    """Yield the rows of one file of JSON Lines, CSV or plain text (a line a row, as ``text``).
+    """Yield the rows of one file of JSON Lines, CSV or plain text (a line per row, as ``text``).
 
     Args:
         names: The file's name without suffix; several where others call it otherwise.

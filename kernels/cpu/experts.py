@@ -8,7 +8,7 @@ Surprising: the arithmetic is not what costs. A fresh 50 MB buffer costs 15 ms o
 the matrix products it feeds (2 cores of AMD EPYC 9004, 2026-11), hence the one buffer per expert, and for what has
 to be large ``large_buffers``.
 
-T tokens, K slots a token, S = T*K rows, R = rows used, H hidden, I expert width, E experts.
+T tokens, K slots per token, S = T*K rows, R = rows used, H hidden, I expert width, E experts.
 """
 
 from collections.abc import Iterator

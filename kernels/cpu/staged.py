@@ -8,7 +8,7 @@ The weighted sum over a token's rows is an ``embedding_bag``, the fastest gather
 (1.5 ms for 24576 bf16 rows of 512, where gather, multiply and sum take 13; 2 cores of AMD EPYC 9004, 2026-11). Unused
 slots point at a row of zeros behind the last.
 
-T tokens, K slots a token, S = T*K rows, H hidden, I expert width, E experts.
+T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts.
 """
 
 from collections.abc import Iterator

@@ -3,7 +3,7 @@
 A gather by the token, not a scatter by the row: each output element is summed by one program in slot order, so repeat
 runs agree bit for bit and nothing has to be zeroed first.
 
-T tokens, K slots a token, S = T*K rows, H hidden.
+T tokens, K slots per token, S = T*K rows, H hidden.
 """
 
 from typing import Any

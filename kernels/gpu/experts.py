@@ -6,7 +6,7 @@ tests run them. Nothing here asks the device for a value, so a call never waits 
     forward    routing_metadata -> gate_up -> grouped_gemm (down) -> combine with weights
     backward   down_backward -> weight_gradient (down), grouped_gemm -> combine, weight_gradient (gate and up)
 
-T tokens, K slots a token, S = T*K rows, H hidden, I expert width, E experts.
+T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
 """The router after its logits: scores, bias, groups, top-k, normalization and the number of experts, in one kernel.
 
 `fused_router` computes what DeepSeek-V3's router does and what ``modeling_deepseek.routing`` adds to it (softmax
-scores, a varying number of experts a token). As torch operators that is some twenty launches on [T, E] tensors a few
+scores, a varying number of experts per token). As torch operators that is some twenty launches on [T, E] tensors a few
 kilobytes wide; here it is one launch forward and one backward.
 
 A token's unused slots get the index E, which `fused_moe` skips. Ties go to the lower expert, where
 torch.topk promises nothing. On a CPU the plain reference runs: there are no launches to save.
 
-T tokens, K slots a token, E experts.
+T tokens, K slots per token, E experts.
 """
 
 from typing import Any

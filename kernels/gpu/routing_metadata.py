@@ -3,7 +3,7 @@
 Every grouped kernel reads the result. A slot is one (token, choice) pair, number ``t * K + k``; a row is a slot's
 place once the used slots are sorted by expert. Surprising: nothing here depends on the order in which blocks run. Each
 block counts its own slots, a prefix sum over blocks gives it its own stretch of every expert's rows, and within the
-block a slot's rank is the number of earlier slots with the same expert, so the result equals a stable argsort.
+block per slot's rank is the number of earlier slots with the same expert, so the result equals a stable argsort.
 
     ids      [2 0 | 0 9 | 2 0]  E=3, blocks of two, 9 is unused
     counts    e0: 1 1 1   e2: 1 0 1                    count_slots

@@ -30,7 +30,7 @@ def run(*words) -> int:
 def test_gguf_at_a_fixed_number_prints_what_that_changes(dynamic_model, tmp_path, capsys):
     assert run(dynamic_model, tmp_path / "fox.gguf", "--to", "gguf", "--fixed-experts", 2) == 0
     printed = capsys.readouterr().out
-    assert "at 2 experts a token instead of a dynamic number: mean KL" in printed
+    assert "at 2 experts per token instead of a dynamic number: mean KL" in printed
     reader = gguf.GGUFReader(tmp_path / "fox.gguf")
     assert reader.fields["deepseek2.expert_used_count"].contents() == 2
 

@@ -18,7 +18,7 @@ from deepseek_records.run_folder import RunFolder
 
 pytestmark = pytest.mark.xdist_group("harness")
 REFERENCE = Path(__file__).resolve().parent / "reference"
-# One question a subject and three problems: enough for every branch.
+# One question per subject and three problems: enough for every branch.
 SMALL = {"limit": {"mmlu": 1, "humaneval": 3}, "max_new_tokens": 8, "batch_size": 8, "dtype": "float32"}
 
 

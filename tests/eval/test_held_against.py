@@ -33,7 +33,7 @@ def read_lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """All six tasks by the command line, one item a group."""
+    """All six tasks by the command line, one item per group."""
     output = tmp_path_factory.mktemp("runs") / "held"
     arguments = ["--tasks", ",".join(["mmlu", *NAMES]), "--limit", "1", "--max-new-tokens", "4", "--data", PAIRS]
     assert main(["evaluate", str(REFERENCE / "ours"), *arguments, "--dtype", "float32", "--output", str(output)]) == 0

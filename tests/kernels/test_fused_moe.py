@@ -89,7 +89,7 @@ def test_kept_for_backward_is_input_preactivation_and_integers(dtype, either_pat
     router_weights = [t for t in activations if t.data_ptr() == case[4].data_ptr()]
     assert len(router_weights) == 1
     num_bytes = sum(t.numel() * t.element_size() for t in activations) - router_weights[0].numel() * 4
-    # 2H + 4KI bytes a token in bf16.
+    # 2H + 4KI bytes per token in bf16.
     assert num_bytes == T * (H + 2 * K * I) * dtype.itemsize
     integers = sum(t.numel() * t.element_size() for t in kept if not t.is_floating_point())
     assert integers <= 4 * (2 * T * K + 2 * (E + 1) + 4 * 16)

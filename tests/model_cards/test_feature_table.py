@@ -281,7 +281,7 @@ FEATURES = (
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory) -> Case:
-    """A model with a dynamic number of experts a token, so that every feature meets unused slots."""
+    """A model with a dynamic number of experts per token, so that every feature meets unused slots."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("features") / "model"
     config = DeepseekConfig.from_preset("debug", vocab_size=300, initializer_range=0.1)

@@ -215,7 +215,7 @@ def test_training_reaches_every_parameter(cls, config, input_ids, checkpointing)
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert without == []
     still = [name for name, p in model.named_parameters() if not p.grad.any()]
-    # Sequence classification reads one token a row, so the last layer's unreached parts are allowed.
+    # Sequence classification reads one token per row, so the last layer's unreached parts are allowed.
     assert still == [] or cls is DeepseekForSequenceClassification
     if checkpointing is not None:
         model.gradient_checkpointing_disable()

@@ -77,7 +77,7 @@ def build(module, name):
 
 
 def run(experts, forward, dtype):
-    """Output and every gradient under one unused slot a token or so, with router weights of another dtype."""
+    """Output and every gradient under one unused slot per token or so, with router weights of another dtype."""
     generator = torch.Generator().manual_seed(1)
     hidden = experts.down_proj.shape[2 if experts.is_transposed else 1]
     x = torch.randn(9, hidden, generator=generator).to(dtype).requires_grad_()

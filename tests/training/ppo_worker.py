@@ -19,7 +19,7 @@ MAKERS = {"ours": make_ours, "stock": make_stock}
 
 
 def settings_for(num_processes):
-    """8 prompts an update, whoever plays them; completions end early, so that no two halves have the same tokens."""
+    """8 prompts per update, whoever plays them; completions end early, so that no two halves have the same tokens."""
     return dict(
         per_device_train_batch_size=2,
         gradient_accumulation_steps=4 // num_processes,

@@ -76,7 +76,7 @@ def _check_batches(args: PPOConfig) -> None:
     local_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if local_batch % args.num_mini_batches:
         raise ValueError(
-            f"num_mini_batches={args.num_mini_batches}: it must divide the batch of {local_batch} prompts a process"
+            f"num_mini_batches={args.num_mini_batches}: it must divide the batch of {local_batch} prompts per process"
         )
     per_mini_batch = args.gradient_accumulation_steps / args.num_mini_batches
     if per_mini_batch > 1 and not per_mini_batch.is_integer():

@@ -28,7 +28,7 @@ class AlignRecipe(RewardedSettings):
         help="0 trains every weight; above, LoRA of this rank, and the value model shares the policy's frozen weights",
     )
     batch_size: int = setting(64, help="prompts played an update, in each process")
-    num_mini_batches: int = setting(2, help="optimizer steps a pass over the batch; divides batch_size")
+    num_mini_batches: int = setting(2, help="optimizer steps per pass over the batch; divides batch_size")
     num_ppo_epochs: int = setting(2, help="passes over each batch")
     learning_rate: float = setting(1e-4, help="of policy and value model; falls linearly to 0")
     lam: float = setting(0.95, help="lambda of the advantage estimate, in [0, 1]; 1: the whole return")

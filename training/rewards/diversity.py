@@ -8,7 +8,7 @@
     length    = min(1, words / `min_words`)
 
 A product, so that neither buys the other: one word said forty times differs from everything else in the batch, and a
-copy of a neighbor is fine prose. PPO has one completion a prompt, so the batch and the bank stand in for the group
+copy of a neighbor is fine prose. PPO has one completion per prompt, so the batch and the bank stand in for the group
 that GRPO would have. Failure modes: random words are maximally diverse (relevance and the KL term must hold them), and
 a stock phrase that every honest answer shares ("see your doctor") is punished.
 """

@@ -2,7 +2,7 @@
 
 Loaded offline by ``evaluate.load(<this folder>)``; inputs are those of ``code_eval``, so its users' predictions fit.
 
-Formula, for n samples a problem of which c pass: pass@k = 1 - C(n - c, k) / C(n, k), averaged over problems.
+Formula, for n samples per problem of which c pass: pass@k = 1 - C(n - c, k) / C(n, k), averaged over problems.
 """
 
 import logging

@@ -68,7 +68,7 @@ def test_the_table_of_a_debug_size_model(tiny_data, tmp_path, capsys):
     main(["bench", "experts", *command, "--output", str(tmp_path / "runs")])
     lines = capsys.readouterr().out.splitlines()
     found = json.loads((tmp_path / "runs" / "results.json").read_text())
-    assert lines[-6].startswith("| experts a token") and lines[-2].startswith("| 1-3 |")
+    assert lines[-6].startswith("| experts per token") and lines[-2].startswith("| 1-3 |")
     for count, mean in (("1", 1), ("3", 3)):
         assert [row["mean_experts"] for row in found["runs"][count]] == [mean, mean]
         assert [row[f"share_of_tokens_with_{count}_experts"] for row in found["runs"][count]] == [1, 1]

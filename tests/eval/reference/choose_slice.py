@@ -1,4 +1,4 @@
-"""Writes ``slice.json``: ten questions a subject, those whose id has the smallest SHA-256. 570 in all."""
+"""Writes ``slice.json``: ten questions per subject, those whose id has the smallest SHA-256. 570 in all."""
 
 import hashlib
 import json

@@ -18,7 +18,7 @@ REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 
 @pytest.fixture(scope="module")
 def forms() -> dict[str, dict]:
-    """Ten questions a subject in all their forms, by question and form."""
+    """Ten questions per subject in all their forms, by question and form."""
     result: dict[str, dict] = {}
     for item in mmlu_robust.build_items(0, 10, None):
         result.setdefault(item.facts["question"], {})[item.id.partition("#")[2] or "original"] = item

@@ -31,8 +31,8 @@ SHAPES = [
     (7, 3, 384, 64, 32),
     (1, 8, 16, 64, 32),  # decoding
     (5, 64, 64, 64, 32),  # as many slots as there may be
-    (200, 12, 16, 64, 32),  # some rows an expert
-    (3000, 8, 16, 64, 32),  # many rows an expert
+    (200, 12, 16, 64, 32),  # some rows per expert
+    (3000, 8, 16, 64, 32),  # many rows per expert
     (70, 2, 8, 35, 19),  # nothing divisible
     (70, 2, 8, 64, 19),
     (70, 2, 8, 1, 1),

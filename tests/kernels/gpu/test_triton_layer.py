@@ -131,7 +131,7 @@ def test_kept_for_backward_is_input_preactivation_and_integers(dtype):
         fused_moe(*case)
     given = {case[i].data_ptr() for i in (1, 2, 4)}
     activations = [t for t in kept if t.is_floating_point() and t.data_ptr() not in given]
-    # 2H + 4KI bytes a token in bf16.
+    # 2H + 4KI bytes per token in bf16.
     assert sum(t.numel() * t.element_size() for t in activations) == T * (H + 2 * K * I) * dtype.itemsize
     integers = sum(t.numel() * t.element_size() for t in kept if not t.is_floating_point())
     assert integers <= 4 * (2 * T * K + 2 * (E + 1) + 4 * 16)

@@ -24,7 +24,7 @@ def write_lines(path, rows):
 
 @pytest.fixture
 def evaluated(tmp_path):
-    """A run with a multiple-choice task of two subjects and a programming task with two samples a problem."""
+    """A run with a multiple-choice task of two subjects and a programming task with two samples per problem."""
     run = RunFolder.create(tmp_path / "run", {"model": "fox"}, command="evaluate", seed=1)
     shots = {"birds": "About birds.\n" + "Q: shot\nA: B\n" * 8, "wolves": "About wolves.\n" + "Q: shot\nA: C\n" * 8}
     names = [(subject, number) for subject in shots for number in range(25)]

@@ -1,4 +1,4 @@
-"""The number of experts a token while a model trains on real text, through the stock Trainer."""
+"""The number of experts per token while a model trains on real text, through the stock Trainer."""
 
 import pytest
 import torch

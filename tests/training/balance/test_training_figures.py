@@ -172,7 +172,7 @@ def gemma4():
     )  # fmt: skip
 
 
-# By name: the configuration, its model class, experts a token, and the routers; JetMoe's attention has its own.
+# By name: the configuration, its model class, experts per token, and the routers; JetMoe's attention has its own.
 OTHERS = {
     "JetMoe": (jetmoe, "JetMoeForCausalLM", 2, 4),
     "Llama 4": (llama4, "Llama4ForCausalLM", 2, 2),

@@ -64,7 +64,7 @@ def test_a_model_that_is_not_ours_is_adapted(settings, tmp_path):
     tokenizer.save_pretrained(tmp_path / "theirs")
     change = {"model": str(tmp_path / "theirs"), "max_steps": 4, "experts_implementation": "eager"}
     summary = adapt(build_recipe({**settings, **change}, AdaptRecipe), tmp_path / "run")
-    (load,) = summary.tokens_per_expert  # one MoE layer: 2 of 4 experts a token, two steps of 4 x 32 tokens
+    (load,) = summary.tokens_per_expert  # one MoE layer: 2 of 4 experts per token, two steps of 4 x 32 tokens
     assert sum(load) == 2 * 2 * 4 * 32
     DeepseekV3ForCausalLM.from_pretrained(tmp_path / "run" / "model")
 

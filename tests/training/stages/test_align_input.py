@@ -67,7 +67,7 @@ def test_the_reward_sees_prompts_columns_and_completions_alone(tmp_path):
     trainer.train()
     lookup = dict(zip(rows["prompt"], rows["topic"], strict=True))
     for prompts, completions, ids, topics in calls:
-        assert len(prompts) == 4  # once a batch
+        assert len(prompts) == 4  # once per batch
         assert [lookup[prompt] for prompt in prompts] == topics
         decoded = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
         assert completions == decoded

@@ -70,7 +70,7 @@ def test_figures_count_every_routed_token(finished, tiny_settings):
     for row in rows:
         assert len(row["tokens_per_expert"]) == 2  # debug: three layers, the first one dense
         for layer, load in enumerate(row["tokens_per_expert"]):
-            assert tokens * 1 <= sum(load) <= tokens * 3  # 1 to 3 of 8 experts a token
+            assert tokens * 1 <= sum(load) <= tokens * 3  # 1 to 3 of 8 experts per token
             assert row[f"load_imbalance_layer_{layer}"] == pytest.approx(max(load) / (sum(load) / 8))
         routed = sum(map(sum, row["tokens_per_expert"]))
         assert row["mean_experts_per_tok"] == pytest.approx(routed / 2 / tokens)

@@ -58,7 +58,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def settings(tiny_settings):
-    """Eight blocks a step, clipped at each; no dropout, for its draws depend on how the batch is split."""
+    """Eight blocks per step, clipped at each; no dropout, for its draws depend on how the batch is split."""
     model = {"router_bias_update_speed": 0.01, "seq_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
     return {**tiny_settings, "model": model, "batch_size": 8, "max_grad_norm": 0.5}
 
@@ -72,7 +72,7 @@ def alone(settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def launched(settings, tmp_path_factory):
-    """Runs of two processes, two blocks each, two passes a step; each engine's is made once."""
+    """Runs of two processes, two blocks each, two passes per step; each engine's is made once."""
     made = {}
 
     def run(engine):
@@ -165,7 +165,7 @@ def test_a_run_stopped_after_its_last_step_trains_no_further(engine, launched, s
 
 
 def test_split_experts_train_like_whole_ones(settings, tmp_path):
-    """Four experts a process, the number a token uses varying, by fused_moe; transformers cannot resume such a run."""
+    """Four experts per process, the number a token uses varying, by fused_moe; transformers cannot resume it."""
     model = {**settings["model"], "tie_word_embeddings": False}
     settings = {**settings, "model": model, "save_steps": 0}
     pretrain(build_recipe(settings, PretrainRecipe), tmp_path / "alone")
