@@ -96,7 +96,8 @@ def _name_data(task: Task, source: str | Path, items: Sequence[Any]) -> Task:
     else:
         name, origin = source.resolve().name, "own data"
     own = DataSet(name=name, label=name, split="", license=NOT_STATED, source=origin, num_questions=len(base))
-    return replace(task, data=own, label=f"{name} as {task.name}" if task.label else "")
+    figures = tuple(replace(figure, published=()) for figure in task.figures)  # scores on other questions
+    return replace(task, data=own, figures=figures, label=f"{name} as {task.name}" if task.label else "")
 
 
 def _is_original(item: Any) -> bool:

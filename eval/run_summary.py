@@ -50,7 +50,7 @@ def _result_row(task: Task, figure: Figure, scores: Mapping[str, Any]) -> Result
         prompt_style="chat" if scores.get("prompt_style") == "chat" else None,
         harness=HARNESS if task.measures in ("knowledge", "code") else "deepseek-moe",
         benchmark=None if part or task.is_safety else task.data.benchmark,
-        published=figure.published if task.data.benchmark else (),
+        published=figure.published,
         does_not_show=task.does_not_show or None,
     )
 
