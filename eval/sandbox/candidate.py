@@ -67,6 +67,7 @@ class CandidateServer:
         request = reader.read()
         operation, target, arguments, named = request
         table = reader.table
+        reply: tuple[str, Any]
         try:
             if operation == "load":
                 reply = ("value", self._load(*arguments))

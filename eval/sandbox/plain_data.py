@@ -127,7 +127,7 @@ class Writer:
             self._write_sized(b"d", str(value).encode())
         elif kind is Fraction:
             self._write_parts(b"q", (value.numerator, value.denominator), depth)
-        elif kind is type and _TYPES.get(value.__name__) is value:
+        elif kind is type and value in _TYPES.values():
             self._write_sized(b"g", value.__name__.encode())
         elif kind in _VIEWS:
             pairs = value.mapping.copy() if type(value.mapping.copy()) is dict else dict(value.mapping)

@@ -95,8 +95,8 @@ class TextEmbedder:
     @functools.cached_property
     def _rarest(self) -> tuple[float, float]:
         """The greatest rarity of other words and of Han words, 0 where there is none."""
-        marks = np.array([is_han(word) for word in self.words])
-        return tuple(float(self.rarity[marks == is_chinese].max(initial=0.0)) for is_chinese in (False, True))
+        marks = np.array([is_han(word) for word in self.words], bool)
+        return float(self.rarity[~marks].max(initial=0.0)), float(self.rarity[marks].max(initial=0.0))
 
     def find_rows(
         self, text: str, is_known: Callable[[str], bool] = lambda word: True
