@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deepseek_cli.benchmarks.result_files import BenchmarkRun
-from deepseek_kernels.gpu import combine, decode, down_backward, gate_up, grouped_gemm, router, routing_metadata
+from deepseek_kernels.gpu import combine, decode, down_backward, gate_up, grouped_gemm, routing_metadata
 from deepseek_kernels.gpu import weight_gradient as weight_gradient_file
 from deepseek_kernels.gpu.tiles import SAFE, SHIPPED, TARGETS, Tile, Tiles
 from deepseek_kernels.gpu.triton_numerics import LAUNCH
@@ -174,7 +174,7 @@ def _by_pointer(tiles: Tiles, dtype: torch.dtype) -> Iterator[Compilation]:
 
 
 def small_kernels(dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
-    """Yield the kernels without tiles of their own: metadata, combine, decode, router.
+    """Yield the kernels without tiles of their own: metadata, combine, decode.
 
     Args:
         dtype: Of the activations.
@@ -195,8 +195,6 @@ def small_kernels(dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
         (combine.combine_kernel, combine_constants),
         (decode.decode_gate_up_kernel, {**decode_settings, **experts, **decode_constants}),
         (decode.decode_down_kernel, decode_constants),
-        (router.router_kernel, router.example_constants(NUM_EXPERTS)),
-        (router.router_backward_kernel, router.example_backward_constants(NUM_EXPERTS)),
     ):
         yield Compilation(function.__name__.removesuffix("_kernel"), "", False, function, constants, warps)
 

@@ -1,10 +1,8 @@
-"""The layer and the router at 200 random shapes each, forward and backward, against float64.
+"""The layer at 200 random shapes, forward and backward, against float64.
 
 Plain pytest fuzzes the CPU path; in a process started with TRITON_INTERPRET=1 (``test_in_interpreter.py`` starts it),
 or on a GPU, the same cases run through the Triton kernels.
 """
-
-import os
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from moe_cases import NAMES, assert_close, in_float64, make_case
 from deepseek_kernels.fused_moe import fused_moe, fused_moe_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RUNS_TRITON = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ("any", "some_unused", "empty_experts", "one_expert", "all_unused", "skewed", "every_expert")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
@@ -74,41 +71,3 @@ def test_layer(seed):
         exact_grad = torch.zeros_like(exact[i]) if exact[i].grad is None else exact[i].grad
         # The router weights' gradient is rounded to their own dtype.
         assert_close(name, case[i].grad, exact_grad, dtype, SLACK)
-
-
-@pytest.mark.skipif(not RUNS_TRITON, reason="on a CPU the router is its own reference")
-@pytest.mark.parametrize("seed", range(200))
-def test_router(seed):
-    from deepseek_kernels.gpu.router import fused_router, fused_router_reference
-
-    dice = Dice(5000 + seed)
-    num_groups, per_group, T = dice.between(1, 6), dice.between(1, 12), dice.between(0, 9)
-    E, topk_groups = num_groups * per_group, dice.between(1, num_groups)
-    top_k = dice.between(1, min(64, topk_groups * per_group))
-    min_k = dice.pick((top_k, dice.between(1, top_k)))
-    logits = 3 * torch.randn(T, E, dtype=torch.float64, generator=dice.generator)
-    bias = torch.randn(E, dtype=torch.float64, generator=dice.generator) / 3
-    share = torch.rand(1, dtype=torch.float64, generator=dice.generator) / 2
-    scoring, normalize, scale = dice.pick(("sigmoid", "softmax")), bool(dice.between(0, 1)), dice.pick((1.0, 2.5))
-    own, plain = (logits.to(device).requires_grad_() for device in (DEVICE, "cpu"))
-    indices, weights = fused_router(
-        own,
-        top_k=top_k,
-        bias=bias.to(DEVICE),
-        num_groups=num_groups,
-        topk_groups=topk_groups,
-        scoring=scoring,
-        normalize=normalize,
-        scale=scale,
-        min_k=min_k,
-        unused_share=share.to(DEVICE),
-    )
-    wanted_indices, wanted = fused_router_reference(
-        plain, bias, share, top_k, min_k, num_groups, topk_groups, scoring, normalize, scale
-    )
-    assert torch.equal(indices.cpu(), wanted_indices)
-    torch.testing.assert_close(weights.cpu(), wanted, rtol=1e-10, atol=1e-12)
-    grad = torch.randn(wanted.shape, dtype=torch.float64, generator=dice.generator)
-    wanted.backward(grad)
-    weights.backward(grad.to(DEVICE))
-    torch.testing.assert_close(own.grad.cpu(), plain.grad, rtol=1e-10, atol=1e-12)

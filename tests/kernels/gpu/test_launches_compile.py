@@ -1,4 +1,4 @@
-"""Every launch of the layer and the router, as it would happen on a GPU that is not here, compiled instead of run.
+"""Every launch of the layer, as it would happen on a GPU that is not here, compiled instead of run.
 
 ``test_compile_check.py`` compiles kernels as told by a table. Here the real host code calls them, with the integers
 and alignments that odd shapes bring: Triton makes another kernel of an argument that is 1 or no multiple of 16.
@@ -15,13 +15,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from deepseek_cli.benchmarks import compile_check
-
-# T, K, E, H, I
+from deepseek_kernels.gpu import combine, tiles
 from deepseek_kernels.gpu import experts as fused_moe_gpu
-
-# T, K, E, H, I
-# T, K, E, H, I
-from deepseek_kernels.gpu import router, tiles
 
 # T, K, E, H, I
 SHAPES = [
@@ -39,7 +34,6 @@ SHAPES = [
     (70, 2, 8, 24, 40),  # by 8, not by 16
     (70, 2, 8, 2048, 768),
 ]
-ROUTERS = [(1, 1, 1, 1), (12, 4, 3, 2), (128, 8, 8, 4), (100, 64, 1, 1), (384, 8, 1, 1)]  # E, K, groups, open groups
 
 
 class AbsentGpu:
@@ -61,7 +55,7 @@ class AbsentGpu:
 @pytest.fixture(params=["sm_80", "sm_90", "sm_100", "gfx942"])
 def launches(request, monkeypatch):
     """Compile every launch for this GPU; the list of (kernel's name, what came of it)."""
-    if JITFunction is not type(router.router_kernel):
+    if JITFunction is not type(combine.combine_kernel):
         pytest.skip("the kernels are interpreted")
     made, target = [], tiles.TARGETS[request.param]
     original = JITFunction.run
@@ -90,7 +84,7 @@ def launches(request, monkeypatch):
 @pytest.fixture
 def compiled_names(monkeypatch):
     """Whatever Triton would compile for an H100, counted instead: a list of kernels' names, one per compilation."""
-    if JITFunction is not type(router.router_kernel):
+    if JITFunction is not type(combine.combine_kernel):
         pytest.skip("the kernels are interpreted")
     made, seen, original = [], set(), JITFunction.run
 
@@ -159,16 +153,3 @@ def test_every_dtype(launches, dtype, shape):
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
 def test_every_activation_and_narrow_indices(launches, activation):
     run_layer((9, 2, 8, 64, 48), torch.bfloat16, torch.int32, activation)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scoring", router.SCORINGS)
-@pytest.mark.parametrize("E,K,groups,open_groups", ROUTERS)
-def test_router(launches, E, K, groups, open_groups, scoring):
-    for dtype in (torch.float32, torch.float64):
-        logits, bias, share = torch.zeros(5, E, dtype=dtype), torch.zeros(E), torch.zeros(1)
-        bias, share = bias.to(dtype), share.to(dtype)
-        for normalize in (True, False):
-            settings = (K, max(1, K // 2), groups, open_groups, scoring, normalize, 2.5)
-            ids, weights = router._router_op(logits, bias, share, *settings)
-            router._router_backward_op(weights, logits, ids, scoring, normalize, 2.5)

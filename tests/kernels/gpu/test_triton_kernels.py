@@ -20,7 +20,6 @@ from deepseek_kernels.gpu import combine as combine_file  # noqa: E402
 from deepseek_kernels.gpu import down_backward as down_backward_file  # noqa: E402
 from deepseek_kernels.gpu import gate_up as gate_up_file  # noqa: E402
 from deepseek_kernels.gpu import grouped_gemm as grouped_gemm_file  # noqa: E402
-from deepseek_kernels.gpu import router  # noqa: E402
 from deepseek_kernels.gpu import weight_gradient as weight_gradient_file  # noqa: E402
 from deepseek_kernels.gpu.routing_metadata import routing_metadata, routing_metadata_reference  # noqa: E402
 from deepseek_kernels.gpu.tiles import INTERPRETED, SAFE  # noqa: E402
@@ -136,54 +135,3 @@ def test_decode(T, H, dtype):
         output = fused_moe(*case)
     wanted = fused_moe_reference(*in_float64(case))
     assert (output.cpu() - wanted).abs().max().item() <= 4 * RMS[dtype] * wanted.abs().max().item() if T else True
-
-
-ROUTERS = {
-    "v3": {"top_k": 4, "num_groups": 3, "topk_groups": 2, "scale": 2.5},
-    "v3_dynamic": {"top_k": 4, "num_groups": 3, "topk_groups": 2, "min_k": 2},
-    "article_dynamic": {"top_k": 5, "scoring": "softmax", "min_k": 1},
-    "softmax_unnormalised": {"top_k": 3, "scoring": "softmax", "normalize": False},
-    "every_expert": {"top_k": 12, "normalize": False},
-    "groups_of_one": {"top_k": 2, "num_groups": 12, "topk_groups": 3},
-}
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_router(name):
-    settings = {
-        "min_k": None,
-        "num_groups": 1,
-        "topk_groups": 1,
-        "scoring": "sigmoid",
-        "normalize": True,
-        "scale": 1.0,
-    }
-    settings.update(ROUTERS[name])
-    generator = torch.Generator().manual_seed(0)
-    logits, grad = (torch.randn(9, n, dtype=torch.float64, generator=generator) for n in (12, settings["top_k"]))
-    bias = torch.randn(12, dtype=torch.float64, generator=generator) / 3
-    share = torch.tensor([0.4], dtype=torch.float64)
-    results = []
-    for function in (router.fused_router, router.fused_router_reference):
-        leaf = logits.to(DEVICE).detach().requires_grad_()
-        kwargs = {**settings, "bias": bias.to(DEVICE), "unused_share": share.to(DEVICE)}
-        if function is router.fused_router:
-            kwargs["unused_share"] = kwargs["unused_share"] if settings["min_k"] else None
-        elif not settings["min_k"]:
-            kwargs["min_k"] = settings["top_k"]
-        indices, weights = function(leaf, **kwargs)
-        weights.backward(grad.to(DEVICE))
-        results.append((indices, weights.detach(), leaf.grad))
-    assert torch.equal(results[0][0], results[1][0])
-    close(results[0][1], results[1][1])
-    close(results[0][2], results[1][2])
-    is_unused = results[0][0] == 12
-    assert is_unused.any() == (settings["min_k"] is not None)
-    assert (results[0][1][is_unused] == 0).all()
-
-
-def test_router_gradcheck():
-    logits = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    for scoring, normalize in (("sigmoid", True), ("softmax", True), ("softmax", False)):
-        function = lambda x, s=scoring, n=normalize: router.fused_router(x, top_k=2, scoring=s, normalize=n)[1]  # noqa: E731
-        assert torch.autograd.gradcheck(function, (logits.requires_grad_(),))
