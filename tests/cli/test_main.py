@@ -80,7 +80,7 @@ def pretrain_arguments(tmp_path, *more: str) -> list[str]:
         (["--data", "nowhere.txt"], "nowhere.txt"),
         (["--learning-rate", "fast"], "learning_rate"),
         (["--model", "{num_experts_per_tok: 99}"], "num_experts_per_tok: got 99, expected"),
-        (["--model", "{num_experts_per_tok: 2, min_experts_per_tok: 3}"], "min_experts_per_tok: 3"),
+        (["--model", "{num_experts_per_tok: 2, min_experts_per_tok: 3}"], "min_experts_per_tok: got 3"),
         (["--model", "{num_expert_per_tok: 2}"], "did you mean num_experts_per_tok"),
         (["--sequence-length", "4096"], "max_position_embeddings"),
         (["--preset", "huge"], "154b"),

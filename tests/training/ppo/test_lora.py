@@ -9,7 +9,8 @@ from ppo_parts import losses, make_models, make_ours, make_prompts, mended
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from deepseek_training.ppo.checkpoint import last_checkpoint
-from deepseek_training.ppo.value import LoraValueModel, merged, shared_value_model, without_adapter
+from deepseek_training.ppo.value import LoraValueModel, shared_value_model, without_adapter
+from deepseek_training.trainer.lora import merged
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 SETTINGS = dict(total_episodes=16, save_strategy="steps", save_steps=2, logging_steps=1)

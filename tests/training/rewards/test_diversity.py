@@ -74,5 +74,5 @@ def test_its_state_survives():
     reward([""], ["Some words, here!"])
     other.load_state_dict(reward.state_dict())
     assert other.bank == reward.bank
-    with pytest.raises(ValueError, match="bank_size=-1"):
+    with pytest.raises(ValueError, match="got -1, 8"):
         Diversity(bank_size=-1)

@@ -1,7 +1,6 @@
 """The align stage: the run folder it leaves, taking up an interrupted run, and its one-line errors."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -96,17 +95,17 @@ def test_an_interrupted_run_ends_like_a_whole_one(policy_path, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_updates": 0}, "num_updates=0"),
+        ({"num_updates": 0}, "num_updates: got 0"),
         ({"response_length": 0}, "response_length: got 0, expected 1 or more"),
         ({"kl_coef": -0.1}, "kl_coef: got -0.1, expected 0 or more"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"lam": 2.0}, "lam: got 2.0, expected 0 to 1"),
-        ({"lora_rank": -1}, "lora_rank=-1"),
+        ({"lora_rank": -1}, "lora_rank: got -1"),
         ({"lora_rank": 2, "value_model": "x"}, "value_model=x: with lora_rank=2"),
         ({"weights": [0.7, -0.2, 0.1]}, "none may be negative"),
         ({"weights": [0.0, 0.0, 0.0]}, "sum must be above 0"),
         ({"num_mini_batches": 3}, "must divide batch_size=8"),
-        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": 0.0}, "temperature: got 0.0"),
         ({"prompt_template": "Question:"}, "must hold {prompt}"),
         ({"max_prompt_tokens": 3}, "longer than max_prompt_tokens=3"),
         ({"response_length": 4000}, "longer than the model's context"),
@@ -128,15 +127,6 @@ def test_a_missing_model_is_one_line_and_leaves_nothing(policy_path, tmp_path):
             align(make_recipe(policy_path, **{name: str(tmp_path / "nowhere")}), tmp_path / "run")
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "run").exists()
-
-
-def test_a_tokenizer_without_pad_token_is_one_line(policy_path, tmp_path):
-    shutil.copytree(policy_path, tmp_path / "policy")
-    tokenizer = AutoTokenizer.from_pretrained(policy_path)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(tmp_path / "policy")
-    with pytest.raises(ValueError, match="tokenizer: it has no pad token"):
-        align(make_recipe(tmp_path / "policy"), tmp_path / "run")
 
 
 def test_the_shipped_recipes_load():

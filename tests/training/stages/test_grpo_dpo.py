@@ -149,7 +149,7 @@ def test_a_dry_run_writes_nothing(policy_path, pairs, tmp_path, capsys, command)
 
 def test_what_grpo_cannot_use(policy_path, tmp_path, capsys):
     for more, message in (
-        (["--num-generations", "1"], "num_generations=1"),
+        (["--num-generations", "1"], "num_generations: got 1"),
         (["--num-generations", "3"], "expected a multiple of 3"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
     ):

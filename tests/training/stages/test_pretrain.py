@@ -178,5 +178,11 @@ def test_trackio_is_used_where_it_is_installed(tiny_settings, monkeypatch):
     for found in (None, object()):
         monkeypatch.setattr(run_start.importlib.util, "find_spec", lambda name, found=found: found)
         assert run_start.choose_trackers(recipe) == (["trackio"] if found else [])
-    named = build_recipe({**tiny_settings, "report_to": ["wandb"]}, PretrainRecipe)
-    assert run_start.choose_trackers(named) == ["wandb"]
+    monkeypatch.setattr(run_start, "get_available_reporting_integrations", lambda: ["mlflow"])
+    for name, is_taken in (("mlflow", True), ("wandb", False)):
+        named = build_recipe({**tiny_settings, "report_to": [name]}, PretrainRecipe)
+        if is_taken:
+            assert run_start.choose_trackers(named) == [name]
+            continue
+        with pytest.raises(ValueError, match=r"report_to: got 'wandb', expected .*\(mlflow\)"):
+            run_start.choose_trackers(named)
