@@ -2,7 +2,7 @@
 
 import argparse
 
-from deepseek_cli.stage_command import add_run_arguments, close_with_targets
+from deepseek_cli.stage_command import add_run_arguments, close_with_targets, print_gain
 
 HELP = "Align a model with PPO under 0.7 relevance + 0.2 safety + 0.1 diversity."
 EXAMPLES = """
@@ -24,8 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Align and print the gain."""
-    from accelerate import PartialState
-
     from deepseek_training.recipes.loading import collect_overrides, load_recipe
     from deepseek_training.stages.align import AlignRecipe, align
 
@@ -33,9 +31,5 @@ def run(args: argparse.Namespace) -> int:
     summary = align(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
     if summary is None:
         return 0
-    gain = summary.gain
-    if PartialState().is_main_process and gain is not None:
-        error = f"paired standard error {gain.stderr_paired:.4f}"
-        print(f"held-out reward {gain.value:+.4f} ({error}, n {gain.n})")
-        print(f"model in {args.output}/model after {summary.seconds:.0f} s")
+    print_gain(args, summary)
     return close_with_targets(args, summary.missed)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from deepseek_cli.stage_command import add_run_arguments, close_with_targets
+from deepseek_cli.stage_command import add_run_arguments, close_with_targets, print_gain
 
 HELP = "Align a model with GRPO, by TRL's GRPOTrainer, under the same rewards as align."
 EXAMPLES = """
@@ -27,15 +27,10 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, GrpoRecipe, collect_overrides(args))
 
-    from accelerate import PartialState
-
     from deepseek_training.stages.grpo import grpo
 
     summary = grpo(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
     if summary is None:
         return 0
-    gain = summary.gain
-    if PartialState().is_main_process and gain is not None:
-        print(f"held-out reward {gain.value:+.4f} (paired standard error {gain.stderr_paired:.4f}, n {gain.n})")
-        print(f"model in {args.output}/model after {summary.seconds:.0f} s")
+    print_gain(args, summary)
     return close_with_targets(args, summary.missed)

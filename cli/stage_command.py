@@ -1,11 +1,15 @@
-"""What the commands that train share: the options of a run, and the exit code of a missed target."""
+"""What the commands that train share: options, the line on the reward, and the exit code of a missed target."""
 
 import argparse
 import os
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from deepseek_records.exit_codes import DONE, MISSED
+
+if TYPE_CHECKING:
+    from deepseek_records.summary import Summary
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, output: str | None = None) -> None:
@@ -22,6 +26,21 @@ def add_run_arguments(parser: argparse.ArgumentParser, output: str | None = None
         action="store_true",
         help="print what would happen, what it needs and how long it takes, and write nothing",
     )
+
+
+def print_gain(args: argparse.Namespace, summary: "Summary") -> None:
+    """Print, once for all processes, how the held-out reward changed and where the model is.
+
+    Args:
+        args: The parsed options.
+        summary: Of a stage that trains under a reward.
+    """
+    from accelerate import PartialState
+
+    gain = summary.gain
+    if PartialState().is_main_process and gain is not None:
+        print(f"held-out reward {gain.value:+.4f} (paired standard error {gain.stderr_paired:.4f}, n {gain.n})")
+        print(f"model in {args.output}/model after {summary.seconds:.0f} s")
 
 
 def close_with_targets(args: argparse.Namespace, missed: Iterable[str]) -> int:

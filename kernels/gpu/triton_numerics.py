@@ -35,12 +35,6 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 @triton.jit
-def widen(x, ACC: tl.constexpr):
-    """`x` in the accumulator's type."""
-    return x.to(ACC)
-
-
-@triton.jit
 def multiply(left, right, accumulated, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """``accumulated + left @ right`` in the accumulator's type."""
     if INTERPRETED:
