@@ -19,6 +19,7 @@ from deepseek_kernels.activations import apply_activation, canonical_activation
 from deepseek_kernels.cpu import decode
 from deepseek_kernels.cpu import experts as fused_moe_cpu
 from deepseek_kernels.gpu.device_guard import on_device_of
+from deepseek_kernels.slot_order import SlotOrder
 
 try:
     from deepseek_kernels.gpu import experts as fused_moe_gpu
@@ -28,7 +29,6 @@ except ImportError:  # no Triton on this system; the CPU path needs none
     IS_INTERPRETED = False
 
 MAX_SLOTS = 64
-_ALIGNED_INTS = 16
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _NAMES = ("hidden_states", "gate_up_proj", "down_proj", "topk_indices", "topk_weights")
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -174,25 +174,6 @@ def _runs_triton(tensor: Tensor) -> bool:
     return fused_moe_gpu is not None and (tensor.is_cuda or IS_INTERPRETED)
 
 
-def _metadata_sizes(num_rows: int, num_experts: int) -> list[int]:
-    """Lengths of the four integer lists kept in one tensor, each padded so that the next begins aligned."""
-    return [-(-n // _ALIGNED_INTS) * _ALIGNED_INTS for n in (num_rows, num_rows, num_experts + 1, num_experts + 1)]
-
-
-def _pack(metadata: Sequence[Tensor], num_rows: int, num_experts: int, like: Tensor) -> Tensor:
-    packed = torch.zeros(sum(_metadata_sizes(num_rows, num_experts)), dtype=torch.int32, device=like.device)
-    pieces = packed.split(_metadata_sizes(num_rows, num_experts))
-    for piece, source in zip(pieces, metadata, strict=False):
-        piece[: source.numel()].copy_(source)
-    return packed
-
-
-def _unpack(packed: Tensor, num_rows: int, num_experts: int) -> list[Tensor]:
-    pieces = packed.split(_metadata_sizes(num_rows, num_experts))
-    lengths = (num_rows, num_rows, num_experts + 1, num_experts + 1)
-    return [piece[:length] for piece, length in zip(pieces, lengths, strict=True)]
-
-
 def _forward(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -201,29 +182,33 @@ def _forward(
     topk_weights: Tensor,
     activation: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows, num_experts = topk_indices.numel(), gate_up_proj.shape[0]
-    dtype, lists = hidden_states.dtype, ()
+) -> tuple[Tensor, Tensor, SlotOrder | None]:
+    """Return the output and, for the backward pass, the pre-activation and the order of its rows."""
+    num_rows, num_experts, dtype = topk_indices.numel(), gate_up_proj.shape[0], hidden_states.dtype
     inputs = (hidden_states, gate_up_proj.to(dtype), down_proj.to(dtype))
     if _runs_triton(hidden_states):
         with on_device_of(hidden_states):
-            output, preactivation, m = fused_moe_gpu.forward(*inputs, topk_indices, topk_weights, activation, keep)
-        if keep:  # Without, few tokens are decoded, and nothing is sorted.
-            lists = (m.row_slot, m.slot_row, m.expert_start, m.tile_start)
-    else:
-        routing = fused_moe_cpu.route(topk_indices, num_experts) if keep or num_rows > decode.MAX_ROWS else None
-        if num_rows <= decode.MAX_ROWS:
-            row_slot = routing.row_slot if keep else None
-            output, preactivation = decode.forward(*inputs, topk_indices, topk_weights, activation, row_slot)
-        else:
-            output, preactivation = fused_moe_cpu.forward(*inputs, routing, topk_weights, activation, keep)
-        if keep:  # The CPU path needs no inverse order; counts take the place of the starts.
-            lists = (routing.row_slot, routing.row_slot[:0], routing.counts)
-    packed = _pack(lists, num_rows, num_experts, topk_indices) if keep else topk_indices.new_empty(0).int()
-    return output, preactivation, packed
+            return fused_moe_gpu.forward(*inputs, topk_indices, topk_weights, activation, keep)
+    order = fused_moe_cpu.route(topk_indices, num_experts) if keep or num_rows > decode.MAX_ROWS else None
+    if num_rows <= decode.MAX_ROWS:
+        row_slot = order.row_slot if keep else None
+        return *decode.forward(*inputs, topk_indices, topk_weights, activation, row_slot), order
+    return *fused_moe_cpu.forward(*inputs, order, topk_weights, activation, keep), order
 
 
-_forward_op = torch.library.custom_op("deepseek_kernels::fused_moe", _forward, mutates_args=())
+@torch.library.custom_op("deepseek_kernels::fused_moe", mutates_args=())
+def _forward_op(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_indices: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    operands = (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights)
+    output, preactivation, order = _forward(*operands, activation, keep)
+    return output, preactivation, *(order.tensors() if keep else SlotOrder.none_like(topk_indices))
 
 
 @_forward_op.register_fake
@@ -236,13 +221,10 @@ def _(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    num_rows, width = topk_indices.numel(), down_proj.shape[2]
-    num_integers = sum(_metadata_sizes(num_rows, gate_up_proj.shape[0])) if keep else 0
-    return (
-        torch.empty_like(hidden_states),
-        hidden_states.new_empty(num_rows if keep else 0, 2 * width),
-        topk_indices.new_empty(num_integers, dtype=torch.int32),
-    )
+    num_rows, (num_experts, twice_width, _) = topk_indices.numel(), gate_up_proj.shape
+    preactivation = hidden_states.new_empty(num_rows if keep else 0, twice_width)
+    order = SlotOrder.empty_like(topk_indices, num_rows, num_experts).tensors()
+    return torch.empty_like(hidden_states), preactivation, *(order if keep else SlotOrder.none_like(topk_indices))
 
 
 @torch.library.custom_op("deepseek_kernels::fused_moe_backward", mutates_args=())
@@ -251,25 +233,23 @@ def _backward_op(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    packed: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    expert_start: Tensor,
     topk_weights: Tensor,
     preactivation: Tensor,
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_experts, dtype = gate_up_proj.shape[0], hidden_states.dtype
-    lists = _unpack(packed, topk_weights.numel(), num_experts)
-    if _runs_triton(hidden_states):
-        module, metadata = fused_moe_gpu, fused_moe_gpu.RoutingMetadata(*lists)
-    else:
-        module, metadata = fused_moe_cpu, fused_moe_cpu.Routing(lists[0], lists[2][:num_experts])
+    dtype = hidden_states.dtype
+    module = fused_moe_gpu if _runs_triton(hidden_states) else fused_moe_cpu
     with on_device_of(hidden_states):
         grad_x, grad_gate_up, grad_down, grad_weights = module.backward(
             grad_output,
             hidden_states,
             gate_up_proj.to(dtype),
             down_proj.to(dtype),
-            metadata,
+            SlotOrder(row_slot, slot_row, expert_start),
             topk_weights,
             preactivation,
             activation,
@@ -284,7 +264,9 @@ def _(
     x: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    packed: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    expert_start: Tensor,
     weights: Tensor,
     preactivation: Tensor,
     activation: str,
@@ -296,10 +278,10 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_states, gate_up_proj, down_proj, _, topk_weights, activation, keep = inputs
-    _, preactivation, packed = output
+    _, preactivation, *order = output
     ctx.set_materialize_grads(False)
     if keep:
-        ctx.save_for_backward(hidden_states, gate_up_proj, down_proj, packed, topk_weights, preactivation)
+        ctx.save_for_backward(hidden_states, gate_up_proj, down_proj, *order, topk_weights, preactivation)
         ctx.activation = activation
 
 
@@ -319,8 +301,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output, preactivation, packed = _forward(*inputs, keep=True)
-        _setup_context(ctx, (*inputs, True), (output, preactivation, packed))
+        output, preactivation, order = _forward(*inputs, keep=True)
+        _setup_context(ctx, (*inputs, True), (output, preactivation, *order.tensors()))
         return output
 
     @staticmethod

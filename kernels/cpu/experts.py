@@ -12,7 +12,6 @@ T tokens, K slots per token, S = T*K rows, R = rows used, H hidden, I expert wid
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,23 +19,11 @@ from torch import Tensor
 from deepseek_kernels.activations import activation_backward_into, activation_into
 from deepseek_kernels.cpu import large_buffers, staged
 from deepseek_kernels.cpu.products import accumulation_dtype, linear, outer_into
+from deepseek_kernels.slot_order import SlotOrder
 
 
-@dataclass
-class Routing:
-    """Which rows each expert gets.
-
-    Attributes:
-        row_slot: Flat slot ``t * K + k`` of each row, rows sorted by expert; unused slots at the end. [S] int32.
-        counts: Rows per expert. [E] int32.
-    """
-
-    row_slot: Tensor
-    counts: Tensor
-
-
-def route(topk_indices: Tensor, num_experts: int) -> Routing:
-    """Sort the slots by expert, keeping their order within one expert.
+def route(topk_indices: Tensor, num_experts: int) -> SlotOrder:
+    """Sort the slots by expert, keeping their order within one expert; unused ones follow behind.
 
     Args:
         topk_indices: [T, K]; at or above `num_experts` means unused.
@@ -49,15 +36,21 @@ def route(topk_indices: Tensor, num_experts: int) -> Routing:
     if experts.numel() and int(experts.min()) < 0:
         raise ValueError(f"topk_indices: got {int(experts.min())}, expected 0 or more (E or more means unused)")
     experts = experts.clamp(max=num_experts)
-    counts = torch.bincount(experts, minlength=num_experts + 1)[:num_experts]
-    return Routing(experts.argsort(stable=True).to(torch.int32), counts.to(torch.int32))
+    num_slots = experts.numel()
+    row_slot = experts.argsort(stable=True)
+    slot_row = torch.empty(num_slots, dtype=torch.int32)
+    slot_row[row_slot] = torch.arange(num_slots, dtype=torch.int32)
+    expert_start = torch.zeros(num_experts + 1, dtype=torch.int32)
+    expert_start[1:] = torch.bincount(experts, minlength=num_experts)[:num_experts].cumsum(0)
+    slot_row[experts == num_experts] = -1
+    return SlotOrder(row_slot.to(torch.int32), slot_row, expert_start)
 
 
 def forward(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    routing: Routing,
+    order: SlotOrder,
     topk_weights: Tensor,
     activation: str,
     keep_preactivation: bool,
@@ -68,7 +61,7 @@ def forward(
         hidden_states: [T, H].
         gate_up_proj: [E, 2I, H].
         down_proj: [E, H, I].
-        routing: From `route`.
+        order: From `route`.
         topk_weights: [T, K].
         activation: Canonical name.
         keep_preactivation: Whether the second result is wanted; else it is empty.
@@ -76,24 +69,24 @@ def forward(
     Returns:
         Output [T, H] and pre-activation [S, 2I], of which the rows of unused slots are never written.
     """
-    num_rows, num_slots = routing.row_slot.numel(), topk_weights.shape[1]
+    num_rows, num_slots = order.row_slot.numel(), topk_weights.shape[1]
     width, hidden = down_proj.shape[2], down_proj.shape[1]
     dtype, accumulate = hidden_states.dtype, accumulation_dtype(hidden_states.dtype)
-    counts = routing.counts.tolist()
+    counts = order.counts()
     if staged.is_small(num_rows, hidden, width, dtype) and num_rows:
         return staged.forward(
             hidden_states,
             gate_up_proj,
             down_proj,
-            routing.row_slot,
+            order,
             counts,
             topk_weights,
             activation,
             keep_preactivation,
         )
     most = max(counts)
-    row_token = routing.row_slot // num_slots
-    row_weight = topk_weights.reshape(-1)[routing.row_slot].to(accumulate).unsqueeze(1)
+    row_token = order.row_slot // num_slots
+    row_weight = topk_weights.reshape(-1)[order.row_slot].to(accumulate).unsqueeze(1)
 
     output = torch.zeros(hidden_states.shape, dtype=accumulate)
     kept = large_buffers.empty(num_rows if keep_preactivation else 0, 2 * width, dtype=dtype)
@@ -115,7 +108,7 @@ def backward(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    routing: Routing,
+    order: SlotOrder,
     topk_weights: Tensor,
     preactivation: Tensor,
     activation: str,
@@ -128,7 +121,7 @@ def backward(
         hidden_states: [T, H].
         gate_up_proj: [E, 2I, H].
         down_proj: [E, H, I].
-        routing: As in `forward`.
+        order: As in `forward`.
         topk_weights: [T, K].
         preactivation: Second result of `forward`.
         activation: Canonical name.
@@ -137,8 +130,8 @@ def backward(
     needs_x, needs_gate_up, needs_down, needs_weights = needs
     num_slots, width, hidden = topk_weights.shape[1], down_proj.shape[2], down_proj.shape[1]
     dtype, accumulate = hidden_states.dtype, accumulation_dtype(hidden_states.dtype)
-    counts = routing.counts.tolist()
-    num_rows = routing.row_slot.numel()
+    counts = order.counts()
+    num_rows = order.row_slot.numel()
     grad_gate_up = _empty_gradient(gate_up_proj, counts, needs_gate_up)
     grad_down = _empty_gradient(down_proj, counts, needs_down)
     if staged.is_small(num_rows, hidden, width, dtype) and num_rows:
@@ -147,7 +140,7 @@ def backward(
             hidden_states,
             gate_up_proj,
             down_proj,
-            routing.row_slot,
+            order,
             counts,
             topk_weights,
             preactivation,
@@ -156,10 +149,10 @@ def backward(
             needs,
         )
         grad_x = hidden_states.new_empty(0) if grad_x is None else grad_x
-        return grad_x, grad_gate_up, grad_down, _by_slot(grad_row_weight, routing, topk_weights, needs_weights)
+        return grad_x, grad_gate_up, grad_down, _by_slot(grad_row_weight, order, topk_weights, needs_weights)
     most = max(counts)
-    row_token = routing.row_slot // num_slots
-    row_weight = topk_weights.reshape(-1)[routing.row_slot].to(accumulate).unsqueeze(1)
+    row_token = order.row_slot // num_slots
+    row_weight = topk_weights.reshape(-1)[order.row_slot].to(accumulate).unsqueeze(1)
 
     grad_x = torch.zeros(hidden_states.shape if needs_x else (0,), dtype=accumulate)
     grad_row_weight = torch.zeros(row_weight.shape[0] if needs_weights else 0, dtype=accumulate)
@@ -192,7 +185,7 @@ def backward(
         if needs_gate_up:
             x_e = torch.index_select(hidden_states, 0, tokens, out=gathered[:count])
             outer_into(grad_h_e, x_e, grad_gate_up[expert])
-    return grad_x.to(dtype), grad_gate_up, grad_down, _by_slot(grad_row_weight, routing, topk_weights, needs_weights)
+    return grad_x.to(dtype), grad_gate_up, grad_down, _by_slot(grad_row_weight, order, topk_weights, needs_weights)
 
 
 def _experts(counts: list[int], row_token: Tensor, row_weight: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
@@ -226,10 +219,10 @@ def _empty_gradient(weights: Tensor, counts: list[int], is_needed: bool) -> Tens
     return gradient
 
 
-def _by_slot(grad_row_weight: Tensor, routing: Routing, topk_weights: Tensor, is_needed: bool) -> Tensor:
+def _by_slot(grad_row_weight: Tensor, order: SlotOrder, topk_weights: Tensor, is_needed: bool) -> Tensor:
     """The router weights' gradient in slot order; zero at unused slots."""
     if not is_needed:
         return topk_weights.new_empty(0)
     gradient = torch.zeros(topk_weights.numel(), dtype=topk_weights.dtype)
-    gradient[routing.row_slot[: grad_row_weight.numel()]] = grad_row_weight.to(topk_weights.dtype)
+    gradient[order.row_slot[: grad_row_weight.numel()]] = grad_row_weight.to(topk_weights.dtype)
     return gradient.view(topk_weights.shape)

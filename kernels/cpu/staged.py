@@ -20,6 +20,7 @@ from torch import Tensor
 from deepseek_kernels.activations import activation_backward_into, activation_into
 from deepseek_kernels.cpu import large_buffers
 from deepseek_kernels.cpu.products import accumulation_dtype, linear_into, matmul_into, outer_into
+from deepseek_kernels.slot_order import SlotOrder
 
 MAX_BYTES = 48 * 2**20
 
@@ -40,7 +41,7 @@ def forward(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    row_slot: Tensor,
+    order: SlotOrder,
     counts: list[int],
     topk_weights: Tensor,
     activation: str,
@@ -52,7 +53,7 @@ def forward(
         hidden_states: [T, H].
         gate_up_proj: [E, 2I, H].
         down_proj: [E, H, I].
-        row_slot: [S].
+        order: The slots sorted by expert.
         counts: Rows per expert.
         topk_weights: [T, K].
         activation: Canonical name.
@@ -60,9 +61,9 @@ def forward(
     """
     (num_tokens, num_slots), used = topk_weights.shape, sum(counts)
     width, hidden, dtype = down_proj.shape[2], down_proj.shape[1], hidden_states.dtype
-    slots = row_slot[:used]
+    slots = order.row_slot[:used]
     x = _gathered(hidden_states, slots // num_slots)
-    h = large_buffers.empty(row_slot.numel(), 2 * width, dtype=dtype)
+    h = large_buffers.empty(order.row_slot.numel(), 2 * width, dtype=dtype)
     for expert, start, end in _stretches(counts):
         linear_into(x[start:end], gate_up_proj[expert], h[start:end])
     a = _gated(h[:used], topk_weights.reshape(-1)[slots], activation)
@@ -70,7 +71,7 @@ def forward(
     y[used].zero_()
     for expert, start, end in _stretches(counts):
         linear_into(a[start:end], down_proj[expert], y[start:end])
-    output = _summed(y, row_slot, used, num_tokens, num_slots)
+    output = _summed(y, order.slot_row, used, num_tokens, num_slots)
     return output, h if keep_preactivation else h.new_empty(0, 2 * width)
 
 
@@ -79,7 +80,7 @@ def backward(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    row_slot: Tensor,
+    order: SlotOrder,
     counts: list[int],
     topk_weights: Tensor,
     preactivation: Tensor,
@@ -94,7 +95,7 @@ def backward(
         hidden_states: [T, H].
         gate_up_proj: [E, 2I, H].
         down_proj: [E, H, I].
-        row_slot: [S].
+        order: The slots sorted by expert.
         counts: Rows per expert.
         topk_weights: [T, K].
         preactivation: From `forward`.
@@ -106,7 +107,7 @@ def backward(
     (num_tokens, num_slots), used = topk_weights.shape, sum(counts)
     width, hidden, dtype = down_proj.shape[2], down_proj.shape[1], hidden_states.dtype
     accumulate = accumulation_dtype(dtype)
-    slots = row_slot[:used]
+    slots = order.row_slot[:used]
     tokens = slots // num_slots
     weight = topk_weights.reshape(-1)[slots].to(accumulate).unsqueeze(1)
 
@@ -142,7 +143,7 @@ def backward(
     rows[used].zero_()
     for expert, start, end in _stretches(counts):
         matmul_into(grad_h[start:end], gate_up_proj[expert], rows[start:end])
-    return _summed(rows, row_slot, used, num_tokens, num_slots), grad_row_weight
+    return _summed(rows, order.slot_row, used, num_tokens, num_slots), grad_row_weight
 
 
 def _stretches(counts: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -168,10 +169,8 @@ def _gated(h: Tensor, weight: Tensor, activation: str) -> Tensor:
     return a.mul_(up).mul_(weight.to(accumulate).unsqueeze(1)).to(h.dtype)
 
 
-def _summed(rows: Tensor, row_slot: Tensor, used: int, num_tokens: int, num_slots: int) -> Tensor:
+def _summed(rows: Tensor, slot_row: Tensor, used: int, num_tokens: int, num_slots: int) -> Tensor:
     """Sum each token's rows; unused slots take the row of zeros at `used`."""
-    slot_row = torch.empty_like(row_slot)
-    slot_row[row_slot] = torch.arange(row_slot.numel(), dtype=row_slot.dtype)
-    if used < row_slot.numel():
-        slot_row.clamp_(max=used)
+    if used < slot_row.numel():
+        slot_row = slot_row.masked_fill(slot_row < 0, used)
     return F.embedding_bag(slot_row.view(num_tokens, num_slots), rows, mode="sum")

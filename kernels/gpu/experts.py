@@ -9,8 +9,6 @@ tests run them. Nothing here asks the device for a value, so a call never waits 
 T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts.
 """
 
-import dataclasses
-
 from torch import Tensor
 
 from deepseek_kernels.gpu.combine import combine
@@ -21,6 +19,7 @@ from deepseek_kernels.gpu.grouped_gemm import grouped_gemm
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, routing_metadata, tiles_of
 from deepseek_kernels.gpu.tiles import Tiles, choose_tiles, row_bucket
 from deepseek_kernels.gpu.weight_gradient import weight_gradient
+from deepseek_kernels.slot_order import SlotOrder
 
 
 def forward(
@@ -67,7 +66,7 @@ def backward(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    metadata: RoutingMetadata,
+    order: SlotOrder,
     topk_weights: Tensor,
     preactivation: Tensor,
     activation: str,
@@ -80,7 +79,7 @@ def backward(
         hidden_states: [T, H].
         gate_up_proj: [E, 2I, H].
         down_proj: [E, H, I].
-        metadata: As in `forward`.
+        order: As in `forward`.
         topk_weights: [T, K].
         preactivation: Second result of `forward`.
         activation: Canonical name.
@@ -88,9 +87,9 @@ def backward(
     """
     needs_x, needs_gate_up, needs_down, needs_weights = needs
     num_slots = topk_weights.shape[1]
-    tiles = tiles_for(hidden_states, down_proj, metadata.row_slot.numel())
+    tiles = tiles_for(hidden_states, down_proj, order.row_slot.numel())
     # Tuning may have changed the tiles since the forward pass.
-    metadata = dataclasses.replace(metadata, tile_start=tiles_of(metadata.expert_start, tiles.block_m))
+    metadata = RoutingMetadata(*order.tensors(), tiles_of(order.expert_start, tiles.block_m))
     grad_h, scaled, grad_row_weight = down_backward(
         grad_output, down_proj, preactivation, topk_weights, metadata, activation, tiles.down_backward
     )

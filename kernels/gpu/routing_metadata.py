@@ -20,25 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek_kernels.gpu.triton_numerics import LAUNCH
+from deepseek_kernels.slot_order import SlotOrder
 
 SLOT_BLOCK = 128
 PREFIX_BLOCK = 1024
 
 
 @dataclass
-class RoutingMetadata:
-    """The sorted order of the slots.
+class RoutingMetadata(SlotOrder):
+    """The sorted order of the slots, and where each expert's tiles begin.
 
     Attributes:
-        row_slot: Slot of each row; beyond the used rows undefined. [S] int32.
-        slot_row: Row of each slot, -1 if the slot is unused. [S] int32.
-        expert_start: First row of each expert, then the number of used rows. [E + 1] int32.
         tile_start: First tile of `block_m` rows of each expert, then the number of tiles. [E + 1] int32.
     """
 
-    row_slot: Tensor
-    slot_row: Tensor
-    expert_start: Tensor
     tile_start: Tensor
 
 
@@ -69,9 +64,8 @@ def routing_metadata(topk_indices: Tensor, num_experts: int, block_m: int) -> Ro
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     block_first, totals = integers(num_blocks, bins), integers(bins)
-    metadata = RoutingMetadata(
-        integers(num_slots), integers(num_slots), integers(num_experts + 1), integers(num_experts + 1)
-    )
+    order = SlotOrder.empty_like(topk_indices, num_slots, num_experts)
+    metadata = RoutingMetadata(*order.tensors(), integers(num_experts + 1))
     count_slots_kernel[(num_blocks,)](topk_indices, block_first, num_slots, num_experts, bins, SLOT_BLOCK, **LAUNCH)
     sum_blocks_kernel[(num_experts,)](block_first, totals, num_blocks, bins, PREFIX_BLOCK, **LAUNCH)
     sum_experts_kernel[(1,)](
