@@ -3,6 +3,7 @@
 #   make demo       the whole path at small size, offline, into runs/demo
 #   make test       the default tests (under 8 minutes on two cores)
 #   make test-all   also the tests marked slow, and the site
+#   make test-versions  parts of the tests under other versions (dev/versions.yaml; ONLY=row: one of them)
 #   make lint       ruff (rules and format) and mypy (every signature)
 #   make docs       the pages as a site, in build/site
 #   make claims     measure the registered figures again (ONLY=id: one of them)
@@ -22,7 +23,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test test-all check lint style claims docs bench clean
+.PHONY: setup demo test test-all test-versions check lint style claims docs bench clean
 
 setup: $(VENV)/installed
 
@@ -47,6 +48,9 @@ test: setup
 
 test-all: setup docs
 	@$(OFFLINE) $(PYTEST) -m "not gpu and not network"
+
+test-versions: setup
+	@$(BIN)/python dev/versions.py $(if $(ONLY),--only $(ONLY))
 
 $(VENV)/docs: $(VENV)/installed
 	@echo "Installing what the pages' site needs"
