@@ -1,5 +1,6 @@
-"""The PPO trainer under its documented name; it lives in ``deepseek_training.ppo.trainer``."""
+"""The PPO trainer and its settings under their documented names; they live in ``deepseek_training.ppo``."""
 
+from deepseek_training.ppo.settings import PPOConfig
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 
-__all__ = ["CorrectedPPOTrainer"]
+__all__ = ["CorrectedPPOTrainer", "PPOConfig"]

@@ -17,15 +17,16 @@ import warnings
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging
-from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from deepseek_cli.benchmarks.result_files import BenchmarkRun
 from deepseek_training.data.texts import load_texts
 from deepseek_training.data.tokenizer import train_tokenizer
+from deepseek_training.ppo.settings import PPOConfig
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
@@ -74,7 +75,7 @@ def build_trainers(
     lengths = torch.randint(shortest, longest + 1, (4 * batch_size,), generator=generator)
     rows = [torch.randint(8, len(tokenizer), (int(n),), generator=generator).tolist() for n in lengths]
     trainers = {}
-    for name, trainer_class in (("stock", PPOTrainer), ("ours", CorrectedPPOTrainer)):
+    for name, trainer_class in (("stock", _stock_class()), ("ours", CorrectedPPOTrainer)):
         args = PPOConfig(
             output_dir=folder,
             per_device_train_batch_size=batch_size // 2,  # one pass a mini-batch, which stock counts right
@@ -106,6 +107,14 @@ def build_trainers(
         trainers[name] = trainer_class(**parts, **reward, ref_model=None)
         trainers[name].remove_callback(PrinterCallback)
     return trainers
+
+
+def _stock_class() -> Any:
+    try:
+        from trl.experimental.ppo import PPOTrainer
+    except ImportError as error:
+        raise ValueError(f"trl: got {trl.__version__}, expected 1.12, the last with a PPO to compare with") from error
+    return PPOTrainer
 
 
 def compare(shape: tuple[int, int, int, int], tokenizer: PreTrainedTokenizerBase, num_rounds: int) -> dict[str, Any]:
@@ -150,13 +159,14 @@ def run(args: argparse.Namespace) -> int:
         args: The options of ``deepseek-moe bench ppo``.
 
     Raises:
-        ValueError: There are fewer than two rounds, of which no quartiles could be taken.
+        ValueError: There are fewer than two rounds, of which no quartiles could be taken, or TRL has no PPO.
     """
     if args.rounds < 2:
         raise ValueError(f"rounds: got {args.rounds}, expected at least 2")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()  # each generation would repeat one on TRL's behalf
     settings = {"rounds": args.rounds, "num_threads": torch.get_num_threads()}
+    _stock_class()
     bench = BenchmarkRun("ppo", args.output, settings, overwrite=args.overwrite)
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"]
     print(lines[0])

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from trl.experimental.ppo import PPOConfig
 
 from deepseek_training.launch.plan import (
     Plan,
@@ -20,6 +19,7 @@ from deepseek_training.launch.plan import (
     training_bytes,
 )
 from deepseek_training.launch.step_time import is_timeable, random_batch, time_passes
+from deepseek_training.ppo.settings import PPOConfig
 from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.recipes.grpo import GrpoRecipe
 

@@ -8,13 +8,13 @@ from accelerate import PartialState
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
-from trl.experimental.ppo import PPOConfig
 from trl.rewards import get_repetition_penalty_reward
 
 from deepseek_records.loading import load_model
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.launch.plan import load_or_outline
 from deepseek_training.ppo.kl_control import KlControl
+from deepseek_training.ppo.settings import PPOConfig
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.recipes.rewarded import RewardedSettings

@@ -8,6 +8,7 @@ complete (`trainer/checkpoints.py`) is written last, so a folder whose writing w
 checkpoints are deleted only after that.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,16 +22,26 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
-from trl.experimental.ppo import PPOConfig
-from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 
 from deepseek_records.run_folder import write_json
 from deepseek_training.ppo.reward_adapter import load_reward_state, reward_state
+from deepseek_training.ppo.settings import PPOConfig
 from deepseek_training.trainer.checkpoints import is_complete, load_weights, mark_complete, step_of
 
 VALUE_FOLDER = "value_model"
 REFERENCE_FOLDER = "reference"
 STATE_FILE = "ppo_state.json"
+
+
+@dataclasses.dataclass
+class PPOState(TrainerState):
+    """`Trainer`'s state, and how many completions were learned from.
+
+    Attributes:
+        episode: Completions so far, in all processes.
+    """
+
+    episode: int = 0
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -112,7 +123,7 @@ class PPOCheckpoints:
             self._saved_reference = folder / REFERENCE_FOLDER
         optimizer.load_state_dict(torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
         lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
-        saved = OnlineTrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        saved = PPOState.load_from_json(str(folder / TRAINER_STATE_NAME))
         for name in ("global_step", "episode", "epoch", "log_history"):
             setattr(state, name, getattr(saved, name))
         load_reward_state(self.reward_model, reward_states[self.accelerator.process_index])

@@ -14,7 +14,6 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.utils import is_rich_available
-from trl.experimental.ppo.ppo_trainer import print_rich_table
 
 from deepseek_training.ppo.player import Player
 from deepseek_training.ppo.reward_adapter import RewardError, raise_together
@@ -118,12 +117,22 @@ def show_samples(prompts: list[str], columns: dict[str, list[Any]], report_to: l
     """
     table = pd.DataFrame({"query": prompts, "model response": columns["completion"], "score": columns["reward"]})
     if is_rich_available():
-        print_rich_table(table.iloc[:5])
+        _print_table(table.iloc[:5])
     if "wandb" in report_to:
         import wandb
 
         if wandb.run is not None:
             wandb.log({"completions": wandb.Table(dataframe=table)})
+
+
+def _print_table(rows: pd.DataFrame) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows.columns, show_lines=True)
+    for _, row in rows.iterrows():
+        table.add_row(*row.astype(str))
+    Console().print(table)
 
 
 def standard_error(values: Sequence[float]) -> float:

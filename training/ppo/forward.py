@@ -12,14 +12,38 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl.experimental.ppo.ppo_trainer import PolicyAndValueWrapper
-from trl.trainer.utils import selective_log_softmax
 
 NO_TOKEN = -1  # padding: an id no tokenizer has
 
 
-class PolicyAndValue(PolicyAndValueWrapper):
-    """Policy and value model as the one module that accelerate wraps."""
+class PolicyAndValue(nn.Module):
+    """Policy and value model as the one module that accelerate wraps.
+
+    Args:
+        policy: A causal language model.
+        value_model: A sequence classifier with one label.
+    """
+
+    def __init__(self, policy: nn.Module, value_model: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value_model = value_model
+        self.config = policy.config
+        self.is_gradient_checkpointing = policy.is_gradient_checkpointing
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute the policy's activations again, after a generation.
+
+        Args:
+            kwargs: As transformers takes them.
+        """
+        self.policy.gradient_checkpointing_enable(**kwargs)
+        self.is_gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the policy's activations, during a generation."""
+        self.policy.gradient_checkpointing_disable()
+        self.is_gradient_checkpointing = False
 
     def forward(
         self, query_responses: torch.Tensor, context_length: int
@@ -70,7 +94,18 @@ def response_logprobs(
         temperature: Divides the logits.
     """
     logits = _policy_output(model, query_responses, context_length)[1].float()
-    return selective_log_softmax(logits / (temperature + 1e-7), query_responses[:, context_length:].clamp(min=0))
+    return token_logprobs(logits / (temperature + 1e-7), query_responses[:, context_length:].clamp(min=0))
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities of tokens, [B, T].
+
+    Args:
+        logits: [B, T, V] in fp32.
+        token_ids: [B, T].
+    """
+    log_totals = torch.stack([row.logsumexp(-1) for row in logits])  # row by row holds less memory
+    return logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - log_totals
 
 
 def response_values(value_model: nn.Module, query_responses: torch.Tensor, context_length: int) -> torch.Tensor:
@@ -86,6 +121,27 @@ def response_values(value_model: nn.Module, query_responses: torch.Tensor, conte
     hidden_states = backbone(**inputs, output_hidden_states=True).hidden_states[-1]
     count = query_responses.shape[1] - context_length + 1
     return value_model.score(hidden_states[:, -count:-1]).squeeze(-1).float()
+
+
+def reward_model_scores(reward_model: nn.Module, query_responses: torch.Tensor, context_length: int) -> torch.Tensor:
+    """Return [B] scores of a reward model as TRL takes it, read at each completion's last token.
+
+    Args:
+        reward_model: A sequence classifier with one label, or a module of that form.
+        query_responses: [B, P + T].
+        context_length: P.
+    """
+    mask = query_responses != NO_TOKEN
+    hidden_states = getattr(reward_model, reward_model.base_model_prefix)(
+        input_ids=query_responses.masked_fill(~mask, 0),
+        attention_mask=mask,
+        position_ids=mask.cumsum(1) - mask.long(),
+        return_dict=True,
+        output_hidden_states=True,
+        use_cache=False,
+    ).hidden_states[-1]
+    last = context_length + mask[:, context_length:].sum(1) - 1
+    return reward_model.score(hidden_states)[torch.arange(len(mask), device=mask.device), last].squeeze(-1)
 
 
 def _policy_output(model: nn.Module, query_responses: torch.Tensor, context_length: int) -> tuple[Any, ...]:

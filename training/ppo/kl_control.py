@@ -8,7 +8,8 @@ resumed training goes on with the same weight.
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl.experimental.ppo import PPOConfig
+
+from deepseek_training.ppo.settings import PPOConfig
 
 _MOST_ERROR = 0.2
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from trl.experimental.ppo import PPOConfig
 
 from deepseek_training.ppo.forward import NO_TOKEN
 from deepseek_training.ppo.rollout import Rollout
+from deepseek_training.ppo.settings import PPOConfig
 from deepseek_training.ppo.stopwatch import Stopwatch
 from deepseek_training.ppo.update import DEVIATION, Targets
 

@@ -13,13 +13,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerState
-from trl.experimental.ppo import PPOConfig
-from trl.experimental.utils import get_reward
 from trl.models.utils import unwrap_model_for_generation
 
-from deepseek_training.ppo.forward import NO_TOKEN, response_logprobs, response_values, router_logits_off
+from deepseek_training.ppo.forward import (
+    NO_TOKEN,
+    response_logprobs,
+    response_values,
+    reward_model_scores,
+    router_logits_off,
+)
 from deepseek_training.ppo.reward_adapter import RewardAdapter, RewardError
 from deepseek_training.ppo.rollout import Rollout, mask_beyond_end, sample
+from deepseek_training.ppo.settings import PPOConfig
 from deepseek_training.ppo.stopwatch import Stopwatch
 
 
@@ -165,7 +170,7 @@ class Player:
         ids = [row[row != NO_TOKEN].tolist() for row in query_responses[:, context_length:]]
         step = f"step {self.state.global_step + 1}"
         if not isinstance(self.reward_model, RewardAdapter):
-            _, scores, _ = get_reward(self.reward_model, query_responses, NO_TOKEN, context_length)
+            scores = reward_model_scores(self.reward_model, query_responses, context_length)
             if not torch.isfinite(scores).all():
                 raise RewardError(f"{step}: the reward model's scores are not finite")
             return scores.float(), self.tokenizer.batch_decode(ids, skip_special_tokens=True)

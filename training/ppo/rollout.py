@@ -1,8 +1,8 @@
 """A batch of completions: how prompts are padded, completions sampled, and what is kept about them.
 
 `player.py` fills a `Rollout`, `update.py` learns from it. TRL tells padding from text by comparing token ids, which
-hides every eos when pad and eos are one token. Here padding is `NO_TOKEN`, an id that no tokenizer has. TRL's own
-functions work with it: under the mask they replace padding by token 0 before the model sees it.
+hides every eos when pad and eos are one token. Here padding is `NO_TOKEN`, an id that no tokenizer has;
+under the mask it becomes token 0 before a model sees it.
 """
 
 import dataclasses
@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig
-from trl.experimental.ppo.ppo_trainer import INVALID_LOGPROB, batch_generation, truncate_response
-from trl.experimental.utils import first_true_indices
-from trl.trainer.utils import selective_log_softmax
 
-from deepseek_training.ppo.forward import NO_TOKEN
+from deepseek_training.ppo.forward import NO_TOKEN, token_logprobs
+
+INVALID_LOGPROB = 1.0  # stands where there is no token, as in TRL
 
 
 @dataclasses.dataclass
@@ -86,20 +85,40 @@ def sample(
         batch_size: Prompts generated at a time.
         stop_token_id: Where a completion ends; what follows becomes `NO_TOKEN`.
     """
-    context_length = queries.shape[1]
-    query_responses, logits = batch_generation(policy, queries, batch_size, NO_TOKEN, config)
-    responses = query_responses[:, context_length:]
-    logprobs = selective_log_softmax(logits, responses.clamp(min=0))
-    if stop_token_id is not None:
-        responses = truncate_response(stop_token_id, NO_TOKEN, responses)
-    return torch.cat([queries, responses], 1), logprobs
+    responses, logprobs = [], []
+    for part in queries.split(batch_size):
+        mask = part != NO_TOKEN
+        output = policy.generate(
+            input_ids=part.masked_fill(~mask, 0),
+            attention_mask=mask,
+            generation_config=config,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        ids = output.sequences[:, part.shape[1] :]
+        logprobs.append(token_logprobs(torch.stack(output.scores, 1), ids))
+        if stop_token_id is not None:
+            ids = ids.masked_fill(_behind_first(ids == stop_token_id), NO_TOKEN)
+        responses.append(ids)
+    return torch.cat([queries, _stack(responses, NO_TOKEN)], 1), _stack(logprobs, INVALID_LOGPROB)
+
+
+def _behind_first(is_stop: torch.Tensor) -> torch.Tensor:
+    """[B, T] whether a position lies behind the first True of its row."""
+    return is_stop.cumsum(1) - is_stop.long() > 0
+
+
+def _stack(parts: list[torch.Tensor], fill: float) -> torch.Tensor:
+    """[B, T] of parts with fewer columns each, filled up on the right."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
 
 
 def mask_beyond_end(
     responses: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, values: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Return the padding masks and the three tensors with padding filled in, as TRL fills it."""
-    last = first_true_indices(responses == NO_TOKEN).unsqueeze(1) - 1
+    last = (responses != NO_TOKEN).sum(1, keepdim=True) - 1
     positions = torch.arange(responses.shape[1], device=responses.device)
     padding_mask, padding_mask_p1 = positions > last, positions > last + 1
     return {

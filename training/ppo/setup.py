@@ -1,21 +1,16 @@
-"""What PPO needs before its first step: settings and prompts that can work, no dropout, an obedient accelerator.
+"""What PPO needs before its first step: settings and prompts that can work, batch sizes, no dropout.
 
-Called by `deepseek_training.ppo.trainer`. TRL's constructor builds its own `Accelerator` and wrapper from
-names in its module, so ours are put in those names' places while the constructor runs.
+`CorrectedPPOTrainer` and its foundation call it.
 """
 
-import contextlib
-from collections.abc import Iterator
+import math
 
-import trl.experimental.ppo.ppo_trainer as trl_ppo
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from trl.experimental.ppo import PPOConfig
 
-from deepseek_training.ppo.forward import PolicyAndValue
+from deepseek_training.ppo.settings import PPOConfig
 
 _AT_LEAST = {
     "response_length": 1,
@@ -66,6 +61,10 @@ def check_settings(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, config: 
         raise ValueError(f"temperature: got {args.temperature}, expected above 0")
     if args.kl_estimator not in ("k1", "k3"):
         raise ValueError(f"kl_estimator: got {args.kl_estimator!r}, expected 'k1' or 'k3'")
+    if args.stop_token not in ("eos", None):
+        raise ValueError(f"stop_token: got {args.stop_token!r}, expected 'eos' or None")
+    if args.stop_token and args.stop_token_id:
+        raise ValueError(f"stop_token_id: got {args.stop_token_id} beside stop_token='eos', expected one of the two")
     _check_batches(args)
     is_reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if is_reentrant and PartialState().num_processes > 1:
@@ -151,8 +150,8 @@ def check_value_model(value_model: nn.Module, config: PretrainedConfig) -> None:
         raise ValueError(f"value_model: it knows {known} tokens, the policy {wanted}")
 
 
-def disable_functional_dropout(model: nn.Module) -> None:
-    """Set every dropout rate a module keeps as a number to 0; TRL reaches only ``nn.Dropout``.
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0, also those that a module keeps as a number; TRL reaches only ``nn.Dropout``.
 
     PPO compares probabilities of the same tokens before and after a step, so they must not be random.
 
@@ -160,33 +159,27 @@ def disable_functional_dropout(model: nn.Module) -> None:
         model: Changed in place; its configuration, which is saved, is left as it is.
     """
     for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
-@contextlib.contextmanager
-def stock_parts_replaced(args: PPOConfig) -> Iterator[None]:
-    """While stock's constructor runs, give it an `Accelerator` that obeys the settings, and our `PolicyAndValue`.
-
-    Stock builds an accelerator without mixed precision, that counts `gradient_accumulation_steps` micro-batches to a
-    step, steps early at the data loader's end, and lets DDP wait for experts that saw no token.
+def set_batch_sizes(args: PPOConfig, num_processes: int, num_prompts: int) -> None:
+    """Fill in the sizes that follow from others.
 
     Args:
-        args: TRL's settings.
+        args: The settings, already checked.
+        num_processes: How many train.
+        num_prompts: Rows of the data.
     """
-
-    def build(gradient_accumulation_steps: int) -> Accelerator:
-        steps = max(1, gradient_accumulation_steps // args.num_mini_batches)
-        return Accelerator(
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps, sync_with_dataloader=False),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
-
-    stock = trl_ppo.Accelerator, trl_ppo.PolicyAndValueWrapper
-    trl_ppo.Accelerator, trl_ppo.PolicyAndValueWrapper = build, PolicyAndValue
-    try:
-        yield
-    finally:
-        trl_ppo.Accelerator, trl_ppo.PolicyAndValueWrapper = stock
+    if args.total_episodes is None:
+        args.total_episodes = int(args.num_train_epochs * num_prompts)
+    args.world_size = num_processes
+    args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    args.micro_batch_size = args.per_device_train_batch_size * num_processes
+    args.batch_size = args.local_batch_size * num_processes
+    args.mini_batch_size = args.batch_size // args.num_mini_batches
+    args.local_mini_batch_size = args.local_batch_size // args.num_mini_batches
+    args.num_total_batches = math.ceil(args.total_episodes / args.batch_size)

@@ -1,16 +1,15 @@
-"""TRL's `PPOTrainer` with its known defects mended; TRL stays the engine.
+"""PPO as TRL had it, with its known defects mended, on any TRL. `foundation.py` puts the parts together.
 
-TRL builds the wrapper, optimizer, schedule, callbacks and saves; its generation, whitening, truncation and metrics'
-names are used as they are. Overridden is what is wrong, each place with its reason; `docs/aligning_with_ppo.md` has
-the table, stock against ours. Rewards are callables (`deepseek_training.rewards`), the very ones GRPO and RLOO take.
-With settings under which the stock class is right, both trace the same losses; a test holds that.
+Settings, formulas and metrics' names are those of TRL 1.12's `PPOTrainer`, which "stock" means below; what is done
+otherwise says why, and `docs/aligning_with_ppo.md` has the table, stock against ours. Rewards are callables
+(`deepseek_training.rewards`), the very ones GRPO and RLOO take. With settings under which the stock class is right,
+both trace the same losses; a test holds that.
 """
 
-import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
-from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from deepseek_records.stop_signals import undeferred
 from deepseek_training.ppo.checkpoint import PPOCheckpoints, last_checkpoint
 from deepseek_training.ppo.evaluation import evaluate_prompts, mean_metrics, show_samples
+from deepseek_training.ppo.foundation import PPOFoundation
 from deepseek_training.ppo.metrics import count_eos, mean_by_name, speed_metrics, step_means
 from deepseek_training.ppo.player import Player
 from deepseek_training.ppo.reward_adapter import (
@@ -35,13 +34,12 @@ from deepseek_training.ppo.reward_adapter import (
     raise_together,
     reward_state,
 )
-from deepseek_training.ppo.rollout import PromptCollator, Rollout
+from deepseek_training.ppo.rollout import Rollout
+from deepseek_training.ppo.settings import PPOConfig
 from deepseek_training.ppo.setup import (
     check_prompts,
     check_settings,
     check_value_model,
-    disable_functional_dropout,
-    stock_parts_replaced,
 )
 from deepseek_training.ppo.stopwatch import Stopwatch
 from deepseek_training.ppo.update import DEVIATION, Targets, compute_targets, micro_batch_loss
@@ -52,7 +50,7 @@ from modeling_deepseek.training_pass import set_accumulation_steps
 _SEED_STEP = 1_000_003  # a prime, so that seeds of different updates and processes do not meet
 
 
-class CorrectedPPOTrainer(PPOTrainer):
+class CorrectedPPOTrainer(PPOFoundation):
     """PPO that clips, steps, resumes, evaluates and saves as its settings say.
 
     Args:
@@ -100,22 +98,19 @@ class CorrectedPPOTrainer(PPOTrainer):
         check_value_model(value_model, model.config)
         if not isinstance(reward, nn.Module):
             reward = RewardAdapter(reward, processing_class)
-        with stock_parts_replaced(args):
-            super().__init__(
-                args=args,
-                processing_class=processing_class,
-                model=model,
-                ref_model=ref_model,
-                reward_model=reward,
-                train_dataset=train_dataset,
-                value_model=value_model,
-                data_collator=PromptCollator(),
-                eval_dataset=eval_dataset,
-                optimizers=optimizers,
-                callbacks=callbacks,
-                peft_config=peft_config,
-            )
-        self.is_distributed_loading_by_transformers = False  # Trainer's own constructor, which TRL skips, sets it
+        super().__init__(
+            args=args,
+            processing_class=processing_class,
+            model=model,
+            ref_model=ref_model,
+            reward_model=reward,
+            train_dataset=train_dataset,
+            value_model=value_model,
+            eval_dataset=eval_dataset,
+            optimizers=optimizers,
+            callbacks=callbacks,
+            peft_config=peft_config,
+        )
         self.num_eval_samples = num_eval_samples
         self.last_evaluation: dict[str, list[Any]] = {}
         self.player = Player(
@@ -133,9 +128,6 @@ class CorrectedPPOTrainer(PPOTrainer):
         self.checkpoints = PPOCheckpoints(
             args, self.accelerator, model=self.model, ref_model=self.ref_model, reward_model=self.reward_model
         )
-        for module in (self.policy_model, self.ref_model, self.value_model):
-            if module is not None:
-                disable_functional_dropout(module)
         if args.gradient_checkpointing:  # stock: the setting is read and never applied
             for module in (self.policy_model, self.value_model):
                 module.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
@@ -256,16 +248,6 @@ class CorrectedPPOTrainer(PPOTrainer):
         start = position * args.batch_size + self.accelerator.process_index * args.local_batch_size
         rows = self.train_dataset.select(order[start : start + args.local_batch_size].tolist())
         return self.data_collator(list(rows))
-
-    @contextlib.contextmanager
-    def null_ref_context(self) -> Iterator[None]:
-        """Turn the LoRA adapter off; stock looks for it on the DDP wrapper, which has no ``policy``."""
-        wrapped, self.model = self.model, self.accelerator.unwrap_model(self.model)
-        try:
-            with super().null_ref_context():
-                yield
-        finally:
-            self.model = wrapped
 
     def _learn(self, rollout: Rollout, targets: Targets) -> dict[str, torch.Tensor]:
         """Take the optimizer steps of one batch; return `STATS`, one value a mini-batch, and the gradient's norm.
@@ -388,14 +370,6 @@ class CorrectedPPOTrainer(PPOTrainer):
         figures = {name: value for name, value in metrics.items() if name.startswith("loss/") or name == "grad_norm"}
         refuse_divergence(self.model, self.state.global_step, self.args.learning_rate, figures)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy, also when DDP hides it (stock then saves the wrapper, which fails)."""
-        wrapped, self.model = self.model, self.accelerator.unwrap_model(self.model)
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            self.model = wrapped
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save what `Trainer` saves, then the value model and the reward's state (stock loses both).
 
@@ -403,7 +377,7 @@ class CorrectedPPOTrainer(PPOTrainer):
         """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super(PPOTrainer, self)._save_checkpoint(model, trial)
+            Trainer._save_checkpoint(self, model, trial)
         finally:
             self.args.save_total_limit = limit
         self.checkpoints.finish(self.state)

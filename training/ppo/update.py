@@ -10,10 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from trl.experimental.ppo import PPOConfig
-from trl.experimental.ppo.ppo_trainer import INVALID_LOGPROB
 
-from deepseek_training.ppo.rollout import Rollout
+from deepseek_training.ppo.rollout import INVALID_LOGPROB, Rollout
+from deepseek_training.ppo.settings import PPOConfig
 
 STATS = ("approxkl", "pg_clipfrac", "pg_loss", "vf_loss", "vf_clipfrac", "entropy", "ratio")
 # The largest |ratio - 1| of a micro-batch's tokens; not a share, so that a mini-batch takes the largest.
@@ -97,7 +96,7 @@ def micro_batch_loss(
     is added and reported as ``aux_loss``.
 
     Args:
-        model: TRL's wrapper of policy and value model.
+        model: policy and value model in one.
         rollout: What was played.
         targets: From `compute_targets`.
         rows: Which rows of the batch.

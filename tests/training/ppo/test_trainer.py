@@ -21,6 +21,7 @@ from ppo_parts import (
     make_stock,
     make_tokenizer,
     mended,
+    needs_stock,
     share_of_liked,
     steps_of,
 )
@@ -53,6 +54,7 @@ def silence(policy, *tokens):
     return policy
 
 
+@needs_stock
 def test_traces_the_losses_of_the_stock_class(tmp_path):
     # one micro-batch a mini-batch, no clipping, fp32, one process, pad is not eos: nothing here is broken in TRL
     settings = dict(num_mini_batches=2, max_grad_norm=0.0, logging_steps=1, missing_eos_penalty=0.1, vf_coef=0.3)

@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 from ppo_parts import make_models, make_prompts, make_tokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from trl.experimental.ppo import PPOConfig
 
+from deepseek_training.ppo.settings import PPOConfig
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
 
