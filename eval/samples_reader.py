@@ -4,9 +4,7 @@ Called by ``deepseek-moe evaluate --samples``. It works the other way round as w
 that the harness writes has these two keys in every row, so ``evaluate_functional_correctness`` reads it unchanged.
 """
 
-import gzip
 import json
-import zlib
 from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
@@ -23,6 +21,7 @@ from deepseek_eval.sandbox.client import describe_protection
 from deepseek_eval.settings import EvalSettings, name_data
 from deepseek_eval.tasks.catalogue import find_task
 from deepseek_eval.tasks.task import ProgramItem
+from deepseek_records.row_files import json_type, read_table
 from deepseek_records.run_folder import RunFolder, write_json, write_text
 from deepseek_records.summary import Summary
 
@@ -51,20 +50,16 @@ def read_samples(path: str | Path, items: list[ProgramItem], beyond_limit: Colle
     known = {item.id for item in items}
     completions: dict[str, list[str]] = defaultdict(list)
     seen = set()
-    text = _read_text(path)
-    # Not splitlines: a completion may hold characters it takes for line ends, as JSON leaves them in place.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        row = _parse_row(path, number, line)
+    for row, where in read_table(path, "samples"):
+        _check_row(row, where)
         name = row["task_id"]
         if name in beyond_limit:
             continue
         if name not in known:
-            raise ValueError(f"samples: {path}, line {number} has task_id {name!r}, which the task does not know")
+            raise ValueError(f"{where}: task_id: got {name!r}, expected a problem of the task")
         # Files of ours number a problem's samples; OpenAI's do not, and there a repeated line is one more sample.
         if "sample" in row and (name, row["sample"]) in seen:
-            raise ValueError(f"samples: {path}, line {number} repeats sample {row['sample']} of {name}")
+            raise ValueError(f"{where}: sample: got {row['sample']} of {name} again, expected each once")
         seen.add((name, row.get("sample")))
         completions[name].append(row["completion"])
     missing = [item.id for item in items if item.id not in completions]
@@ -76,45 +71,13 @@ def read_samples(path: str | Path, items: list[ProgramItem], beyond_limit: Colle
     return [completions[item.id] for item in items]
 
 
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"samples: {path} is no UTF-8 text (byte {error.start})") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise ValueError(f"samples: {path}: got a file that is cut short or not gzip, expected .jsonl.gz") from None
-
-
-def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:
-    where = f"samples: {path}, line {number}"
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{where} is no JSON ({reason})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is {_json_type(row)}, expected an object with task_id and completion")
+def _check_row(row: dict[str, Any], where: str) -> None:
     for name in ("task_id", "completion"):
-        if name not in row:
-            raise ValueError(f"{where} has no {name}")
-        if not isinstance(row[name], str):
-            raise ValueError(f"{where}: {name} is {_json_type(row[name])}, expected text")
-        try:
-            row[name].encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{where}: {name} has half a surrogate pair at character {error.start}, which no text can hold"
-            ) from None
+        if not isinstance(row.get(name), str):
+            got = json_type(row[name]) if name in row else f"no {name}"
+            raise ValueError(f"{where}: {name}: got {got}, expected text")
     if not isinstance(row.get("sample", 0), int) or isinstance(row.get("sample"), bool):
-        raise ValueError(f"{where}: sample is {_json_type(row['sample'])}, expected a whole number")
-    return row
-
-
-def _json_type(value: Any) -> str:
-    """What JSON calls a value, with an article."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+        raise ValueError(f"{where}: sample: got {json_type(row['sample'])}, expected a whole number")
 
 
 def score_samples(

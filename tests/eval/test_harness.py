@@ -203,7 +203,7 @@ def test_a_context_too_short_for_any_question_is_refused():
 def test_broken_data_names_file_and_line(tmp_path):
     (tmp_path / "mmlu_dev.jsonl").write_text("")
     (tmp_path / "mmlu_test.jsonl").write_text("{}\n{broken\n".replace("{}\n", "\n"))
-    with pytest.raises(ValueError, match=r"mmlu_test.jsonl, line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"mmlu_test.jsonl, line 2: got no JSON"):
         evaluate_model(REFERENCE / "llama", tasks=["mmlu"], data_path=tmp_path, output=tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"holds neither humaneval.jsonl nor humaneval.jsonl.gz"):
         evaluate_model(

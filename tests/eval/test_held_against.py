@@ -177,7 +177,7 @@ def test_bad_data_is_told_in_one_line(data, message, tmp_path, capsys):
 def test_a_hub_id_without_network_says_what_to_pass(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match=r"nobody/nothing is no local path and cannot be read from the Hub \(.*pass a"
+        ValueError, match=r"nobody/nothing is not a local path and cannot be read from the Hub \(.*pass a"
     ):
         evaluate_model(
             REFERENCE / "llama",

@@ -88,29 +88,35 @@ def test_an_uneven_number_of_samples_is_fine(tmp_path, caplog):
     [
         (lambda rows: rows[1:], r"lacks 1 of 3 problems \(HumanEval/0\)"),
         (lambda rows: [], r"lacks 3 of 3 problems \(HumanEval/0, HumanEval/1, HumanEval/2\)"),
-        (lambda rows: [*rows, {"task_id": "HumanEval/999", "completion": ""}], "line 4 has task_id 'HumanEval/999'"),
-        (lambda rows: [{**row, "sample": 0} for row in [*rows, rows[0]]], "line 4 repeats sample 0 of HumanEval/0"),
-        (lambda rows: [*rows, {**rows[0], "sample": [1]}], "line 4: sample is a list, expected a whole number"),
+        (
+            lambda rows: [*rows, {"task_id": "HumanEval/999", "completion": ""}],
+            "line 4: task_id: got 'HumanEval/999', expected a problem",
+        ),
+        (
+            lambda rows: [{**row, "sample": 0} for row in [*rows, rows[0]]],
+            "sample: got 0 of HumanEval/0 again",
+        ),
+        (lambda rows: [*rows, {**rows[0], "sample": [1]}], "line 4: sample: got a list, expected a whole number"),
         (
             lambda rows: [*rows, {**rows[0], "sample": True}],
-            "line 4: sample is true or false, expected a whole number",
+            "line 4: sample: got true or false, expected a whole number",
         ),
-        (lambda rows: [*rows, {**rows[0], "sample": 1.5}], "line 4: sample is a number, expected a whole number"),
+        (lambda rows: [*rows, {**rows[0], "sample": 1.5}], "line 4: sample: got a number, expected a whole number"),
         (
             lambda rows: [*rows, {**rows[0], "completion": "ab\ud800"}],
-            "line 4: completion has half a surrogate pair at",
+            "line 4: got half a surrogate pair",
         ),
-        (lambda rows: [*rows, {**rows[0], "task_id": "\udc00"}], "line 4: task_id has half a surrogate pair at"),
-        (lambda rows: [*rows, {"completion": "x"}], "line 4 has no task_id"),
-        (lambda rows: [*rows, {"task_id": "HumanEval/0"}], "line 4 has no completion"),
+        (lambda rows: [*rows, {**rows[0], "task_id": "\udc00"}], "line 4: got half a surrogate pair"),
+        (lambda rows: [*rows, {"completion": "x"}], "line 4: task_id: got no task_id, expected text"),
+        (lambda rows: [*rows, {"task_id": "HumanEval/0"}], "line 4: completion: got no completion, expected text"),
         (
             lambda rows: [*rows, {"task_id": "HumanEval/0", "completion": 3}],
-            "line 4: completion is a number, expected text",
+            "line 4: completion: got a number, expected text",
         ),
-        (lambda rows: [*rows, {"task_id": None, "completion": ""}], "line 4: task_id is null, expected text"),
+        (lambda rows: [*rows, {"task_id": None, "completion": ""}], "line 4: task_id: got null, expected text"),
         (
             lambda rows: [*rows, ["HumanEval/0", ""]],
-            "line 4 is a list, expected an object with task_id and completion",
+            "line 4: got a list, expected an object",
         ),
     ],
 )
@@ -125,9 +131,9 @@ def test_bad_files_are_told_in_one_line(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"task_id": ', r"line 2 is no JSON \(Expecting value"),
-        ("[" * 100_000, r"line 2 is no JSON \(nested too deeply\)"),
-        ('{"task_id": ' + "9" * 5000 + "}", r"line 2 is no JSON \(Exceeds the limit"),
+        ('{"task_id": ', r"line 2: got no JSON \(Expecting value"),
+        ("[" * 100_000, r"line 2: got no JSON \(maximum recursion"),
+        ('{"task_id": ' + "9" * 5000 + "}", r"line 2: got no JSON \(Exceeds the limit"),
     ],
 )
 def test_lines_that_are_no_json(tmp_path, line, reason):
@@ -170,7 +176,7 @@ def test_only_a_newline_ends_a_sample(tmp_path):
     (tmp_path / "samples.jsonl").write_text(row + "\n", encoding="utf-8")
     assert read_samples(tmp_path / "samples.jsonl", ITEMS[:1]) == [[text]]
     (tmp_path / "samples.jsonl").write_bytes(b'{"task_id": "HumanEval/0", "completion": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"samples.jsonl is no UTF-8 text \(byte 42\)"):
+    with pytest.raises(ValueError, match=r"samples.jsonl: got bytes that are not UTF-8"):
         read_samples(tmp_path / "samples.jsonl", ITEMS[:1])
 
 

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from deepseek_records.row_files import suffix_of
+
 logger = logging.getLogger(__name__)
 # Of the Hub's own bookkeeping, and of repositories; datasets passes them over, too.
 _NO_DATA = {"readme.md", "license", "license.md", "license.txt", "config.json", "dataset_infos.json"}
@@ -35,21 +37,16 @@ def data_files(folder: Path, readable: Iterable[str]) -> list[tuple[Path, str | 
     files = [path for path in candidates if suffix_of(path) in suffixes]
     if not files:
         names = f"; it holds {_list(candidates, folder)}" if candidates else ""
-        raise ValueError(f"data: folder {folder} holds no .txt, .md, .jsonl or .parquet file{names}")
+        raise ValueError(f"data: folder {folder} holds no .txt, .md, .jsonl, .csv or .parquet file{names}")
     splits = {path: split_of(path.relative_to(folder)) for path in files}
     roles = set(splits.values())
     is_split = None not in roles or ("train" in roles and len(roles - {None}) > 1)
     used = [path for path in files if not is_split or splits[path] is not None]
     unread = [path for path in candidates if path not in used]
     if unread:
-        why = "; others are named by split" if len(used) < len(files) else "; write rows as .jsonl or .parquet"
+        why = "; others are named by split" if len(used) < len(files) else "; write rows as .jsonl, .csv or .parquet"
         _warn_once(f"data: folder {folder}: not read: {_list(unread, folder)}{why}")
     return [(path, splits[path] if is_split else None) for path in used]
-
-
-def suffix_of(path: Path) -> str:
-    """Return what tells a file's kind: its suffix, lower-case, or the one before ``.gz``."""
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
 def split_of(path: Path) -> str | None:

@@ -7,17 +7,16 @@ same when documents are added or reordered.
 """
 
 import dataclasses
-import gzip
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from deepseek_records.row_files import TABLE_SUFFIXES, is_hub_id, load_hub_data, read_lines, read_table, suffix_of
 from deepseek_records.summary import DataUse
-from deepseek_training.data.folders import data_files, suffix_of
+from deepseek_training.data.folders import data_files
 
 UsedFor = Literal["training", "evaluation"]
 DATA_FOLDER = Path(__file__).parent
@@ -25,8 +24,6 @@ SPLITS = ("train", "validation", "all")
 VALIDATION_SHARE = 10  # one document in ten
 _PASSAGE_CHARACTERS = 2000
 _TEXT_SUFFIXES = {".txt", ".md", ".text"}
-_TABLE_SUFFIXES = {".jsonl", ".ndjson", ".parquet"}
-_HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
 _SPLIT_NAMES = {"validation": ("validation", "valid", "val", "dev", "eval", "test"), "train": ("train",)}
 
 
@@ -253,7 +250,7 @@ def _read_path(path: Path, split: str) -> Iterator[dict[str, Any]]:
         return _read_file(path)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return _read_saved(path, split)
-    files = data_files(path, _TEXT_SUFFIXES | _TABLE_SUFFIXES)
+    files = data_files(path, _TEXT_SUFFIXES | TABLE_SUFFIXES)
     return (row if part is None else {**row, "split": part} for file, part in files for row in _read_file(file))
 
 
@@ -262,64 +259,15 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
         raise FileNotFoundError(f"data: no file {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"data: {path} is empty")
-    if suffix_of(path) == ".parquet":
-        yield from _read_parquet(path)
-    elif suffix_of(path) in (".jsonl", ".ndjson"):
-        yield from _read_jsonl(path)
-    elif suffix_of(path) in (".csv", ".tsv", ".json"):  # whoever has one means its rows, not its commas and brackets
-        raise ValueError(f"data: {path} is no plain text; write its rows as .jsonl, an object a line, or as .parquet")
+    if suffix_of(path) in TABLE_SUFFIXES:
+        yield from (row for row, _ in read_table(path))
+    elif suffix_of(path) in (".tsv", ".json"):  # whoever has one means its rows, not its tabs and brackets
+        raise ValueError(
+            f"data: {path}: got {suffix_of(path)}, expected text, .jsonl (an object per line), .csv or .parquet"
+        )
     else:
-        for passage in _cut_passages(_read_text(path)):
+        for passage in _cut_passages("".join(read_lines(path, newline=""))):
             yield {"text": passage}
-
-
-def _read_text(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data: {path} is not UTF-8 text (byte {error.start})") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise ValueError(f"data: {path} is not a whole gzip file") from None
-    if "\0" in text:
-        raise ValueError(f"data: {path} is not text (it holds zero bytes)")
-    return text
-
-
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    # not splitlines: JSON strings may hold U+2028 and its like, which are line ends to Python
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # also a number of too many digits, and lists too deep
-            raise ValueError(f"data: {path} line {number} is not JSON") from None
-        if "\\ud" in line.lower() and not _is_encodable(row):
-            raise ValueError(f"data: {path} line {number} holds half a surrogate pair, which is no text")
-        if not isinstance(row, dict):
-            raise ValueError(f"data: {path} line {number} is not a JSON object with a text column")
-        yield row
-
-
-def _is_encodable(row: Any) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.lib.ArrowInvalid, OSError):
-        raise ValueError(f"data: {path} is not a Parquet file") from None
-    for batch in table.to_batches():
-        yield from batch.to_pylist()
 
 
 def _cut_passages(text: str) -> Iterator[str]:
@@ -362,17 +310,7 @@ def _rows_of(data: Any, split: str) -> Iterator[dict[str, Any]]:
 
 def _read_hub(name: str, split: str) -> Iterator[dict[str, Any]]:
     known = ", ".join(EMBEDDED)
-    if not _HUB_ID.match(name) or suffix_of(Path(name)) in _TEXT_SUFFIXES | _TABLE_SUFFIXES:
+    if not is_hub_id(name):
         raise FileNotFoundError(f"data: no file or folder {name} (embedded names: {known})")
-    import datasets
-
-    repository, _, configuration = name.partition(":")
-    try:
-        data = datasets.load_dataset(repository, configuration or None)
-    except (ConnectionError, OSError, datasets.exceptions.DatasetsError) as error:
-        reason = "cannot be reached" if isinstance(error, ConnectionError) else "is not there or cannot be read"
-        raise ValueError(
-            f"data: {name} is no local path, and as a Hub data set it {reason}; "
-            f"pass an embedded name ({known}), a .txt, .jsonl or .parquet file, or a folder of them"
-        ) from None
-    return _rows_of(data, split)
+    instead = f"an embedded name ({known}), a .txt, .jsonl, .csv or .parquet file, or a folder of them"
+    return _rows_of(load_hub_data(name, instead), split)

@@ -31,8 +31,8 @@ Any setting can be replaced on the command line, with dashes or underscores; the
 `--model "{n_routed_experts: 32}"` is merged into the recipe's. An unknown key fails and names the nearest one. A run
 that was interrupted goes on from its last complete checkpoint when the same command is given again.
 
-Where text is named, these work: the embedded `books`, `medicine` and `dialogues`; a .txt, .md, .jsonl or .parquet
-file, also gzipped; a folder of such files; a directory written by `datasets`; a Hub id (`owner/name` or
+Where text is named, these work: the embedded `books`, `medicine` and `dialogues`; a .txt, .md, .jsonl, .csv or
+.parquet file, also gzipped; a folder of such files; a directory written by `datasets`; a Hub id (`owner/name` or
 `owner/name:configuration`). Rows with a `split` column keep their split; otherwise one document in ten is held out, by
 a hash of its text.
 

@@ -17,7 +17,7 @@ def write_jsonl(path, rows):
     return path
 
 
-@pytest.fixture(params=["jsonl", "jsonl.gz", "parquet", "folder", "saved"])
+@pytest.fixture(params=["jsonl", "jsonl.gz", "csv", "parquet", "folder", "saved"])
 def source(request, tmp_path):
     """The same forty documents in every form a user may have."""
     if request.param == "parquet":
@@ -26,6 +26,9 @@ def source(request, tmp_path):
     if request.param == "saved":
         datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
         return tmp_path / "saved"
+    if request.param == "csv":
+        datasets.Dataset.from_list(ROWS).to_csv(str(tmp_path / "d.csv"))
+        return tmp_path / "d.csv"
     if request.param == "folder":
         write_jsonl(tmp_path / "a.jsonl", ROWS[:15])
         (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
@@ -97,26 +100,26 @@ def test_embedded_data_has_disjoint_splits_and_a_license():
         ("a.txt", b"", "is empty"),
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b'{"text": " "}\n', "holds no text"),
-        ("a.txt", b"\x89PNG\r\n\xff\xfe", "is not UTF-8 text"),
-        ("a.txt", b"abc\0def", "zero bytes"),
-        ("a.jsonl", b"\xff\xfe", "is not UTF-8 text"),
-        ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2 is not JSON"),
-        ("a.jsonl", b"[1, 2]\n", "is not a JSON object"),
+        ("a.txt", b"\x89PNG\r\n\xff\xfe", "got bytes that are not UTF-8"),
+        ("a.txt", b"abc\0def", "got zero bytes, expected text"),
+        ("a.jsonl", b"\xff\xfe", "got bytes that are not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2: got no JSON (Expecting value), expected an object"),
+        ("a.jsonl", b"[1, 2]\n", "line 1: got a list, expected an object"),
         ("a.jsonl", b'{"body": "a", "title": "b"}\n', "has no column 'text' (it has: body, title)"),
         ("a.jsonl", b'{"text": 3}\n', "holds int, not text"),
         ("a.jsonl", b'{"text": "a", "split": "dev2"}\n', "has no row with split 'train'"),
-        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
-        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
-        ("a.jsonl", b'\n{"text": "a", "note": ["b \\uD800 c"]}\n', "line 2 holds half a surrogate pair"),
-        ("a.csv", b"text\nabc\n", "is no plain text; write its rows as .jsonl"),
-        ("a.json", b'[{"text": "abc"}]', "is no plain text; write its rows as .jsonl"),
-        ("a.parquet", b"PAR1 not really", "is not a Parquet file"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1: got no JSON (Exceeds the limit"),
+        ("a.jsonl", b"[" * 100_000, "line 1: got no JSON (maximum recursion"),
+        ("a.jsonl", b'\n{"text": "a", "note": ["b \\uD800 c"]}\n', "line 2: got half a surrogate pair"),
+        ("a.csv", b"text\nabc,d\n", "line 2: got more cells than columns, expected 1"),
+        ("a.json", b'[{"text": "abc"}]', "got .json, expected text, .jsonl (an object per line), .csv or .parquet"),
+        ("a.parquet", b"PAR1 not really", "got no whole Parquet file, expected one"),
         (
             "a.jsonl.gz",
             gzip.compress(b"{}", mtime=0)[:10] + b"\xff" * 30,
-            "is not a whole gzip file",
+            "got no whole gzip file, expected one",
         ),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "is not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "got no whole gzip file, expected one"),
     ],
 )
 def test_bad_files_fail_in_one_line(tmp_path, name, content, message):
@@ -149,7 +152,7 @@ def test_hub_id_without_network_says_what_to_pass_instead():
         [sys.executable, "-c", code], capture_output=True, text=True, env={"HF_HUB_OFFLINE": "1", "PATH": ""}
     )
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: data: owner/data is no local path") and "pass an embedded name" in last
+    assert last.startswith("ValueError: data: owner/data is not a local path") and "pass an embedded name" in last
 
 
 def test_a_text_without_blank_lines_is_cut_at_line_ends(tmp_path):
