@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from deepseek_records.document_tokens import mark_documents
 from deepseek_training.data.token_cache import encode_cached
 
 
@@ -27,38 +28,7 @@ def encode_documents(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
     Raises:
         ValueError: It has neither, or it makes a special token of plain text.
     """
-    encoded = encode_cached(texts, tokenizer)
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if not begin and not end:
-        raise ValueError(
-            "tokenizer: got one without begin and end token, expected at least one; nothing would tell the model "
-            "where a text starts"
-        )
-    return [np.array([*begin, *ids, *end], dtype=np.int32) for ids in encoded]
-
-
-def start_of_text(tokenizer: Any) -> list[int]:
-    """Return what the model has seen in front of every document: the begin token, or without one the end of another.
-
-    Args:
-        tokenizer: A `transformers` tokenizer with at least one of the two.
-    """
-    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return [] if begin is None else [begin]
-
-
-def with_start(documents: Sequence[np.ndarray], tokenizer: Any) -> list[np.ndarray]:
-    """Return documents that all begin with `start_of_text`, so that each token of the text is predicted.
-
-    Args:
-        documents: From `encode_documents`.
-        tokenizer: The same.
-    """
-    if tokenizer.bos_token_id is not None:
-        return list(documents)
-    start = np.array(start_of_text(tokenizer), dtype=np.int32)
-    return [np.concatenate([start, document]) for document in documents]
+    return mark_documents(encode_cached(texts, tokenizer), tokenizer)
 
 
 class PackedDataset(Dataset):

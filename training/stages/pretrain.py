@@ -8,8 +8,9 @@ strong one: a model that has only learned which token follows which does not rea
 import time
 from pathlib import Path
 
+from deepseek_records.document_tokens import with_start
 from deepseek_records.summary import Check, Summary
-from deepseek_training.data.packing import PackedDataset, encode_documents, with_start
+from deepseek_training.data.packing import PackedDataset, encode_documents
 from deepseek_training.data.texts import Corpus, data_name, describe_corpora
 from deepseek_training.data.tokenizer import tokenizer_for
 from deepseek_training.launch.plan import announce, plan_training

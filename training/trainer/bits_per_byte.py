@@ -2,22 +2,19 @@
 
     bits per byte = sum over tokens of -log2 P(token | before) / UTF-8 bytes of the text
 
-`pretrain` and `adapt` report it, for the model and for the bigram on the same tokens. Every token counts, the end
-token included, and the begin token is given. Surprising: a document longer than the context is read in overlapping
-windows, so that only tokens of the first window have less than `CONTEXT_SHARE` of the context before them.
+`pretrain` and `adapt` report it, for the model and for the bigram on the same tokens; the rules are those of
+`deepseek_records.document_tokens`, by which the evaluation task ``bits_per_byte`` scores any text.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
+from deepseek_records.document_tokens import cut_windows, score_windows
 from deepseek_training.trainer.bigram import BigramModel
-
-CONTEXT_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +36,7 @@ class BitsPerByte:
     num_windows: int
 
     @classmethod
-    def from_windows(cls, nats: Sequence[float], num_tokens: Sequence[int], num_bytes: int) -> "BitsPerByte":
+    def fromcut_windows(cls, nats: Sequence[float], num_tokens: Sequence[int], num_bytes: int) -> "BitsPerByte":
         """Return the measure from each window's summed -log P and number of tokens.
 
         Raises:
@@ -53,27 +50,6 @@ class BitsPerByte:
         spread = math.sqrt(float(np.square(nats - tokens * nats.sum() / tokens.sum()).sum()))
         scale = 1 / (math.log(2) * num_bytes)
         return cls(float(nats.sum()) * scale, spread * scale, int(tokens.sum()), num_bytes, len(nats))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Window:
-    document: int
-    begin: int
-    end: int
-    first_target: int
-
-
-def _windows(documents: Sequence[np.ndarray], sequence_length: int) -> list[_Window]:
-    """Windows of at most `sequence_length` tokens whose targets cover every token but each document's first, once."""
-    overlap = max(1, int(sequence_length * CONTEXT_SHARE))
-    windows = []
-    for index, document in enumerate(documents):
-        target, begin = 1, 0
-        while target < len(document):
-            end = min(begin + sequence_length, len(document))
-            windows.append(_Window(index, begin, end, target))
-            target, begin = end, end - overlap
-    return windows
 
 
 @torch.no_grad()
@@ -94,34 +70,18 @@ def measure_model(
         sequence_length: Tokens the model sees at once.
         batch_size: Windows a forward pass.
     """
-    windows = _windows(documents, sequence_length)
+    windows = cut_windows(documents, sequence_length)
     # equal lengths together, so that short documents cost no padding; the order is undone by summing
     windows.sort(key=lambda window: window.begin - window.end)
     was_training = model.training
     model.eval()
     try:
-        device = next(model.parameters()).device
         nats = []
         for start in range(0, len(windows), batch_size):
-            nats += _window_nats(model, documents, windows[start : start + batch_size], device)
+            nats += score_windows(model, documents, windows[start : start + batch_size])
     finally:
         model.train(was_training)
-    return BitsPerByte.from_windows(nats, [window.end - window.first_target for window in windows], num_bytes)
-
-
-def _window_nats(model: Any, documents: Sequence[np.ndarray], batch: list[_Window], device: Any) -> list[float]:
-    """Summed -log P of each window's targets. Padding is on the right, where causal attention cannot see it."""
-    length = max(window.end - window.begin for window in batch)
-    inputs = torch.zeros(len(batch), length, dtype=torch.long)
-    is_target = torch.zeros(len(batch), length, dtype=torch.bool)
-    for row, window in enumerate(batch):
-        tokens = documents[window.document][window.begin : window.end]
-        inputs[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-        is_target[row, window.first_target - window.begin : len(tokens)] = True
-    inputs, is_target = inputs.to(device), is_target.to(device)
-    logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
-    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), inputs[:, 1:], reduction="none")
-    return (losses.double() * is_target[:, 1:]).sum(dim=1).tolist()
+    return BitsPerByte.fromcut_windows(nats, [window.num_targets for window in windows], num_bytes)
 
 
 def measure_bigram(
@@ -136,6 +96,6 @@ def measure_bigram(
         sequence_length: As for `measure_model`; here it only sets the units of the standard error.
     """
     nats = [bigram.nats(document) for document in documents]
-    windows = _windows(documents, sequence_length)
+    windows = cut_windows(documents, sequence_length)
     sums = [float(nats[window.document][window.first_target - 1 : window.end - 1].sum()) for window in windows]
-    return BitsPerByte.from_windows(sums, [window.end - window.first_target for window in windows], num_bytes)
+    return BitsPerByte.fromcut_windows(sums, [window.num_targets for window in windows], num_bytes)

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from deepseek_training.data.packing import cut_to_share, encode_documents, with_start
+from deepseek_records.document_tokens import with_start
+from deepseek_training.data.packing import cut_to_share, encode_documents
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.trainer.bigram import BigramModel
 from deepseek_training.trainer.bits_per_byte import BitsPerByte, measure_bigram, measure_model

@@ -3,9 +3,9 @@
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from deepseek_records.document_tokens import start_of_text
 from deepseek_records.summary import Result, Sample, When
 from deepseek_records.user_text import encode, protect
-from deepseek_training.data.packing import start_of_text
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from deepseek_training.trainer.stage_trainer import StageTrainer

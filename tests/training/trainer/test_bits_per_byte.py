@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deepseek_records.document_tokens import cut_windows
 from deepseek_training.trainer.bigram import BigramModel
-from deepseek_training.trainer.bits_per_byte import _windows, measure_bigram, measure_model
+from deepseek_training.trainer.bits_per_byte import measure_bigram, measure_model
 from modeling_deepseek import DeepseekConfig
 
 VOCAB_SIZE = 50
@@ -47,7 +48,7 @@ def test_batching_and_padding_change_nothing(model):
 def test_every_token_but_the_first_is_a_target_once_and_has_context(sequence_length):
     docs = documents(1, 2, 7, 16, 17, 61)
     seen = [np.zeros(len(doc), dtype=int) for doc in docs]
-    for window in _windows(docs, sequence_length):
+    for window in cut_windows(docs, sequence_length):
         seen[window.document][window.first_target : window.end] += 1
         assert window.begin < window.first_target and window.end - window.begin <= sequence_length
         context = window.first_target - window.begin
