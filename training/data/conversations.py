@@ -13,9 +13,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from deepseek_records.document_files import is_messages
 from deepseek_records.summary import DataUse
 from deepseek_records.user_text import encode, render_chat, show
-from deepseek_training.data.texts import UsedFor, describe_data, has_column, is_messages, load_texts, read_rows
+from deepseek_training.data.texts import UsedFor, describe_data, has_column, load_texts, read_rows
 from deepseek_training.recipes.dpo import DpoRecipe
 from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.rewards.words import text_of

@@ -6,9 +6,10 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from deepseek_records.document_files import is_messages
 from deepseek_records.user_text import encode, encode_chat, protect
 from deepseek_training.data.conversations import Message, question_of
-from deepseek_training.data.texts import has_column, is_messages, load_texts, read_rows
+from deepseek_training.data.texts import has_column, load_texts, read_rows
 from deepseek_training.recipes.rewarded import RewardedSettings
 from deepseek_training.rewards.words import text_of
 

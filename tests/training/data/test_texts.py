@@ -6,7 +6,8 @@ import sys
 import datasets
 import pytest
 
-from deepseek_training.data.texts import DATA_FOLDER, describe_data, is_validation, load_texts
+from deepseek_records.document_files import is_validation
+from deepseek_training.data.texts import DATA_FOLDER, describe_data, load_texts
 
 ROWS = [{"text": f"Document number {i}.", "note": "x"} for i in range(40)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from deepseek_training.data.folders import data_files, split_of
+from deepseek_records.data_folders import data_files, split_of
 from deepseek_training.data.texts import load_texts
 
 
