@@ -39,7 +39,8 @@ def print_gain(args: argparse.Namespace, summary: "Summary") -> None:
 
     gain = summary.gain
     if PartialState().is_main_process and gain is not None:
-        print(f"held-out reward {gain.value:+.4f} (paired standard error {gain.stderr_paired:.4f}, n {gain.n})")
+        error = "" if gain.stderr_paired is None else f"paired standard error {gain.stderr_paired:.4f}, "
+        print(f"held-out reward {gain.value:+.4f} ({error}n {gain.n})")
         print(f"model in {args.output}/model after {summary.seconds:.0f} s")
 
 

@@ -1,7 +1,7 @@
 """Error bars shared by the metrics: of shares, of means, of a ratio of sums, clustered where items are near-copies.
 
-Called by the modules under ``metrics/``. One item has no spread to estimate, so its error is None; and
-items made from one template are no independent trials, so with clusters the errors count these and not the items.
+Called by the metrics and by the stages. A single item has no spread, so its error is None. Items made from one
+template depend on one another, so with clusters the errors count these and not the items.
 """
 
 import math
@@ -17,6 +17,35 @@ def mean_with_error(values: Sequence[float], clusters: Sequence[Hashable] | None
         clusters: What each item was made from; None where all are independent.
     """
     return ratio_with_error(values, [1.0] * len(values), clusters)
+
+
+def pooled_mean_with_error(groups: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    """Return the mean over all items and its standard error from the spread within groups.
+
+        Var = sum_g sum_i (x_gi - mean_g)^2 / (N - G) / N
+
+    over G groups of N items together: lm-evaluation-harness's ``pooled_sample_stderr``.
+
+    Args:
+        groups: The numbers of each group, at least one per group.
+    """
+    n = sum(len(group) for group in groups)
+    mean = sum(sum(group) for group in groups) / n
+    if n == len(groups):
+        return mean, None
+    means = [sum(group) / len(group) for group in groups]
+    squares = sum(sum((value - center) ** 2 for value in group) for group, center in zip(groups, means, strict=True))
+    return mean, math.sqrt(squares / (n - len(groups)) / n)
+
+
+def share_error(share: float, n: int) -> float | None:
+    """Return the standard error of a share of n independent items, as `mean_with_error` has it of zeros and ones.
+
+    Args:
+        share: In [0, 1].
+        n: Items, at least 1.
+    """
+    return math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
 
 
 def ratio_with_error(

@@ -5,13 +5,28 @@ import math
 import numpy as np
 import pytest
 
-from deepseek_records.statistics import chi_square_p, difference_with_error, mean_with_error, ratio_with_error
+from deepseek_records.statistics import (
+    chi_square_p,
+    difference_with_error,
+    mean_with_error,
+    pooled_mean_with_error,
+    ratio_with_error,
+    share_error,
+)
 
 
 def test_the_error_of_a_share_is_the_binomial_one():
     share, error = mean_with_error([1.0, 1.0, 1.0, 0.0])
     assert share == 0.75
-    assert error == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert error == pytest.approx(math.sqrt(0.75 * 0.25 / 3)) == share_error(0.75, 4)
+    assert share_error(1.0, 1) is None
+
+
+def test_a_pooled_error_takes_the_spread_within_groups():
+    """By hand: deviations of 0.5 about 0.5 in the one group, none in the other, 5 - 2 degrees of freedom."""
+    mean, error = pooled_mean_with_error([[0, 1], [1, 1, 1]])
+    assert mean == 0.8 and error == pytest.approx(math.sqrt(0.5 / 3 / 5))
+    assert pooled_mean_with_error([[0], [1]]) == (0.5, None)
 
 
 def test_one_item_or_one_cluster_has_no_error():

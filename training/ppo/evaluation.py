@@ -4,8 +4,7 @@
 evaluations differ by the policy alone, and training does not notice.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.utils import is_rich_available
 
+from deepseek_records.statistics import mean_with_error
 from deepseek_training.ppo.player import Player
 from deepseek_training.ppo.reward_adapter import RewardError, raise_together
 
@@ -93,7 +93,7 @@ def average_by_prompt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def mean_metrics(columns: dict[str, list[Any]], prefix: str) -> dict[str, float]:
-    """Return mean and standard error of each column of numbers.
+    """Return mean and standard error of each column of numbers; no error of a single number.
 
     Args:
         columns: From `evaluate_prompts`.
@@ -102,8 +102,9 @@ def mean_metrics(columns: dict[str, list[Any]], prefix: str) -> dict[str, float]
     metrics = {}
     for key, values in columns.items():
         if isinstance(values[0], float):
-            metrics[f"{prefix}_{key}"] = float(np.mean(values))
-            metrics[f"{prefix}_{key}_stderr"] = standard_error(values)
+            metrics[f"{prefix}_{key}"], error = mean_with_error(values)
+            if error is not None:
+                metrics[f"{prefix}_{key}_stderr"] = error
     return metrics
 
 
@@ -133,8 +134,3 @@ def _print_table(rows: pd.DataFrame) -> None:
     for _, row in rows.iterrows():
         table.add_row(*row.astype(str))
     Console().print(table)
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean; 0 for a single value."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

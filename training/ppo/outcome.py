@@ -5,15 +5,14 @@ than a prompt's rewards before and after. The unpaired error is reported beside 
 """
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_records.run_folder import METRICS_FILE, RunFolder, write_json
+from deepseek_records.statistics import difference_with_error, mean_with_error
 from deepseek_records.summary import Check, Gain, Result, Sample, When
-from deepseek_training.ppo.evaluation import standard_error
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from deepseek_training.ppo.value import without_adapter
 from deepseek_training.trainer.lora import ADAPTER_FOLDER, merged
@@ -49,10 +48,9 @@ def measure_gain(before: Sequence[float], after: Sequence[float]) -> Gain:
         after: The same prompts', in the same order.
     """
     gains = [new - old for old, new in zip(before, after, strict=True)]
-    unpaired = math.hypot(standard_error(before), standard_error(after))
-    return Gain(
-        value=sum(gains) / len(gains), stderr_paired=standard_error(gains), stderr_unpaired=unpaired, n=len(gains)
-    )
+    value, paired = mean_with_error(gains)
+    unpaired = difference_with_error(mean_with_error(after), mean_with_error(before))[1]
+    return Gain(value=value, stderr_paired=paired, stderr_unpaired=unpaired, n=len(gains))
 
 
 def gain_check(gain: Gain, bound: float) -> Check:
@@ -74,19 +72,13 @@ def reward_rows(dataset: str, when: When, columns: dict[str, list[Any]]) -> tupl
         when: ``before`` or ``after``.
         columns: One list per metric, one value per prompt.
     """
-    return tuple(
-        Result(
-            metric=name,
-            dataset=dataset,
-            split="validation",
-            when=when,
-            value=sum(columns[name]) / len(columns[name]),
-            stderr=standard_error(columns[name]),
-            n=len(columns[name]),
-        )
-        for name in METRIC_NAMES
-        if name in columns
-    )
+    rows = []
+    for name in METRIC_NAMES:
+        if name in columns:
+            value, error = mean_with_error(columns[name])
+            about: dict[str, Any] = {"dataset": dataset, "split": "validation", "when": when}
+            rows.append(Result(metric=name, value=value, stderr=error, n=len(columns[name]), **about))
+    return tuple(rows)
 
 
 def pair_samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> tuple[Sample, ...]:

@@ -4,12 +4,12 @@
 more probability over the reference than the worse one, and TRL's loss.
 """
 
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 from deepseek_records.loading import check_vocabulary, load_tokenizer
+from deepseek_records.statistics import share_error
 from deepseek_records.summary import Check, Result, Summary
 from deepseek_training.data.conversations import read_template
 from deepseek_training.data.pairs import describe_pairs, load_pairs
@@ -83,9 +83,8 @@ def dpo(recipe: DpoRecipe, output: str | Path, *, overwrite: bool = False, is_dr
 def _measure(metrics: dict[str, float], dataset: str, n: int) -> tuple[Result, ...]:
     accuracy = metrics["eval_rewards/accuracies"]
     about: dict[str, Any] = {"dataset": dataset, "split": "validation", "n": n, "when": "after"}
-    error = math.sqrt(accuracy * (1 - accuracy) / n)
     return (
-        Result(metric="preference_accuracy", value=accuracy, stderr=error, **about),
+        Result(metric="preference_accuracy", value=accuracy, stderr=share_error(accuracy, n), **about),
         Result(metric="preference_margin", value=metrics["eval_rewards/margins"], **about),
         Result(metric="dpo_loss", value=metrics["eval_loss"], **about),
     )

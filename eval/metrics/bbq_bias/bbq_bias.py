@@ -19,9 +19,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 
+from deepseek_eval.metrics.description import describe_metric
 from deepseek_records.statistics import difference_with_error, mean_with_error, ratio_with_error
 
 _CITATION = """\
@@ -48,14 +48,8 @@ class BBQBias(evaluate.Metric):
     """Accuracy and bias scores of BBQ."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-            reference_urls=["https://arxiv.org/abs/2110.08193", "https://github.com/nyu-mll/BBQ"],
+        return describe_metric(
+            _DESCRIPTION, _CITATION, _INPUTS, ["https://arxiv.org/abs/2110.08193", "https://github.com/nyu-mll/BBQ"]
         )
 
     def _compute(

@@ -9,8 +9,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
+
+from deepseek_eval.metrics.description import describe_metric
+from deepseek_records.statistics import mean_with_error, pooled_mean_with_error
 
 _CITATION = """\
 @article{hendrycks2021mmlu, title={Measuring Massive Multitask Language Understanding}, author={Hendrycks et al.},
@@ -32,15 +34,7 @@ class ChoiceAccuracy(evaluate.Metric):
     """Accuracy with standard errors and breakdowns."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-            reference_urls=["https://arxiv.org/abs/2009.03300"],
-        )
+        return describe_metric(_DESCRIPTION, _CITATION, _INPUTS, ["https://arxiv.org/abs/2009.03300"])
 
     def _compute(
         self,
@@ -66,24 +60,14 @@ class ChoiceAccuracy(evaluate.Metric):
 
 
 def _score(hits: list[int]) -> dict[str, Any]:
-    n = len(hits)
-    acc = sum(hits) / n
-    # One question has no spread to estimate.
-    stderr = math.sqrt(acc * (1 - acc) / (n - 1)) if n > 1 else None
-    return {"acc": acc, "acc_stderr": stderr, "n": n}
+    acc, error = mean_with_error(hits)
+    return {"acc": acc, "acc_stderr": error, "n": len(hits)}
 
 
 def _pool(groups: list[list[int]]) -> dict[str, Any]:
-    """Micro average; its error pools the groups' variances, weighted by size (lm-eval's pooled_sample_stderr)."""
-    sizes = [len(rows) for rows in groups]
-    n = sum(sizes)
-    acc = sum(sum(rows) for rows in groups) / n
-    freedom = n - len(groups)
-    if freedom == 0:
-        return {"acc": acc, "acc_stderr": None, "n": n}
-    # (size - 1) * stderr^2 * size is the group's sum of squared deviations.
-    squares = sum(size * (sum(rows) / size) * (1 - sum(rows) / size) for size, rows in zip(sizes, groups, strict=True))
-    return {"acc": acc, "acc_stderr": math.sqrt(squares / freedom / n), "n": n}
+    """Micro average; its error pools the groups' variances."""
+    acc, error = pooled_mean_with_error(groups)
+    return {"acc": acc, "acc_stderr": error, "n": sum(map(len, groups))}
 
 
 def _macro(groups: list[list[int]]) -> dict[str, Any]:

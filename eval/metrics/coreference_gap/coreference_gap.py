@@ -13,9 +13,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 
+from deepseek_eval.metrics.description import describe_metric
 from deepseek_records.statistics import mean_with_error
 
 _CITATION = """\
@@ -39,14 +39,11 @@ class CoreferenceGap(evaluate.Metric):
     """Accuracy by polarity, and the paired gap."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-            reference_urls=["https://arxiv.org/abs/1804.06876", "https://github.com/uclanlp/corefBias"],
+        return describe_metric(
+            _DESCRIPTION,
+            _CITATION,
+            _INPUTS,
+            ["https://arxiv.org/abs/1804.06876", "https://github.com/uclanlp/corefBias"],
         )
 
     def _compute(

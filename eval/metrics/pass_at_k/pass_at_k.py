@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import evaluate
 
+from deepseek_eval.metrics.description import TEXT, describe_metric
 from deepseek_eval.sandbox.client import run_tests
 from deepseek_records.statistics import mean_with_error
 
@@ -45,14 +46,13 @@ class PassAtK(evaluate.Metric):
     """Unbiased pass@k."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("string")), "references": datasets.Value("string")}
-            ),
-            reference_urls=["https://arxiv.org/abs/2107.03374"],
+        return describe_metric(
+            _DESCRIPTION,
+            _CITATION,
+            _INPUTS,
+            ["https://arxiv.org/abs/2107.03374"],
+            predictions=datasets.Sequence(TEXT),
+            references=TEXT,
         )
 
     def _compute(

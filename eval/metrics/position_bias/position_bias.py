@@ -17,10 +17,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 import numpy as np
 
+from deepseek_eval.metrics.description import describe_metric
 from deepseek_records.statistics import chi_square_p
 
 _CITATION = """\
@@ -45,14 +45,11 @@ class PositionBias(evaluate.Metric):
     """Preference for answer letters."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-            reference_urls=["https://arxiv.org/abs/2309.03882", "https://github.com/chujiezheng/LLM-MCQ-Bias"],
+        return describe_metric(
+            _DESCRIPTION,
+            _CITATION,
+            _INPUTS,
+            ["https://arxiv.org/abs/2309.03882", "https://github.com/chujiezheng/LLM-MCQ-Bias"],
         )
 
     def _compute(

@@ -18,9 +18,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 
+from deepseek_eval.metrics.description import TEXT, describe_metric
 from deepseek_records.statistics import mean_with_error, wilson_interval
 
 _CITATION = """\
@@ -88,14 +88,13 @@ class RefusalRate(evaluate.Metric):
     """Refusal rates by string rules."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            ),
-            reference_urls=["https://arxiv.org/abs/2307.15043", "https://arxiv.org/abs/2308.01263"],
+        return describe_metric(
+            _DESCRIPTION,
+            _CITATION,
+            _INPUTS,
+            ["https://arxiv.org/abs/2307.15043", "https://arxiv.org/abs/2308.01263"],
+            predictions=TEXT,
+            references=TEXT,
         )
 
     def _compute(

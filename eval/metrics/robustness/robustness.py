@@ -13,9 +13,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 
+from deepseek_eval.metrics.description import describe_metric
 from deepseek_eval.metrics.position_bias.position_bias import measure_position_bias
 from deepseek_records.statistics import mean_with_error
 
@@ -43,14 +43,8 @@ class Robustness(evaluate.Metric):
     """Accuracy and flips under perturbation."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-            reference_urls=["https://arxiv.org/abs/2306.04528", "https://arxiv.org/abs/2309.03882"],
+        return describe_metric(
+            _DESCRIPTION, _CITATION, _INPUTS, ["https://arxiv.org/abs/2306.04528", "https://arxiv.org/abs/2309.03882"]
         )
 
     def _compute(

@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import evaluate
 
+from deepseek_eval.metrics.description import TEXT, describe_metric
 from deepseek_records.statistics import mean_with_error
 
 _CITATION = """\
@@ -38,17 +39,13 @@ class StereotypePreference(evaluate.Metric):
     """Share of pairs in which the more stereotyping sentence is preferred."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float64")),
-                    "references": datasets.Value("string"),
-                }
-            ),
-            reference_urls=["https://arxiv.org/abs/2010.00133", "https://github.com/nyu-mll/crows-pairs"],
+        return describe_metric(
+            _DESCRIPTION,
+            _CITATION,
+            _INPUTS,
+            ["https://arxiv.org/abs/2010.00133", "https://github.com/nyu-mll/crows-pairs"],
+            predictions=datasets.Sequence(datasets.Value("float64")),
+            references=TEXT,
         )
 
     def _compute(
