@@ -18,6 +18,7 @@ EXAMPLES = """
   deepseek-moe evaluate --samples completions.jsonl --tasks humaneval --output runs/scored
   deepseek-moe evaluate path/to/model --tasks mmlu,long_tail,mmlu_robust,winobias,bbq,refusal --limit 20
   deepseek-moe evaluate path/to/model --tasks crows_pairs --data crows_pairs=path/to/crows_pairs_anonymized.csv
+  deepseek-moe evaluate runs/demo/adapt --tasks bits_per_byte --data my_texts --output runs/my_texts
   deepseek-moe evaluate runs/demo/sft runs/demo/align --tasks mmlu --limit 1 --output runs/both
   deepseek-moe evaluate --compare runs/before runs/after
   deepseek-moe evaluate --table runs/seed-0 runs/seed-1 runs/other
@@ -77,9 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         default=None,
-        metavar="DIR",
+        metavar="PATH",
         help="folder with own data files, named as the embedded, or by task a folder, file or Hub id: "
-        "crows_pairs=crows_pairs_anonymized.csv,bbq=owner/name",
+        "crows_pairs=crows_pairs_anonymized.csv,bbq=owner/name; for bits_per_byte the text, a file or folder",
     )
     _add_generation_arguments(parser)
     _add_model_arguments(parser)
@@ -87,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompts and completions")
+    group.add_argument(
+        "--max-length", type=int, default=None, metavar="N", help="tokens that the model sees at once (its context)"
+    )
     group.add_argument("--max-new-tokens", type=int, default=None, metavar="N", help="length limit (HumanEval: 1024)")
     group.add_argument("--num-samples", type=int, default=1, metavar="N", help="completions per problem")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
@@ -244,7 +248,17 @@ def name_models(models: Sequence[str]) -> list[str]:
 
 # Options without effect where no model is run, and those that a comparison has no use for either.
 _OF_MODELS = [
-    *("num_fewshot", "batch_size", "max_new_tokens", "num_samples", "temperature", "top_p", "prompt_style", "seed"),
+    *(
+        "num_fewshot",
+        "batch_size",
+        "max_length",
+        "max_new_tokens",
+        "num_samples",
+        "temperature",
+        "top_p",
+        "prompt_style",
+        "seed",
+    ),
     *("dtype", "device", "adapter", "experts_implementation", "trust_remote_code"),
 ]
 _OF_RUNS = ["tasks", "limit", "data", "output", "overwrite", "allow_weak_sandbox"]

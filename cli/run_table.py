@@ -49,7 +49,12 @@ def format_table(folders: Sequence[str | Path]) -> str:
 
 def _figures(run: RunFolder) -> dict[tuple[str, ...], Result]:
     rows = [row for row in run.summary.results if row.when != "before"]
-    return {tuple(part for part in (row.label or row.dataset, row.split, row.metric) if part): row for row in rows}
+    named = ((row.label or row.dataset, row.split, f"{row.metric}{_direction(row)}") for row in rows)
+    return {tuple(part for part in names if part): row for names, row in zip(named, rows, strict=True)}
+
+
+def _direction(row: Result) -> str:
+    return " (lower is better)" if row.higher_is_better is False else ""
 
 
 def _cell(row: Result) -> str:

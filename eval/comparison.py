@@ -12,11 +12,12 @@ Psychometrika 12.
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deepseek_records.run_folder import RunFolder
-from deepseek_records.statistics import mean_with_error
+from deepseek_records.statistics import mean_with_error, ratio_with_error
 
 _PREFIX, _SUFFIX = "samples_", ".jsonl"
 
@@ -30,16 +31,22 @@ def compare_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, A
 
     Raises:
         FileNotFoundError: A folder holds no samples.
-        ValueError: The two share no task whose items are right or wrong, or no item of one, or asked other questions
-            under the same ids.
+        ValueError: The two share no task whose items are right or wrong or texts, or no item of one, or asked other
+            questions under the same ids.
     """
-    (ours, our_hashes), (theirs, their_hashes) = _read_run(Path(first)), _read_run(Path(second))
+    ours, theirs = _read_run(Path(first)), _read_run(Path(second))
     shared = [task for task in ours if task in theirs]
     if not shared:
         raise ValueError(f"runs: {first} ({', '.join(ours)}) and {second} ({', '.join(theirs)}) share no task")
     for task in shared:
-        _check_questions(task, our_hashes[task], their_hashes[task])
-    return {task: compare_hits(task, ours[task], theirs[task]) for task in shared}
+        _check_questions(task, ours[task].hashes, theirs[task].hashes)
+    return {task: _compare_task(task, ours[task], theirs[task]) for task in shared}
+
+
+def _compare_task(task: str, first: "_Answers", second: "_Answers") -> dict[str, Any]:
+    if first.num_bytes:
+        return compare_texts(task, first.scores, second.scores, first.num_bytes)
+    return compare_hits(task, first.scores, second.scores)
 
 
 def compare_hits(task: str, first: dict[str, float], second: dict[str, float]) -> dict[str, Any]:
@@ -73,6 +80,40 @@ def compare_hits(task: str, first: dict[str, float], second: dict[str, float]) -
     }
 
 
+def compare_texts(
+    task: str, first: dict[str, float], second: dict[str, float], num_bytes: dict[str, int]
+) -> dict[str, Any]:
+    """Compare two models' bits on the same documents.
+
+    Args:
+        task: Named in errors.
+        first: Bits by document.
+        second: The same of the other run.
+        num_bytes: Bytes by document.
+
+    Returns:
+        As `compare_hits`, in bits per byte; a document is better where it takes fewer bits.
+    """
+    names = [name for name in first if name in second]
+    if not names:
+        raise ValueError(f"runs: the two share no item of {task}")
+    sizes = [float(num_bytes[name]) for name in names]
+    differences = [second[name] - first[name] for name in names]
+    mean, stderr = ratio_with_error(differences, sizes)
+    better, worse = sum(value < 0 for value in differences), sum(value > 0 for value in differences)
+    return {
+        "first": sum(first[name] for name in names) / sum(sizes),
+        "second": sum(second[name] for name in names) / sum(sizes),
+        "difference": mean,
+        "stderr": stderr,
+        "n": len(names),
+        "num_better": better,
+        "num_worse": worse,
+        "p_value": _sign_test(better, worse),
+        "is_lower_better": True,
+    }
+
+
 def differing_settings(first: str | Path, second: str | Path) -> dict[str, tuple[Any, Any]]:
     """Return the settings that two runs do not share, by name; all but the model are reasons for doubt.
 
@@ -95,11 +136,15 @@ def format_comparison(first: str | Path, second: str | Path) -> str:
     widths = "{:<18}{:>9}{:>9}{:>12}{:>9}{:>7}{:>8}{:>7}{:>10}"
     names = ("task", "first", "second", "difference", "stderr", "n", "better", "worse", "p")
     lines = [f"first   {first}", f"second  {second}", "", widths.format(*names)]
-    for task, row in compare_runs(first, second).items():
+    compared = compare_runs(first, second)
+    for task, row in compared.items():
         stderr = "-" if row["stderr"] is None else f"{row['stderr']:.4f}"
         scores = (f"{row['first']:.4f}", f"{row['second']:.4f}", f"{row['difference']:+.4f}", stderr)
         counts = (row["n"], row["num_better"], row["num_worse"])
         lines.append(widths.format(task, *scores, *counts, f"{row['p_value']:.2g}"))
+    falling = [task for task, row in compared.items() if row.get("is_lower_better")]
+    if falling:
+        lines += ["", f"Bits per byte, lower is better: {', '.join(falling)}."]
     changed = [
         f"{name} ({a} | {b})"
         for name, (a, b) in differing_settings(first, second).items()
@@ -139,26 +184,39 @@ def _parse_sample(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _read_run(folder: Path) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, str]]]:
-    """Mean score by item, and the question's hash by item (none in runs of earlier versions), for every task."""
-    tasks, hashes = {}, {}
+@dataclass(frozen=True)
+class _Answers:
+    """By item: mean score, or the bits of a text; the question's hash (none in earlier versions' runs); its bytes."""
+
+    scores: dict[str, float]
+    hashes: dict[str, str]
+    num_bytes: dict[str, int]
+
+
+def _read_run(folder: Path) -> dict[str, _Answers]:
+    """What a run answered, by task; tasks that know no right and wrong are left out."""
+    tasks = {}
     for path in sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}")):
         if path.name.endswith(f".partial{_SUFFIX}"):
             continue
         scores: dict[str, list[float]] = {}
         seen: dict[str, str] = {}
+        sizes: dict[str, int] = {}
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             if not line.strip():
                 continue
             row = _parse_sample(line, f"run: {path}, line {number}")
             score = row.get("acc", row.get("passed"))
+            if "loglikelihood" in row and "num_bytes" in row:
+                score = -row["loglikelihood"] / math.log(2)
+                sizes[row["id"]] = row["num_bytes"]
             if score is not None:  # Some benchmarks have no right and wrong.
                 scores.setdefault(row["id"], []).append(float(score))
                 if "question_hash" in row:
                     seen[row["id"]] = row["question_hash"]
         if scores:
-            hashes[path.name[len(_PREFIX) : -len(_SUFFIX)]] = seen
-            tasks[path.name[len(_PREFIX) : -len(_SUFFIX)]] = {name: sum(v) / len(v) for name, v in scores.items()}
+            means = {name: sum(values) / len(values) for name, values in scores.items()}
+            tasks[path.name[len(_PREFIX) : -len(_SUFFIX)]] = _Answers(means, seen, sizes)
     if not tasks:
         raise FileNotFoundError(f"run: {folder} holds no samples_<task>.jsonl, expected a run folder of evaluate")
-    return tasks, hashes
+    return tasks

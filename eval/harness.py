@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepseek_eval.model_loading import LoadedModel, load_model
+from deepseek_eval.model_loading import LoadedModel, limit_context, load_model
 from deepseek_eval.questions import Questions, read_questions
 from deepseek_eval.run_summary import data_rows, result_rows
 from deepseek_eval.runners.choice import run_choice_task
+from deepseek_eval.runners.document import run_text_task
 from deepseek_eval.runners.program import run_program_task
 from deepseek_eval.runners.text import run_completion_task, run_continuation_task
 from deepseek_eval.settings import EvalSettings
@@ -53,6 +54,7 @@ def evaluate_model(
         adapter=chosen.adapter,
         experts_implementation=chosen.experts_implementation,
     )
+    loaded = limit_context(loaded, chosen.max_length)
     run.hold_to(
         model=hash_model(loaded.model),
         tokenizer=hash_tokenizer(loaded.tokenizer),
@@ -85,5 +87,7 @@ def _run_task(
         return run_choice_task(run, loaded, task, items, settings)
     if task.kind == "program":
         return run_program_task(run, loaded, task, items, settings, source)
-    run_text = run_completion_task if task.kind == "completion" else run_continuation_task
-    return run_text(run, loaded, task, items, settings)
+    if task.kind == "text":
+        return run_text_task(run, loaded, task, items, settings)
+    answer = run_completion_task if task.kind == "completion" else run_continuation_task
+    return answer(run, loaded, task, items, settings)

@@ -3,7 +3,7 @@
 Called by ``harness.py``; the loading itself is `deepseek_records.loading`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,23 @@ def load_model(
         model = _add_adapter(model, adapter)
     loading.check_vocabulary(model, tokenizer)
     return LoadedModel(model.eval().to(device), tokenizer, find_max_length(model.config, tokenizer))
+
+
+def limit_context(loaded: LoadedModel, max_length: int | None) -> LoadedModel:
+    """Return the model with a shorter context.
+
+    Args:
+        loaded: The model.
+        max_length: Tokens that it may see at once; None leaves the context as it is.
+
+    Raises:
+        ValueError: It has no such long context.
+    """
+    if max_length is None:
+        return loaded
+    if max_length > loaded.max_length:
+        raise ValueError(f"max_length: got {max_length}, expected at most {loaded.max_length}, the model's context")
+    return replace(loaded, max_length=max_length)
 
 
 def _check_device(device: str) -> None:

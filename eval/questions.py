@@ -12,7 +12,7 @@ from typing import Any
 
 from deepseek_eval.settings import EvalSettings
 from deepseek_eval.tasks.catalogue import find_task
-from deepseek_eval.tasks.task import ChoiceItem, DataSet, ProgramItem, Task
+from deepseek_eval.tasks.task import ChoiceItem, DataSet, ProgramItem, Task, TextItem
 from deepseek_records.hashes import hash_rows, hash_texts
 
 NOT_STATED = "not stated"
@@ -126,6 +126,8 @@ def hash_question(item: Any) -> str:
         parts: list[Any] = [item.prompt.removeprefix(item.context), item.choices, answers, item.target, item.group]
     elif isinstance(item, ProgramItem):
         parts = [item.prompt.removeprefix(item.context), item.tests]
+    elif isinstance(item, TextItem):
+        parts = [item.prompt]
     else:
         parts = [item.prompt.removeprefix(item.context), item.target, item.group]
     return hash_rows([parts])[:_NUM_DIGITS]

@@ -22,7 +22,7 @@ def result_rows(task: Task, scores: Mapping[str, Any]) -> tuple[Result, ...]:
         task: The task.
         scores: What its runner returned.
     """
-    return tuple(_result_row(task, figure, scores) for figure in task.figures if scores[figure.name] is not None)
+    return tuple(_result_row(task, figure, scores) for figure in task.figures if scores.get(figure.name) is not None)
 
 
 def _result_row(task: Task, figure: Figure, scores: Mapping[str, Any]) -> Result:
@@ -35,6 +35,8 @@ def _result_row(task: Task, figure: Figure, scores: Mapping[str, Any]) -> Result
         stderr=stderr,
         interval=share_interval(value, n, stderr) if figure.is_share else None,
         n=n,
+        num_tokens=scores.get("num_tokens"),
+        num_bytes=scores.get("num_bytes"),
         num_all=task.data.num_questions if scores["n"] < task.data.num_questions else None,
         dataset=f"{task.data.name}{part}",
         split=task.data.split or None,

@@ -17,6 +17,8 @@ from deepseek_eval.tasks.rows import find_source
 from deepseek_eval.tasks.task import Task
 
 _AT_LEAST_ONE = ("batch_size", "num_samples", "max_new_tokens")
+# A window of one token predicts nothing.
+_LEAST_LENGTH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +31,12 @@ class EvalSettings:
             and 3).
         limit: At most this many items (MMLU: per subject), for all tasks or by task name; None for all.
         batch_size: Questions, or prompts, per batch.
+        max_length: Tokens that the model sees at once; None takes its context (bits_per_byte: at most 2048 of it).
         max_new_tokens: Length limit of a completion; None takes the task's (HumanEval: 1024).
         num_samples: Completions per problem.
         temperature: 0 is greedy.
         top_p: Nucleus share for sampling.
-        prompt_style: ``base`` or, for programs and MMLU, ``chat``: through the tokenizer's chat template.
+        prompt_style: ``base`` or ``chat``, through the tokenizer's chat template; refused for a task without one.
         seed: Seed for sampling.
         dtype: As `deepseek_eval.model_loading.load_model` takes it, as are the next four.
         device: Torch device.
@@ -49,6 +52,7 @@ class EvalSettings:
     num_fewshot: int | None = None
     limit: int | Mapping[str, int] | None = None
     batch_size: int = 32
+    max_length: int | None = None
     max_new_tokens: int | None = None
     num_samples: int = 1
     temperature: float = 0.0
@@ -94,6 +98,8 @@ class EvalSettings:
                 _check_at_least_one(f"limit of {name}", value)
         else:
             _check_at_least_one("limit", self.limit)
+        if self.max_length is not None and self.max_length < _LEAST_LENGTH:
+            raise ValueError(f"max_length: got {self.max_length}, expected {_LEAST_LENGTH} or more")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature: got {self.temperature}, expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:

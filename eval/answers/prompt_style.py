@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from deepseek_eval.tasks.task import ChoiceItem, ProgramItem, Task
+from deepseek_eval.tasks.task import ChoiceItem, CompletionItem, ProgramItem, Task
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.user_text import render_chat, show
 
@@ -33,7 +33,7 @@ def check_style(style: str, tasks: Sequence[Task]) -> None:
     """
     if style not in STYLES:
         raise ValueError(f"prompt_style: got {style!r}, expected {' or '.join(STYLES)}")
-    without = [task.name for task in tasks if task.kind in _CHOICE_KINDS and not task.has_chat]
+    without = [task.name for task in tasks if task.kind in (*_CHOICE_KINDS, "text") and not task.has_chat]
     if style == "chat" and without:
         raise ValueError(f"prompt_style = chat: task {without[0]} has base only")
 
@@ -66,7 +66,9 @@ def _render(item: ProgramItem, tokenizer: PreTrainedTokenizerBase, source: str) 
         raise ValueError(f"prompt_style = chat: the chat template of {source} refuses {item.id} ({reason})") from None
 
 
-def apply_chat(items: Sequence[ChoiceItem], tokenizer: PreTrainedTokenizerBase, source: str) -> list[ChoiceItem]:
+def apply_chat(
+    items: Sequence[ChoiceItem | CompletionItem], tokenizer: PreTrainedTokenizerBase, source: str
+) -> list[Any]:
     """Return questions put as the user's turn, with answers that begin the model's, as lm-eval's chat template does.
 
     Args:
@@ -78,20 +80,22 @@ def apply_chat(items: Sequence[ChoiceItem], tokenizer: PreTrainedTokenizerBase, 
         ValueError: The tokenizer has no chat template, or its template refuses the questions.
     """
     _check_template(tokenizer, source)
-    return [
-        dataclasses.replace(
-            item,
-            prompt=_render_question(item, tokenizer, source),
-            choices=tuple(choice.removeprefix(" ") for choice in item.choices),
-            context="",
-            shorter_prompts=(),
-        )
-        for item in items
-    ]
+    return [_put_as_turn(item, tokenizer, source) for item in items]
 
 
-def _render_question(item: ChoiceItem, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
-    turns = [*(item.chat_context or ()), {"role": "user", "content": item.prompt.removeprefix(item.context)}]
+def _put_as_turn(
+    item: ChoiceItem | CompletionItem, tokenizer: PreTrainedTokenizerBase, source: str
+) -> ChoiceItem | CompletionItem:
+    prompt = _render_question(item, tokenizer, source)
+    if isinstance(item, CompletionItem):
+        return dataclasses.replace(item, prompt=prompt, context="")
+    choices = tuple(choice.removeprefix(" ") for choice in item.choices)
+    return dataclasses.replace(item, prompt=prompt, choices=choices, context="", shorter_prompts=())
+
+
+def _render_question(item: ChoiceItem | CompletionItem, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    question = item.prompt if item.chat_context is None else item.prompt.removeprefix(item.context)
+    turns = [*(item.chat_context or ()), {"role": "user", "content": question}]
     try:
         return render_chat(turns, tokenizer, add_generation_prompt=True)
     except ValueError:

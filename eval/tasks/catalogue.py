@@ -5,6 +5,7 @@ from pathlib import Path
 
 from deepseek_eval.tasks import (
     bbq,
+    bits_per_byte,
     crows_pairs,
     humaneval,
     long_tail,
@@ -23,6 +24,7 @@ _ALL = (
     *(mmlu.TASK, mmlu.HENDRYCKS_TASK, humaneval.TASK, mbpp.TASK),
     *(mmlu_pro.TASK, mmlu_redux.TASK),
     *(crows_pairs.TASK, winobias.TASK, bbq.TASK, long_tail.TASK, mmlu_robust.TASK, refusal.TASK),
+    bits_per_byte.TASK,
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 

@@ -7,25 +7,38 @@
     choices: [first, second]     # columns; or the name of one column that holds a list
     answer: right                # the column with the choice's text, or its position from 0; for generation the text
 
+    name: my_pages
+    kind: text                   # bits per byte of whole documents
+    data: pages                  # a file, a folder or a Hub id, as the training stages read them
+    split: validation            # or train; all without it
+    column: body                 # of tables, where it is not called text
+
 Called by `deepseek_eval.tasks.catalogue.find_task` for a name that ends in ``.yaml``.
 """
 
 import re
 import string
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from deepseek_eval.tasks import bits_per_byte
 from deepseek_eval.tasks.row import Row
-from deepseek_eval.tasks.rows import read_rows
-from deepseek_eval.tasks.task import ChoiceItem, CompletionItem, DataSet, Figure, Task
+from deepseek_eval.tasks.rows import find_source, read_rows
+from deepseek_eval.tasks.task import ChoiceItem, CompletionItem, DataSet, Figure, Task, TextItem
+from deepseek_records.document_files import SPLITS
 
-_KINDS = ("choice", "generation")
-_NEEDED = ("name", "kind", "data", "prompt", "answer")
-_OPTIONAL = ("choices", "label", "license", "measures", "max_new_tokens", "stop")
+_ABOUT = ("label", "license", "measures")
+# By kind, the settings that it needs and those that it may have.
+_SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "choice": (("name", "kind", "data", "prompt", "choices", "answer"), _ABOUT),
+    "generation": (("name", "kind", "data", "prompt", "answer"), (*_ABOUT, "max_new_tokens", "stop")),
+    "text": (("name", "kind", "data"), (*_ABOUT, "split", "column")),
+}
 
 
 def load_task(path: Path) -> Task:
@@ -39,6 +52,8 @@ def load_task(path: Path) -> Task:
         ValueError: It is no YAML, or a setting is missing, unknown or wrong.
     """
     given = _read_yaml(path)
+    if given["kind"] == "text":
+        return _text_task(path, given)
     source = path.parent / str(given["data"])
     if not source.is_file():
         raise FileNotFoundError(f"{path}: data: {source} does not exist, expected a .jsonl or .csv file")
@@ -62,6 +77,32 @@ def load_task(path: Path) -> Task:
         measures=str(given.get("measures", "own")),
         max_new_tokens=int(given.get("max_new_tokens", 32)),
         metric_inputs=None if is_choice else _compare_texts,
+        has_chat=is_choice,
+    )
+
+
+def _text_task(path: Path, given: dict[str, Any]) -> Task:
+    beside = path.parent / given["data"]
+    source = beside if beside.exists() else find_source(given["data"])
+    options = {"split": given.get("split", "all"), "column": given.get("column")}
+    name = given["name"]
+
+    def build(num_fewshot: int, limit: int | None, data_path: str | Path | None) -> Iterator[TextItem]:
+        return bits_per_byte.documents_of(name, source, limit, **options)
+
+    return replace(
+        bits_per_byte.TASK,
+        name=name,
+        build_items=build,
+        data=DataSet(
+            name=beside.name if beside.exists() else given["data"],
+            label=given.get("label", name),
+            split=given.get("split", ""),
+            license=given.get("license", "not stated"),
+            source="own data",
+            num_questions=sum(1 for _ in build(0, None, None)),
+        ),
+        measures=given.get("measures", "language"),
     )
 
 
@@ -74,16 +115,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"tasks: {path} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(given, dict):
         raise ValueError(f"tasks: {path}: got {type(given).__name__}, expected settings")
-    for name in given:
-        if name not in (*_NEEDED, *_OPTIONAL):
-            raise ValueError(f"{path}: got the unknown key {name!r}, expected {', '.join((*_NEEDED, *_OPTIONAL))}")
-    for name in _NEEDED:
-        if not isinstance(given.get(name), str) or not given[name].strip():
-            raise ValueError(f"{path}: {name}: got {given.get(name)!r}, expected text")
-    if not re.fullmatch(r"[a-z0-9_]+", given["name"]):
-        raise ValueError(f"{path}: name: got {given['name']!r}, expected small letters, digits and _")
-    if given["kind"] not in _KINDS:
-        raise ValueError(f"{path}: kind: got {given['kind']!r}, expected {' or '.join(_KINDS)}")
+    _check_names(path, given)
     choices = given.get("choices")
     is_columns = isinstance(choices, list) and len(choices) > 1 and all(isinstance(name, str) for name in choices)
     if given["kind"] == "choice" and not (isinstance(choices, str) or is_columns):
@@ -92,6 +124,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ValueError(f"{path}: max_new_tokens: got {tokens!r}, expected 1 or more")
     return given
+
+
+def _check_names(path: Path, given: dict[str, Any]) -> None:
+    """Refuse an unknown kind, a setting that the kind has not, and one without text."""
+    if given.get("kind") not in _SETTINGS:
+        raise ValueError(f"{path}: kind: got {given.get('kind')!r}, expected {' or '.join(_SETTINGS)}")
+    needed, optional = _SETTINGS[given["kind"]]
+    for name in given:
+        if name not in (*needed, *optional):
+            known = ", ".join((*needed, *optional))
+            raise ValueError(f"{path}: got the unknown key {name!r}, expected for a {given['kind']} task: {known}")
+    is_text = [name for name in (*needed, *_ABOUT, "column") if name in needed or name in given]
+    for name in is_text:
+        if name != "choices" and (not isinstance(given.get(name), str) or not given[name].strip()):
+            raise ValueError(f"{path}: {name}: got {given.get(name)!r}, expected text")
+    if not re.fullmatch(r"[a-z0-9_]+", given["name"]):
+        raise ValueError(f"{path}: name: got {given['name']!r}, expected small letters, digits and _")
+    if given.get("split", "all") not in SPLITS:
+        raise ValueError(f"{path}: split: got {given['split']!r}, expected {' or '.join(SPLITS)}")
 
 
 def _fill(given: dict[str, Any], row: Row) -> str:

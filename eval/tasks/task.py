@@ -2,7 +2,7 @@
 
 Every task file builds one `Task`; ``harness.py`` runs it. Its kind says how the model answers: ``choice`` by the one
 token that each choice adds to the prompt, ``continuation`` by the log-likelihood of choices of any length, ``program``
-by code that is run, ``completion`` by text that a metric reads.
+by code that is run, ``completion`` by text that a metric reads, ``text`` by the log-likelihood of whole documents.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ class ChoiceItem:
         answers: What each choice stands for, where that is not its position: the option behind a letter when options
             are reordered, the one answer behind several wordings of it.
         facts: What the task's metric needs to know beside prediction and target.
-        chat_context: The context as turns of a chat; None where the task has no such form.
+        chat_context: The context as turns of a chat; None puts it into the user's turn.
     """
 
     id: str
@@ -63,8 +63,10 @@ class CompletionItem:
         group: What the score is also broken down by.
         stop: Strings that end a completion.
         context: The part of the prompt that is not the question: a description, shots.
-        is_request: Whether it is put as the user's turn; otherwise the model continues the prompt as it stands.
+        is_request: Whether it is put as the user's turn; otherwise the model continues the prompt as it stands, unless
+            ``--prompt-style chat`` asks for turns.
         facts: What the task's metric needs to know.
+        chat_context: The context as turns of a chat; None puts it into the user's turn.
     """
 
     id: str
@@ -75,6 +77,7 @@ class CompletionItem:
     context: str = ""
     is_request: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
+    chat_context: tuple[dict[str, str], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,23 @@ class ProgramItem:
 
 
 @dataclass(frozen=True)
+class TextItem:
+    """One document, all of it to be predicted.
+
+    Args:
+        id: Unique within the task.
+        prompt: The text.
+        group: What the score is also broken down by.
+        target: None: nothing is asked.
+    """
+
+    id: str
+    prompt: str
+    group: str
+    target: None = None
+
+
+@dataclass(frozen=True)
 class DataSet:
     """A published data set: what a task's questions may be called if they are exactly these.
 
@@ -150,6 +170,9 @@ class DataSet:
     questions_hash: str | None = None
     coverage: str = ""
     benchmark: Benchmark | None = None
+
+
+Item = ChoiceItem | ProgramItem | CompletionItem | TextItem
 
 
 @dataclass(frozen=True)
@@ -179,7 +202,7 @@ class Task:
 
     Args:
         name: What ``--tasks`` calls it.
-        kind: ``choice``, ``continuation``, ``program`` or ``completion``.
+        kind: ``choice``, ``continuation``, ``program``, ``completion`` or ``text``.
         build_items: Called with the number of shots, the limit and the data folder (or Hub id); yields items in order.
         data: The published data set that it asks by default.
         figures: The metric's figures that are shown.
@@ -194,14 +217,14 @@ class Task:
         metric_inputs: Turns items and rows (``prediction``, ``target``, scores) into the metric's arguments; None
             gives `choice_accuracy` what it takes.
         is_length_normalized: Compare choices by their mean log-likelihood a token, that is by perplexity.
-        has_chat: Whether its questions, of a choice, can be put through a chat template.
+        has_chat: Whether its questions, of a choice, can be put through a chat template. Completions and programs can.
         shares_answers_with: A task that asks some of the same questions under the same ids.
         does_not_show: One line on what the figures leave open, written beside them.
     """
 
     name: str
     kind: str
-    build_items: Callable[[int, int | None, str | Path | None], Iterator[ChoiceItem | ProgramItem | CompletionItem]]
+    build_items: Callable[[int, int | None, str | Path | None], Iterator[Item]]
     data: DataSet
     figures: tuple[Figure, ...]
     measures: str

@@ -32,7 +32,9 @@ CROWS_PAIRS = {"sent_more": "a", "sent_less": "b", "bias_type": "c"}
 WINOBIAS = {"id": 1, "type": 1, "part": "dev", "polarity": "pro", "text": "[The cook] met the nurse; [he] left."}
 XSTEST = {"id": "1", "prompt": "May I?", "type": "plain", "label": "safe"}
 # Not shipped, or made of another task's questions.
-EMBEDDED = sorted(set(TASKS) - {"crows_pairs", "mmlu_hendrycks", "mmlu_robust", "mmlu_pro", "mmlu_redux"})
+EMBEDDED = sorted(
+    set(TASKS) - {"bits_per_byte", "crows_pairs", "mmlu_hendrycks", "mmlu_robust", "mmlu_pro", "mmlu_redux"}
+)
 EVIL = [None, "", "  ", 0, -1, 4, 9, 1.0, True, "1", "B", [], {}, "abc", ["a"]]
 
 

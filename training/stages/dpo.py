@@ -84,9 +84,15 @@ def _measure(metrics: dict[str, float], dataset: str, n: int) -> tuple[Result, .
     accuracy = metrics["eval_rewards/accuracies"]
     about: dict[str, Any] = {"dataset": dataset, "split": "validation", "n": n, "when": "after"}
     return (
-        Result(metric="preference_accuracy", value=accuracy, stderr=share_error(accuracy, n), **about),
+        Result(
+            metric="preference_accuracy",
+            value=accuracy,
+            stderr=share_error(accuracy, n),
+            higher_is_better=True,
+            **about,
+        ),
         Result(metric="preference_margin", value=metrics["eval_rewards/margins"], **about),
-        Result(metric="dpo_loss", value=metrics["eval_loss"], **about),
+        Result(metric="dpo_loss", value=metrics["eval_loss"], higher_is_better=False, **about),
     )
 
 

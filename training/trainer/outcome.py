@@ -42,6 +42,7 @@ def bits_rows(
             num_tokens=value.num_tokens,
             num_bytes=value.num_bytes,
             when=when,
+            higher_is_better=False,
             baseline=baseline,
             baseline_name=baseline_name,
         )
