@@ -110,7 +110,11 @@ def run_completion_task(
         top_p=settings.top_p,
         seed=settings.seed,
     )
-    items = [_as_user_turn(item, loaded.tokenizer) for item in items]
+    is_chat = settings.prompt_style == "chat" or (items[0].is_request and loaded.tokenizer.chat_template is not None)
+    if settings.prompt_style == "chat":
+        items = apply_chat(items, loaded.tokenizer, str(run.settings["model_name_or_path"]))
+    else:
+        items = [_as_user_turn(item, loaded.tokenizer) for item in items]
     batches = plan_prompts(loaded, items, sampling, settings.batch_size)
     missing = [batch for batch in batches if any((prompt.item.id, 0) not in samples.rows for prompt in batch)]
     with tqdm(total=len(missing) * sampling.max_new_tokens, desc=f"evaluate {task.name}", unit="step") as bar:
@@ -127,7 +131,7 @@ def run_completion_task(
     return {
         **scores,
         "num_fewshot": settings.shots_of(task),
-        "prompt_style": "chat" if items[0].is_request and loaded.tokenizer.chat_template is not None else "plain",
+        "prompt_style": "chat" if is_chat else "plain",
         "temperature": sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens,
         "num_truncated": warn_of_truncation(task, rows, loaded.max_length),

@@ -2,13 +2,14 @@
 
 Prompt, shots, stop string and the pattern that takes the answer are lm-evaluation-harness 0.4.13's ``mmlu_pro``: the
 first five examples of the category, 2,048 tokens, ``answer is (X)``. The data is not shipped. That pattern
-wants the words "answer is", so a model that answers with a bare letter scores nothing.
+wants the words "answer is", so a model that answers with a bare letter scores nothing. In a chat, the instruction is
+the system's turn and each example a question and its answer.
 
 Reference: Wang et al., 2024, "MMLU-Pro", arXiv 2406.01574.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepseek_eval.tasks.letter_answers import LETTERS, letter_inputs
@@ -43,8 +44,27 @@ def format_shot(row: Row) -> str:
     Args:
         row: A row with ``cot_content``.
     """
-    reasoning = row["cot_content"].replace(f"A: {_THINK} ", "")
-    return f"{format_question(row)} {reasoning}\n\n"
+    return f"{format_question(row)} {_reasoning(row)}\n\n"
+
+
+def _reasoning(row: Row) -> str:
+    return str(row["cot_content"]).replace(f"A: {_THINK} ", "")
+
+
+def format_turns(instruction: str, shots: Sequence[Row]) -> tuple[dict[str, str], ...]:
+    """Return instruction and examples as turns of a chat.
+
+    Args:
+        instruction: What stands before the examples.
+        shots: Rows with ``cot_content``.
+    """
+    turns = [{"role": "system", "content": instruction}]
+    for row in shots:
+        turns += [
+            {"role": "user", "content": format_question(row)},
+            {"role": "assistant", "content": _reasoning(row)},
+        ]
+    return tuple(turns)
 
 
 def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | None) -> Iterator[CompletionItem]:
@@ -77,10 +97,12 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
         seen[category] += 1
         if limit is not None and seen[category] > limit:
             continue
-        context = (
+        instruction = (
             f"The following are multiple choice questions (with answers) about {category}. Think step by step and "
             'then finish your answer with "the answer is (X)" where X is the correct letter choice.\n'
-        ) + "".join(format_shot(shot) for shot in shots[category][:num_fewshot])
+        )
+        shown = shots[category][:num_fewshot]
+        context = instruction + "".join(format_shot(shot) for shot in shown)
         yield CompletionItem(
             id=f"{category}/{seen[category] - 1}",
             prompt=context + format_question(row),
@@ -89,6 +111,7 @@ def build_items(num_fewshot: int, limit: int | None, data_path: str | Path | Non
             group=category,
             stop=STOP,
             is_request=False,
+            chat_context=format_turns(instruction, shown),
         )
 
 
