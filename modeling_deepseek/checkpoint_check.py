@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 _EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 _SCALE = "_scale_inv"
 # What loading with another head, or with a router setting that the checkpoint was not made with, has to add. Such
@@ -48,23 +50,12 @@ def read_headers(paths: Iterable[str | Path]) -> dict[str, StoredTensor]:
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise FileNotFoundError(f"shard: {path} does not exist")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        # safetensors itself allows 100 MB of header.
-        text = file.read(length) if 2 <= length <= 100_000_000 else b""
-    if text and len(text) < length:
-        raise ValueError(f"shard: {path} is cut short, {size} bytes end within its header")
     try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        tensors = {name: StoredTensor(row["dtype"], tuple(row["shape"]), path) for name, row in entries.items()}
-    except (ValueError, AttributeError, KeyError, TypeError):
-        raise ValueError(f"shard: {path} is no safetensors file") from None
-    if size < end:
-        raise ValueError(f"shard: {path} is cut short, {size} of {end} bytes")
-    return tensors
+        with safe_open(path, framework="pt") as file:
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: StoredTensor(row.get_dtype(), tuple(row.get_shape()), path) for name, row in entries.items()}
+    except SafetensorError as error:
+        raise ValueError(f"shard: {path}: got a file that is cut short or of another kind ({error})") from None
 
 
 def check_index(folder: str | Path) -> None:

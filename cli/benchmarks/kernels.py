@@ -22,6 +22,7 @@ from deepseek_cli.benchmarks.kernel_memory import kept_bytes, peak_memory
 from deepseek_cli.benchmarks.kernel_peers import Experts, make_experts, skips_unused
 from deepseek_cli.benchmarks.kernel_timing import Mark, OtherWork, interleave
 from deepseek_kernels.expert_loop import expert_loop, largest_tile_error
+from deepseek_records.matmul_rate import measure_matmul_rate
 
 _WORK = {"forward": 1, "backward": 2, "forward+backward": 3}  # in forward passes
 # Of a tile's norm. The others may round the experts' outputs and the router weights once more than `fused_moe` does.
@@ -42,7 +43,7 @@ def measure_cell(cell: Cell, device: str, seconds: float, implementations: dict[
         implementations: From `find_implementations`.
     """
     layer = _Layer(cell, device)
-    peaks = {"matmul": _matmul_peak(layer.x.dtype, device), "copy": _copy_peak(device)}
+    peaks = {"matmul": _matmul_rate(layer.x.dtype, device), "copy": _copy_peak(device)}
     rows = []
     for is_training in (False, True):
         if is_training and device == "cuda" and cell.is_decode:
@@ -243,11 +244,9 @@ def _replay(graph: torch.cuda.CUDAGraph) -> None:
 
 
 @functools.cache
-def _matmul_peak(dtype: torch.dtype, device: str) -> float:
+def _matmul_rate(dtype: torch.dtype, device: str) -> float:
     """TFLOP/s of a large square product on this machine."""
-    size = 8192 if device == "cuda" else 1536
-    left, right = torch.randn(2, size, size, device=device).to(dtype)
-    return 2 * size**3 / _median_ms(lambda: left @ right, device) / 1e9
+    return measure_matmul_rate(torch.device(device), dtype) / 1e12
 
 
 @functools.cache

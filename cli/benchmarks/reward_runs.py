@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trl.trainer.utils import selective_log_softmax
 
 from deepseek_records.loading import load_model, load_tokenizer
 from deepseek_records.run_folder import RunFolder
@@ -257,7 +258,7 @@ def _logps(
 ) -> Any:
     """[B, T] of the completion's tokens."""
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, width - 1 : -1].float()
-    return (logits / temperature).log_softmax(-1).gather(-1, ids[:, width:, None]).squeeze(-1)
+    return selective_log_softmax(logits / temperature, ids[:, width:])
 
 
 def _copied_share(asked: list[str], said: list[str]) -> float:

@@ -34,7 +34,7 @@ def test_compressed_samples_are_read_and_scored_for_k_of_2_and_5(tmp_path):
     }
     for broken in (text, gzip.compress(text)[:-9]):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match="cut short or not gzip") as caught:
+        with pytest.raises(ValueError, match="got no whole gzip file") as caught:
             read_samples(path, ITEMS[:1])
         assert "\n" not in str(caught.value)
 

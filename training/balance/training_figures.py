@@ -5,7 +5,6 @@ to
 it: the router figures are then left to the callback, whose counts are over all ranks.
 """
 
-import math
 import resource
 import time
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from deepseek_records.matmul_rate import measure_matmul_rate
 from deepseek_training.balance.callback import (
     TRAINING_KEYS,
     ExpertBalanceCallback,
@@ -85,7 +85,7 @@ class TrainingFigures(TrainerCallback):
         self._handle = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
         self._config = model.config
         if self._config.model_type == DeepseekConfig.model_type:  # other models' products are not counted
-            self._peak_flops = measure_matmul_peak(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+            self._peak_flops = measure_matmul_rate(args.device, torch.bfloat16 if args.bf16 else torch.float32)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,24 +153,3 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-
-
-def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOPs per second of a large matrix product, what `mfu` is a share of.
-
-    Measured rather than looked up: no table knows every CPU, and a shared machine gives less than its sheet says.
-
-    Args:
-        device: Where the model trains.
-        dtype: What it multiplies in.
-    """
-    size = 8192 if device.type == "cuda" else 1024
-    left = torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
-    best = math.inf
-    for _ in range(5):
-        began = time.perf_counter()
-        left @ left
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from trl.trainer.utils import selective_log_softmax
 
 NO_TOKEN = -1  # padding: an id no tokenizer has
 
@@ -94,18 +95,7 @@ def response_logprobs(
         temperature: Divides the logits.
     """
     logits = _policy_output(model, query_responses, context_length)[1].float()
-    return token_logprobs(logits / (temperature + 1e-7), query_responses[:, context_length:].clamp(min=0))
-
-
-def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Return the log-probabilities of tokens, [B, T].
-
-    Args:
-        logits: [B, T, V] in fp32.
-        token_ids: [B, T].
-    """
-    log_totals = torch.stack([row.logsumexp(-1) for row in logits])  # row by row holds less memory
-    return logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - log_totals
+    return selective_log_softmax(logits / (temperature + 1e-7), query_responses[:, context_length:].clamp(min=0))
 
 
 def response_values(value_model: nn.Module, query_responses: torch.Tensor, context_length: int) -> torch.Tensor:

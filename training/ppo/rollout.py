@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig
+from trl.trainer.utils import selective_log_softmax
 
-from deepseek_training.ppo.forward import NO_TOKEN, token_logprobs
+from deepseek_training.ppo.forward import NO_TOKEN
 
 INVALID_LOGPROB = 1.0  # stands where there is no token, as in TRL
 
@@ -96,7 +97,7 @@ def sample(
             output_scores=True,
         )
         ids = output.sequences[:, part.shape[1] :]
-        logprobs.append(token_logprobs(torch.stack(output.scores, 1), ids))
+        logprobs.append(selective_log_softmax(torch.stack(output.scores, 1), ids))
         if stop_token_id is not None:
             ids = ids.masked_fill(_behind_first(ids == stop_token_id), NO_TOKEN)
         responses.append(ids)

@@ -110,7 +110,7 @@ def micro_batch_loss(
 
     logits, predicted, aux_loss = model(query_responses, context_length)
     logits = logits.float() / (args.temperature + 1e-7)
-    log_total = logits.logsumexp(-1)
+    log_total = logits.logsumexp(-1)  # not TRL's `selective_log_softmax`: the entropy below needs the totals, too
     chosen = query_responses[:, context_length:].clamp(min=0).unsqueeze(-1)
     logprobs = (logits.gather(-1, chosen).squeeze(-1) - log_total).masked_fill(~mask, INVALID_LOGPROB)
 

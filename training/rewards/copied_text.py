@@ -5,21 +5,19 @@ words, so a guard that counts new words alone lets the echo pass; and a correcte
 any, though that is what was asked for.
 """
 
-import re
-
 from deepseek_training.rewards.words import (
     FUNCTION_WORDS,
     content_words,
     find_words,
     has_form_of,
     ngrams,
+    split_sentences,
     split_words,
     stem,
 )
 
 RUN_WORDS, QUOTED_SHARE = 3, 0.9
 NAMED_SHARE = 1 / 3  # of a sentence's content words; an answer that names no more leaves the sentence out
-_SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|(?<=[\u3002\uff01\uff1f\uff1a\uff1b])|\n+")
 
 
 def without_quoted_prompt(asked: str, answered: str) -> str:
@@ -65,7 +63,7 @@ def treats_given_text(asked: str, answered: str) -> bool:
         asked: The prompt.
         answered: The completion.
     """
-    sentences = [_content_forms(part) for part in _SENTENCE_END.split(asked)]
+    sentences = [_content_forms(part) for part in split_sentences(asked, at_colons=True)]
     sentences = [forms for forms in sentences if forms]
     said = set(split_words(answered))
     named = set(content_words(said))

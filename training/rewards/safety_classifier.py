@@ -11,7 +11,6 @@ between processes.
 
 import functools
 import math
-import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_training.rewards.scripts import find_foreign_script, is_han
-from deepseek_training.rewards.words import ngrams, split_words
+from deepseek_training.rewards.stored_arrays import read_arrays
+from deepseek_training.rewards.words import ngrams, split_sentences, split_words
 
 NUM_BUCKETS = 1 << 18
 MAX_WORDS = 30  # a longer sentence is cut into stretches of this many words
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f\uff1b])|\n+")
 DATA_FOLDER = Path(__file__).parents[1] / "data"
 EMBEDDED_PATH, EMBEDDED_PATH_ZH = DATA_FOLDER / "safety_classifier.npz", DATA_FOLDER / "safety_classifier_zh.npz"
 
@@ -50,10 +49,8 @@ class SafetyClassifier:
         Raises:
             FileNotFoundError: There is no such file.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"safety classifier: no file {path}")
-        with np.load(path) as file:
-            return cls(file["weights"].astype(np.float32) * file["scale"], float(file["bias"]))
+        stored = read_arrays(path, "safety classifier")
+        return cls(stored["weights"].astype(np.float32) * stored["scale"], float(stored["bias"]))
 
     def save(self, path: Path) -> None:
         """Write the classifier with 8-bit weights."""
@@ -124,7 +121,7 @@ def hash_features(words: Sequence[str]) -> np.ndarray:
 def split_stretches(text: str) -> list[list[str]]:
     """Return the words of each sentence, long ones cut, at least one list."""
     stretches = []
-    for sentence in _SENTENCE_END.split(text):
+    for sentence in split_sentences(text):
         words = split_words(sentence)
         stretches += [words[i : i + MAX_WORDS] for i in range(0, len(words), MAX_WORDS)]
     return stretches or [[]]

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_training.rewards.scripts import is_han
+from deepseek_training.rewards.stored_arrays import read_arrays
 from deepseek_training.rewards.words import content_words, split_words
 
 NUM_PIECES = 2048
@@ -130,11 +131,9 @@ class TextEmbedder:
 
 def _read(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Words, vectors and rarities of a file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"text embedder: no file {path}")
-    with np.load(path) as file:
-        words = file["words"].tobytes().decode().split("\n")
-        return words, file["vectors"].astype(np.float32) * file["scales"], file["rarity"] / np.float32(16)
+    stored = read_arrays(path, "text embedder")
+    words = stored["words"].tobytes().decode().split("\n")
+    return words, stored["vectors"].astype(np.float32) * stored["scales"], stored["rarity"] / np.float32(16)
 
 
 @functools.lru_cache(maxsize=65_536)

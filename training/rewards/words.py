@@ -23,6 +23,8 @@ _LETTER, _NO_DIGIT = rf"[^\W_{UNSPACED}]", r"[^\W\d_]"
 _ENDING = rf"['\u2019]{_NO_DIGIT}+(?:[{_MARKS}]+{_NO_DIGIT}*)*"  # 's, 't
 _WORD = re.compile(rf"{_LETTER}+(?:[{_MARKS}]+{_LETTER}*)*(?:{_ENDING})*|(?P<unspaced>[{UNSPACED}]+)")
 _STEMMER = snowballstemmer.stemmer("english")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f\uff1b])|\n+")
+_COLON = re.compile(r"(?<=:)\s+|(?<=\uff1a)")
 
 
 def text_of(item: str | Sequence[dict[str, Any]]) -> str:
@@ -38,6 +40,17 @@ def text_of(item: str | Sequence[dict[str, Any]]) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return " ".join(part["text"] for part in content if part.get("type") == "text")
+
+
+def split_sentences(text: str, *, at_colons: bool = False) -> list[str]:
+    """Return a text's sentences, English or Chinese; a line's end ends one.
+
+    Args:
+        text: The text.
+        at_colons: Also end one at a colon, as between a request and the text it is about.
+    """
+    sentences = _SENTENCE_END.split(text)
+    return [part for sentence in sentences for part in _COLON.split(sentence)] if at_colons else sentences
 
 
 def split_words(text: str) -> list[str]:
