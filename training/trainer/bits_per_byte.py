@@ -36,7 +36,7 @@ class BitsPerByte:
     num_windows: int
 
     @classmethod
-    def fromcut_windows(cls, nats: Sequence[float], num_tokens: Sequence[int], num_bytes: int) -> "BitsPerByte":
+    def from_windows(cls, nats: Sequence[float], num_tokens: Sequence[int], num_bytes: int) -> "BitsPerByte":
         """Return the measure from each window's summed -log P and number of tokens.
 
         Raises:
@@ -81,7 +81,7 @@ def measure_model(
             nats += score_windows(model, documents, windows[start : start + batch_size])
     finally:
         model.train(was_training)
-    return BitsPerByte.fromcut_windows(nats, [window.num_targets for window in windows], num_bytes)
+    return BitsPerByte.from_windows(nats, [window.num_targets for window in windows], num_bytes)
 
 
 def measure_bigram(
@@ -98,4 +98,4 @@ def measure_bigram(
     nats = [bigram.nats(document) for document in documents]
     windows = cut_windows(documents, sequence_length)
     sums = [float(nats[window.document][window.first_target - 1 : window.end - 1].sum()) for window in windows]
-    return BitsPerByte.fromcut_windows(sums, [window.num_targets for window in windows], num_bytes)
+    return BitsPerByte.from_windows(sums, [window.num_targets for window in windows], num_bytes)
