@@ -24,6 +24,7 @@ SUBCOMMANDS = (
     "demo",
     "pretrain",
     "adapt",
+    "distill",
     "sft",
     "align",
     "grpo",

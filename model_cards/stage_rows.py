@@ -14,6 +14,7 @@ _TITLES = {
     "tokenizer": "Tokenizer",
     "pretrain": "Pretraining",
     "adapt": "Continued pretraining on a domain",
+    "distill": "Distillation from a larger model",
     "sft": "Supervised fine-tuning on conversations",
     "dpo": "Alignment by DPO",
     "align": "Alignment by PPO",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from deepseek_training.recipes.align import AlignRecipe
+from deepseek_training.recipes.distill import DistillRecipe
 from deepseek_training.recipes.dpo import DpoRecipe
 from deepseek_training.recipes.grpo import GrpoRecipe
 from deepseek_training.recipes.loading import describe_recipe, list_recipes
@@ -16,6 +17,7 @@ from deepseek_training.recipes.sft import SftRecipe
 STAGES = {
     "pretrain": PretrainRecipe,
     "adapt": AdaptRecipe,
+    "distill": DistillRecipe,
     "sft": SftRecipe,
     "align": AlignRecipe,
     "grpo": GrpoRecipe,

@@ -16,7 +16,9 @@ from deepseek_training.trainer.bits_per_byte import BitsPerByte, measure_bigram,
 class HeldOutSet(Protocol):
     """A held-out set that a stage can score."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As it appears in the figures."""
 
     @property
     def rows(self) -> Sequence[Any]:

@@ -107,6 +107,8 @@ class StageTraining(ResumedTraining):
         figures: The figures of the training, added to its log.
     """
 
+    figures: TrainingFigures
+
     def __init__(self, recipe: TrainerSettings, held_out: Sequence[HeldOutSet], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.recipe = recipe

@@ -1,0 +1,1 @@
+"""Making models smaller: cut from a larger one, and taught by it."""

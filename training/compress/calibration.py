@@ -1,0 +1,33 @@
+"""Text that tells what matters in a model: the first blocks of the training data."""
+
+from typing import Any
+
+import torch
+
+# Of a mean expert. Fewer would rank experts by the accident of a few tokens.
+_LEAST_TOKENS_PER_EXPERT = 16
+
+
+def calibration_blocks(blocks: torch.Tensor, num_tokens: int, config: Any) -> torch.Tensor:
+    """Return the first blocks that hold so many tokens together.
+
+    Args:
+        blocks: `[blocks, S]`.
+        num_tokens: How many are wanted.
+        config: The model's configuration, which tells how many experts there are to rank.
+
+    Raises:
+        ValueError: There are fewer, or too few for the model's experts.
+    """
+    text_config = config.get_text_config()
+    experts = getattr(text_config, "num_experts", None) or getattr(text_config, "num_local_experts", None) or 0
+    chosen = getattr(text_config, "num_experts_per_tok", None) or 1
+    least = -(-_LEAST_TOKENS_PER_EXPERT * experts // chosen)
+    if num_tokens < least:
+        raise ValueError(
+            f"calibration_tokens: got {num_tokens}, expected at least {least}, {_LEAST_TOKENS_PER_EXPERT} for each of "
+            f"the {experts} experts"
+        )
+    if blocks.numel() < num_tokens:
+        raise ValueError(f"calibration_tokens: got data of {blocks.numel()} tokens, expected at least {num_tokens}")
+    return blocks[: -(-num_tokens // blocks.shape[1])]
