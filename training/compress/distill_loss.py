@@ -69,7 +69,7 @@ def distill_loss(
     Args:
         student_logits: `[B, S, V]`.
         teacher: Logits `[B, S, V]`, or `TopK` of `[B, S - 1, ...]`, of the positions that predict something.
-        labels: `[B, S]`; position s predicts `labels[:, s + 1]`, and -100 is no target.
+        labels: `[B, S]`; position s predicts `labels[:, s + 1]`, and -100 is not a target.
         divergence: How they are compared.
         weight: Of the divergence against the cross-entropy, in [0, 1].
         num_items: Targets of the whole optimizer step; None: those here.

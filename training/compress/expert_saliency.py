@@ -32,7 +32,7 @@ class ExpertSaliency:
 
     def __init__(self, layer: MoeLayer, num_experts: int) -> None:
         if layer.experts is None:
-            raise ValueError(f"shrink: {layer.name}: got experts that are no module, expected one that can be called")
+            raise ValueError(f"shrink: {layer.name}: got experts without a module, expected one that can be called")
         self.experts = layer.experts
         self.sums = torch.zeros(num_experts, dtype=torch.float64)
         self.counts = torch.zeros(num_experts, dtype=torch.int64)

@@ -32,7 +32,7 @@ def distill_outcome(
     if recipe.min_gap_closed is not None and is_behind:
         what = f"share of the way to the teacher's bits per byte on {name} is at least {recipe.min_gap_closed:g}"
         checks.append(Check.compare(what, details["gap_closed"], ">=", recipe.min_gap_closed, **about))
-    elif recipe.min_gap_closed is not None:  # it began no worse than its teacher: there is no way to make
+    elif recipe.min_gap_closed is not None:  # it began at or below its teacher's
         what = f"bits per byte on {name} stay at or below the teacher's"
         checks.append(Check.compare(what, after.value, "<=", teacher.value, **about))
     return {"results": rows, "checks": tuple(checks), "details": details}

@@ -55,7 +55,7 @@ def choose(importance: Importance, teacher: Any, student: Any, *, experts_by: Ex
     Args:
         importance: Of the teacher.
         teacher: Its configuration.
-        student: The student's, of which the teacher's is no obstacle.
+        student: The student's, a slice of it.
         experts_by: Which score ranks the experts.
     """
     numbers = _choose_layers(importance.layers, teacher, student)

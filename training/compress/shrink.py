@@ -35,7 +35,7 @@ def shrink(
         experts_by: Which score ranks the experts.
 
     Raises:
-        ValueError: The student is no slice of the teacher.
+        ValueError: The student is not a slice of the teacher.
     """
     refuse_obstacles(model.config, config)
     student = type(model)._from_config(config, dtype=model.dtype).eval()

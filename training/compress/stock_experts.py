@@ -91,7 +91,7 @@ def shrink_experts(
     with torch.device("meta"):
         cut = plan_cut(model, AutoModelForCausalLM.from_config(config))
     if cut.obstacles:
-        raise ValueError(f"shrink: this student is no slice of the teacher: {'; '.join(cut.obstacles)}")
+        raise ValueError(f"shrink: this student is not a slice of the teacher: {'; '.join(cut.obstacles)}")
     layers = find_moe_layers(model)
     scores = score_experts(model, layers, blocks, experts_by=experts_by, batch_size=batch_size)
     groups = getattr(config, "n_group", None) or 1

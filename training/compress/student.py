@@ -42,7 +42,7 @@ def plan_student(recipe: DistillRecipe) -> PlannedStudent:
         recipe: The settings.
 
     Raises:
-        ValueError: It is no slice of the teacher, or larger than it.
+        ValueError: It is not a slice of the teacher, or larger than it.
         FileNotFoundError: A model is missing.
     """
     if recipe.start not in ("shrink", "fresh"):

@@ -1,7 +1,7 @@
 """The configuration of a smaller model, and what keeps it from being a slice of a larger one.
 
 `shrink` and `distill` ask before a weight is read. A slice keeps some of the teacher's experts, channels, heads and
-layers; what computes otherwise, or is larger, is no slice of it.
+layers; what computes otherwise, or is larger, is not a slice of it.
 """
 
 import copy
@@ -33,7 +33,7 @@ CUT = (
     "topk_group",
     "max_position_embeddings",
 )
-# What changes no weight and nothing that a finished model computes, or only how many experts a token uses.
+# What changes no weight and nothing that a finished model computes, or only the number of experts per token.
 _FREE = {
     "architectures",
     "attention_dropout",
@@ -117,7 +117,7 @@ def refuse_obstacles(teacher: PreTrainedConfig, student: PreTrainedConfig) -> No
     """
     obstacles = obstacles_to_shrink(teacher, student)
     if obstacles:
-        raise ValueError(f"shrink: this student is no slice of the teacher: {'; '.join(obstacles)}")
+        raise ValueError(f"shrink: this student is not a slice of the teacher: {'; '.join(obstacles)}")
 
 
 def obstacles_to_shrink(teacher: PreTrainedConfig, student: PreTrainedConfig) -> list[str]:

@@ -246,7 +246,7 @@ def test_obstacles_are_named_without_a_weight(settings, message):
     )
     found = obstacles_to_shrink(teacher, student_config(teacher, settings))
     assert any(text.startswith(message) for text in found), found
-    with pytest.raises(ValueError, match="no slice of the teacher"):
+    with pytest.raises(ValueError, match="not a slice of the teacher"):
         shrink(DeepseekForCausalLM(teacher), student_config(teacher, settings), None)
 
 

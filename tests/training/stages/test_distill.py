@@ -57,9 +57,9 @@ def test_the_run_folder_says_what_was_done(cached, settings, teacher):
 
 
 BAD = {
-    "a student that is no slice": (
+    "a student that is not a slice": (
         {"student": {"v_head_dim": 16}},
-        "this student is no slice of the teacher: v_head_dim: got 16, expected the teacher's 32",
+        "this student is not a slice of the teacher: v_head_dim: got 16, expected the teacher's 32",
     ),
     "a larger student": ({"start": "fresh", "student": {"hidden_size": 96}}, "expected at most the teacher's"),
     "an unknown setting": ({"student": {"hidden": 3}}, "hidden: no such setting of deepseek_moe"),
