@@ -36,6 +36,7 @@ SUBCOMMANDS = (
     "card",
     "push",
     "params",
+    "plan",
     "doctor",
     "bench",
 )
