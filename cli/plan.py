@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlap-experts", action="store_true", help="tokens are exchanged beside products")
     parser.add_argument("--moment-bytes", type=int, default=4, help="bytes of one of AdamW's moments: 4 or 2")
     parser.add_argument(
-        "--engine", choices=("any", "transformers"), default="any", help="transformers: no pipeline, no tensor parallel"
+        "--engine",
+        choices=("any", "transformers"),
+        default="any",
+        help="transformers: neither pipeline nor tensor parallelism",
     )
     parser.add_argument("--failure-hours", type=float, help="mean hours of one GPU between failures (Llama 3's)")
     parser.add_argument("--storage-gb-per-s", type=float, default=100.0, help="write rate of the whole storage")
@@ -161,6 +164,6 @@ def _check() -> str:
         estimate = row.estimate().flops_per_second / 1e12
         lines.append(f"{row.name:<46}{row.flops_per_second / 1e12:>10.0f}{estimate:>10.0f}{ratios[-1]:>7.2f}")
     lines.append(
-        f"typical factor {typical_error(ratios):.2f}; {TYPICAL_FACTOR} where the row is left out of the choice of rates"
+        f"typical factor {typical_error(ratios):.2f}; {TYPICAL_FACTOR} where a row is left out of the choice of rates"
     )
     return "\n".join(lines)

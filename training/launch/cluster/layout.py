@@ -91,13 +91,17 @@ def check_layout(layout: Layout, shape: ModelShape) -> None:
     if layout.moment_bytes not in (2, 4):
         raise ValueError(f"--moment-bytes: got {layout.moment_bytes}, expected 2 or 4")
     if layout.zero == 3 and layout.pipeline > 1:
-        raise ValueError("--zero: got 3 beside --pipeline, expected one of the two (weights are gathered once per pass)")
+        raise ValueError(
+            "--zero: got 3 beside --pipeline, expected one of the two (weights are gathered once per pass)"
+        )
     if layout.expert > 1 and not shape.num_experts:
         raise ValueError(f"--expert: got {layout.expert}, expected 1 (the model has no routed experts)")
     if shape.num_experts and shape.num_experts % layout.expert:
         raise ValueError(f"--expert: got {layout.expert}, expected a divisor of {shape.num_experts} experts")
     if (layout.data * layout.tensor) % layout.expert:
-        raise ValueError(f"--expert: got {layout.expert}, expected a divisor of DP x TP = {layout.data * layout.tensor}")
+        raise ValueError(
+            f"--expert: got {layout.expert}, expected a divisor of DP x TP = {layout.data * layout.tensor}"
+        )
     if shape.num_heads % layout.tensor:
         raise ValueError(f"--tensor: got {layout.tensor}, expected a divisor of {shape.num_heads} heads")
     if layout.pipeline * layout.virtual > len(shape.layers):

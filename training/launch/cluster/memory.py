@@ -51,7 +51,9 @@ def estimate_memory(shape: ModelShape, layout: Layout) -> Memory:
     return max((_stage_memory(shape, layout, stages, place) for place in range(len(stages))), key=lambda m: m.total)
 
 
-def held_parameters(shape: ModelShape, layout: Layout, layers: list[LayerShape], *, ends: int = 0) -> tuple[float, float]:
+def held_parameters(
+    shape: ModelShape, layout: Layout, layers: list[LayerShape], *, ends: int = 0
+) -> tuple[float, float]:
     """Return how many shared and how many expert parameters a device holds before ZeRO divides them.
 
     Args:
@@ -105,7 +107,9 @@ def _passes_in_flight(layout: Layout, place: int) -> float:
         return layout.pipeline + 1
     waiting = layout.pipeline - place
     # Interleaved parts are smaller, but the first stage begins more of them (arXiv 2104.04473, section 2.2).
-    return waiting * (1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual)) if layout.virtual > 1 else waiting
+    return (
+        waiting * (1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual)) if layout.virtual > 1 else waiting
+    )
 
 
 def activation_bytes(shape: ModelShape, layer: LayerShape, layout: Layout, *, recompute: str | None = None) -> float:
@@ -120,7 +124,7 @@ def activation_bytes(shape: ModelShape, layer: LayerShape, layout: Layout, *, re
     mode = recompute or layout.recompute
     if mode == "full":
         return _BF16 * shape.hidden / layout.tensor
-    # Two inputs to a residual sum, queries, keys, values and the attention's output; a norm's output unless made again.
+    # Two inputs to a residual sum, queries, keys, values, the attention's output; a norm's output unless made again.
     # Latent attention makes queries, keys and values again from their latents, as DeepSeek-V3 does (section 3.2.3).
     inputs = shape.num_heads * shape.query_width + shape.key_value_width
     if mode == "selective" and shape.latent_width:

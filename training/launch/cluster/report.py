@@ -154,8 +154,11 @@ def describe(plan: ClusterPlan) -> str:
         ("memory", describe_memory(plan.memory, plan.device)),
         ("time", describe_time(step)),
         *(
-            (name, f"{flow.node_bytes / 1e9:.1f} GB in the node, {flow.network_bytes / 1e9:.1f} GB to others per step "
-                   f"and device, {flow.seconds:.2f} s")
+            (
+                name,
+                f"{flow.node_bytes / 1e9:.1f} GB in the node, {flow.network_bytes / 1e9:.1f} GB to others per step "
+                f"and device, {flow.seconds:.2f} s",
+            )
             for name, flow in plan.traffic.flows().items()
             if flow.node_bytes + flow.network_bytes
         ),
@@ -173,7 +176,8 @@ def describe(plan: ClusterPlan) -> str:
         (
             "run",
             f"{plan.run.tokens / 1e12:g} T tokens, {plan.flops:.3g} FLOPs: {plan.num_steps:,.0f} steps, "
-            f"{plan.hours:,.0f} h, {plan.device_hours / 1e6:.3f} M device hours, {plan.megawatt_hours:,.0f} MWh at most",
+            f"{plan.hours:,.0f} h, {plan.device_hours / 1e6:.3f} M device hours, "
+            f"{plan.megawatt_hours:,.0f} MWh at most",
         ),
         ("error", f"times within a factor of {TYPICAL_FACTOR} of published runs, one standard deviation (--check)"),
     ]

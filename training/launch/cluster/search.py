@@ -32,7 +32,9 @@ def fits(memory: Memory, device: Device) -> bool:
     return memory.total <= USABLE_SHARE * device.memory_bytes
 
 
-def find_layouts(shape: ModelShape, device: Device, num_devices: int, wanted: Layout, fixed: set[str]) -> list[Candidate]:
+def find_layouts(
+    shape: ModelShape, device: Device, num_devices: int, wanted: Layout, fixed: set[str]
+) -> list[Candidate]:
     """Return the layouts that fit, the fastest first.
 
     Args:
@@ -51,9 +53,7 @@ def find_layouts(shape: ModelShape, device: Device, num_devices: int, wanted: La
     return sorted(found, key=lambda one: -one.step.tokens / one.step.seconds)
 
 
-def _layouts(
-    shape: ModelShape, device: Device, num_devices: int, wanted: Layout, fixed: set[str]
-) -> Iterator[Layout]:
+def _layouts(shape: ModelShape, device: Device, num_devices: int, wanted: Layout, fixed: set[str]) -> Iterator[Layout]:
     def values(name: str, tried: list[Any]) -> list[Any]:
         return [getattr(wanted, name)] if name in fixed else tried
 
@@ -64,7 +64,9 @@ def _layouts(
                 sizes = {"pipeline": pipeline, "tensor": tensor, "expert": expert}
                 data = wanted.data if "data" in fixed else _data_size(num_devices, **sizes)
                 for zero, recompute, virtual in itertools.product(
-                    values("zero", [1] if pipeline > 1 else [1, 2, 3]), values("recompute", list(RECOMPUTE)), values("virtual", [1, 2, 4])
+                    values("zero", [1] if pipeline > 1 else [1, 2, 3]),
+                    values("recompute", list(RECOMPUTE)),
+                    values("virtual", [1, 2, 4]),
                 ):
                     chosen = {"zero": zero, "recompute": recompute, "virtual": virtual}
                     layout = _with_batch(replace(wanted, data=data, **sizes, **chosen))
