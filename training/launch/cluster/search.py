@@ -33,7 +33,7 @@ def fits(memory: Memory, device: Device) -> bool:
 
 
 def find_layouts(
-    shape: ModelShape, device: Device, num_devices: int, wanted: Layout, fixed: set[str]
+    shape: ModelShape, device: Device, num_devices: int, asked: Layout, fixed: set[str]
 ) -> list[Candidate]:
     """Return the layouts that fit, the fastest first.
 
@@ -41,11 +41,11 @@ def find_layouts(
         shape: The model's.
         device: The accelerator.
         num_devices: How many there are; a layout uses all, or as many as a whole number of its groups takes.
-        wanted: Gives batch, length, precision, and the values of `fixed`.
+        asked: Gives batch, length, precision, and the values of `fixed`.
         fixed: Fields of `Layout` that are not searched.
     """
     found = []
-    for layout in _layouts(shape, device, num_devices, wanted, fixed):
+    for layout in _layouts(shape, device, num_devices, asked, fixed):
         memory = estimate_memory(shape, layout)
         if fits(memory, device):
             found.append(Candidate(layout, memory, estimate_step(shape, layout, device)))
@@ -53,23 +53,23 @@ def find_layouts(
     return sorted(found, key=lambda one: -one.step.tokens / one.step.seconds)
 
 
-def _layouts(shape: ModelShape, device: Device, num_devices: int, wanted: Layout, fixed: set[str]) -> Iterator[Layout]:
+def _layouts(shape: ModelShape, device: Device, num_devices: int, asked: Layout, fixed: set[str]) -> Iterator[Layout]:
     def values(name: str, tried: list[Any]) -> list[Any]:
-        return [getattr(wanted, name)] if name in fixed else tried
+        return [getattr(asked, name)] if name in fixed else tried
 
     powers = [2**n for n in range(8)]
     for pipeline in values("pipeline", [n for n in powers if n <= min(32, len(shape.layers))]):
         for tensor in values("tensor", [n for n in powers if n <= device.node_size]):
             for expert in values("expert", [n for n in powers if shape.num_experts or n == 1]):
                 sizes = {"pipeline": pipeline, "tensor": tensor, "expert": expert}
-                data = wanted.data if "data" in fixed else _data_size(num_devices, **sizes)
+                data = asked.data if "data" in fixed else _data_size(num_devices, **sizes)
                 for zero, recompute, virtual in itertools.product(
                     values("zero", [1] if pipeline > 1 else [1, 2, 3]),
                     values("recompute", list(RECOMPUTE)),
                     values("virtual", [1, 2, 4]),
                 ):
                     chosen = {"zero": zero, "recompute": recompute, "virtual": virtual}
-                    layout = _with_batch(replace(wanted, data=data, **sizes, **chosen))
+                    layout = _with_batch(replace(asked, data=data, **sizes, **chosen))
                     if layout is not None and layout.world <= num_devices and _is_valid(layout, shape):
                         yield layout
 

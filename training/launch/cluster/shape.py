@@ -186,9 +186,9 @@ def _shape_of(block: nn.Module, prefix: str, moe: dict[str, Any]) -> LayerShape:
     return LayerShape(**parts, num_experts=(found.num_experts or 0) if found is not None else 0)
 
 
-def _chosen_experts(config: Any, wanted: float | None) -> float:
-    if wanted is not None:
-        return wanted
+def _chosen_experts(config: Any, asked: float | None) -> float:
+    if asked is not None:
+        return asked
     target = getattr(config, "target_experts_per_tok", None)
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k"):
         most = getattr(config, name, None)
