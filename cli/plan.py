@@ -97,7 +97,7 @@ def _plan(args: argparse.Namespace) -> Any:
         given |= {"pipeline": 1, "tensor": 1, "virtual": 1}
     if args.schedule == "dualpipe":
         given |= {"virtual": 1}
-    wanted = Layout(
+    asked = Layout(
         **{"data": 1, **given},
         micro_batch=args.micro_batch,
         batch=args.batch,
@@ -108,10 +108,10 @@ def _plan(args: argparse.Namespace) -> Any:
         moment_bytes=args.moment_bytes,
     )
     if set(_LAYOUT) <= {*given, "virtual"} or "data" in given:
-        check_layout(wanted, shape)
-        if wanted.world > args.gpus:
-            raise ValueError(f"--data: got a layout of {wanted.world:,} GPUs, expected at most --gpus {args.gpus:,}")
-    found = find_layouts(shape, device, args.gpus, wanted, set(given))
+        check_layout(asked, shape)
+        if asked.world > args.gpus:
+            raise ValueError(f"--data: got a layout of {asked.world:,} GPUs, expected at most --gpus {args.gpus:,}")
+    found = find_layouts(shape, device, args.gpus, asked, set(given))
     if not found:
         raise ValueError(
             f"--gpus: got {args.gpus:,} x {device.name}, expected more or larger ones, --recompute full or another "
