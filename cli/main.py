@@ -36,7 +36,6 @@ SUBCOMMANDS = (
     "card",
     "push",
     "params",
-    "plan",
     "doctor",
     "bench",
 )

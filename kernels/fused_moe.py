@@ -15,10 +15,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from deepseek_kernels.activations import apply_activation, canonical_activation
 from deepseek_kernels.cpu import decode
 from deepseek_kernels.cpu import experts as fused_moe_cpu
+from deepseek_kernels.epilogue import Epilogue, epilogue_text
 from deepseek_kernels.gpu.device_guard import on_device_of
+from deepseek_kernels.routed_bias import routed_bias
 from deepseek_kernels.slot_order import SlotOrder
 
 try:
@@ -41,9 +42,11 @@ def fused_moe(
     topk_indices: Tensor,
     topk_weights: Tensor,
     *,
-    activation: str = "silu",
+    activation: str | Epilogue = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
-    """Return the weighted sum of each token's routed experts, differentiable in all four float arguments.
+    """Return the weighted sum of each token's routed experts, differentiable in all float arguments.
 
     ``out[t] = sum_k w[t, k] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t]))`` with ``e = topk_indices[t, k]``.
 
@@ -54,7 +57,10 @@ def fused_moe(
         topk_indices: [T, K] int32 or int64, K at most 64. An index at or above E is an unused slot. A negative one is
             an error on a CPU; on a GPU, where looking would stall the stream, it counts as unused.
         topk_weights: [T, K], any float dtype.
-        activation: ``silu``, ``gelu`` or ``gelu_pytorch_tanh`` (transformers' names).
+        activation: ``silu``, ``gelu`` or ``gelu_pytorch_tanh`` (transformers' names); an `Epilogue` for clamps, a
+            factor in the sigmoid, a shift of up and interleaved weights.
+        gate_up_bias: [E, 2I] in the order of the rows of `gate_up_proj`; dtype of `gate_up_proj`.
+        down_bias: [E, H]; dtype of `down_proj`.
 
     Returns:
         [T, H] in the dtype of `hidden_states` (under autocast: in autocast's dtype).
@@ -78,21 +84,30 @@ def fused_moe(
     is_autocast = not hidden_states.is_meta and torch.is_autocast_enabled(device_type)
     if is_autocast:
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
-    activation = canonical_activation(activation)
+    activation = epilogue_text(activation)
     # Under autocast the operator casts the weights: a copy made here would be kept until the backward pass.
     _check(hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights, casts_weights=is_autocast)
-    floats = (hidden_states, gate_up_proj, down_proj, topk_weights)
+    _check_biases(gate_up_proj, down_proj, gate_up_bias, down_bias)
+    floats = (hidden_states, gate_up_proj, down_proj, topk_weights, *(() if gate_up_bias is None else (gate_up_bias,)))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
     indices, weights = topk_indices.contiguous(), topk_weights.contiguous()
-    operands = (hidden_states.contiguous(), gate_up_proj, down_proj, indices, weights, activation)
+    operands = (hidden_states.contiguous(), gate_up_proj, down_proj, indices, weights, activation, keep, gate_up_bias)
+    output = _experts(operands, floats)
+    if down_bias is None:
+        return output
+    return output + routed_bias(down_bias.to(output.dtype), indices, weights)
+
+
+def _experts(operands: tuple[Any, ...], floats: tuple[Tensor, ...]) -> Tensor:
+    """The experts by the shortest way: the functions themselves, or the operators around them."""
     # The operators' dispatch takes the host 0.1 ms, and 1 ms with gradients: more than a small step takes a GPU. They
     # are there for compilers and for whoever watches operators.
-    if torch.compiler.is_compiling() or hidden_states.is_meta or any(type(t) not in _PLAIN_TYPES for t in floats):
-        return _forward_op(*operands, keep)[0]
-    if not keep:
-        return _forward(*operands, keep)[0]
+    if torch.compiler.is_compiling() or operands[0].is_meta or any(type(t) not in _PLAIN_TYPES for t in floats):
+        return _forward_op(*operands)[0]
+    if not operands[6]:
+        return _forward(*operands)[0]
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return _forward_op(*operands, keep)[0]
+        return _forward_op(*operands)[0]
     return _Eager.apply(*operands)
 
 
@@ -103,7 +118,9 @@ def fused_moe_reference(
     topk_indices: Tensor,
     topk_weights: Tensor,
     *,
-    activation: str = "silu",
+    activation: str | Epilogue = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """Return what `fused_moe` returns, by a loop over slots that nobody can misread; slow, differentiable.
 
@@ -114,8 +131,10 @@ def fused_moe_reference(
         topk_indices: [T, K].
         topk_weights: [T, K].
         activation: As in `fused_moe`.
+        gate_up_bias: [E, 2I].
+        down_bias: [E, H].
     """
-    activation = canonical_activation(activation)
+    epilogue = Epilogue.read(epilogue_text(activation))
     num_experts = gate_up_proj.shape[0]
     rows = []
     for token in range(hidden_states.shape[0]):
@@ -124,8 +143,10 @@ def fused_moe_reference(
             expert = int(topk_indices[token, slot])
             if expert >= num_experts:
                 continue
-            gate, up = (gate_up_proj[expert] @ hidden_states[token]).chunk(2)
-            y = down_proj[expert] @ (apply_activation(gate, activation) * up)
+            h = gate_up_proj[expert] @ hidden_states[token]
+            h = h if gate_up_bias is None else h + gate_up_bias[expert]
+            y = down_proj[expert] @ epilogue.apply(h.unsqueeze(0)).squeeze(0)
+            y = y if down_bias is None else y + down_bias[expert]
             row = row + topk_weights[token, slot].to(y.dtype) * y
         rows.append(row)
     return torch.stack(rows) if rows else hidden_states * 1
@@ -169,6 +190,22 @@ def _check(
         wrong("topk_indices", f"shape {tuple(indices.shape)}", f"({x.shape[0]}, K) with K from 1 to {MAX_SLOTS}")
 
 
+def _check_biases(gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None) -> None:
+    """Raise a ValueError for a bias that does not fit its weights."""
+    for name, bias, weights in (("gate_up_bias", gate_up_bias, gate_up), ("down_bias", down_bias, down)):
+        if bias is None:
+            continue
+        if not isinstance(bias, Tensor):
+            raise ValueError(f"{name}: got {type(bias).__name__}, expected a tensor")
+        for what, got, fits in (
+            ("shape", tuple(bias.shape), tuple(weights.shape[:2])),
+            ("dtype", bias.dtype, weights.dtype),
+            ("device", bias.device, weights.device),
+        ):
+            if got != fits:
+                raise ValueError(f"{name}: got {what} {got}, expected {fits}")
+
+
 def _runs_triton(tensor: Tensor) -> bool:
     """Whether Triton computes this: on a GPU, or on a CPU in a process started with TRITON_INTERPRET=1."""
     return fused_moe_gpu is not None and (tensor.is_cuda or IS_INTERPRETED)
@@ -182,18 +219,20 @@ def _forward(
     topk_weights: Tensor,
     activation: str,
     keep: bool,
+    gate_up_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, SlotOrder | None]:
     """Return the output and, for the backward pass, the pre-activation and the order of its rows."""
     num_rows, num_experts, dtype = topk_indices.numel(), gate_up_proj.shape[0], hidden_states.dtype
     inputs = (hidden_states, gate_up_proj.to(dtype), down_proj.to(dtype))
+    bias = None if gate_up_bias is None else gate_up_bias.to(dtype).contiguous()
     if _runs_triton(hidden_states):
         with on_device_of(hidden_states):
-            return fused_moe_gpu.forward(*inputs, topk_indices, topk_weights, activation, keep)
+            return fused_moe_gpu.forward(*inputs, topk_indices, topk_weights, activation, keep, bias)
     order = fused_moe_cpu.route(topk_indices, num_experts) if keep or num_rows > decode.MAX_ROWS else None
     if num_rows <= decode.MAX_ROWS:
         row_slot = order.row_slot if keep else None
-        return *decode.forward(*inputs, topk_indices, topk_weights, activation, row_slot), order
-    return *fused_moe_cpu.forward(*inputs, order, topk_weights, activation, keep), order
+        return *decode.forward(*inputs, topk_indices, topk_weights, activation, row_slot, bias), order
+    return *fused_moe_cpu.forward(*inputs, order, topk_weights, activation, keep, bias), order
 
 
 @torch.library.custom_op("deepseek_kernels::fused_moe", mutates_args=())
@@ -205,9 +244,10 @@ def _forward_op(
     topk_weights: Tensor,
     activation: str,
     keep: bool,
+    gate_up_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     operands = (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights)
-    output, preactivation, order = _forward(*operands, activation, keep)
+    output, preactivation, order = _forward(*operands, activation, keep, gate_up_bias)
     return output, preactivation, *(order.tensors() if keep else SlotOrder.none_like(topk_indices))
 
 
@@ -220,6 +260,7 @@ def _(
     topk_weights: Tensor,
     activation: str,
     keep: bool,
+    gate_up_bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     num_rows, (num_experts, twice_width, _) = topk_indices.numel(), gate_up_proj.shape
     preactivation = hidden_states.new_empty(num_rows if keep else 0, twice_width)
@@ -240,11 +281,10 @@ def _backward_op(
     preactivation: Tensor,
     activation: str,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = hidden_states.dtype
-    module = fused_moe_gpu if _runs_triton(hidden_states) else fused_moe_cpu
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    module, dtype = fused_moe_gpu if _runs_triton(hidden_states) else fused_moe_cpu, hidden_states.dtype
     with on_device_of(hidden_states):
-        grad_x, grad_gate_up, grad_down, grad_weights = module.backward(
+        grad_x, grad_gate_up, grad_down, grad_weights, grad_bias = module.backward(
             grad_output,
             hidden_states,
             gate_up_proj.to(dtype),
@@ -255,7 +295,8 @@ def _backward_op(
             activation,
             needs,
         )
-        return grad_x, grad_gate_up.to(gate_up_proj.dtype), grad_down.to(down_proj.dtype), grad_weights
+        grad_gate_up, grad_bias = grad_gate_up.to(gate_up_proj.dtype), grad_bias.to(gate_up_proj.dtype)
+        return grad_x, grad_gate_up, grad_down.to(down_proj.dtype), grad_weights, grad_bias
 
 
 @_backward_op.register_fake
@@ -272,12 +313,13 @@ def _(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    wanted = zip((x, gate_up, down, weights), needs, strict=True)
-    return tuple(torch.empty_like(tensor) if need else tensor.new_empty(0) for tensor, need in wanted)
+    shapes = (x.shape, gate_up.shape, down.shape, weights.shape, gate_up.shape[:2])
+    wanted = zip((x, gate_up, down, weights, gate_up), shapes, needs, strict=True)
+    return tuple(tensor.new_empty(shape if need else (0,)) for tensor, shape, need in wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_states, gate_up_proj, down_proj, _, topk_weights, activation, keep = inputs
+    hidden_states, gate_up_proj, down_proj, _, topk_weights, activation, keep, _ = inputs
     _, preactivation, *order = output
     ctx.set_materialize_grads(False)
     if keep:
@@ -289,11 +331,11 @@ def _backward(
     ctx: Any, grad_output: Tensor | None, *_: Any, run: Callable[..., Sequence[Tensor]] = _backward_op
 ) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 7
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+        return (None,) * 8
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 7)]
     grads = run(grad_output.contiguous(), *ctx.saved_tensors, ctx.activation, needs)
-    x, gate_up, down, weights = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return x, gate_up, down, None, weights, None, None
+    x, gate_up, down, weights, bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return x, gate_up, down, None, weights, None, None, bias
 
 
 class _Eager(torch.autograd.Function):
@@ -301,14 +343,14 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output, preactivation, order = _forward(*inputs, keep=True)
-        _setup_context(ctx, (*inputs, True), (output, preactivation, *order.tensors()))
+        output, preactivation, order = _forward(*inputs)
+        _setup_context(ctx, inputs, (output, preactivation, *order.tensors()))
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad_output, run=_backward_op._init_fn)[:6]
+        return _backward(ctx, grad_output, run=_backward_op._init_fn)
 
 
 torch.library.register_autograd("deepseek_kernels::fused_moe", _backward, setup_context=_setup_context)

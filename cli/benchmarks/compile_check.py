@@ -24,15 +24,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deepseek_cli.benchmarks.result_files import BenchmarkRun
-from deepseek_kernels.gpu import combine, decode, down_backward, gate_up, grouped_gemm, routing_metadata
+from deepseek_kernels.epilogue import Epilogue
+from deepseek_kernels.gpu import combine, decode, down_backward, gate_up, grouped_gemm, routing_metadata, row_sums
 from deepseek_kernels.gpu import weight_gradient as weight_gradient_file
-from deepseek_kernels.gpu.tiles import SAFE, SHIPPED, TARGETS, Tile, Tiles
+from deepseek_kernels.gpu.tiles import SAFE, SHIPPED, TARGETS, Tiles
+from deepseek_kernels.gpu.triton_epilogue import backward_tile, epilogue_constants, forward_tile
 from deepseek_kernels.gpu.triton_numerics import LAUNCH
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, "gfx942": 65536}
 # wgmma and tcgen05 take 64 rows at least; Triton multiplies smaller tiles by mma.sync.
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", "gfx942": "v_mfma"}
 NUM_EXPERTS, HIDDEN, WIDTH, SLOTS = 128, 2048, 768, 12
+# By what the table calls them; all but the plain one with a bias. The last is GPT-OSS's.
+EPILOGUES = {
+    "": Epilogue(),
+    "clamped": Epilogue(limit=7.0, alpha=1.702, shift=1.0),
+    "clamped, interleaved": Epilogue(limit=7.0, alpha=1.702, shift=1.0, is_interleaved=True),
+}
 
 _POINTERS = {
     **{
@@ -55,7 +63,6 @@ _POINTERS = {
             "topk_weights_ptr",
             "weights_ptr",
             "partial_ptr",
-            "bias_ptr",
             "logits_ptr",
             "share_ptr",
             "grad_weights_ptr",
@@ -124,32 +131,38 @@ def row_kernels(tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> Iterator[C
         tiles: From the table.
         dtype: Of the operands.
     """
-    for compilation in _by_pointer(tiles, dtype):
-        yield compilation
-        tile = getattr(tiles, compilation.kernel, tiles.weight_gradient)
-        if tile.uses_descriptor:
-            yield _by_descriptor(compilation, tile)
+    for label, epilogue in EPILOGUES.items():
+        for compilation in _by_pointer(tiles, dtype, epilogue):
+            if label and "LIMIT" not in compilation.constants:
+                continue  # no epilogue: the plain one
+            form = replace(compilation, tile=f"{compilation.tile} {label}".strip())
+            yield form
+            tile = getattr(tiles, compilation.kernel, tiles.weight_gradient)
+            if tile.uses_descriptor:
+                yield _by_descriptor(form)
 
 
-def _by_descriptor(compilation: Compilation, tile: Tile) -> Compilation:
+def _by_descriptor(compilation: Compilation) -> Compilation:
     """The same where the weights, and in the grouped product the rows too, come by descriptor."""
     flag = "DESCRIPTORS" if "DESCRIPTORS" in compilation.constants else "DESCRIPTOR"
     turned = compilation.kernel in ("gate_up", "down")  # weights stored output first
-    blocks = {"weight_ptr": (tile.block_n, tile.block_k) if turned else (tile.block_k, tile.block_n)}
+    m, n, k = (compilation.constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    blocks = {"weight_ptr": (n, k) if turned else (k, n)}
     if flag == "DESCRIPTORS":
-        blocks["rows_ptr"] = (tile.block_m, tile.block_k)
+        blocks["rows_ptr"] = (m, k)
     constants = {**compilation.constants, flag: True}
     return replace(compilation, tile=f"{compilation.tile} by descriptor", constants=constants, blocks=blocks)
 
 
-def _by_pointer(tiles: Tiles, dtype: torch.dtype) -> Iterator[Compilation]:
-    shape = (dtype, NUM_EXPERTS, HIDDEN, WIDTH, SLOTS)
-    gate_up_constants = gate_up.gate_up_constants(
-        *shape, activation="silu", keep_preactivation=True, tile=tiles.gate_up
+def _by_pointer(tiles: Tiles, dtype: torch.dtype, epilogue: Epilogue) -> Iterator[Compilation]:
+    shape, text = (dtype, NUM_EXPERTS, HIDDEN, WIDTH, SLOTS), epilogue.text
+    tiles = replace(
+        tiles, gate_up=forward_tile(tiles.gate_up, text), down_backward=backward_tile(tiles.down_backward, text)
     )
-    down_backward_constants = down_backward.down_backward_constants(
-        *shape, activation="silu", tile=tiles.down_backward
-    )
+    gate_up_constants = gate_up.gate_up_constants(*shape, activation=text, keep_preactivation=True, tile=tiles.gate_up)
+    if epilogue.is_plain:
+        gate_up_constants["bias_ptr"] = None
+    down_backward_constants = down_backward.down_backward_constants(*shape, activation=text, tile=tiles.down_backward)
     products = [
         ("gate_up", gate_up.gate_up_kernel, tiles.gate_up, gate_up_constants),
         ("down_backward", down_backward.down_backward_kernel, tiles.down_backward, down_backward_constants),
@@ -174,7 +187,7 @@ def _by_pointer(tiles: Tiles, dtype: torch.dtype) -> Iterator[Compilation]:
 
 
 def small_kernels(dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
-    """Yield the kernels without tiles of their own: metadata, combine, decode.
+    """Yield the kernels without tiles of their own: metadata, combine, decode, sums of rows.
 
     Args:
         dtype: Of the activations.
@@ -185,7 +198,8 @@ def small_kernels(dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
     decode_constants = _without_options(decode.decode_constants(dtype, HIDDEN, WIDTH))
     combine_constants = _without_options(combine.combine_constants(dtype, SLOTS, HIDDEN, 1024, has_weights=True))
     experts = {"num_experts": NUM_EXPERTS}
-    decode_settings = {"ACTIVATION": "silu", "KEEP": False, "SLOTS": SLOTS}
+    decode_settings = {**epilogue_constants(EPILOGUES[""].text), "bias_ptr": None, "KEEP": False, "SLOTS": SLOTS}
+    sums_constants = _without_options(row_sums.row_sums_constants(dtype, 2 * WIDTH))
     for function, constants in (
         (meta.count_slots_kernel, {"BINS": bins, "BLOCK": block, **experts}),
         (meta.sum_blocks_kernel, {"BINS": bins, "BLOCK": meta.PREFIX_BLOCK}),
@@ -195,6 +209,7 @@ def small_kernels(dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
         (combine.combine_kernel, combine_constants),
         (decode.decode_gate_up_kernel, {**decode_settings, **experts, **decode_constants}),
         (decode.decode_down_kernel, decode_constants),
+        (row_sums.row_sums_kernel, sums_constants),
     ):
         yield Compilation(function.__name__.removesuffix("_kernel"), "", False, function, constants, warps)
 

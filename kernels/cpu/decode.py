@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek_kernels.activations import apply_activation
 from deepseek_kernels.cpu.products import accumulation_dtype, linear_into
+from deepseek_kernels.epilogue import Epilogue
 
 MAX_ROWS = 256
 _MAX_PADDED_ROWS = {torch.float32: 3, torch.bfloat16: 4}
@@ -96,6 +96,7 @@ def forward(
     topk_weights: Tensor,
     activation: str,
     row_slot: Tensor | None = None,
+    gate_up_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the experts' weighted sum, [T, H], and the pre-activation where `row_slot` asks for it.
 
@@ -105,8 +106,9 @@ def forward(
         down_proj: [E, H, I].
         topk_indices: [T, K]; at or above E means unused.
         topk_weights: [T, K].
-        activation: Canonical name.
+        activation: Text of the epilogue.
         row_slot: The order in which the pre-activation, [S, 2I], is wanted: a slot for each of its rows.
+        gate_up_bias: [E, 2I].
 
     Raises:
         ValueError: An index is negative.
@@ -121,9 +123,14 @@ def forward(
     slots, slot_row = torch.tensor(plan.row_slot), torch.tensor(plan.slot_row)
     tokens = torch.tensor([slot // num_slots for slot in plan.row_slot])
     h = _multiply(hidden_states.index_select(0, tokens), gate_up_proj, plan)
-    gate, up = h[:-1].to(accumulate).split(width, dim=1)
+    if gate_up_bias is not None:
+        h[:-1].add_(gate_up_bias.index_select(0, topk_indices.flatten().index_select(0, slots)))
     weight = topk_weights.flatten().index_select(0, slots).to(accumulate)
-    a = apply_activation(gate, activation).mul_(up).mul_(weight.unsqueeze(1))
+    epilogue = Epilogue.read(activation)
+    gate, up = epilogue.split(h[:-1].to(accumulate))
+    a = gate.new_empty(gate.shape)
+    epilogue.activate_into(gate, a)
+    a.mul_(up).mul_(weight.unsqueeze(1))
     y = _multiply(a.to(dtype), down_proj, plan)
     output = F.embedding_bag(slot_row.view(topk_indices.shape), y, mode="sum")
     return output, h[:0] if row_slot is None else h.index_select(0, slot_row.index_select(0, row_slot))

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from deepseek_kernels.activations import activation_backward_into, activation_into
 from deepseek_kernels.cpu import large_buffers, staged
 from deepseek_kernels.cpu.products import accumulation_dtype, linear, outer_into
+from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.slot_order import SlotOrder
 
 
@@ -54,6 +54,7 @@ def forward(
     topk_weights: Tensor,
     activation: str,
     keep_preactivation: bool,
+    gate_up_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the experts' weighted sum and, for the backward pass, the pre-activation of every row.
 
@@ -63,8 +64,9 @@ def forward(
         down_proj: [E, H, I].
         order: From `route`.
         topk_weights: [T, K].
-        activation: Canonical name.
+        activation: Text of the epilogue.
         keep_preactivation: Whether the second result is wanted; else it is empty.
+        gate_up_bias: [E, 2I].
 
     Returns:
         Output [T, H] and pre-activation [S, 2I], of which the rows of unused slots are never written.
@@ -83,8 +85,9 @@ def forward(
             topk_weights,
             activation,
             keep_preactivation,
+            gate_up_bias,
         )
-    most = max(counts)
+    most, epilogue = max(counts), Epilogue.read(activation)
     row_token = order.row_slot // num_slots
     row_weight = topk_weights.reshape(-1)[order.row_slot].to(accumulate).unsqueeze(1)
 
@@ -96,9 +99,11 @@ def forward(
         count = tokens.shape[0]
         x_e = torch.index_select(hidden_states, 0, tokens, out=x[:count])
         h_e = linear(x_e, gate_up_proj[expert])
+        if gate_up_bias is not None:
+            h_e = h_e.add_(gate_up_bias[expert])
         if keep_preactivation:
             kept[rows] = h_e
-        a_e = _gated(h_e, weight, activation, a[:count])
+        a_e = _gated(h_e, weight, epilogue, a[:count])
         output.index_add_(0, tokens, linear(a_e, down_proj[expert]).to(accumulate))
     return output.to(dtype), kept
 
@@ -113,8 +118,8 @@ def backward(
     preactivation: Tensor,
     activation: str,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden states, both weights and router weights.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden states, both weights, router weights and the first product's bias.
 
     Args:
         grad_output: [T, H].
@@ -124,16 +129,17 @@ def backward(
         order: As in `forward`.
         topk_weights: [T, K].
         preactivation: Second result of `forward`.
-        activation: Canonical name.
-        needs: Which of the four gradients are wanted; the others come back empty.
+        activation: Text of the epilogue.
+        needs: Which of the five gradients are wanted; the others come back empty.
     """
-    needs_x, needs_gate_up, needs_down, needs_weights = needs
+    needs_x, needs_gate_up, needs_down, needs_weights, needs_bias = needs
     num_slots, width, hidden = topk_weights.shape[1], down_proj.shape[2], down_proj.shape[1]
     dtype, accumulate = hidden_states.dtype, accumulation_dtype(hidden_states.dtype)
     counts = order.counts()
     num_rows = order.row_slot.numel()
     grad_gate_up = _empty_gradient(gate_up_proj, counts, needs_gate_up)
     grad_down = _empty_gradient(down_proj, counts, needs_down)
+    grad_bias = torch.zeros((len(counts), 2 * width) if needs_bias else (0,), dtype=dtype)
     if staged.is_small(num_rows, hidden, width, dtype) and num_rows:
         grad_x, grad_row_weight = staged.backward(
             grad_output,
@@ -145,12 +151,13 @@ def backward(
             topk_weights,
             preactivation,
             activation,
-            (grad_gate_up, grad_down),
+            (grad_gate_up, grad_down, grad_bias),
             needs,
         )
         grad_x = hidden_states.new_empty(0) if grad_x is None else grad_x
-        return grad_x, grad_gate_up, grad_down, _by_slot(grad_row_weight, order, topk_weights, needs_weights)
-    most = max(counts)
+        grad_weights = _by_slot(grad_row_weight, order, topk_weights, needs_weights)
+        return grad_x, grad_gate_up, grad_down, grad_weights, grad_bias
+    most, epilogue = max(counts), Epilogue.read(activation)
     row_token = order.row_slot // num_slots
     row_weight = topk_weights.reshape(-1)[order.row_slot].to(accumulate).unsqueeze(1)
 
@@ -166,26 +173,32 @@ def backward(
         grad_y_e = torch.index_select(grad_output, 0, tokens, out=gathered[:count])
         grad_a_e = torch.mm(grad_y_e, down_proj[expert]).to(accumulate)
 
-        gate, up = preactivation[rows].to(accumulate).split(width, dim=1)
-        activation_into(gate, activation, activated_e)
+        h_e = preactivation[rows].to(accumulate)
+        gate, up = epilogue.split(h_e)
+        epilogue.activate_into(gate, activated_e)
         torch.mul(activated_e, up, out=a_e)
         if needs_weights:
             torch.linalg.vecdot(grad_a_e, a_e, out=grad_row_weight[rows])
         if needs_down:
             outer_into(grad_y_e, a_e.mul_(weight).to(dtype), grad_down[expert])
-        if not (needs_x or needs_gate_up):
+        if not (needs_x or needs_gate_up or needs_bias):
             continue
 
         grad_a_e.mul_(weight)
-        torch.mul(grad_a_e, activated_e, out=grad_h_e[:, width:])
-        activation_backward_into(grad_a_e.mul_(up), gate, activation, grad_h_e[:, :width])
+        grad_gate_e, grad_up_e = epilogue.columns(grad_h_e)
+        torch.mul(grad_a_e, activated_e, out=grad_up_e)
+        epilogue.activate_backward_into(grad_a_e.mul_(up), gate, grad_gate_e)
+        epilogue.mask_gradient(grad_gate_e, grad_up_e, h_e)
+        if needs_bias:
+            grad_bias[expert] = grad_h_e.sum(0)
         grad_h_e = grad_h_e.to(dtype)
         if needs_x:
             grad_x.index_add_(0, tokens, torch.mm(grad_h_e, gate_up_proj[expert]).to(accumulate))
         if needs_gate_up:
             x_e = torch.index_select(hidden_states, 0, tokens, out=gathered[:count])
             outer_into(grad_h_e, x_e, grad_gate_up[expert])
-    return grad_x.to(dtype), grad_gate_up, grad_down, _by_slot(grad_row_weight, order, topk_weights, needs_weights)
+    grad_weights = _by_slot(grad_row_weight, order, topk_weights, needs_weights)
+    return grad_x.to(dtype), grad_gate_up, grad_down, grad_weights, grad_bias
 
 
 def _experts(counts: list[int], row_token: Tensor, row_weight: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
@@ -198,13 +211,13 @@ def _experts(counts: list[int], row_token: Tensor, row_weight: Tensor) -> Iterat
             start += count
 
 
-def _gated(h: Tensor, weight: Tensor, activation: str, out: Tensor) -> Tensor:
+def _gated(h: Tensor, weight: Tensor, epilogue: Epilogue, out: Tensor) -> Tensor:
     """Write ``weight * activation(gate) * up`` into `out`, rounding once."""
-    gate, up = h.to(weight.dtype).split(out.shape[1], dim=1)
+    gate, up = epilogue.split(h.to(weight.dtype))
     if h.dtype == weight.dtype:
-        activation_into(gate, activation, out)
+        epilogue.activate_into(gate, out)
         return out.mul_(up).mul_(weight)
-    activation_into(gate, activation, gate)
+    epilogue.activate_into(gate, gate)
     return torch.mul(gate.mul_(up), weight, out=out)
 
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek_kernels.activations import activation_backward_into, activation_into
 from deepseek_kernels.cpu import large_buffers
 from deepseek_kernels.cpu.products import accumulation_dtype, linear_into, matmul_into, outer_into
+from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.slot_order import SlotOrder
 
 MAX_BYTES = 48 * 2**20
@@ -46,6 +46,7 @@ def forward(
     topk_weights: Tensor,
     activation: str,
     keep_preactivation: bool,
+    gate_up_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return what `fused_moe_cpu.forward` returns.
 
@@ -56,8 +57,9 @@ def forward(
         order: The slots sorted by expert.
         counts: Rows per expert.
         topk_weights: [T, K].
-        activation: Canonical name.
+        activation: Text of the epilogue.
         keep_preactivation: Whether the second result is wanted; else it is empty.
+        gate_up_bias: [E, 2I].
     """
     (num_tokens, num_slots), used = topk_weights.shape, sum(counts)
     width, hidden, dtype = down_proj.shape[2], down_proj.shape[1], hidden_states.dtype
@@ -66,7 +68,9 @@ def forward(
     h = large_buffers.empty(order.row_slot.numel(), 2 * width, dtype=dtype)
     for expert, start, end in _stretches(counts):
         linear_into(x[start:end], gate_up_proj[expert], h[start:end])
-    a = _gated(h[:used], topk_weights.reshape(-1)[slots], activation)
+        if gate_up_bias is not None:
+            h[start:end].add_(gate_up_bias[expert])
+    a = _gated(h[:used], topk_weights.reshape(-1)[slots], Epilogue.read(activation))
     y = large_buffers.empty(used + 1, hidden, dtype=dtype)
     y[used].zero_()
     for expert, start, end in _stretches(counts):
@@ -85,7 +89,7 @@ def backward(
     topk_weights: Tensor,
     preactivation: Tensor,
     activation: str,
-    gradients: tuple[Tensor | None, Tensor | None],
+    gradients: tuple[Tensor, Tensor, Tensor],
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fill the weight gradients and return those of hidden states and, by row, of the router weights.
@@ -99,11 +103,11 @@ def backward(
         counts: Rows per expert.
         topk_weights: [T, K].
         preactivation: From `forward`.
-        activation: Canonical name.
-        gradients: Where the gradients of `gate_up_proj` and `down_proj` go.
+        activation: Text of the epilogue.
+        gradients: Where the gradients of `gate_up_proj`, `down_proj` and the first product's bias go.
         needs: As in `fused_moe_cpu.backward`.
     """
-    needs_x, needs_gate_up, needs_down, needs_weights = needs
+    needs_x, needs_gate_up, needs_down, needs_weights, needs_bias = needs
     (num_tokens, num_slots), used = topk_weights.shape, sum(counts)
     width, hidden, dtype = down_proj.shape[2], down_proj.shape[1], hidden_states.dtype
     accumulate = accumulation_dtype(dtype)
@@ -115,10 +119,11 @@ def backward(
     grad_a = large_buffers.empty(used, width, dtype=dtype)
     for expert, start, end in _stretches(counts):
         matmul_into(grad_y[start:end], down_proj[expert], grad_a[start:end])
-    grad_a = grad_a.to(accumulate)
-    gate, up = preactivation[:used].to(accumulate).split(width, dim=1)
+    grad_a, epilogue = grad_a.to(accumulate), Epilogue.read(activation)
+    h = preactivation[:used].to(accumulate)
+    gate, up = epilogue.split(h)
     activated = large_buffers.empty(used, width, dtype=accumulate)
-    activation_into(gate, activation, activated)
+    epilogue.activate_into(gate, activated)
     a = large_buffers.empty(used, width, dtype=accumulate)
     torch.mul(activated, up, out=a)
     grad_row_weight = torch.linalg.vecdot(grad_a, a) if needs_weights else None
@@ -126,12 +131,17 @@ def backward(
         scaled = a.mul_(weight).to(dtype)
         for expert, start, end in _stretches(counts):
             outer_into(grad_y[start:end], scaled[start:end], gradients[1][expert])
-    if not (needs_x or needs_gate_up):
+    if not (needs_x or needs_gate_up or needs_bias):
         return None, grad_row_weight
 
     grad_h = large_buffers.empty(used, 2 * width, dtype=accumulate)
-    torch.mul(grad_a.mul_(weight), activated, out=grad_h[:, width:])
-    activation_backward_into(grad_a.mul_(up), gate, activation, grad_h[:, :width])
+    grad_gate, grad_up = epilogue.columns(grad_h)
+    torch.mul(grad_a.mul_(weight), activated, out=grad_up)
+    epilogue.activate_backward_into(grad_a.mul_(up), gate, grad_gate)
+    epilogue.mask_gradient(grad_gate, grad_up, h)
+    if needs_bias:
+        for expert, start, end in _stretches(counts):
+            gradients[2][expert] = grad_h[start:end].sum(0)
     grad_h = grad_h.to(dtype)
     if needs_gate_up:
         x = torch.index_select(hidden_states, 0, tokens, out=grad_y)
@@ -160,12 +170,12 @@ def _gathered(source: Tensor, tokens: Tensor) -> Tensor:
     return torch.index_select(source, 0, tokens, out=rows)
 
 
-def _gated(h: Tensor, weight: Tensor, activation: str) -> Tensor:
+def _gated(h: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
     """``weight * activation(gate) * up``, rounded once; `h` stays as it is."""
     accumulate, width = accumulation_dtype(h.dtype), h.shape[1] // 2
-    gate, up = h.to(accumulate).split(width, dim=1)
+    gate, up = epilogue.split(h.to(accumulate))
     a = large_buffers.empty(h.shape[0], width, dtype=accumulate)
-    activation_into(gate, activation, a)
+    epilogue.activate_into(gate, a)
     return a.mul_(up).mul_(weight.to(accumulate).unsqueeze(1)).to(h.dtype)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from deepseek_kernels.gpu.combine import combine
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata
-from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, activate, narrow
+from deepseek_kernels.gpu.triton_epilogue import epilogue_constants, gated
+from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, narrow
 
 MAX_TOKENS = 4
 BLOCK_N, BLOCK_K = 16, 256
@@ -31,6 +32,7 @@ def decode(
     topk_weights: Tensor,
     activation: str,
     metadata: RoutingMetadata | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return what `fused_moe` returns, and the pre-activation [S, 2I] (empty unless `metadata` says where rows go).
 
@@ -40,8 +42,9 @@ def decode(
         down_proj: [E, H, I].
         topk_indices: [T, K].
         topk_weights: [T, K].
-        activation: Canonical name.
+        activation: Text of the epilogue.
         metadata: The sorted order, where a backward pass will need it.
+        bias: Of the first product. [E, 2I].
     """
     num_rows, num_slots = topk_indices.numel(), topk_indices.shape[1]
     num_experts, hidden, width = down_proj.shape
@@ -53,6 +56,7 @@ def decode(
     decode_gate_up_kernel[(num_rows, triton.cdiv(width, BLOCK_N))](
         hidden_states,
         gate_up_proj,
+        bias,
         topk_indices,
         activated,
         slot_row,
@@ -60,7 +64,7 @@ def decode(
         slot_row if metadata is None else metadata.slot_row,
         num_experts=num_experts,
         SLOTS=num_slots,
-        ACTIVATION=activation,
+        **epilogue_constants(activation),
         KEEP=metadata is not None,
         **constants,
         **LAUNCH,
@@ -88,6 +92,7 @@ def decode_constants(dtype: torch.dtype, hidden: int, width: int) -> dict[str, A
 def decode_gate_up_kernel(
     x_ptr,
     weight_ptr,
+    bias_ptr,
     ids_ptr,
     activated_ptr,
     slot_row_ptr,
@@ -98,6 +103,10 @@ def decode_gate_up_kernel(
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     KEEP: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
@@ -114,9 +123,13 @@ def decode_gate_up_kernel(
         return
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
-    weight_rows = expert * 2 * WIDTH + columns
+    if INTERLEAVED:
+        places, UP = 2 * columns, 1
+    else:
+        places, UP = columns, WIDTH
+    weight_rows = expert * 2 * WIDTH + places
     gate_ptrs = weight_ptr + weight_rows[:, None] * HIDDEN + inner[None, :]
-    up_ptrs = weight_ptr + (weight_rows + WIDTH)[:, None] * HIDDEN + inner[None, :]
+    up_ptrs = weight_ptr + (weight_rows + UP)[:, None] * HIDDEN + inner[None, :]
     x_ptrs = x_ptr + (slot // SLOTS) * HIDDEN + inner
     gate = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
     up = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
@@ -130,14 +143,20 @@ def decode_gate_up_kernel(
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
     is_column = columns < WIDTH
-    gate_h = narrow(tl.sum(gate, 1), DTYPE)
-    up_h = narrow(tl.sum(up, 1), DTYPE)
+    gate_h = tl.sum(gate, 1)
+    if bias_ptr is not None:
+        gate_h += tl.load(bias_ptr + weight_rows, mask=is_column, other=0.0).to(ACC)
+    gate_h = narrow(gate_h, DTYPE)
+    up_h = tl.sum(up, 1)
+    if bias_ptr is not None:
+        up_h += tl.load(bias_ptr + weight_rows + UP, mask=is_column, other=0.0).to(ACC)
+    up_h = narrow(up_h, DTYPE)
     if KEEP:
-        h_ptrs = preactivation_ptr + tl.load(sorted_row_ptr + slot).to(tl.int64) * 2 * WIDTH + columns
+        h_ptrs = preactivation_ptr + tl.load(sorted_row_ptr + slot).to(tl.int64) * 2 * WIDTH + places
         tl.store(h_ptrs, gate_h, mask=is_column)
-        tl.store(h_ptrs + WIDTH, up_h, mask=is_column)
-    activated, _ = activate(gate_h.to(ACC), ACTIVATION)
-    tl.store(activated_ptr + slot * WIDTH + columns, narrow(activated * up_h.to(ACC), DTYPE), mask=is_column)
+        tl.store(h_ptrs + UP, up_h, mask=is_column)
+    activated = gated(gate_h, up_h, ACTIVATION, LIMIT, ALPHA, SHIFT, ACC)
+    tl.store(activated_ptr + slot * WIDTH + columns, narrow(activated, DTYPE), mask=is_column)
 
 
 @triton.jit

@@ -20,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek_kernels.activations import apply_activation
+from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
-from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, activate, multiply, narrow
+from deepseek_kernels.gpu.triton_epilogue import backward_tile, epilogue_constants, gated_slopes, through_clamp
+from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, multiply, narrow
 from deepseek_kernels.gpu.weight_blocks import load_block, load_rows, weight_operand
 
 
@@ -44,13 +45,14 @@ def down_backward(
         preactivation: [S, 2I].
         topk_weights: [T, K].
         metadata: From `routing_metadata` with the tile's `block_m`.
-        activation: Canonical name.
+        activation: Text of the epilogue.
         tile: Sizes of the tiles.
 
     Returns:
         The third is [S] by row, in fp32 (fp64 for fp64), undefined beyond the used rows.
     """
     num_rows, (num_experts, hidden, width) = metadata.row_slot.numel(), down_proj.shape
+    tile = backward_tile(tile, activation)
     blocks = triton.cdiv(width, tile.block_n)
     grad_h, scaled = torch.empty_like(preactivation), preactivation.new_empty(num_rows, width)
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
@@ -105,7 +107,7 @@ def down_backward_constants(
         "WIDTH": width,
         "SLOTS": num_slots,
         "EXPERTS": triton.next_power_of_2(num_experts),
-        "ACTIVATION": activation,
+        **epilogue_constants(activation),
         "DESCRIPTOR": is_descriptor,
         "DTYPE": TRITON_DTYPES[dtype],
         "ACC": accumulator(dtype),
@@ -132,12 +134,11 @@ def down_backward_reference(
         row_weight: [R].
         row_token: [R].
         row_expert: [R].
-        activation: Canonical name.
+        activation: Text of the epilogue.
     """
     h, s = preactivation.detach().requires_grad_(), row_weight.detach().requires_grad_()
     with torch.enable_grad():
-        gate, up = h.chunk(2, dim=-1)
-        scaled = s.unsqueeze(1) * apply_activation(gate, activation) * up
+        scaled = s.unsqueeze(1) * Epilogue.read(activation).apply(h)
         y = (down_proj[row_expert] @ scaled.unsqueeze(-1)).squeeze(-1)
         grad_h, grad_s = torch.autograd.grad(y, (h, s), grad_output[row_token])
     return grad_h, scaled.detach(), grad_s
@@ -163,6 +164,10 @@ def down_backward_kernel(
     SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
@@ -245,6 +250,10 @@ def down_backward_kernel(
                 block_n * BLOCK_N + quarter * QUARTER + tl.arange(0, QUARTER),
                 WIDTH,
                 ACTIVATION,
+                LIMIT,
+                ALPHA,
+                SHIFT,
+                INTERLEAVED,
                 DTYPE,
                 ACC,
             )
@@ -260,6 +269,10 @@ def down_backward_kernel(
             columns,
             WIDTH,
             ACTIVATION,
+            LIMIT,
+            ALPHA,
+            SHIFT,
+            INTERLEAVED,
             DTYPE,
             ACC,
         )
@@ -284,19 +297,27 @@ def _store_columns(
     columns,
     WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Write both results for some columns of a tile and return their part of the router's gradient per row."""
     mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-    offsets = rows[:, None] * (2 * WIDTH) + columns[None, :]
+    if INTERLEAVED:
+        places, UP = 2 * columns, 1
+    else:
+        places, UP = columns, WIDTH
+    offsets = rows[:, None] * (2 * WIDTH) + places[None, :]
     gate = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    up = tl.load(h_ptr + offsets + WIDTH, mask=mask, other=0.0).to(ACC)
-    activated, slope = activate(gate, ACTIVATION)
+    whole_up = tl.load(h_ptr + offsets + UP, mask=mask, other=0.0).to(ACC)
+    activated, slope, up = gated_slopes(gate, whole_up, ACTIVATION, LIMIT, ALPHA, SHIFT)
     partial = tl.sum(grad_a * activated * up, 1)
     grad_a *= scale[:, None]
     tl.store(grad_h_ptr + offsets, narrow(grad_a * up * slope, DTYPE), mask=mask)
-    tl.store(grad_h_ptr + offsets + WIDTH, narrow(grad_a * activated, DTYPE), mask=mask)
+    tl.store(grad_h_ptr + offsets + UP, narrow(through_clamp(grad_a * activated, whole_up, LIMIT), DTYPE), mask=mask)
     scaled = scale[:, None] * activated * up
     tl.store(scaled_ptr + rows[:, None] * WIDTH + columns[None, :], narrow(scaled, DTYPE), mask=mask)
     return partial

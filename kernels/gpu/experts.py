@@ -17,6 +17,7 @@ from deepseek_kernels.gpu.down_backward import down_backward
 from deepseek_kernels.gpu.gate_up import gate_up
 from deepseek_kernels.gpu.grouped_gemm import grouped_gemm
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, routing_metadata, tiles_of
+from deepseek_kernels.gpu.row_sums import row_sums
 from deepseek_kernels.gpu.tiles import Tiles, choose_tiles, row_bucket
 from deepseek_kernels.gpu.weight_gradient import weight_gradient
 from deepseek_kernels.slot_order import SlotOrder
@@ -30,6 +31,7 @@ def forward(
     topk_weights: Tensor,
     activation: str,
     keep_preactivation: bool,
+    gate_up_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, RoutingMetadata | None]:
     """Return the output [T, H], the pre-activation [S, 2I] (empty unless kept) and the sorted order.
 
@@ -39,8 +41,9 @@ def forward(
         down_proj: [E, H, I].
         topk_indices: [T, K].
         topk_weights: [T, K].
-        activation: Canonical name.
+        activation: Text of the epilogue.
         keep_preactivation: Whether there will be a backward pass.
+        gate_up_bias: [E, 2I].
     """
     _check_sizes(topk_indices, gate_up_proj)
     num_slots = topk_indices.shape[1]
@@ -49,13 +52,20 @@ def forward(
     if is_small and not keep_preactivation:
         if hidden_states.shape[0] == 0:
             return hidden_states.clone(), hidden_states.new_empty(0, gate_up_proj.shape[1]), None
-        return *decode(*inputs, activation), None
+        return *decode(*inputs, activation, bias=gate_up_bias), None
     tiles = tiles_for(hidden_states, down_proj, topk_indices.numel())
     metadata = routing_metadata(topk_indices, gate_up_proj.shape[0], tiles.block_m)
     if is_small and hidden_states.shape[0] > 0:
-        return *decode(*inputs, activation, metadata), metadata
+        return *decode(*inputs, activation, metadata, gate_up_bias), metadata
     activated, preactivation = gate_up(
-        hidden_states, gate_up_proj, metadata, num_slots, activation, keep_preactivation, tiles.gate_up
+        hidden_states,
+        gate_up_proj,
+        metadata,
+        num_slots,
+        activation,
+        keep_preactivation,
+        tiles.gate_up,
+        gate_up_bias,
     )
     rows = grouped_gemm(activated, down_proj, metadata, tiles.down, transpose=True)
     return combine(rows, metadata.slot_row, num_slots, topk_weights), preactivation, metadata
@@ -71,8 +81,8 @@ def backward(
     preactivation: Tensor,
     activation: str,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden states, both weights and router weights.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden states, both weights, router weights and the first product's bias.
 
     Args:
         grad_output: [T, H].
@@ -82,10 +92,10 @@ def backward(
         order: As in `forward`.
         topk_weights: [T, K].
         preactivation: Second result of `forward`.
-        activation: Canonical name.
-        needs: Which of the four gradients are wanted; the others come back empty.
+        activation: Text of the epilogue.
+        needs: Which of the five gradients are wanted; the others come back empty.
     """
-    needs_x, needs_gate_up, needs_down, needs_weights = needs
+    needs_x, needs_gate_up, needs_down, needs_weights, needs_bias = needs
     num_slots = topk_weights.shape[1]
     tiles = tiles_for(hidden_states, down_proj, order.row_slot.numel())
     # Tuning may have changed the tiles since the forward pass.
@@ -94,6 +104,7 @@ def backward(
         grad_output, down_proj, preactivation, topk_weights, metadata, activation, tiles.down_backward
     )
     grad_x = grad_gate_up = grad_down = grad_weights = None
+    grad_bias = row_sums(grad_h, metadata) if needs_bias else None
     if needs_down:
         grad_down = weight_gradient(grad_output, scaled, metadata, num_slots, tiles.weight_gradient, gather="left")
     del scaled
@@ -109,8 +120,8 @@ def backward(
         slot_row = metadata.slot_row.long()
         by_slot = grad_row_weight[slot_row.clamp(min=0)] if slot_row.numel() else grad_row_weight
         grad_weights = by_slot.masked_fill(slot_row < 0, 0).to(topk_weights.dtype).view(topk_weights.shape)
-    sources = (hidden_states, gate_up_proj, down_proj, topk_weights)
-    grads = (grad_x, grad_gate_up, grad_down, grad_weights)
+    sources = (hidden_states, gate_up_proj, down_proj, topk_weights, hidden_states)
+    grads = (grad_x, grad_gate_up, grad_down, grad_weights, grad_bias)
     return tuple(s.new_empty(0) if g is None else g for s, g in zip(sources, grads, strict=True))
 
 

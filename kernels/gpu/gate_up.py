@@ -1,7 +1,8 @@
 """Gather, both up projections and the activation in one kernel: ``a = act(x W_gate^T) * (x W_up^T)``.
 
 The first of the forward kernels. Rows of x are gathered by pointer while the product runs, so the gathered copy
-[S, H] is never made; when training, the pre-activation h = [gate, up] is written as well, the only [S, .] tensor kept.
+[S, H] is never made. When training, the pre-activation h is written as well, the only [S, .] tensor kept; its columns
+have the order of the rows of the weights.
 
 S rows, H hidden, I expert width, E experts.
 """
@@ -12,11 +13,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deepseek_kernels.activations import apply_activation
+from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
-from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, activate, multiply, narrow
+from deepseek_kernels.gpu.triton_epilogue import epilogue_constants, forward_tile, gated
+from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, multiply, narrow
 from deepseek_kernels.gpu.weight_blocks import load_block, load_rows, weight_operand
 
 
@@ -28,6 +31,7 @@ def gate_up(
     activation: str,
     keep_preactivation: bool,
     tile: Tile,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the activated rows [S, I] and the pre-activation [S, 2I] (empty unless kept).
 
@@ -36,20 +40,26 @@ def gate_up(
         gate_up_proj: [E, 2I, H].
         metadata: From `routing_metadata` with the tile's `block_m`.
         num_slots_per_token: K.
-        activation: Canonical name.
+        activation: Text of the epilogue.
         keep_preactivation: Whether to write h.
         tile: Sizes of the tiles.
+        bias: [E, 2I].
     """
     num_rows, (num_experts, double_width, hidden) = metadata.row_slot.numel(), gate_up_proj.shape
     width = double_width // 2
     activated = hidden_states.new_empty(num_rows, width)
     preactivation = hidden_states.new_empty(num_rows if keep_preactivation else 0, double_width)
     tiles = max_tiles(num_rows, num_experts, tile.block_m)
-    weights = weight_operand(gate_up_proj, tile, tile.block_n, tile.block_k)
+    # Of interleaved rows a gate and its up stand side by side in one row of twice the length.
+    is_interleaved = Epilogue.read(activation).is_interleaved
+    matrices = gate_up_proj.view(num_experts, width, 2 * hidden) if is_interleaved else gate_up_proj
+    tile = forward_tile(tile, activation)
+    weights = weight_operand(matrices, tile, tile.block_n, tile.block_k)
     if tiles:
         gate_up_kernel[(tiles * triton.cdiv(width, tile.block_n),)](
             hidden_states,
             weights,
+            bias,
             activated,
             preactivation,
             metadata.row_slot,
@@ -65,7 +75,7 @@ def gate_up(
                 activation=activation,
                 keep_preactivation=keep_preactivation,
                 tile=tile,
-                is_descriptor=weights is not gate_up_proj,
+                is_descriptor=isinstance(weights, TensorDescriptor),
             ),
             **tile.launch_options,
             **LAUNCH,
@@ -92,7 +102,7 @@ def gate_up_constants(
         "WIDTH": width,
         "SLOTS": num_slots,
         "EXPERTS": triton.next_power_of_2(num_experts),
-        "ACTIVATION": activation,
+        **epilogue_constants(activation),
         "KEEP": keep_preactivation,
         "DESCRIPTOR": is_descriptor,
         "DTYPE": TRITON_DTYPES[dtype],
@@ -103,7 +113,12 @@ def gate_up_constants(
 
 
 def gate_up_reference(
-    hidden_states: Tensor, gate_up_proj: Tensor, row_token: Tensor, row_expert: Tensor, activation: str
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    row_token: Tensor,
+    row_expert: Tensor,
+    activation: str,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return activated rows and pre-activation, row by row, for rows of known token and expert.
 
@@ -112,17 +127,19 @@ def gate_up_reference(
         gate_up_proj: [E, 2I, H].
         row_token: Token of each row.
         row_expert: Expert of each row.
-        activation: Canonical name.
+        activation: Text of the epilogue.
+        bias: [E, 2I].
     """
     h = (gate_up_proj[row_expert] @ hidden_states[row_token].unsqueeze(-1)).squeeze(-1)
-    gate, up = h.chunk(2, dim=-1)
-    return apply_activation(gate, activation) * up, h
+    h = h if bias is None else h + bias[row_expert]
+    return Epilogue.read(activation).apply(h), h
 
 
 @triton.jit(do_not_specialize=["num_tiles_bound"])
 def gate_up_kernel(
     x_ptr,
     weight_ptr,
+    bias_ptr,
     activated_ptr,
     preactivation_ptr,
     row_slot_ptr,
@@ -135,6 +152,10 @@ def gate_up_kernel(
     SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     KEEP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -165,21 +186,33 @@ def gate_up_kernel(
     is_row, is_column = rows < end, columns < WIDTH
     tokens = (tl.load(row_slot_ptr + rows, mask=is_row, other=0) // SLOTS).to(tl.int64)
     x_ptrs = x_ptr + tokens[:, None] * HIDDEN + inner[None, :]
+    # Where the rows of up lie behind those of gate, and their columns in h.
+    if INTERLEAVED:
+        places, UP = 2 * columns, 1
+    else:
+        places, UP = columns, WIDTH
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    if bias_ptr is not None:  # before the products: behind them it would cost registers
+        bias_ptrs = bias_ptr + expert * 2 * WIDTH + places
+        gate += tl.load(bias_ptrs, mask=is_column, other=0.0).to(ACC)[None, :]
+        up += tl.load(bias_ptrs + UP, mask=is_column, other=0.0).to(ACC)[None, :]
     if DESCRIPTOR:
         first_column = block_n * BLOCK_N
         for k in range(0, HIDDEN, BLOCK_K):
             x = load_rows(x_ptrs, inner < HIDDEN - k, HIDDEN % BLOCK_K == 0)
             gate_weight = load_block(weight_ptr, expert, first_column, k, BLOCK_N, BLOCK_K)
             gate = multiply(x, gate_weight.T, gate, ACC, PRECISION)
-            up_weight = load_block(weight_ptr, expert, first_column + WIDTH, k, BLOCK_N, BLOCK_K)
+            if INTERLEAVED:
+                up_weight = load_block(weight_ptr, expert, first_column, k + HIDDEN, BLOCK_N, BLOCK_K)
+            else:
+                up_weight = load_block(weight_ptr, expert, first_column + WIDTH, k, BLOCK_N, BLOCK_K)
             up = multiply(x, up_weight.T, up, ACC, PRECISION)
             x_ptrs += BLOCK_K
     else:
-        weight_rows = expert * 2 * WIDTH + columns
+        weight_rows = expert * 2 * WIDTH + places
         gate_ptrs = weight_ptr + weight_rows[None, :] * HIDDEN + inner[:, None]
-        up_ptrs = weight_ptr + (weight_rows + WIDTH)[None, :] * HIDDEN + inner[:, None]
+        up_ptrs = weight_ptr + (weight_rows + UP)[None, :] * HIDDEN + inner[:, None]
         for k in range(0, HIDDEN, BLOCK_K):
             is_inner = inner < HIDDEN - k
             x = tl.load(x_ptrs, mask=is_row[:, None] & is_inner[None, :], other=0.0)
@@ -194,9 +227,8 @@ def gate_up_kernel(
     gate = narrow(gate, DTYPE)
     up = narrow(up, DTYPE)
     if KEEP:
-        h_ptrs = preactivation_ptr + rows[:, None] * 2 * WIDTH + columns[None, :]
+        h_ptrs = preactivation_ptr + rows[:, None] * 2 * WIDTH + places[None, :]
         tl.store(h_ptrs, gate, mask=is_output)
-        tl.store(h_ptrs + WIDTH, up, mask=is_output)
-    activated, _ = activate(gate.to(ACC), ACTIVATION)
-    activated = narrow(activated * up.to(ACC), DTYPE)
+        tl.store(h_ptrs + UP, up, mask=is_output)
+    activated = narrow(gated(gate, up, ACTIVATION, LIMIT, ALPHA, SHIFT, ACC), DTYPE)
     tl.store(activated_ptr + rows[:, None] * WIDTH + columns[None, :], activated, mask=is_output)

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from deepseek_kernels.cpu import decode as fused_moe_cpu_decode
 from deepseek_kernels.cpu import large_buffers
 from deepseek_kernels.cpu import staged as fused_moe_cpu_staged
+from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.fused_moe import fused_moe
 
 PATTERNS = ["some_unused", "empty_experts", "one_expert", "all_unused"]
@@ -127,7 +128,9 @@ def test_custom_operator_is_registered_soundly():
     # Every slot used: opcheck compares all elements, and rows of unused slots are never written.
     x, gate_up, down, ids, weights = make_case(torch.float32, T=5, pattern="any")
     operator = torch.ops.deepseek_kernels.fused_moe.default
-    torch.library.opcheck(operator, (x, gate_up, down, ids, weights, "silu", True))
+    bias = torch.randn(gate_up.shape[:2], requires_grad=True)
+    for form, added in (("silu", None), (Epilogue(limit=0.7, alpha=1.702, is_interleaved=True).text, bias)):
+        torch.library.opcheck(operator, (x, gate_up, down, ids, weights, form, True, added))
 
 
 @pytest.mark.parametrize("is_training", [True, False])

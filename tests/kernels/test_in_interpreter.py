@@ -13,6 +13,7 @@ FILES = [
     "gpu/test_triton_kernels.py",
     "gpu/test_triton_layer.py",
     "gpu/test_tune.py",
+    "gpu/test_triton_epilogue.py",
     "gpu/test_production_tiles.py",
     "gpu/test_planted_faults.py",
 ]
@@ -35,7 +36,7 @@ def test_kernels_in_the_interpreter(name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(6000)
-@pytest.mark.parametrize("name", [FILES[1], *FILES[3:]])
+@pytest.mark.parametrize("name", [FILES[1], *FILES[4:]])
 def test_slow_kernels_in_the_interpreter(name):
     run(name, "-m", "slow", "--timeout", "600")
 

@@ -25,8 +25,8 @@ def test_the_cpus_order_is_the_gpus(shape):
 def test_the_operator_returns_the_order_only_where_it_is_kept():
     x, gate_up, down = torch.randn(4, 8), torch.randn(6, 4, 8), torch.randn(6, 8, 2)
     ids, weights = torch.randint(0, 8, (4, 3)), torch.rand(4, 3)
-    kept = _forward_op(x, gate_up, down, ids, weights, "silu", True)
-    dropped = _forward_op(x, gate_up, down, ids, weights, "silu", False)
+    kept = _forward_op(x, gate_up, down, ids, weights, "silu", True, None)
+    dropped = _forward_op(x, gate_up, down, ids, weights, "silu", False, None)
     row_slot, slot_row, expert_start = kept[2:]
     order, used = route(ids, 6), int(expert_start[-1])
     assert torch.equal(row_slot[:used], order.row_slot[:used]) and row_slot.numel() == 12

@@ -133,7 +133,7 @@ def run_layer(shape, dtype, index_dtype=torch.int64, activation="silu"):
     ids, weights = torch.zeros(T, K, dtype=index_dtype), torch.zeros(T, K)
     fused_moe_gpu.forward(x, gate_up, down, ids, weights, activation, False)
     _, kept, metadata = fused_moe_gpu.forward(x, gate_up, down, ids, weights, activation, True)
-    fused_moe_gpu.backward(x, x, gate_up, down, metadata, weights, kept, activation, [True] * 4)
+    fused_moe_gpu.backward(x, x, gate_up, down, metadata, weights, kept, activation, [True] * 4 + [False])
 
 
 @pytest.mark.slow
