@@ -6,13 +6,14 @@ its own implementations are written to obey, so whatever the kernel does not com
 first forward pass, rather than computed wrongly.
 """
 
-import functools
+import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
+
+from .experts_form import find_epilogue
 
 try:
     from deepseek_kernels.fused_moe import fused_moe
@@ -20,16 +21,6 @@ except ImportError:
     fused_moe = None
 
 logger = logging.get_logger(__name__)
-
-# By class name: transformers renames and moves these between versions, and torch.nn has its own of two of them.
-_ACTIVATION_CLASSES = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_pytorch_tanh",
-    "NewGELUActivation": "gelu_pytorch_tanh",
-    "FastGELUActivation": "gelu_pytorch_tanh",
-}
 
 
 def fused_moe_experts_forward(
@@ -47,12 +38,17 @@ def fused_moe_experts_forward(
         ValueError: The module is of a kind that the kernel does not compute.
     """
     _refuse_unsupported(self)
+    epilogue = find_epilogue(self)
     gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+    gate_up_bias, down_bias = (self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else (None, None)
     if self.is_transposed:
         logger.warning_once(
             f"fused_moe: {type(self).__name__} stores its weights transposed; they are copied on every call"
         )
         gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
+        if epilogue.is_interleaved:  # The copy can as well put gates before ups, which is faster.
+            gate_up_proj, epilogue = _gates_first(gate_up_proj), dataclasses.replace(epilogue, is_interleaved=False)
+            gate_up_bias = None if gate_up_bias is None else _gates_first(gate_up_bias)
     # A norm kept in fp32 may feed experts in bf16 (https://github.com/pytorch/pytorch/issues/174763). Under autocast
     # `fused_moe` casts both.
     is_autocast = not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type)
@@ -62,16 +58,21 @@ def fused_moe_experts_forward(
         down_proj.contiguous(),
         top_k_index,
         top_k_weights,
-        activation=_activation_name(self),
+        activation=epilogue,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
     )
     return output.to(hidden_states.dtype)
+
+
+def _gates_first(interleaved: Tensor) -> Tensor:
+    """Rows (dimension 1) 0, 2, 4, ... before 1, 3, 5, ..."""
+    return interleaved.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
 
 
 def _refuse_unsupported(experts: nn.Module) -> None:
     for flag, refused in (
         ("has_gate", not experts.has_gate),
-        ("is_concatenated", not experts.is_concatenated),
-        ("has_bias", experts.has_bias),
         # Added to the flags after transformers 5.17.
         ("has_post_expert_norm", vars(experts).get("has_post_expert_norm", False)),
     ):
@@ -81,46 +82,11 @@ def _refuse_unsupported(experts: nn.Module) -> None:
                 f"experts_implementation: fused_moe does not compute {type(experts).__name__} with {flag}={value}; "
                 "use grouped_mm"
             )
-    if type(experts)._apply_gate is not _default_apply_gate and not _gates_by_default(experts):
+    if experts.has_bias and not (hasattr(experts, "gate_up_proj_bias") and hasattr(experts, "down_proj_bias")):
         raise ValueError(
-            f"experts_implementation: fused_moe does not compute {type(experts).__name__} with its own _apply_gate; "
-            "use grouped_mm"
+            f"experts_implementation: fused_moe does not compute {type(experts).__name__} with has_bias=True and "
+            "without gate_up_proj_bias and down_proj_bias; use grouped_mm"
         )
-
-
-@torch.compiler.disable
-@torch.no_grad()
-def _gates_by_default(experts: nn.Module) -> bool:
-    """Whether the module's own `_apply_gate` computes ``act(gate) * up`` all the same, seen on a wide range."""
-    steps = torch.linspace(-64, 64, 65, dtype=torch.float32)
-    # A clamp far out is a clamp all the same.
-    far = torch.logspace(2, 6, 9, dtype=torch.float32)
-    steps = torch.cat([-far, steps, far])
-    gate, up = (grid.reshape(-1) for grid in torch.meshgrid(steps, steps, indexing="ij"))
-    try:
-        own = experts._apply_gate(torch.cat([gate, up]).unsqueeze(0)).squeeze(0)
-        wanted = experts.act_fn(gate) * up
-    except (AttributeError, TypeError):
-        return False
-    return own.shape == wanted.shape and torch.allclose(own, wanted)
-
-
-def _activation_name(experts: nn.Module) -> str:
-    """The kernel's name for the module's ``act_fn``, a module or a function."""
-    act_fn = experts.act_fn
-    if isinstance(act_fn, nn.GELU):
-        return "gelu_pytorch_tanh" if act_fn.approximate == "tanh" else "gelu"
-    if isinstance(act_fn, functools.partial) and act_fn.func is F.gelu:
-        return "gelu_pytorch_tanh" if act_fn.keywords.get("approximate") == "tanh" else "gelu"
-    if act_fn is F.silu or act_fn is F.gelu:
-        return act_fn.__name__
-    name = type(act_fn).__name__
-    if name not in _ACTIVATION_CLASSES:
-        raise ValueError(
-            f"experts_implementation: fused_moe does not compute the activation {name} of {type(experts).__name__}, "
-            f"only {', '.join(_ACTIVATION_CLASSES)}; use grouped_mm"
-        )
-    return _ACTIVATION_CLASSES[name]
 
 
 if fused_moe is not None:

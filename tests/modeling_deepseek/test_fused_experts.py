@@ -1,4 +1,4 @@
-"""`fused_moe` inside other people's models: six MoE families, frozen experts, LoRA, and refusals by name."""
+"""`fused_moe` inside other people's models: seven MoE families, frozen experts, LoRA, and refusals by name."""
 
 import copy
 
@@ -16,13 +16,15 @@ from transformers import (
     OlmoeConfig,
     Qwen3MoeConfig,
 )
+from transformers.integrations.moe import _default_apply_gate
 from transformers.models.aria.configuration_aria import AriaTextConfig
 from transformers.models.aria.modeling_aria import AriaTextForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import modeling_deepseek.fused_experts as fused_experts
+from deepseek_kernels.epilogue import Epilogue
+from modeling_deepseek.experts_form import activation_name, find_epilogue
 
 BASE = {
     "vocab_size": 61,
@@ -49,6 +51,8 @@ FAMILIES = {
     "deepseek_v2": (DeepseekV2Config, {**ROUTED, **GROUPS, **MLA}),
     "deepseek_v3": (DeepseekV3Config, {**ROUTED, **GROUPS, **MLA}),
     "glm4_moe": (Glm4MoeConfig, {**ROUTED, **GROUPS, "head_dim": 8}),
+    # Clamped where these inputs get to, biased, interleaved and transposed.
+    "gpt_oss": (GptOssConfig, {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 8, "swiglu_limit": 0.8}),
 }
 
 
@@ -152,7 +156,6 @@ def test_transposed_weights_are_honoured():
 
 
 REFUSED = {
-    "has_bias": (GptOssExperts, GptOssConfig, {"num_local_experts": 4}, "is_concatenated=False"),
     "has_gate": (NemotronHExperts, NemotronHConfig, {"n_routed_experts": 4}, "has_gate=False"),
 }
 
@@ -180,7 +183,7 @@ class _Experts(torch.nn.Module):
         self.gate_up_proj = torch.nn.Parameter(torch.randn(2, 6, 4))
         self.down_proj = torch.nn.Parameter(torch.randn(2, 4, 3))
 
-    _apply_gate = fused_experts._default_apply_gate
+    _apply_gate = _default_apply_gate
 
 
 class _ClampedExperts(_Experts):
@@ -196,13 +199,69 @@ class _FloatGateExperts(_Experts):
 INPUTS = (torch.randn(3, 4), torch.tensor([[0], [1], [2]]), torch.ones(3, 1))
 
 
-@pytest.mark.parametrize("limit", [7.0, 1000.0])
-def test_a_gate_of_its_own_is_refused_unless_it_is_the_default_one(limit):
+class _SoftcappedExperts(_Experts):
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * 30 * torch.tanh(up / 30)
+
+
+class _ClampedTwiceExperts(_ClampedExperts):
+    """Cuts the gate off below as well."""
+
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.clamp(-self.limit, self.limit).chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+@pytest.mark.parametrize("limit", [0.5, 7.0, 1000.0, 3e5])
+def test_a_gate_of_its_own_is_found_by_what_it_computes(limit):
     experts = _ClampedExperts()
     experts.limit = limit
-    with pytest.raises(ValueError, match="_ClampedExperts with its own _apply_gate"):
+    assert find_epilogue(experts) == Epilogue(limit=limit)
+    experts.limit = 2 * limit  # not remembered
+    assert find_epilogue(experts) == Epilogue(limit=2 * limit)
+    assert find_epilogue(_FloatGateExperts()) == Epilogue()
+
+
+@pytest.mark.parametrize("experts_class", [_SoftcappedExperts, _ClampedTwiceExperts])
+def test_another_gate_is_refused(experts_class):
+    experts = experts_class()
+    experts.limit = 7.0
+    with pytest.raises(ValueError, match=f"{experts_class.__name__} with its own _apply_gate"):
         fused_experts.fused_moe_experts_forward(experts, *INPUTS)
-    assert fused_experts.fused_moe_experts_forward(_FloatGateExperts(), *INPUTS)[2].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ({"is_concatenated": False}, "is_concatenated=False and no _apply_gate of its own, which contradict"),
+        ({"has_bias": True}, "has_bias=True and without gate_up_proj_bias and down_proj_bias"),
+    ],
+)
+def test_flags_that_contradict_the_module(flags, message):
+    experts = _Experts()
+    for name, value in flags.items():
+        setattr(experts, name, value)
+    with pytest.raises(ValueError, match=message) as caught:
+        fused_experts.fused_moe_experts_forward(experts, *INPUTS)
+    assert "\n" not in str(caught.value)
+
+
+def test_interleaved_weights_that_are_not_transposed():
+    """GPT-OSS's are transposed, and sorted while they are copied."""
+
+    class Interleaved(_ClampedExperts):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up[..., 0::2].clamp(max=self.limit), gate_up[..., 1::2].clamp(-self.limit, self.limit)
+            return self.act_fn(gate) * up
+
+    experts = Interleaved()
+    experts.is_concatenated, experts.limit = False, 0.5
+    output = fused_experts.fused_moe_experts_forward(experts, *INPUTS)
+    x, ids, _ = INPUTS
+    for token in range(2):
+        h = experts.gate_up_proj[ids[token, 0]] @ x[token]
+        torch.testing.assert_close(output[token], experts.down_proj[ids[token, 0]] @ experts._apply_gate(h))
 
 
 def test_an_unknown_activation_is_refused():
@@ -220,4 +279,4 @@ def test_an_unknown_activation_is_refused():
     ],
 )
 def test_activations_are_recognised(act_fn, wanted):
-    assert fused_experts._activation_name(_Experts(act_fn)) == wanted
+    assert activation_name(_Experts(act_fn)) == wanted
