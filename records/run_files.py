@@ -25,7 +25,7 @@ MODEL_FOLDER = "model"
 _OWN_FILES = (
     *(RECIPE_FILE, ENVIRONMENT_FILE, INPUTS_FILE, METRICS_FILE, SUMMARY_FILE, LOCK_FILE),
     *("results.json", "results.csv", "table.txt", "curves.png", "before.json", "samples_*.jsonl", "*.partial"),
-    *("prompts_*.jsonl.gz", "report.html", "README.md", "block.png"),
+    *("prompts_*.jsonl.gz", "report.html", "README.md", "block.png", "counts.json", "croissant.json"),
 )
 # What `save_pretrained`, `Trainer` and FSDP write into a model or a checkpoint.
 _WEIGHT_FILES = (
@@ -40,6 +40,9 @@ _OWN_FOLDERS = {
         name: _WEIGHT_FILES for name in (MODEL_FOLDER, "checkpoints", "value_model", "reference", "adapter", "unsplit")
     },
     "plots": ("*.png", "*.svg"),
+    "data": ("train-*", "validation-*"),
+    "dropped": ("*.jsonl", "*.partial"),
+    "work": ("part-*",),
     ".eval_results": ("*.yaml",),
 }
 

@@ -67,6 +67,7 @@ def folder(demo_folder, tmp_path_factory):
         (root / "my_texts" / f"{number}.txt").write_text("\n\n".join(texts[number::20]))
     write_rows(root / "my_domain.jsonl", [{"text": text} for text in texts])
     shutil.copy(ROOT / "training/recipes/pretrain-debug.yaml", root / "my_recipe.yaml")
+    shutil.copy(ROOT / "training/recipes/data-debug.yaml", root / "my_data.yaml")
     questions = [f"What is {number}?" for number in range(400)]
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": "A number."}] for q in questions]
     write_rows(root / "my_conversations.jsonl", [{"messages": chat} for chat in chats])
@@ -92,6 +93,7 @@ def test_there_are_examples_for_every_command():
 def test_every_example_is_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "training/recipes/pretrain-debug.yaml", "my_recipe.yaml")
+    shutil.copy(ROOT / "training/recipes/data-debug.yaml", "my_data.yaml")
     parser = build_parser()
     for words, where in EXAMPLES.items():
         try:

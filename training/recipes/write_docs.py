@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from deepseek_training.recipes.align import AlignRecipe
+from deepseek_training.recipes.data import DataRecipe
 from deepseek_training.recipes.distill import DistillRecipe
 from deepseek_training.recipes.dpo import DpoRecipe
 from deepseek_training.recipes.grpo import GrpoRecipe
@@ -15,6 +16,7 @@ from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe, PretrainRe
 from deepseek_training.recipes.sft import SftRecipe
 
 STAGES = {
+    "data": DataRecipe,
     "pretrain": PretrainRecipe,
     "adapt": AdaptRecipe,
     "distill": DistillRecipe,

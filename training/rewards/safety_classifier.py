@@ -84,10 +84,15 @@ class EmbeddedSafety:
         return np.array([self._predict_one(text) for text in texts], np.float64)
 
     def _predict_one(self, text: str) -> float:
-        unsafe = max(self._predict_stretch(part) for part in split_stretches(text))
+        unsafe = max(self.predict_stretch(part) for part in split_stretches(text))
         return math.nan if unsafe <= 0.5 and find_foreign_script(text) is not None else unsafe
 
-    def _predict_stretch(self, words: list[str]) -> float:
+    def predict_stretch(self, words: list[str]) -> float:
+        """Return the probability that one stretch of words is unsafe.
+
+        Args:
+            words: Of `split_stretches`.
+        """
         chinese = [word for word in words if is_han(word)]
         others = [word for word in words if not is_han(word)]
         judged = [self.chinese.predict_words(chinese)] if chinese else []
