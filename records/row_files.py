@@ -24,12 +24,13 @@ def suffix_of(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
-def read_table(path: Path, what: str = "data") -> Iterator[tuple[dict[str, Any], str]]:
+def read_table(path: Path, what: str = "data", encoding: str = "utf-8-sig") -> Iterator[tuple[dict[str, Any], str]]:
     """Yield each row of a file, and where it is, as an error about it begins.
 
     Args:
         path: A file with one of `TABLE_SUFFIXES`; all but Parquet also with ``.gz`` behind.
         what: The setting that named the file, for errors.
+        encoding: Of JSON Lines and CSV.
 
     Raises:
         ValueError: The file is broken or of another kind, in one line that names file and line.
@@ -38,15 +39,17 @@ def read_table(path: Path, what: str = "data") -> Iterator[tuple[dict[str, Any],
     if kind == ".parquet":
         yield from _read_parquet(path, what)
     elif kind == ".csv":
-        yield from _read_csv(path, what)
+        yield from _read_csv(path, what, encoding)
     else:
-        for number, line in enumerate(read_lines(path, what), start=1):
+        for number, line in enumerate(read_lines(path, what, encoding=encoding), start=1):
             if line.strip():
                 where = f"{what}: {path}, line {number}"
                 yield _parse_object(line, where), where
 
 
-def read_lines(path: Path, what: str = "data", newline: str | None = None) -> Iterator[str]:
+def read_lines(
+    path: Path, what: str = "data", newline: str | None = None, encoding: str = "utf-8-sig"
+) -> Iterator[str]:
     r"""Yield the lines of a text file, also one with ``.gz`` behind, with their ends.
 
     Only ``\n``, ``\r\n`` and ``\r`` end a line: a JSON text may hold the other characters that Python takes for ends.
@@ -55,20 +58,27 @@ def read_lines(path: Path, what: str = "data", newline: str | None = None) -> It
         path: The file.
         what: The setting that named it, for errors.
         newline: As for `open`.
+        encoding: Likewise.
 
     Raises:
-        ValueError: It is not UTF-8, not a whole gzip file, or holds zero bytes.
+        ValueError: It is not of this encoding, not a whole gzip file, or holds zero bytes.
     """
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding=encoding, newline=newline) as file:
         try:
             for line in file:
                 if "\0" in line:
                     raise ValueError(f"{what}: {path}: got zero bytes, expected text")
                 yield line
         except UnicodeDecodeError as error:
-            raise ValueError(f"{what}: {path}: got bytes that are not UTF-8 ({error.reason}), expected text") from None
+            raise ValueError(
+                f"{what}: {path}: got bytes that are not {_named(encoding)} ({error.reason}), expected text"
+            ) from None
         except (gzip.BadGzipFile, EOFError, zlib.error):
             raise ValueError(f"{what}: {path}: got no whole gzip file, expected one") from None
+
+
+def _named(encoding: str) -> str:
+    return "UTF-8" if encoding == "utf-8-sig" else encoding
 
 
 def is_hub_id(text: str) -> bool:
@@ -125,8 +135,10 @@ def _is_encodable(row: Any) -> bool:
     return True
 
 
-def _read_csv(path: Path, what: str) -> Iterator[tuple[dict[str, Any], str]]:
-    reader = csv.DictReader(read_lines(path, what, newline=""))  # the CSV reader wants line ends as they are
+def _read_csv(path: Path, what: str, encoding: str) -> Iterator[tuple[dict[str, Any], str]]:
+    reader = csv.DictReader(
+        read_lines(path, what, newline="", encoding=encoding)
+    )  # the CSV reader wants line ends as they are
     try:
         for values in reader:
             where = f"{what}: {path}, line {reader.line_num}"

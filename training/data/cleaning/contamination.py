@@ -8,6 +8,7 @@ only counted. The texts of the items are handed in: what is a benchmark is known
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -79,8 +80,8 @@ class ContaminationIndex:
         counts: dict[int, int] = {}
         for n, hashes in self.hashes.items():
             ngrams = np.unique(hash_ngrams(words, n))
-            starts: np.ndarray = np.searchsorted(hashes, ngrams, "left")
-            ends: np.ndarray = np.searchsorted(hashes, ngrams, "right")
+            starts: Any = np.searchsorted(hashes, ngrams, "left")
+            ends: Any = np.searchsorted(hashes, ngrams, "right")
             for place in np.flatnonzero(ends > starts).tolist():
                 for owner in self.owners[n][starts[place] : ends[place]].tolist():
                     counts[owner] = counts.get(owner, 0) + 1

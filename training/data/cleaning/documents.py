@@ -15,7 +15,7 @@ class Document:
         text: The text.
         source: The source's name.
         file: Its file, relative to the source; the Hub id for a data set of the Hub.
-        line: The line that it begins on, from 1; in Parquet, CSV and `datasets` the row.
+        line: The line that it begins on, from 1; in CSV the one that it ends on, in Parquet and `datasets` the row.
         unit: Names the document that must not be split; passages of one book share it.
         split: ``train`` or ``validation`` where the source says so.
     """

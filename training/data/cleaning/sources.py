@@ -1,30 +1,30 @@
-"""Reads the sources of a recipe by `datasets`, row by row in bounded memory, and tells each row's file and line.
+"""Reads the sources of a recipe row by row in bounded memory, and tells each row's file and line.
 
-`survey` looks at every file once before anything is done: its bytes decode, its hash is kept, and of JSON Lines it
-notes blank lines, so that the number of a row gives the number of its line. `read_documents` yields the rows in the
-order of the sources and files.
+`survey` looks at every file once before anything is done: its bytes decode, and its hash is kept. `read_documents`
+yields the rows in the order of the sources and files: text, JSON Lines, CSV and Parquet by
+`deepseek_records.row_files`, which knows the line of each row, and by `datasets` what only that reads (JSON, TSV, other
+compressions, its own directories and the Hub).
 """
 
 import codecs
 import dataclasses
 import hashlib
+import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from deepseek_records.data_folders import data_files
+from deepseek_records.row_files import TABLE_SUFFIXES, is_hub_id, read_lines, read_table, suffix_of
 from deepseek_training.data.cleaning.documents import Document, hash_text
-from deepseek_training.data.folders import data_files, suffix_of
 from deepseek_training.data.texts import DATA_FOLDER, EMBEDDED
 from deepseek_training.recipes.data import SourceSettings
 
-_TEXT, _LINES = (".txt", ".md", ".text"), (".jsonl", ".ndjson")
-_BUILDERS = {
-    **dict.fromkeys(_TEXT, "text"),
-    **dict.fromkeys((*_LINES, ".json"), "json"),
-    **{".csv": "csv", ".tsv": "csv", ".parquet": "parquet"},
-}
+_TEXT = (".txt", ".md", ".text")
+_READABLE = {*_TEXT, *TABLE_SUFFIXES, ".json", ".tsv"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # From this many text files on a source's documents are its files; of fewer, passages are, or none could be held out.
 _MANY_FILES = 20
@@ -42,7 +42,6 @@ class SourceFile:
         split: ``train`` or ``validation`` where its name says so.
         sha256: Of its bytes.
         num_bytes: Its size.
-        blank_lines: Numbers of the blank lines, of JSON Lines only.
     """
 
     path: Path
@@ -50,7 +49,6 @@ class SourceFile:
     split: str | None
     sha256: str = ""
     num_bytes: int = 0
-    blank_lines: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +83,16 @@ def survey(settings: SourceSettings, encoding: str) -> Source:
     """
     path = DATA_FOLDER / EMBEDDED[settings.path].file if settings.path in EMBEDDED else Path(settings.path)
     if path.is_file():
-        if suffix_of(_plain(path)) not in _BUILDERS:
-            raise ValueError(f"sources: got the file {path}, expected {', '.join(sorted(_BUILDERS))}, also compressed")
+        if suffix_of(_plain(path)) not in _READABLE:
+            raise ValueError(f"sources: got the file {path}, expected {', '.join(sorted(_READABLE))}, also compressed")
         return Source(settings, (_survey_file(path, path.name, None, encoding),))
     if not path.is_dir():
-        if path.suffix in _BUILDERS or path.is_absolute() or settings.path.count("/") != 1:
+        if not is_hub_id(settings.path):
             raise FileNotFoundError(f"sources: no file or folder {settings.path} (embedded: {', '.join(EMBEDDED)})")
         return Source(settings)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return Source(settings)
-    files = data_files(path, _BUILDERS)
+    files = data_files(path, _READABLE)
     found = [_survey_file(file, str(file.relative_to(path)), _ROLES.get(part or ""), encoding) for file, part in files]
     return Source(settings, tuple(found))
 
@@ -113,15 +111,13 @@ def read_documents(source: Source, encoding: str) -> Iterator[Document]:
         yield from _read_without_files(source.settings)
         return
     for file in source.files:
-        builder = _BUILDERS[suffix_of(_plain(file.path))]
         split = source.settings.role or file.split
-        if builder == "text":
+        if suffix_of(_plain(file.path)) in _TEXT:
             by_file = len(source.files) >= _MANY_FILES
             yield from _read_text(file, source.settings, encoding, split=split, by_file=by_file)
-        else:
-            rows = _rows(builder, file, encoding)
-            for number, row in enumerate(rows, start=1):
-                yield _document(row, source.settings, file.name, _line(file, number), split)
+            continue
+        for line, row in _read_table(file, encoding):
+            yield _document(row, source.settings, file.name, line, split)
 
 
 def _survey_file(path: Path, name: str, split: str | None, encoding: str) -> SourceFile:
@@ -132,68 +128,65 @@ def _survey_file(path: Path, name: str, split: str | None, encoding: str) -> Sou
             size += len(block)
     if not size:
         raise ValueError(f"sources: {path} is empty")
-    suffix = suffix_of(_plain(path))
-    blank = () if suffix == ".parquet" else _decode(path, encoding, is_lines=suffix in _LINES)
-    return SourceFile(path, name, split, digest.hexdigest(), size, blank)
+    if suffix_of(_plain(path)) != ".parquet":
+        _decode(path, encoding)
+    return SourceFile(path, name, split, digest.hexdigest(), size)
 
 
-def _decode(path: Path, encoding: str, *, is_lines: bool) -> tuple[int, ...]:
-    """The numbers of the blank lines, after every byte has been decoded."""
-    blank: list[int] = []
+def _decode(path: Path, encoding: str) -> None:
+    """Refuse a file with a byte that does not decode, and name its line."""
     try:
         decoder = codecs.getincrementaldecoder(encoding)()
     except LookupError:
         raise ValueError(f"encoding: got {encoding!r}, expected one that Python knows, such as gb18030") from None
+    number = 1
     try:
         with fsspec.open(str(path), "rb", compression="infer") as file:
             for number, line in enumerate(file, start=1):
-                text = decoder.decode(line)
-                if "\0" in text:
+                if "\0" in decoder.decode(line):
                     raise ValueError(f"sources: {path} is not text (line {number} holds zero bytes)")
-                if is_lines and not text.strip():
-                    blank.append(number)
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"sources: {path}, line {number}: got bytes that are no {encoding} ({error.reason}); set encoding"
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise ValueError(f"sources: {path} is no whole compressed file") from None
-    return tuple(blank)
-
-
-def _line(file: SourceFile, row: int) -> int:
-    """The line of the row of that number, from 1."""
-    line = row
-    for blank in file.blank_lines:
-        if blank <= line:
-            line += 1
-    return line
 
 
 def _plain(path: Path) -> Path:
     return path.with_suffix("") if path.suffix in _COMPRESSED else path
 
 
-def _rows(builder: str, file: SourceFile, encoding: str, **options: Any) -> Iterator[dict[str, Any]]:
+def _read_table(file: SourceFile, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows with the line that each stands on; of what `datasets` reads with their number."""
+    if file.path.suffix in ("", ".gz", *TABLE_SUFFIXES) and suffix_of(file.path) in TABLE_SUFFIXES:
+        for row, where in read_table(file.path, "sources", _with_mark(encoding)):
+            yield int(where.rpartition(" ")[2]), row
+        return
     import datasets
 
-    if builder != "parquet":
-        # A byte order mark is no text.
-        options["encoding"] = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
-    if _plain(file.path).suffix.lower() == ".tsv":
+    kind = _plain(file.path).suffix.lower()
+    builder = {".tsv": "csv", ".csv": "csv", ".parquet": "parquet"}.get(kind, "json")
+    options: dict[str, Any] = {} if builder == "parquet" else {"encoding": _with_mark(encoding)}
+    if kind == ".tsv":
         options["sep"] = "\t"
     try:
         loaded = datasets.load_dataset(builder, data_files=str(file.path), split="train", streaming=True, **options)
-        yield from loaded
-    except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno:
+        yield from enumerate(loaded, start=1)
+    except OSError as error:
+        if error.errno:
             raise
         raise ValueError(f"sources: {file.path} cannot be read ({_first_line(error)})") from None
     except Exception as error:  # each builder has its own
         raise ValueError(f"sources: {file.path} is no {builder} file of equal rows ({_first_line(error)})") from None
+
+
+def _with_mark(encoding: str) -> str:
+    """The encoding; for UTF-8 the one that takes a byte order mark for none of the text."""
+    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
 
 
 def _first_line(error: BaseException) -> str:
@@ -226,21 +219,29 @@ def _read_text(
     file: SourceFile, settings: SourceSettings, encoding: str, *, split: str | None, by_file: bool
 ) -> Iterator[Document]:
     """A plain text file, line by line, cut into passages at blank lines, after a long while at any line."""
-    for line, passage in _passages(_rows("text", file, encoding, keep_linebreaks=True)):
+    for line, passage in _passages(_lines(file, encoding)):
         yield Document(
             passage, str(settings.name), file.name, line, hash_text(file.name if by_file else passage), split
         )
 
 
-def _passages(rows: Iterator[dict[str, Any]]) -> Iterator[tuple[int, str]]:
+def _lines(file: SourceFile, encoding: str) -> Iterator[str]:
+    if file.path.suffix not in _COMPRESSED or file.path.suffix == ".gz":
+        yield from read_lines(file.path, "sources", "", _with_mark(encoding))
+        return
+    with fsspec.open(str(file.path), "rt", encoding=_with_mark(encoding), newline="", compression="infer") as opened:
+        yield from opened
+
+
+def _passages(rows: Iterator[str]) -> Iterator[tuple[int, str]]:
     """Passages with the number of the line that each begins on; joined they are the file again."""
     lines: list[str] = []
     size = 0
     number = 0
     for number, row in enumerate(rows, start=1):
-        lines.append(row["text"])
-        size += len(row["text"])
-        if size >= _PASSAGE_CHARACTERS * (1 if not row["text"].strip() else 4):
+        lines.append(row)
+        size += len(row)
+        if size >= _PASSAGE_CHARACTERS * (4 if row.strip() else 1):
             yield number - len(lines) + 1, "".join(lines)
             lines, size = [], 0
     if lines:

@@ -78,7 +78,7 @@ def test_counts_add_up(done):
 
 
 def test_every_row_leads_back_to_its_file_and_line(done, sources):
-    kept = {"files": {}}
+    table = load_texts(sources / "b.parquet", "all")
     for row in rows_of(done[1] / "data"):
         path = sources / row["file"]
         if path.suffix == ".jsonl":
@@ -131,7 +131,7 @@ def test_a_dry_run_writes_nothing(sources, tmp_path, capsys):
         ("a.jsonl", b'{"text": " "}\n', {}, "holds no text"),
         ("a.jsonl", b'{"body": "x"}\n', {}, "a.jsonl has no column 'text' .it has: body"),
         ("a.jsonl", b'{"text": 3}\n', {}, "a.jsonl, line 1: 'text' holds int"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', {}, "a.jsonl is no json file"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', {}, "a.jsonl, line 2: got no JSON"),
         ("a.txt", b"caf\xe9 and more", {}, "a.txt, line 1: got bytes that are no utf-8"),
         ("a.txt", b"text", {"encoding": "klingon"}, "encoding: got 'klingon'"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9], {}, "no whole compressed file"),
