@@ -2,8 +2,8 @@
 
 `survey` looks at every file once before anything is done: its bytes decode, and its hash is kept. `read_documents`
 yields the rows in the order of the sources and files: text, JSON Lines, CSV and Parquet by
-`deepseek_records.row_files`, which knows the line of each row, and by `datasets` what only that reads (JSON, TSV, other
-compressions, its own directories and the Hub).
+`deepseek_records.row_files`, which knows the line of each row, and by `datasets` what only that reads (JSON, TSV,
+other compressions, its own directories and the Hub).
 """
 
 import codecs
