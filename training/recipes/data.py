@@ -136,7 +136,7 @@ class DataRecipe:
             if name not in known:
                 raise ValueError(f"{setting_name}: got {name!r}, expected names of {', '.join(known)}")
 
-    def _refuse_without(self, wanted: str, *names: str) -> None:
+    def _refuse_without(self, filter_name: str, *names: str) -> None:
         """A setting of a filter that is not applied would have no effect."""
         for name in names:
-            self.require(name, wanted in self.filters or not getattr(self, name), f"its default without {wanted}")
+            self.require(name, filter_name in self.filters or not getattr(self, name), f"its default without {filter_name}")

@@ -1,6 +1,6 @@
 """Which language a text is in, by py3langid, whose model of 133 languages is in its wheel.
 
-A short or mixed text is easily taken for a rare language. So a text counts as one of the wanted languages unless
+A short or mixed text is easily taken for a rare language. So a text counts as one of the preferred languages unless
 another is likelier by far.
 """
 
@@ -12,17 +12,17 @@ import py3langid
 _PART, _PARTS = 400, 3
 # Varieties that the model tells apart and a recipe does not.
 _SAME = {"wuu": "zh", "yue": "zh", "nn": "no", "nb": "no"}
-# By how much a language must be likelier than the wanted ones, in nats over the parts.
+# By how much a language must be likelier than the preferred ones, in nats over the parts.
 _MARGIN = 20.0
 UNKNOWN = "und"
 
 
-def identify(text: str, wanted: Sequence[str] = ()) -> str:
+def identify(text: str, preferred: Sequence[str] = ()) -> str:
     """Return the ISO 639-1 code of a text's language, ``und`` for a text without letters.
 
     Args:
         text: The text; of a long one its beginning, middle and end are looked at.
-        wanted: Languages that win where another is hardly likelier.
+        preferred: Languages that win where another is hardly likelier.
     """
     if not any(character.isalpha() for character in text):
         return UNKNOWN
@@ -33,7 +33,7 @@ def identify(text: str, wanted: Sequence[str] = ()) -> str:
     ranked = [(_SAME.get(code, code), score) for code, score in py3langid.rank(sample)]
     best = ranked[0]
     for code, score in ranked:
-        if code in wanted and best[1] - score <= _MARGIN:
+        if code in preferred and best[1] - score <= _MARGIN:
             return str(code)
     return UNKNOWN if best[0] == "zxx" else str(best[0])
 
