@@ -22,6 +22,7 @@ from deepseek_records.stop_signals import Interrupted, close_standard_output, ho
 
 SUBCOMMANDS = (
     "demo",
+    "data",
     "pretrain",
     "adapt",
     "distill",

@@ -139,4 +139,4 @@ class DataRecipe:
     def _refuse_without(self, filter_name: str, *names: str) -> None:
         """A setting of a filter that is not applied would have no effect."""
         for name in names:
-            self.require(name, filter_name in self.filters or not getattr(self, name), f"its default without {filter_name}")
+            self.require(name, filter_name in self.filters or not getattr(self, name), f"none without {filter_name}")

@@ -100,7 +100,7 @@ def _estimate(recipe: DataRecipe, sources: Sequence[Source], index: Contaminatio
                 break
             tried.append(document)
     context = Context(recipe, contamination=index)
-    for document in tried[:4]:  # What the filters load is no part of the rate.
+    for document in tried[:4]:  # What the filters load does not belong to the rate.
         examine(document, context)
     began = time.perf_counter()
     for document in tried:

@@ -3,8 +3,8 @@
 Fixed limits destroy domain text: Gopher's drop half of clean medical abstracts and all Chinese. So the limits are
 fitted, for each source and language, either to trusted text (the quantile that loses a stated share) or to the source
 itself (some interquartile ranges beyond the quartile). Two figures come from small language models of the same text:
-``character_bits`` finds what is no text of that language, ``order_gain`` words in no order. A document is judged by a
-model that has not seen it.
+``character_bits`` finds what no one writes in that language, ``order_gain`` words in no order. A document is judged by
+a model that has not seen it.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ class QualityModel:
 def measure_shape(text: str, hashes: np.ndarray) -> dict[str, float]:
     """Return the figures that need no model.
 
-    ``letters`` is the share of letters among all that is no white space, ``repeated_lines`` the share of characters in
+    ``letters`` is the share of letters among all but white space, ``repeated_lines`` the share of characters in
     lines that stood before, ``repeated_words`` the share of word 5-grams that stood before.
 
     Args:

@@ -65,7 +65,7 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """Of the files' hashes and names; of the path alone where there are no files."""
+        """Of the files' hashes and names; of the path alone where files are none."""
         parts = [f"{file.name} {file.sha256}" for file in self.files] or [self.settings.path]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -78,7 +78,7 @@ def survey(settings: SourceSettings, encoding: str) -> Source:
         encoding: Of text, JSON Lines and CSV.
 
     Raises:
-        FileNotFoundError: Nothing lies there, and it is no Hub id.
+        FileNotFoundError: Nothing lies there, and it cannot be a Hub id.
         ValueError: A file is empty or does not decode; the file is named.
     """
     path = DATA_FOLDER / EMBEDDED[settings.path].file if settings.path in EMBEDDED else Path(settings.path)
@@ -148,12 +148,14 @@ def _decode(path: Path, encoding: str) -> None:
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"sources: {path}, line {number}: got bytes that are no {encoding} ({error.reason}); set encoding"
+            f"sources: {path}, line {number}: got bytes that are not {encoding} ({error.reason}); set encoding"
         ) from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise ValueError(f"sources: {path} is no whole compressed file") from None
+        raise ValueError(
+            f"sources: {path}: got a compressed file that is cut short or broken, expected a whole one"
+        ) from None
 
 
 def _plain(path: Path) -> Path:
@@ -181,7 +183,7 @@ def _read_table(file: SourceFile, encoding: str) -> Iterator[tuple[int, dict[str
             raise
         raise ValueError(f"sources: {file.path} cannot be read ({_first_line(error)})") from None
     except Exception as error:  # each builder has its own
-        raise ValueError(f"sources: {file.path} is no {builder} file of equal rows ({_first_line(error)})") from None
+        raise ValueError(f"sources: {file.path}: got no {builder} file of equal rows ({_first_line(error)})") from None
 
 
 def _with_mark(encoding: str) -> str:
@@ -259,7 +261,7 @@ def _read_without_files(settings: SourceSettings) -> Iterator[Document]:
             loaded = datasets.load_dataset(repository, configuration or None, streaming=True)
     except (ConnectionError, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"sources: {settings.path} is no local path and cannot be read as a data set ({_first_line(error)})"
+            f"sources: {settings.path} is not a local path and cannot be read as a data set ({_first_line(error)})"
         ) from None
     parts = loaded.items() if hasattr(loaded, "items") else [("", loaded)]
     for part, rows in parts:

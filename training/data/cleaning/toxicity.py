@@ -1,7 +1,7 @@
 """Toxic documents, by the embedded safety classifiers of the rewards.
 
 A document is judged by the share of its sentences that are unsafe: one quotation, or one false alarm, in a long text
-is no reason to drop it.
+does not drop it.
 """
 
 import functools
