@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import deepseek_cli
 import deepseek_training
 from deepseek_training.balance import ExpertBalanceCallback
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
@@ -136,8 +137,9 @@ def recipe_classes():
 
 @functools.cache
 def attributes_read():
-    """Every name that is read as an attribute outside of the recipes' own folder."""
-    paths = [path for path in ROOT.rglob("*.py") if path.parent.name != "recipes"]
+    """Every name that is read as an attribute outside of the recipes' own folder, by training or a command."""
+    commands = Path(deepseek_cli.__file__).parent
+    paths = [path for folder in (ROOT, commands) for path in folder.rglob("*.py") if path.parent.name != "recipes"]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
     return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
