@@ -15,6 +15,7 @@ _TITLES = {
     "pretrain": "Pretraining",
     "adapt": "Continued pretraining on a domain",
     "distill": "Distillation from a larger model",
+    "shrink": "Cut out of a larger model",
     "sft": "Supervised fine-tuning on conversations",
     "dpo": "Alignment by DPO",
     "align": "Alignment by PPO",

@@ -23,6 +23,7 @@ _DONE = {
     "align": "aligned by PPO",
     "grpo": "aligned by GRPO",
     "train": "trained with transformers' Trainer",
+    "shrink": "cut out of a larger model",
     "distill": "distilled from a teacher",
 }
 

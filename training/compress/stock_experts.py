@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from deepseek_training.compress.expert_saliency import ExpertSaliency
 from deepseek_training.compress.selection import ExpertsBy, keep_best
@@ -45,7 +45,7 @@ def plan_cut(teacher: PreTrainedModel, student: PreTrainedModel) -> StockCut:
     if len(old) > 1 or len(new) > 1 or len(layers) != len(fewer):
         return StockCut({}, (0, 0), ["layers: got different numbers of experts, expected one"])
     before, after = int(old.pop() or 0), int(new.pop() or 0)
-    obstacles = [f"experts: got {after}, expected at most the teacher's {before}"] if after > before else []
+    obstacles = _counts(student.config.get_text_config(), before, after)
     owners = {layer.name: place for place, layer in enumerate(layers)}
     shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
     axes = {}
@@ -61,6 +61,17 @@ def plan_cut(teacher: PreTrainedModel, student: PreTrainedModel) -> StockCut:
             axes[name] = (axis, place)
     obstacles += [f"{name}: got a tensor that the teacher has not" for name in shapes.keys() - teacher.state_dict()]
     return StockCut(axes, (before, after), obstacles[:3] + [f"and {len(obstacles) - 3} more"] * (len(obstacles) > 3))
+
+
+def _counts(config: Any, before: int, after: int) -> list[str]:
+    """What stands in the way of so many experts, whatever the tensors."""
+    groups, chosen = getattr(config, "n_group", None) or 1, getattr(config, "num_experts_per_tok", None) or 1
+    found = [f"experts: got {after}, expected at most the teacher's {before}"] if after > before else []
+    if after % groups:
+        found.append(f"experts: got {after}, expected a multiple of n_group={groups}")
+    if chosen > after:
+        found.append(f"experts: got {after}, expected at least num_experts_per_tok={chosen}")
+    return found
 
 
 def _axis(old: tuple[int, ...], new: tuple[int, ...] | None, before: int, after: int) -> int | None:
@@ -89,14 +100,14 @@ def shrink_experts(
         ValueError: Something else than experts would be cut.
     """
     with torch.device("meta"):
-        cut = plan_cut(model, AutoModelForCausalLM.from_config(config))
+        cut = plan_cut(model, type(model)(config))
     if cut.obstacles:
         raise ValueError(f"shrink: this student is not a slice of the teacher: {'; '.join(cut.obstacles)}")
     layers = find_moe_layers(model)
     scores = score_experts(model, layers, blocks, experts_by=experts_by, batch_size=batch_size)
     groups = getattr(config, "n_group", None) or 1
     kept = [keep_best(score, cut.num_experts[1], groups) for score in scores]
-    student = AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()
+    student = type(model)._from_config(config, dtype=model.dtype).eval()
     source = model.state_dict()
     saved = student.state_dict()
     for name, tensor in {**dict(student.named_parameters()), **dict(student.named_buffers())}.items():

@@ -1,6 +1,7 @@
 """The student that a distill recipe asks for: cut out of the teacher, begun anew, or a model that is there."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from deepseek_records.loading import is_adapter, load_model, resolve_checkpoint
 from deepseek_training.compress.calibration import calibration_blocks
 from deepseek_training.compress.importance import measure_importance
-from deepseek_training.compress.selection import ExpertsBy
+from deepseek_training.compress.selection import ExpertsBy, choose
 from deepseek_training.compress.shrink import shrink
 from deepseek_training.compress.stock_experts import shrink_experts
 from deepseek_training.compress.student_config import is_ours, outline, refuse_obstacles, student_config
@@ -51,11 +52,26 @@ def plan_student(recipe: DistillRecipe) -> PlannedStudent:
     settings = dict(recipe.student)
     if is_ours(teacher):
         settings = {"router_bias_update_speed": _BIAS_SPEED, **settings}
-    config = student_config(teacher, settings)
     if recipe.start == "shrink":
-        refuse_obstacles(teacher, config)
+        return PlannedStudent(plan_cut_student(teacher, settings))
+    config = student_config(teacher, settings)
     refuse_larger(outline(config).num_parameters(), outline(teacher).num_parameters())
     return PlannedStudent(config)
+
+
+def plan_cut_student(teacher: PreTrainedConfig, settings: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return the configuration of a slice, before any weight is read.
+
+    Args:
+        teacher: The larger model's.
+        settings: What the smaller one has otherwise.
+
+    Raises:
+        ValueError: It is not a slice, or larger.
+    """
+    config = student_config(teacher, settings)
+    refuse_obstacles(teacher, config)
+    return config
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -105,7 +121,7 @@ def make_student(
         if is_dry and sum(one.numel() * one.element_size() for one in shapes.parameters()) > MOST_BYTES:
             return shapes
         return AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
-    return cut_student(teacher, config, calibration, experts_by=recipe.experts_by, batch_size=recipe.batch_size)
+    return cut_student(teacher, config, calibration, experts_by=recipe.experts_by, batch_size=recipe.batch_size)[0]
 
 
 def cut_student(
@@ -115,8 +131,8 @@ def cut_student(
     *,
     experts_by: ExpertsBy = "reap",
     batch_size: int = 8,
-) -> Any:
-    """Return a slice of a model: of ours along every axis, of other families fewer experts.
+) -> tuple[Any, list[list[int]]]:
+    """Return a slice of a model, and the experts it keeps by layer: of ours along every axis, of others fewer experts.
 
     Args:
         teacher: Stays as it is.
@@ -125,7 +141,9 @@ def cut_student(
         experts_by: Which score ranks the experts.
         batch_size: Blocks a forward pass.
     """
-    if is_ours(config):
-        importance = measure_importance(teacher, calibration, batch_size=batch_size)
-        return shrink(teacher, config, importance, experts_by=experts_by)
-    return shrink_experts(teacher, config, calibration, experts_by=experts_by, batch_size=batch_size)[0]
+    if not is_ours(config):
+        return shrink_experts(teacher, config, calibration, experts_by=experts_by, batch_size=batch_size)
+    importance = measure_importance(teacher, calibration, batch_size=batch_size)
+    kept = choose(importance, teacher.config, config, experts_by=experts_by)
+    experts = [layer.experts.tolist() for layer in kept.layers if layer.experts is not None]
+    return shrink(teacher, config, importance, experts_by=experts_by), experts

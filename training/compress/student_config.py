@@ -179,6 +179,15 @@ def outline(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def count_parameters_of(config: PreTrainedConfig) -> int:
-    """Return how many parameters a configuration's model has; tied ones count once."""
-    return outline(config).num_parameters()
+def describe_cut(teacher: PreTrainedConfig, student: PreTrainedConfig) -> str:
+    """Return in one line what a student has less of.
+
+    Args:
+        teacher: The larger model's configuration.
+        student: The smaller one's.
+    """
+    old, new = teacher.to_dict(), student.to_dict()
+    changed = [name for name in old if name not in _FREE and not name.startswith("_") and old[name] != new.get(name)]
+    sizes = [outline(config).num_parameters() for config in (teacher, student)]
+    what = ", ".join(f"{name} {old[name]} -> {new[name]}" for name in changed) or "nothing is cut"
+    return f"{sizes[0]:,} -> {sizes[1]:,} parameters ({sizes[1] / sizes[0]:.1%}): {what}"

@@ -1,0 +1,61 @@
+"""``deepseek-moe shrink``: a smaller model cut out of a larger one."""
+
+import argparse
+
+HELP = "Cut a smaller model out of a larger one: experts, channels, heads, layers; of other families experts."
+EXAMPLES = """
+  deepseek-moe shrink runs/demo/pretrain/model runs/half --set n_routed_experts=8
+  deepseek-moe shrink runs/demo/pretrain/model runs/third --set hidden_size=96 n_routed_experts=6 num_experts_per_tok=3
+  deepseek-moe shrink runs/first/model runs/frequent --set n_routed_experts=4 --experts-by frequency --data medicine
+  deepseek-moe shrink runs/demo/pretrain/model runs/half --set n_routed_experts=8 --dry-run
+
+distill or adapt heal what was cut.
+"""
+_OPTIONS = ("experts_by", "data", "data_column", "calibration_tokens", "sequence_length", "batch_size", "eval_bytes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from deepseek_training.recipes.loading import describe_recipe
+    from deepseek_training.recipes.shrink import ShrinkSettings
+
+    texts = {name: (default, text) for name, default, text in describe_recipe(ShrinkSettings)}
+    parser.add_argument("model", metavar="MODEL", help=texts["model"][1])
+    parser.add_argument("output", metavar="OUT", help="run folder; the smaller model lies in its model/")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=texts["student"][1], dest="student"
+    )
+    for name in _OPTIONS:
+        default, text = texts[name]
+        option, suffix = f"--{name.replace('_', '-')}", "" if default == "null" else f" (default: {default})"
+        parser.add_argument(option, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=f"{text}{suffix}")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be cut, and write nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Cut and print what it cost."""
+    import yaml
+
+    from deepseek_training.recipes.loading import build_recipe
+    from deepseek_training.recipes.shrink import ShrinkSettings
+
+    student = {}
+    for word in args.student:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set: got {word!r}, expected KEY=VALUE")
+        student[key] = yaml.safe_load(value)
+    given = {name: yaml.safe_load(getattr(args, name)) for name in _OPTIONS if hasattr(args, name)}
+    settings = build_recipe({"model": args.model, "student": student, **given}, ShrinkSettings, source="shrink")
+
+    from deepseek_training.stages.shrink import shrink
+
+    summary = shrink(settings, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
+    if summary is None:
+        return 0
+    before, after = summary.results
+    print(summary.details["cut"])
+    print(f"{after.dataset}: {before.value:.4f} -> {after.value:.4f} +- {after.stderr:.4f} bits per byte, not healed")
+    print(f"model in {args.output}/model after {summary.seconds:.0f} s")
+    return 0
