@@ -115,7 +115,8 @@ def shrink_experts(
             axis, place = cut.axes.get(name, (0, -1))
             rows = source[name]
             tensor.copy_(rows if place < 0 else rows.index_select(axis, kept[place].to(rows.device)))
-    student.generation_config = model.generation_config
+    if model.can_generate():
+        student.generation_config = model.generation_config
     return student, [row.tolist() for row in kept]
 
 

@@ -104,5 +104,6 @@ def test_most_families_lose_experts_and_the_others_say_why():
     found = {f"{module.split('.')[2]}.{name}": outcome(module, name) for module, name in FAMILIES}
     refused = {name: why for name, why in found.items() if why != "cut"}
     print(f"{len(found) - len(refused)} of {len(found)} cut", refused)
-    assert all(why.startswith("ValueError: shrink") for why in refused.values()), refused
-    assert len(found) - len(refused) >= 40
+    talker = "qwen3_omni_moe.Qwen3OmniMoeTalkerTextExperts"  # takes no token ids
+    assert all(why.startswith("ValueError: shrink") for name, why in refused.items() if name != talker), refused
+    assert len(found) - len(refused) >= 62
