@@ -87,6 +87,13 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, "step")
 
 
+def _add_lora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each kind, at least 1")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters, at least 1")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: OMP_NUM_THREADS decides)")
+    _add_output(parser, "lora")
+
+
 def _add_ppo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=8, help="timed updates of each class, at least 2")
     _add_output(parser, "ppo")
@@ -140,6 +147,16 @@ BENCHMARKS = (
   deepseek-moe bench step --experts 32 --rounds 5 --threads 1
 """,
         _add_step,
+    ),
+    Benchmark(
+        "lora",
+        "lora_cost",
+        "Time a step with LoRA on experts against frozen experts, full training and PEFT's merged copy.",
+        """
+  deepseek-moe bench lora
+  deepseek-moe bench lora --rank 16 --rounds 5 --threads 1
+""",
+        _add_lora,
     ),
     Benchmark(
         "ppo",

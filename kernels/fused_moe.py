@@ -19,6 +19,7 @@ from deepseek_kernels.cpu import decode
 from deepseek_kernels.cpu import experts as fused_moe_cpu
 from deepseek_kernels.epilogue import Epilogue, epilogue_text
 from deepseek_kernels.gpu.device_guard import on_device_of
+from deepseek_kernels.lora import LoraFactors, check_factors, fused_moe_lora
 from deepseek_kernels.routed_bias import routed_bias
 from deepseek_kernels.slot_order import SlotOrder
 
@@ -45,6 +46,8 @@ def fused_moe(
     activation: str | Epilogue = "silu",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_up_lora: LoraFactors | None = None,
+    down_lora: LoraFactors | None = None,
 ) -> Tensor:
     """Return the weighted sum of each token's routed experts, differentiable in all float arguments.
 
@@ -61,6 +64,8 @@ def fused_moe(
             factor in the sigmoid, a shift of up and interleaved weights.
         gate_up_bias: [E, 2I] in the order of the rows of `gate_up_proj`; dtype of `gate_up_proj`.
         down_bias: [E, H]; dtype of `down_proj`.
+        gate_up_lora: Low-rank factors added to `gate_up_proj`; both projections and `gate_up_bias` are then frozen.
+        down_lora: Low-rank factors added to `down_proj`.
 
     Returns:
         [T, H] in the dtype of `hidden_states` (under autocast: in autocast's dtype).
@@ -92,7 +97,11 @@ def fused_moe(
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
     indices, weights = topk_indices.contiguous(), topk_weights.contiguous()
     operands = (hidden_states.contiguous(), gate_up_proj, down_proj, indices, weights, activation, keep, gate_up_bias)
-    output = _experts(operands, floats)
+    if gate_up_lora is None and down_lora is None:
+        output = _experts(operands, floats)
+    else:
+        check_factors(gate_up_proj, down_proj, gate_up_bias, gate_up_lora, down_lora)
+        output = fused_moe_lora(operands[:5], gate_up_lora, down_lora, activation, gate_up_bias)
     if down_bias is None:
         return output
     return output + routed_bias(down_bias.to(output.dtype), indices, weights)

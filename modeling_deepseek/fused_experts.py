@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
+from .expert_adapters import lora_arguments
 from .experts_form import find_epilogue
 
 try:
@@ -40,13 +41,15 @@ def fused_moe_experts_forward(
     _refuse_unsupported(self)
     epilogue = find_epilogue(self)
     gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+    adapters = lora_arguments(self)
     gate_up_bias, down_bias = (self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else (None, None)
     if self.is_transposed:
         logger.warning_once(
             f"fused_moe: {type(self).__name__} stores its weights transposed; they are copied on every call"
         )
         gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
-        if epilogue.is_interleaved:  # The copy can as well put gates before ups, which is faster.
+        # An adapter's rows are in the order of the weights as they are stored.
+        if epilogue.is_interleaved and not adapters:  # The copy can as well put gates before ups, which is faster.
             gate_up_proj, epilogue = _gates_first(gate_up_proj), dataclasses.replace(epilogue, is_interleaved=False)
             gate_up_bias = None if gate_up_bias is None else _gates_first(gate_up_bias)
     # A norm kept in fp32 may feed experts in bf16 (https://github.com/pytorch/pytorch/issues/174763). Under autocast
@@ -61,6 +64,7 @@ def fused_moe_experts_forward(
         activation=epilogue,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
+        **adapters,
     )
     return output.to(hidden_states.dtype)
 

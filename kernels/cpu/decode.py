@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek_kernels.cpu.low_rank import NO_ADAPTERS, Adapters, LowRank
 from deepseek_kernels.cpu.products import accumulation_dtype, linear_into
 from deepseek_kernels.epilogue import Epilogue
 
@@ -97,6 +98,7 @@ def forward(
     activation: str,
     row_slot: Tensor | None = None,
     gate_up_bias: Tensor | None = None,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Tensor, Tensor]:
     """Return the experts' weighted sum, [T, H], and the pre-activation where `row_slot` asks for it.
 
@@ -109,6 +111,7 @@ def forward(
         activation: Text of the epilogue.
         row_slot: The order in which the pre-activation, [S, 2I], is wanted: a slot for each of its rows.
         gate_up_bias: [E, 2I].
+        adapters: Of both projections.
 
     Raises:
         ValueError: An index is negative.
@@ -122,18 +125,32 @@ def forward(
         )
     slots, slot_row = torch.tensor(plan.row_slot), torch.tensor(plan.slot_row)
     tokens = torch.tensor([slot // num_slots for slot in plan.row_slot])
-    h = _multiply(hidden_states.index_select(0, tokens), gate_up_proj, plan)
+    kept = None if row_slot is None else slot_row.index_select(0, row_slot)
+    x = hidden_states.index_select(0, tokens)
+    h = _multiply(x, gate_up_proj, plan)
     if gate_up_bias is not None:
         h[:-1].add_(gate_up_bias.index_select(0, topk_indices.flatten().index_select(0, slots)))
+    if adapters.gate_up is not None:
+        _add(adapters.gate_up, x, h, plan, kept)
     weight = topk_weights.flatten().index_select(0, slots).to(accumulate)
     epilogue = Epilogue.read(activation)
     gate, up = epilogue.split(h[:-1].to(accumulate))
     a = gate.new_empty(gate.shape)
     epilogue.activate_into(gate, a)
-    a.mul_(up).mul_(weight.unsqueeze(1))
-    y = _multiply(a.to(dtype), down_proj, plan)
+    a = a.mul_(up).mul_(weight.unsqueeze(1)).to(dtype)
+    y = _multiply(a, down_proj, plan)
+    if adapters.down is not None:
+        _add(adapters.down, a, y, plan, kept)
     output = F.embedding_bag(slot_row.view(topk_indices.shape), y, mode="sum")
-    return output, h[:0] if row_slot is None else h.index_select(0, slot_row.index_select(0, row_slot))
+    return output, h[:0] if kept is None else h.index_select(0, kept)
+
+
+def _add(adapter: LowRank, rows: Tensor, out: Tensor, plan: Plan, kept: Tensor | None) -> None:
+    """Add the adapter's part to `out`, whose last row stays zero, and keep ``rows A^T`` in the order of `kept`."""
+    low = _multiply(rows, adapter.a, plan)
+    out.add_(_multiply(low[:-1], adapter.b, plan), alpha=adapter.scaling)
+    if kept is not None:
+        torch.index_select(low, 0, kept, out=adapter.rows)
 
 
 def _multiply(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deepseek_kernels.cpu import large_buffers, staged
+from deepseek_kernels.cpu.low_rank import NO_ADAPTERS, Adapters
 from deepseek_kernels.cpu.products import accumulation_dtype, linear, outer_into
 from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.slot_order import SlotOrder
@@ -55,6 +56,7 @@ def forward(
     activation: str,
     keep_preactivation: bool,
     gate_up_bias: Tensor | None = None,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Tensor, Tensor]:
     """Return the experts' weighted sum and, for the backward pass, the pre-activation of every row.
 
@@ -67,6 +69,7 @@ def forward(
         activation: Text of the epilogue.
         keep_preactivation: Whether the second result is wanted; else it is empty.
         gate_up_bias: [E, 2I].
+        adapters: Of both projections.
 
     Returns:
         Output [T, H] and pre-activation [S, 2I], of which the rows of unused slots are never written.
@@ -86,6 +89,7 @@ def forward(
             activation,
             keep_preactivation,
             gate_up_bias,
+            adapters,
         )
     most, epilogue = max(counts), Epilogue.read(activation)
     row_token = order.row_slot // num_slots
@@ -101,10 +105,15 @@ def forward(
         h_e = linear(x_e, gate_up_proj[expert])
         if gate_up_bias is not None:
             h_e = h_e.add_(gate_up_bias[expert])
+        if adapters.gate_up is not None:
+            adapters.gate_up.add_one(expert, rows, x_e, h_e)
         if keep_preactivation:
             kept[rows] = h_e
         a_e = _gated(h_e, weight, epilogue, a[:count])
-        output.index_add_(0, tokens, linear(a_e, down_proj[expert]).to(accumulate))
+        y_e = linear(a_e, down_proj[expert])
+        if adapters.down is not None:
+            adapters.down.add_one(expert, rows, a_e, y_e)
+        output.index_add_(0, tokens, y_e.to(accumulate))
     return output.to(dtype), kept
 
 
@@ -118,6 +127,7 @@ def backward(
     preactivation: Tensor,
     activation: str,
     needs: list[bool],
+    adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of hidden states, both weights, router weights and the first product's bias.
 
@@ -131,6 +141,7 @@ def backward(
         preactivation: Second result of `forward`.
         activation: Text of the epilogue.
         needs: Which of the five gradients are wanted; the others come back empty.
+        adapters: Of both projections; their gradients are filled too.
     """
     needs_x, needs_gate_up, needs_down, needs_weights, needs_bias = needs
     num_slots, width, hidden = topk_weights.shape[1], down_proj.shape[2], down_proj.shape[1]
@@ -153,16 +164,21 @@ def backward(
             activation,
             (grad_gate_up, grad_down, grad_bias),
             needs,
+            adapters,
         )
         grad_x = hidden_states.new_empty(0) if grad_x is None else grad_x
         grad_weights = _by_slot(grad_row_weight, order, topk_weights, needs_weights)
         return grad_x, grad_gate_up, grad_down, grad_weights, grad_bias
+    for adapter in adapters:
+        if adapter is not None:
+            adapter.make_gradients()
     most, epilogue = max(counts), Epilogue.read(activation)
     row_token = order.row_slot // num_slots
     row_weight = topk_weights.reshape(-1)[order.row_slot].to(accumulate).unsqueeze(1)
 
     grad_x = torch.zeros(hidden_states.shape if needs_x else (0,), dtype=accumulate)
     grad_row_weight = torch.zeros(row_weight.shape[0] if needs_weights else 0, dtype=accumulate)
+    needs_inputs = needs_gate_up or adapters.gate_up is not None
     gathered = torch.empty(most, hidden, dtype=dtype)
     a = torch.empty(most, width, dtype=accumulate)
     activated = torch.empty(most, width, dtype=accumulate)
@@ -171,17 +187,20 @@ def backward(
         count = tokens.shape[0]
         a_e, activated_e, grad_h_e = a[:count], activated[:count], grad_h[:count]
         grad_y_e = torch.index_select(grad_output, 0, tokens, out=gathered[:count])
-        grad_a_e = torch.mm(grad_y_e, down_proj[expert]).to(accumulate)
+        grad_a_e = torch.mm(grad_y_e, down_proj[expert])
 
         h_e = preactivation[rows].to(accumulate)
         gate, up = epilogue.split(h_e)
         epilogue.activate_into(gate, activated_e)
         torch.mul(activated_e, up, out=a_e)
+        if adapters.down is not None:
+            adapters.down.backward_one(expert, rows, grad_y_e, (a_e * weight).to(dtype), grad_a_e)
+        grad_a_e = grad_a_e.to(accumulate)
         if needs_weights:
             torch.linalg.vecdot(grad_a_e, a_e, out=grad_row_weight[rows])
         if needs_down:
             outer_into(grad_y_e, a_e.mul_(weight).to(dtype), grad_down[expert])
-        if not (needs_x or needs_gate_up or needs_bias):
+        if not (needs_x or needs_inputs or needs_bias):
             continue
 
         grad_a_e.mul_(weight)
@@ -192,11 +211,15 @@ def backward(
         if needs_bias:
             grad_bias[expert] = grad_h_e.sum(0)
         grad_h_e = grad_h_e.to(dtype)
-        if needs_x:
-            grad_x.index_add_(0, tokens, torch.mm(grad_h_e, gate_up_proj[expert]).to(accumulate))
-        if needs_gate_up:
+        grad_x_e = torch.mm(grad_h_e, gate_up_proj[expert]) if needs_x else None
+        if needs_inputs:
             x_e = torch.index_select(hidden_states, 0, tokens, out=gathered[:count])
+        if needs_gate_up:
             outer_into(grad_h_e, x_e, grad_gate_up[expert])
+        if adapters.gate_up is not None:
+            adapters.gate_up.backward_one(expert, rows, grad_h_e, x_e, grad_x_e)
+        if needs_x:
+            grad_x.index_add_(0, tokens, grad_x_e.to(accumulate))
     grad_weights = _by_slot(grad_row_weight, order, topk_weights, needs_weights)
     return grad_x.to(dtype), grad_gate_up, grad_down, grad_weights, grad_bias
 

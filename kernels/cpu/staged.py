@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_kernels.cpu import large_buffers
+from deepseek_kernels.cpu.low_rank import NO_ADAPTERS, Adapters
 from deepseek_kernels.cpu.products import accumulation_dtype, linear_into, matmul_into, outer_into
 from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.slot_order import SlotOrder
@@ -47,6 +48,7 @@ def forward(
     activation: str,
     keep_preactivation: bool,
     gate_up_bias: Tensor | None = None,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Tensor, Tensor]:
     """Return what `fused_moe_cpu.forward` returns.
 
@@ -60,6 +62,7 @@ def forward(
         activation: Text of the epilogue.
         keep_preactivation: Whether the second result is wanted; else it is empty.
         gate_up_bias: [E, 2I].
+        adapters: Of both projections.
     """
     (num_tokens, num_slots), used = topk_weights.shape, sum(counts)
     width, hidden, dtype = down_proj.shape[2], down_proj.shape[1], hidden_states.dtype
@@ -70,11 +73,15 @@ def forward(
         linear_into(x[start:end], gate_up_proj[expert], h[start:end])
         if gate_up_bias is not None:
             h[start:end].add_(gate_up_bias[expert])
+    if adapters.gate_up is not None:
+        adapters.gate_up.add(counts, x, h[:used])
     a = _gated(h[:used], topk_weights.reshape(-1)[slots], Epilogue.read(activation))
     y = large_buffers.empty(used + 1, hidden, dtype=dtype)
     y[used].zero_()
     for expert, start, end in _stretches(counts):
         linear_into(a[start:end], down_proj[expert], y[start:end])
+    if adapters.down is not None:
+        adapters.down.add(counts, a, y[:used])
     output = _summed(y, order.slot_row, used, num_tokens, num_slots)
     return output, h if keep_preactivation else h.new_empty(0, 2 * width)
 
@@ -91,6 +98,7 @@ def backward(
     activation: str,
     gradients: tuple[Tensor, Tensor, Tensor],
     needs: list[bool],
+    adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fill the weight gradients and return those of hidden states and, by row, of the router weights.
 
@@ -106,6 +114,7 @@ def backward(
         activation: Text of the epilogue.
         gradients: Where the gradients of `gate_up_proj`, `down_proj` and the first product's bias go.
         needs: As in `fused_moe_cpu.backward`.
+        adapters: Of both projections; their gradients are filled too.
     """
     needs_x, needs_gate_up, needs_down, needs_weights, needs_bias = needs
     (num_tokens, num_slots), used = topk_weights.shape, sum(counts)
@@ -119,19 +128,23 @@ def backward(
     grad_a = large_buffers.empty(used, width, dtype=dtype)
     for expert, start, end in _stretches(counts):
         matmul_into(grad_y[start:end], down_proj[expert], grad_a[start:end])
-    grad_a, epilogue = grad_a.to(accumulate), Epilogue.read(activation)
-    h = preactivation[:used].to(accumulate)
+    epilogue, h = Epilogue.read(activation), preactivation[:used].to(accumulate)
     gate, up = epilogue.split(h)
     activated = large_buffers.empty(used, width, dtype=accumulate)
     epilogue.activate_into(gate, activated)
     a = large_buffers.empty(used, width, dtype=accumulate)
     torch.mul(activated, up, out=a)
+    if adapters.down is not None:
+        scaled = torch.mul(a, weight, out=large_buffers.empty(used, width, dtype=accumulate)).to(dtype)
+        adapters.down.backward(counts, grad_y, scaled, grad_a)
+    grad_a = grad_a.to(accumulate)
     grad_row_weight = torch.linalg.vecdot(grad_a, a) if needs_weights else None
     if needs_down:
         scaled = a.mul_(weight).to(dtype)
         for expert, start, end in _stretches(counts):
             outer_into(grad_y[start:end], scaled[start:end], gradients[1][expert])
-    if not (needs_x or needs_gate_up or needs_bias):
+    needs_inputs = needs_gate_up or adapters.gate_up is not None
+    if not (needs_x or needs_inputs or needs_bias):
         return None, grad_row_weight
 
     grad_h = large_buffers.empty(used, 2 * width, dtype=accumulate)
@@ -143,16 +156,21 @@ def backward(
         for expert, start, end in _stretches(counts):
             gradients[2][expert] = grad_h[start:end].sum(0)
     grad_h = grad_h.to(dtype)
-    if needs_gate_up:
+    if needs_inputs:
         x = torch.index_select(hidden_states, 0, tokens, out=grad_y)
+    if needs_gate_up:
         for expert, start, end in _stretches(counts):
             outer_into(grad_h[start:end], x[start:end], gradients[0][expert])
     if not needs_x:
+        if adapters.gate_up is not None:
+            adapters.gate_up.backward(counts, grad_h, x, None)
         return None, grad_row_weight
     rows = large_buffers.empty(used + 1, hidden, dtype=dtype)
     rows[used].zero_()
     for expert, start, end in _stretches(counts):
         matmul_into(grad_h[start:end], gate_up_proj[expert], rows[start:end])
+    if adapters.gate_up is not None:
+        adapters.gate_up.backward(counts, grad_h, x, rows[:used])
     return _summed(rows, order.slot_row, used, num_tokens, num_slots), grad_row_weight
 
 
