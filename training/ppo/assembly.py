@@ -12,6 +12,7 @@ from trl.rewards import get_repetition_penalty_reward
 
 from deepseek_records.loading import load_model
 from deepseek_records.run_folder import RunFolder
+from deepseek_training.balance.replay_callback import RouterReplayCallback
 from deepseek_training.launch.plan import load_or_outline
 from deepseek_training.ppo.kl_control import KlControl
 from deepseek_training.ppo.settings import PPOConfig
@@ -151,4 +152,6 @@ def build_trainer(
         **parts,
     )
     trainer.remove_callback(PrinterCallback)  # it prints every metric of every update
+    if recipe.router_replay:
+        RouterReplayCallback.attach(trainer)
     return trainer

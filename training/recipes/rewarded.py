@@ -63,6 +63,10 @@ class RewardedSettings:
     batch_size: int = setting(64, help="prompts played an update, in each process")
     response_length: int = setting(40, help="longest completion, in tokens")
     temperature: float = setting(0.9, help="of sampling, above 0")
+    router_replay: bool = setting(
+        False,
+        help="of a MoE: learn from a rollout with the experts it used; in 16 bits a pass may choose others",
+    )
     learning_rate: float = setting(1e-4, help="falls linearly to 0")
     kl_coef: float = setting(0.05, help="weight of the divergence from the reference; 0 or more")
     lora_rank: int = setting(0, help="0 trains every weight; above, LoRA of this rank on frozen weights")

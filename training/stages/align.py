@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deepseek_records.loading import check_vocabulary, load_tokenizer
 from deepseek_records.summary import Summary
+from deepseek_training.balance.router_replay import check_router_replay
 from deepseek_training.data.prompts import check_enough, load_prompts, prompt_texts
 from deepseek_training.data.texts import describe_data
 from deepseek_training.launch.plan import announce
@@ -58,6 +59,7 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
     check_enough(recipe, train, args.world_size)
     policy, value_model = load_models(recipe, is_dry=is_dry)  # a bad path leaves no run folder behind
     check_vocabulary(policy, tokenizer)
+    check_router_replay(policy, recipe.router_replay)
     run = open_run(recipe, output, args, command="align", overwrite=overwrite, is_dry=is_dry)
     plan = plan_alignment(recipe, args, policy, value_model, tokenizer, train, held_out, reward)
     announce(plan, run.path, is_first=args.process_index == 0, is_dry=is_dry)

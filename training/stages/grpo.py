@@ -10,6 +10,7 @@ from pathlib import Path
 from deepseek_records.loading import check_vocabulary, load_tokenizer
 from deepseek_records.summary import Summary
 from deepseek_training.balance.bias_speed import check_bias_speed
+from deepseek_training.balance.router_replay import check_router_replay
 from deepseek_training.data.prompts import load_prompts, prompt_texts
 from deepseek_training.data.texts import describe_data
 from deepseek_training.launch.plan import announce, load_or_outline
@@ -50,6 +51,7 @@ def grpo(recipe: GrpoRecipe, output: str | Path, *, overwrite: bool = False, is_
     model = load_or_outline(recipe.model, is_dry=is_dry, **options)
     check_vocabulary(model, tokenizer)
     check_bias_speed(model, recipe.bias_update_speed)
+    check_router_replay(model, recipe.router_replay)
     model = with_lora(model, recipe)
     args = grpo_config(recipe, Path(output))
     run = open_run(recipe, output, args, command="grpo", overwrite=overwrite, is_dry=is_dry)

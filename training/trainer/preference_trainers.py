@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from deepseek_training.balance.callback import ExpertBalanceCallback
+from deepseek_training.balance.replay_callback import RouterReplayCallback
 from deepseek_training.data.pairs import Pair, encode_pair
 from deepseek_training.data.prompts import encode_prompt
 from deepseek_training.recipes.dpo import DpoRecipe
@@ -40,6 +41,8 @@ class GrpoStageTrainer(ResumedTraining, GRPOTrainer):
         if self.ref_model is not None:  # TRL has read it from a path, which an adapter's model does not have
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(start, strict=False)
         ExpertBalanceCallback(recipe.bias_update_speed).attach(self)
+        if recipe.router_replay:
+            RouterReplayCallback.attach(self)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         ids = [encode_prompt(prompt, self.processing_class, self.recipe.prompt_template) for prompt in prompts]

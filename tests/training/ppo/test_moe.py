@@ -9,6 +9,7 @@ from ppo_parts import losses, make_ours, mended, steps_of
 from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
 from deepseek_training.balance.callback import ExpertBalanceCallback
+from deepseek_training.balance.replay_callback import RouterReplayCallback
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 
@@ -81,6 +82,18 @@ def test_the_auxiliary_loss_is_logged_weighted_and_accumulation_does_not_multipl
     # transformers' loss is 1 where four experts are used alike, at most 4; it is no sum over sequences
     assert 0.5 * 0.9 < rows[0]["aux_loss"] < 0.5 * 4
     assert rows[1]["aux_loss"] == pytest.approx(rows[0]["aux_loss"], rel=0.2)
+
+
+def test_the_experts_of_a_rollout_are_replayed(tmp_path):
+    plain, replayed = (make_ours(tmp_path / str(n), models=make_ours_moe(), logging_steps=1) for n in range(2))
+    callback = RouterReplayCallback.attach(replayed)
+    for trainer in (plain, replayed):
+        trainer.train()
+    assert all(0.5 < row["router_replay_share"] < 1 for row in losses(replayed))
+    assert callback.replay is None
+    assert "router_replay_share" not in losses(plain)[0]
+    # in fp32 nothing but the later epochs' routers could choose otherwise
+    assert losses(replayed)[0]["objective/kl"] == pytest.approx(losses(plain)[0]["objective/kl"], abs=1e-5)
 
 
 def make_ours_moe(**settings):

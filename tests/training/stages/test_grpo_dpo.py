@@ -123,7 +123,8 @@ def grpo_command(policy, output, *more):
 
 @pytest.mark.parametrize("more", [[], pytest.param(["--lora-rank", "2"], marks=pytest.mark.slow)])
 def test_grpo(policy_path, tmp_path, capsys, more):
-    command = grpo_command(policy_path, tmp_path / "run", "--learning-rate", "0.01", *more)
+    settings = ["--learning-rate", "0.01", "--router-replay", "true"]
+    command = grpo_command(policy_path, tmp_path / "run", *settings, *more)
     assert main(command) == 0
     assert "held-out reward" in capsys.readouterr().out
     run = RunFolder(tmp_path / "run")
@@ -131,6 +132,7 @@ def test_grpo(policy_path, tmp_path, capsys, more):
     assert {("reward", "before"), ("reward", "after"), ("reward_safety", "after"), ("length_tokens", "after")} <= names
     rows = [row for row in run.metrics if "reward" in row]
     assert [row["step"] for row in rows] == [1, 2] and all("kl" in row for row in rows)
+    assert all(0.5 < row["router_replay_share"] < 1 for row in rows)
     assert abs(rows[0]["kl"]) < 1e-4, "the reference is the model at its start"
     before, after = (load_file(path / "model.safetensors") for path in (policy_path, run.model_path))
     assert any(not torch.equal(before[name], after[name]) for name in before)
