@@ -262,7 +262,7 @@ def test_in_trls_trainers(algorithm, tmp_path):
     model = DeepseekForCausalLM(DeepseekConfig.from_preset("debug", vocab_size=len(tokenizer)))
     args = config(
         str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_generations=2, max_completion_length=6,
-        num_iterations=2, bf16=False, use_cpu=True, report_to=[], logging_steps=1, save_strategy="no",
+        num_iterations=2, beta=0.0, bf16=False, use_cpu=True, report_to=[], logging_steps=1, save_strategy="no",
         gradient_checkpointing=True, disable_tqdm=True,
     )  # fmt: skip
     trainer = trainer_class(
