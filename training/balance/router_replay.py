@@ -200,12 +200,12 @@ class RouterReplay:
         if hashes is None:
             return
         layout = make_layout(tokens.shape, tokens.device, mask, kwargs.get("position_ids"))
-        wanted = prefix_hashes(tokens, layout)
-        rows = torch.searchsorted(hashes, wanted).clamp(max=len(hashes) - 1)
+        own = prefix_hashes(tokens, layout)
+        rows = torch.searchsorted(hashes, own).clamp(max=len(hashes) - 1)
         is_recomputed = torch.is_grad_enabled() and any(
             vars(part).get("gradient_checkpointing", False) for part in module.modules()
         )
-        decoder.found = _Found(rows, (hashes[rows] == wanted) & layout.is_token, is_recomputed)
+        decoder.found = _Found(rows, (hashes[rows] == own) & layout.is_token, is_recomputed)
         if torch.is_grad_enabled():
             self._is_used_up = True
             counts = torch.stack([decoder.found.is_found.sum(), layout.is_token.sum()])
