@@ -65,7 +65,7 @@ class RewardedSettings:
     temperature: float = setting(0.9, help="of sampling, above 0")
     router_replay: bool = setting(
         False,
-        help="of a MoE: learn from a rollout with the experts it used; in 16 bits a pass may choose others",
+        help="of a MoE: learn from a rollout with the very experts it used, which in bf16 may be chosen otherwise",
     )
     learning_rate: float = setting(1e-4, help="falls linearly to 0")
     kl_coef: float = setting(0.05, help="weight of the divergence from the reference; 0 or more")
