@@ -1,12 +1,14 @@
 """The DeepSeek-style Mixture-of-Experts model for transformers.
 
-Importing it registers model type ``deepseek_moe`` with the Auto classes, and the experts implementation ``fused_moe``.
+Importing it registers model type ``deepseek_moe`` with the Auto classes, and the experts implementations ``fused_moe``
+and ``fused_moe_fp8``.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .configuration_deepseek import DeepseekConfig
 from .fused_experts import fused_moe_experts_forward  # noqa: F401  (importing it registers it)
+from .fused_fp8 import fused_moe_fp8_experts_forward  # noqa: F401  (likewise)
 from .modeling_deepseek import DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel
 
 __all__ = ["DeepseekConfig", "DeepseekForCausalLM", "DeepseekForSequenceClassification", "DeepseekModel"]

@@ -7,6 +7,7 @@ first forward pass, rather than computed wrongly.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,35 +39,46 @@ def fused_moe_experts_forward(
     Raises:
         ValueError: The module is of a kind that the kernel does not compute.
     """
-    _refuse_unsupported(self)
-    epilogue = find_epilogue(self)
-    gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
-    adapters = lora_arguments(self)
-    gate_up_bias, down_bias = (self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else (None, None)
-    if self.is_transposed:
+    operands = find_operands(self)
+    # A norm kept in fp32 may feed experts in bf16 (https://github.com/pytorch/pytorch/issues/174763). Under autocast
+    # `fused_moe` casts both.
+    is_autocast = not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type)
+    x = hidden_states if is_autocast else hidden_states.to(operands["gate_up_proj"].dtype)
+    output = fused_moe(x, topk_indices=top_k_index, topk_weights=top_k_weights, **operands)
+    return output.to(hidden_states.dtype)
+
+
+def find_operands(experts: nn.Module) -> dict[str, Any]:
+    """Return the weights, biases, adapters and epilogue of a module, by the names of `fused_moe`'s arguments.
+
+    Args:
+        experts: An experts module decorated with transformers' ``use_experts_implementation``.
+
+    Raises:
+        ValueError: The module is of a kind that the kernel does not compute.
+    """
+    _refuse_unsupported(experts)
+    epilogue = find_epilogue(experts)
+    gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
+    adapters = lora_arguments(experts)
+    gate_up_bias, down_bias = (experts.gate_up_proj_bias, experts.down_proj_bias) if experts.has_bias else (None, None)
+    if experts.is_transposed:
         logger.warning_once(
-            f"fused_moe: {type(self).__name__} stores its weights transposed; they are copied on every call"
+            f"fused_moe: {type(experts).__name__} stores its weights transposed; they are copied on every call"
         )
         gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
         # An adapter's rows are in the order of the weights as they are stored.
         if epilogue.is_interleaved and not adapters:  # The copy can as well put gates before ups, which is faster.
             gate_up_proj, epilogue = _gates_first(gate_up_proj), dataclasses.replace(epilogue, is_interleaved=False)
             gate_up_bias = None if gate_up_bias is None else _gates_first(gate_up_bias)
-    # A norm kept in fp32 may feed experts in bf16 (https://github.com/pytorch/pytorch/issues/174763). Under autocast
-    # `fused_moe` casts both.
-    is_autocast = not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type)
-    output = fused_moe(
-        hidden_states if is_autocast else hidden_states.to(gate_up_proj.dtype),
-        gate_up_proj.contiguous(),
-        down_proj.contiguous(),
-        top_k_index,
-        top_k_weights,
-        activation=epilogue,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
+    return {
+        "gate_up_proj": gate_up_proj.contiguous(),
+        "down_proj": down_proj.contiguous(),
+        "activation": epilogue,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
         **adapters,
-    )
-    return output.to(hidden_states.dtype)
+    }
 
 
 def _gates_first(interleaved: Tensor) -> Tensor:

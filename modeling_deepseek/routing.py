@@ -23,6 +23,9 @@ from .expert_share import ExpertShareController, restore_float32
 from .token_layout import TokenLayout, one_sequence
 from .training_pass import TrainingPass
 
+# Experts implementations for which an index of E and more is an unused slot.
+_TAKE_UNUSED = ("fused_moe", "fused_moe_fp8")
+
 
 class DeepseekRouter(DeepseekV3TopkRouter):
     """Chooses experts by sigmoid or softmax scores of a linear gate or of attention over expert keys.
@@ -78,7 +81,7 @@ class DeepseekRouter(DeepseekV3TopkRouter):
         if self.training and self.has_losses and torch.is_grad_enabled():
             loss = self._loss(router_logits, topk_indices, is_used, training_pass)
             topk_weights = AttachLoss.apply(topk_weights, loss)
-        if is_used is not None and marks_unused and self.config._experts_implementation == "fused_moe":
+        if is_used is not None and marks_unused and self.config._experts_implementation in _TAKE_UNUSED:
             topk_indices = topk_indices.masked_fill(~is_used, self.num_experts)
         return router_logits, topk_weights, topk_indices
 

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import modeling_deepseek.fused_experts as fused_experts
+from modeling_deepseek.fused_fp8 import fused_moe_fp8_experts_forward
 
 MODELS = Path(transformers.__file__).parent / "models"
 # Computing something that the operator's epilogue does not, by what it is refused for.
@@ -130,3 +131,18 @@ def test_equal_or_refused(module, name):
     for one, other in zip(got, exact, strict=False):
         error = (one.float() - other.float()).norm() / other.float().norm()
         assert error < 0.02, f"relative error {error:.3f} in bfloat16"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module,name", CLASSES, ids=[name for _, name in CLASSES])
+def test_fp8_is_near_or_refused(module, name):
+    experts = build(module, name)
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=f"fused_moe does not compute .*{name}"):
+            run(experts, fused_moe_fp8_experts_forward, torch.float32)
+        return
+    exact = run(experts, type(experts).forward.__wrapped__, torch.float32)
+    got = run(experts, fused_moe_fp8_experts_forward, torch.float32)
+    # Three significant bits in each operand; which side of a clamp h falls on changes with them.
+    for one, other in zip(got, exact, strict=True):
+        assert 0 < (one - other).norm() <= (0.5 if name in CLAMPED else 0.12) * other.norm()

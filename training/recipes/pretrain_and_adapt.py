@@ -32,8 +32,8 @@ class TrainerSettings:
     )
     bf16: bool = setting(False, help="Train under bf16 autocast.")
     gradient_checkpointing: bool = setting(False, help="Recompute activations in the backward pass to save memory.")
-    experts_implementation: Literal["fused_moe", "grouped_mm", "batched_mm", "eager"] = setting(
-        "fused_moe", help="How experts are computed: fused_moe, grouped_mm, batched_mm or eager."
+    experts_implementation: Literal["fused_moe", "fused_moe_fp8", "grouped_mm", "batched_mm", "eager"] = setting(
+        "fused_moe", help="How experts are computed: fused_moe, fused_moe_fp8, grouped_mm, batched_mm or eager."
     )
     eval_steps: int = setting(0, help="Steps between measurements on the held-out text; 0: only at the end.")
     eval_bytes: int | None = setting(
