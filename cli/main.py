@@ -26,6 +26,7 @@ SUBCOMMANDS = (
     "pretrain",
     "adapt",
     "distill",
+    "shrink",
     "sft",
     "align",
     "grpo",

@@ -1,11 +1,28 @@
-"""Text that tells what matters in a model: the first blocks of the training data."""
+"""Text that tells what matters in a model: the first blocks of the training data, in an order of their own."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+
+from deepseek_training.data.packing import PackedDataset
 
 # Of a mean expert. Fewer would rank experts by the accident of a few tokens.
 _LEAST_TOKENS_PER_EXPERT = 16
+
+
+def shuffled_blocks(documents: Sequence[np.ndarray], sequence_length: int) -> torch.Tensor:
+    """Return documents as blocks `[blocks, S]`, in an order that depends on nothing but their number.
+
+    The first of them are then a sample of all documents: in the order of the stream they could be a single book.
+
+    Args:
+        documents: Token arrays from `encode_documents`.
+        sequence_length: S.
+    """
+    blocks = PackedDataset(documents, sequence_length).blocks
+    return blocks[torch.from_numpy(np.random.default_rng(0).permutation(len(blocks)))]
 
 
 def calibration_blocks(blocks: torch.Tensor, num_tokens: int, config: Any) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What stands between the `distill` stage and its trainer: blocks, plan, and a teacher that runs or is cached.
 
-The blocks are the same for every seed, and a run trains on the first of them, as many as its steps need: so one cache
-serves several seeds, students and lengths.
+The blocks and their order are the same for every seed, and a run trains on the first of them, as many as its steps
+need: so one cache serves several seeds, students and lengths.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from deepseek_records.hashes import hash_model, hash_tokenizer
 from deepseek_records.loading import load_tokenizer
 from deepseek_records.run_folder import RunFolder
+from deepseek_training.compress.calibration import shuffled_blocks
 from deepseek_training.compress.teacher_cache import CacheIdentity, block_keys, check_cache, fill_cache
-from deepseek_training.data.packing import PackedDataset, encode_documents
+from deepseek_training.data.packing import encode_documents
 from deepseek_training.data.texts import Corpus
 from deepseek_training.launch.plan import Plan, describe_size, measure_size, plan_training
 from deepseek_training.recipes.distill import DistillRecipe
@@ -34,7 +35,7 @@ def read_blocks(
         tokenizer: The teacher's.
         args: The trainer's arguments, which know the processes.
     """
-    blocks = PackedDataset(encode_documents(corpus.train, tokenizer), recipe.sequence_length).blocks
+    blocks = shuffled_blocks(encode_documents(corpus.train, tokenizer), recipe.sequence_length)
     needed = recipe.max_steps * recipe.batch_size * recipe.gradient_accumulation_steps * args.world_size
     return TaughtBlocks(blocks[:needed])
 

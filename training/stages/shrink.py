@@ -11,10 +11,10 @@ from deepseek_records.hashes import hash_model, hash_tokenizer
 from deepseek_records.loading import check_vocabulary, load_model, load_tokenizer
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.summary import Summary
-from deepseek_training.compress.calibration import calibration_blocks
+from deepseek_training.compress.calibration import calibration_blocks, shuffled_blocks
 from deepseek_training.compress.student import cut_student, plan_cut_student, read_config
 from deepseek_training.compress.student_config import describe_cut
-from deepseek_training.data.packing import PackedDataset, encode_documents
+from deepseek_training.data.packing import encode_documents
 from deepseek_training.data.texts import Corpus, data_name, describe_data
 from deepseek_training.recipes.loading import recipe_settings
 from deepseek_training.recipes.shrink import ShrinkSettings
@@ -47,7 +47,7 @@ def shrink(
     check_context(settings, config)
     tokenizer = load_tokenizer(settings.model)
     corpus = Corpus.load(settings.data, settings.data_column)
-    blocks = PackedDataset(encode_documents(corpus.train, tokenizer), settings.sequence_length).blocks
+    blocks = shuffled_blocks(encode_documents(corpus.train, tokenizer), settings.sequence_length)
     calibration = calibration_blocks(blocks, settings.calibration_tokens, original)
     values = recipe_settings(settings)
     if is_dry:

@@ -109,6 +109,7 @@ def test_the_command_plans_and_runs(settings, teacher, tmp_path, capsys):
     small = ["--sequence-length", "32", "--max-steps", "2", "--save-steps", "0", "--logging-steps", "2"]
     small += ["--calibration-tokens", "256", "--cache", str(tmp_path / "cache"), "--report-to", "[]"]
     small += ["--batch-size", "4", "--eval-bytes", "1000", "--sample-prompts", "[]", "--student", "{hidden_size: 48}"]
+    small += ["--bias-update-speed", "0"]
     assert main([*words, str(tmp_path / "run"), *small, "--warmup-steps", "0", "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "cut out of the teacher" in told and "130 bytes a position of 600 in full" in told
