@@ -320,7 +320,12 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
                 "use_mtp: True is not allowed for a model that trains multi-token prediction or was never saved, "
                 "expected one loaded by from_pretrained without mtp_loss_coef"
             )
-        return super()._get_candidate_generator(generation_config, *args, **kwargs)
+        conversions = getattr(self, "_weight_conversions", None)
+        self._weight_conversions = conversions or []  # transformers 5.17 iterates it
+        try:
+            return super()._get_candidate_generator(generation_config, *args, **kwargs)
+        finally:
+            self._weight_conversions = conversions
 
     def _mean_balance_loss(
         self,

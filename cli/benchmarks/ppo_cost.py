@@ -24,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from transformers.utils import logging
 
 from deepseek_cli.benchmarks.result_files import BenchmarkRun
+from deepseek_records.activation_checkpointing import checkpointing_setting
 from deepseek_training.data.texts import load_texts
 from deepseek_training.data.tokenizer import train_tokenizer
 from deepseek_training.ppo.settings import PPOConfig
@@ -88,7 +89,7 @@ def build_trainers(
             learning_rate=1e-5,
             max_grad_norm=1.0,
             bf16=False,
-            gradient_checkpointing=False,
+            **checkpointing_setting(False),
             num_sample_generations=0,
             save_strategy="no",
             disable_tqdm=True,

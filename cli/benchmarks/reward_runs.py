@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import selective_log_softmax
 
+from deepseek_records.activation_checkpointing import checkpointing_setting
 from deepseek_records.loading import load_model, load_tokenizer
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.data.prompts import load_prompts
@@ -177,7 +178,7 @@ def build_group_trainer(
         beta=recipe.kl_coef,
         max_grad_norm=recipe.max_grad_norm,
         bf16=False,
-        gradient_checkpointing=False,
+        **checkpointing_setting(False),
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         logging_strategy="no",

@@ -200,7 +200,12 @@ def supports_shared_prefix(loaded: LoadedModel) -> bool:
 def _run_prefix(loaded: LoadedModel, token_ids: Sequence[int]) -> DynamicCache | None:
     input_ids = torch.tensor([list(token_ids)], device=loaded.model.device)
     output = loaded.model(input_ids=input_ids, use_cache=True, **keep_logits(loaded, torch.tensor([0])))
-    return output.past_key_values
+    return output[_cache_name(loaded)]
+
+
+def _cache_name(loaded: LoadedModel) -> str:
+    """What the model's forward calls its cache: transformers 5.24 renamed ``past_key_values``."""
+    return "cache" if "cache" in inspect.signature(loaded.model.forward).parameters else "past_key_values"
 
 
 def _expand(cache: DynamicCache, batch_size: int) -> DynamicCache:
@@ -231,7 +236,8 @@ def _last_logprobs(loaded: LoadedModel, batch: ChoiceBatch, prefix: DynamicCache
     ends = sorted({length - 1 for length in lengths})
     cache = None if prefix is None else _expand(prefix, len(rows))
     keep = keep_logits(loaded, torch.tensor(ends, device=device))
-    logits = loaded.model(input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, **keep).logits
+    given = {_cache_name(loaded): cache, "use_cache": cache is not None}
+    logits = loaded.model(input_ids=input_ids, **given, **keep).logits
     # With `logits_to_keep` the second axis lists `ends`; without it, all positions.
     columns = [ends.index(length - 1) for length in lengths] if keep else [length - 1 for length in lengths]
     last_BV = logits[torch.arange(len(rows), device=device), torch.tensor(columns, device=device)]

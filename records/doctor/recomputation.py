@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 from transformers import PreTrainedModel
 
+from deepseek_records.activation_checkpointing import disable_checkpointing, enable_checkpointing
 from deepseek_records.doctor.subject import NotCheckedError
 from modeling_deepseek.families import find_moe_layers
 
@@ -38,7 +39,7 @@ def share_of_changed_choices(model: PreTrainedModel, options: dict[str, Any]) ->
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator)
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
+    enable_checkpointing(model, {"use_reentrant": False, **options})
     try:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     except CheckpointError:
@@ -46,7 +47,7 @@ def share_of_changed_choices(model: PreTrainedModel, options: dict[str, Any]) ->
     finally:
         for handle in handles:
             handle.remove()
-        model.gradient_checkpointing_disable()
+        disable_checkpointing(model)
         model.zero_grad(set_to_none=True)
         model.eval()
     pairs = [(seen[0], seen[1]) for seen in chosen if len(seen) == 2]

@@ -22,6 +22,7 @@ from transformers import (
     pipeline,
 )
 
+from deepseek_records.activation_checkpointing import enable_checkpointing
 from deepseek_training.data.tokenizer import train_tokenizer
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
@@ -116,7 +117,7 @@ def use_checkpointing(case: Case) -> str:
 
     plain = gradients(case.load().train())
     model = case.load().train()
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     again = gradients(model)
     return (
         "works, equal gradients" if all(torch.equal(plain[name], again[name]) for name in plain) else "other gradients"

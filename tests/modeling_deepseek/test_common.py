@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
+from deepseek_records.activation_checkpointing import disable_checkpointing, enable_checkpointing, uses_checkpointing
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel
 
 CLASSES = (DeepseekModel, DeepseekForCausalLM, DeepseekForSequenceClassification)
@@ -208,8 +209,8 @@ def test_training_reaches_every_parameter(cls, config, input_ids, checkpointing)
     """`checkpointing` is ``use_reentrant``, or None for none; every expert gets tokens, or has no gradient to show."""
     model = build(cls, config, num_experts_per_tok=4, min_experts_per_tok=None).train()
     if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-        assert model.is_gradient_checkpointing
+        enable_checkpointing(model, {"use_reentrant": checkpointing})
+        assert uses_checkpointing(model)
         model.enable_input_require_grads()
     model(input_ids, labels=labels_for(cls, input_ids)).loss.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -218,8 +219,8 @@ def test_training_reaches_every_parameter(cls, config, input_ids, checkpointing)
     # Sequence classification reads one token per row, so the last layer's unreached parts are allowed.
     assert still == [] or cls is DeepseekForSequenceClassification
     if checkpointing is not None:
-        model.gradient_checkpointing_disable()
-        assert not model.is_gradient_checkpointing
+        disable_checkpointing(model)
+        assert not uses_checkpointing(model)
 
 
 def test_it_learns_one_batch_by_heart(config, input_ids):
@@ -302,6 +303,8 @@ def test_embeddings_can_be_replaced_and_inputs_are_named(cls, config, input_ids)
     assert "input_ids" in inspect.signature(cls.forward).parameters
 
 
+# transformers 5.24 renamed it.
+CACHE = "cache" if "cache" in inspect.signature(DeepseekForCausalLM.forward).parameters else "past_key_values"
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
@@ -330,7 +333,7 @@ def test_decoding_goes_on_from_a_cache_from_embeddings_and_from_a_padded_batch(c
     model = build(DeepseekForCausalLM, config)
     expected = model.generate(input_ids, **GREEDY)
     half = model.generate(input_ids, **{**GREEDY, "max_new_tokens": 3}, return_dict_in_generate=True)
-    rest = model.generate(half.sequences, past_key_values=half.past_key_values, **{**GREEDY, "max_new_tokens": 5})
+    rest = model.generate(half.sequences, **{CACHE: half[CACHE]}, **{**GREEDY, "max_new_tokens": 5})
     assert torch.equal(rest, expected)
     embeddings = model.get_input_embeddings()(input_ids)
     assert torch.equal(model.generate(inputs_embeds=embeddings, **GREEDY), expected[:, 13:])
@@ -341,10 +344,10 @@ def test_decoding_goes_on_from_a_cache_from_embeddings_and_from_a_padded_batch(c
 
 def test_a_caches_layers_have_the_shapes_that_generate_counts_on(config, input_ids):
     model = build(DeepseekForCausalLM, config)
-    cache = model(input_ids, past_key_values=DynamicCache(config=config), use_cache=True).past_key_values
+    cache = model(input_ids, **{CACHE: DynamicCache(config=config)}, use_cache=True)[CACHE]
     assert len(cache) == config.num_hidden_layers and cache.get_seq_length() == 13
     cache.crop(-4)
-    again = model(input_ids[:, 9:], past_key_values=cache, position_ids=torch.arange(9, 13)[None])
+    again = model(input_ids[:, 9:], **{CACHE: cache}, position_ids=torch.arange(9, 13)[None])
     torch.testing.assert_close(again.logits, run(model, input_ids)[:, 9:], atol=1e-5, rtol=1e-5)
     kept = run(model, input_ids, logits_to_keep=2)
     torch.testing.assert_close(kept, run(model, input_ids)[:, -2:])

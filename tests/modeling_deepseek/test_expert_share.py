@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from deepseek_records.activation_checkpointing import enable_checkpointing
 from deepseek_training.balance.callback import ExpertBalanceCallback
 from deepseek_training.balance.routing_observer import RoutingObserver
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
@@ -103,7 +104,7 @@ def test_state_does_not_depend_on_how_a_step_is_computed(tiny, reentrant, accumu
     input_ids = torch.randint(3, 97, (4, 21), generator=torch.Generator().manual_seed(0))
     plain, other = build(tiny), build(tiny)
     if reentrant is not None:
-        other.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        enable_checkpointing(other, {"use_reentrant": reentrant})
     wanted = train(plain, input_ids, steps=3)
     found = train(other, input_ids, steps=3, accumulation=accumulation)
     torch.testing.assert_close(torch.tensor(states(other)), torch.tensor(states(plain)), rtol=1e-5, atol=1e-6)

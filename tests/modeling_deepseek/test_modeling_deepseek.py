@@ -9,6 +9,7 @@ from transformers import (
     DeepseekV3ForSequenceClassification,
 )
 
+from deepseek_records.activation_checkpointing import enable_checkpointing
 from modeling_deepseek import (
     DeepseekConfig,
     DeepseekForCausalLM,
@@ -149,7 +150,7 @@ def test_activation_checkpointing_leaves_gradients_alone(tiny, input_ids, name, 
         torch.manual_seed(0)
         model = DeepseekForCausalLM(DeepseekConfig(**{**tiny, **EXTENDED[name], "hidden_dropout": 0.0}))
         if is_checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(model, {"use_reentrant": reentrant})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(3):  # Beyond the first step p moves between passes.
             optimizer.zero_grad()

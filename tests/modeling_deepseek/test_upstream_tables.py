@@ -21,6 +21,7 @@ DECIDED = {
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "held: AutoModelForCausalLM",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "held: AutoModelForSequenceClassification",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "left out: there is no such class; the Auto class says so",
+    "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS": "left out, in 5.17 only: our tokenizers name their class rightly",
     "MODEL_TYPE_TO_APPLY_LIGER_FN": "left out: use_liger_kernel changes nothing; fused_moe is ours",
 }
 

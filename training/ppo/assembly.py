@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from transformers.utils.logging import disable_progress_bar
 from trl.rewards import get_repetition_penalty_reward
 
+from deepseek_records.activation_checkpointing import checkpointing_setting
 from deepseek_records.loading import load_model
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.balance.replay_callback import RouterReplayCallback
@@ -112,7 +113,7 @@ def ppo_config(recipe: AlignRecipe, output: Path) -> PPOConfig:
         missing_eos_penalty=recipe.missing_eos_penalty,
         stop_token="eos",
         bf16=False,
-        gradient_checkpointing=False,
+        **checkpointing_setting(False),
         logging_steps=1,
         save_strategy="steps",
         save_steps=10,

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from trl.trainer.utils import selective_log_softmax
 
+from deepseek_records.activation_checkpointing import disable_checkpointing, enable_checkpointing, uses_checkpointing
+
 NO_TOKEN = -1  # padding: an id no tokenizer has
 
 
@@ -30,7 +32,7 @@ class PolicyAndValue(nn.Module):
         self.policy = policy
         self.value_model = value_model
         self.config = policy.config
-        self.is_gradient_checkpointing = policy.is_gradient_checkpointing
+        self.is_gradient_checkpointing = uses_checkpointing(policy)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the policy's activations again, after a generation.
@@ -38,12 +40,12 @@ class PolicyAndValue(nn.Module):
         Args:
             kwargs: As transformers takes them.
         """
-        self.policy.gradient_checkpointing_enable(**kwargs)
+        enable_checkpointing(self.policy, kwargs.get("gradient_checkpointing_kwargs"))
         self.is_gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep the policy's activations, during a generation."""
-        self.policy.gradient_checkpointing_disable()
+        disable_checkpointing(self.policy)
         self.is_gradient_checkpointing = False
 
     def forward(

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
+from deepseek_records.activation_checkpointing import enable_checkpointing
 from deepseek_records.stop_signals import undeferred
 from deepseek_training.ppo.checkpoint import PPOCheckpoints, last_checkpoint
 from deepseek_training.ppo.evaluation import evaluate_prompts, mean_metrics, show_samples
@@ -130,7 +131,7 @@ class CorrectedPPOTrainer(PPOFoundation):
         )
         if args.gradient_checkpointing:  # stock: the setting is read and never applied
             for module in (self.policy_model, self.value_model):
-                module.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+                enable_checkpointing(module, args.gradient_checkpointing_kwargs)
                 if isinstance(module, PeftModel):  # or a reentrant checkpoint finds nothing that needs a gradient
                     module.enable_input_require_grads()
 

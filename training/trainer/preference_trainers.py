@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
+from deepseek_records.activation_checkpointing import checkpointing_setting
 from deepseek_training.balance.callback import ExpertBalanceCallback
 from deepseek_training.balance.replay_callback import RouterReplayCallback
 from deepseek_training.data.pairs import Pair, encode_pair
@@ -89,7 +90,7 @@ def grpo_config(recipe: GrpoRecipe, output: Path) -> GRPOConfig:
         router_aux_loss_coef=0.0,  # our layers balance by themselves; TRL's pooled loss would come on top
         max_grad_norm=recipe.max_grad_norm,
         bf16=False,
-        gradient_checkpointing=False,
+        **checkpointing_setting(False),
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         logging_steps=1,

@@ -7,6 +7,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from deepseek_records.activation_checkpointing import checkpointing_setting
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.recipes.loading import recipe_settings
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
@@ -92,7 +93,7 @@ def training_arguments(recipe: TrainerSettings, output: Path) -> TrainingArgumen
         adam_beta2=recipe.adam_beta2,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.bf16,
-        activation_checkpointing=recipe.gradient_checkpointing,
+        **checkpointing_setting(recipe.gradient_checkpointing),
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if recipe.eval_steps else "no",

@@ -28,6 +28,7 @@ from ppo_parts import (
 from torch import nn
 from transformers import TrainerCallback
 
+from deepseek_records.activation_checkpointing import uses_checkpointing
 from deepseek_training.ppo.trainer import _SEED_STEP
 
 # ---- where stock is right, ours is the same -------------------------------------------------------------------------
@@ -113,7 +114,7 @@ def test_rollouts_and_updates_share_the_precision(tmp_path):
 @mended(AssertionError)
 def test_gradient_checkpointing_is_applied(make, tmp_path):
     trainer = make(tmp_path, gradient_checkpointing=True)
-    assert trainer.policy_model.is_gradient_checkpointing
+    assert uses_checkpointing(trainer.policy_model)
 
 
 def test_gradient_checkpointing_changes_no_number(tmp_path):
