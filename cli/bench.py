@@ -55,8 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=parser.formatter_class,
         )
         benchmark.add_arguments(nested)
+        nested.add_argument(
+            "--dry-run", action="store_true", help="print what would be measured and where it goes, and write nothing"
+        )
         nested.add_argument("--traceback", action="store_true", help="show where an error came from")
-        nested.set_defaults(module=benchmark.module, subparser=nested)
+        nested.set_defaults(module=benchmark.module, subparser=nested, about=benchmark.help)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +71,44 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0, 1 when nothing could be compared, 3 when a target was missed.
     """
+    if args.dry_run:
+        print(_describe(args))
+        return 0
     return importlib.import_module(f"deepseek_cli.benchmarks.{args.module}").run(args)
+
+
+def _describe(args: argparse.Namespace) -> str:
+    """What would be measured, with which options, on what, and where it would be written."""
+    import torch
+
+    from deepseek_records.output_paths import check_output
+    from deepseek_records.run_folder import RunFolder
+
+    output = check_output(args.output)
+    if RunFolder(output).is_finished and not args.overwrite:
+        raise FileExistsError(f"output: {output} holds a finished run; pass another --output, or --overwrite")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    hidden = (
+        "command",
+        "what",
+        "traceback",
+        "run_command",
+        "subparser",
+        "takes_settings",
+        "module",
+        "about",
+        "dry_run",
+    )
+    options = {name: value for name, value in vars(args).items() if name not in hidden and value is not None}
+    return "\n".join(
+        [
+            f"bench {args.what}: {args.about}",
+            *(f"  {name:<14} {value}" for name, value in options.items() if value not in ([], False)),
+            f"  {'on':<14} {device}",
+            "  time           not known beforehand; it depends on the machine, and a bar shows what is left",
+            "dry run: nothing was written",
+        ]
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, name: str) -> None:

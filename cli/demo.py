@@ -18,11 +18,13 @@ from deepseek_records.summary import Summary
 HELP = "Run the whole path at small size, offline: pretrain, adapt, sft, align, evaluate, model card, report."
 EXAMPLES = """
   deepseek-moe demo
+  deepseek-moe demo --dry-run
   deepseek-moe demo --output runs/second --size debug
 """
 # What the demo took where its figures were measured; more is worth a note on another machine, not a failure.
 STATED_SECONDS = 8 * 60
 STATED_MEMORY_GIB = 6.0
+_MARKER = "demo-size.txt"
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="debug: every step in about a minute, targets not checked",
     )
     parser.add_argument("--overwrite", action="store_true", help="start again even where stages have finished")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the stages, what they need and how long they take; write nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the stages that have not finished, then write the card and the report and print the table."""
     root = Path(args.output)
     size = SIZES[args.size]
+    _check(root, args.size, overwrite=args.overwrite)
+    if args.dry_run:
+        print(_describe(root, size, overwrite=args.overwrite))
+        return 0
     _prepare(root, args.size, overwrite=args.overwrite)
     for number, (name, stage) in enumerate(STAGES.items(), start=1):
         _run_stage(root / name, f"[{number}/{len(STAGES) + 1}] {name}", lambda out, stage=stage: stage(out, size))
@@ -71,27 +80,50 @@ def run(args: argparse.Namespace) -> int:
     return close_with_targets(args, _close(root, size))
 
 
+def _check(root: Path, size_name: str, *, overwrite: bool) -> None:
+    """Refuse a folder that holds something else than a demo of this size."""
+    from deepseek_records.output_paths import check_output
+
+    marker = check_output(root) / _MARKER
+    if not (root.is_dir() and any(root.iterdir())):
+        return
+    held = marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
+    if held is None:
+        raise FileExistsError(f"--output: {root} is not empty and holds no demo; pass another --output")
+    if held != size_name and not overwrite:
+        raise FileExistsError(
+            f"--output: {root} holds a demo of size {held}, not {size_name}; pass another --output, or --overwrite"
+        )
+
+
 def _prepare(root: Path, size_name: str, *, overwrite: bool) -> None:
-    """Make the folder, or check that it holds a demo of this size."""
+    """Make the folder, and empty it where it is to be overwritten."""
+    from deepseek_records.output_paths import make_output
     from deepseek_records.run_folder import write_text
 
-    marker = root / "demo-size.txt"
-    if root.exists() and not root.is_dir():
-        raise FileExistsError(f"--output: {root} is a file, expected a folder")
-    if root.is_dir() and any(root.iterdir()):
-        held = marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
-        if held is None:
-            raise FileExistsError(f"--output: {root} is not empty and holds no demo; pass another --output")
-        if overwrite:
-            for path in root.iterdir():  # The marker stays: a demo interrupted here is still known as one.
-                if path.is_dir():
-                    shutil.rmtree(path)
-        elif held != size_name:
-            raise FileExistsError(
-                f"--output: {root} holds a demo of size {held}, not {size_name}; pass another --output, or --overwrite"
-            )
-    root.mkdir(parents=True, exist_ok=True)
-    write_text(marker, size_name + "\n")
+    make_output(root)
+    if overwrite:
+        for path in root.iterdir():  # The marker stays: a demo interrupted here is still known as one.
+            if path.is_dir():
+                shutil.rmtree(path)
+    write_text(root / _MARKER, size_name + "\n")
+
+
+def _describe(root: Path, size: Size, *, overwrite: bool) -> str:
+    """What a run would do with each stage, and what the whole demo needs."""
+    from deepseek_records.run_folder import RunFolder
+
+    lines = [f"demo: into {root}"]
+    for name in STAGES:
+        state = "would be run"
+        if not overwrite and (root / name).exists():
+            state = "is done" if RunFolder(root / name).is_finished else "was interrupted and would go on"
+        recipe = f"MMLU and HumanEval, limit {size.limit}" if name == "evaluate" else f"{name}-{size.recipe_suffix}"
+        lines.append(f"  {name:<10} {state:<31} {recipe}")
+    cost = f"at most {STATED_SECONDS // 60} minutes and {STATED_MEMORY_GIB:g} GiB on two idle CPU cores"
+    lines.append(f"  needs      {cost if size.has_targets else 'about a minute on two idle CPU cores'}; no network")
+    lines.append("dry run: nothing was written; deepseek-moe STAGE RECIPE --dry-run tells more of a stage")
+    return "\n".join(lines)
 
 
 def _run_stage(output: Path, title: str, stage: Callable[[Path], Any]) -> None:
@@ -176,8 +208,8 @@ def _close(root: Path, size: Size) -> list[str]:
     print(summary_table(root))
     print("\nA model of this size is at chance; its benchmark scores show that the harness runs, not what it knows:")
     for row in RunFolder(root / "evaluate").summary.results:
-        error = "none" if row.stderr is None else f"{row.stderr:.3f}"  # None: one question per subject.
-        score = f"{row.value:.3f} (standard error {error}, n {row.n})"
+        error = "" if row.stderr is None else f"standard error {row.stderr:.3f}, "  # None: one question per subject.
+        score = f"{row.value:.3f} ({error}n {row.n})"
         print(f"  {row.dataset} {row.metric}: {score}, {compare_to_chance(row)}")
     print(f"\nmodel card  {card}\nreport      {report}\nmodel       {root / 'align' / 'model'}")
     seconds, memory_gib = _cost(summaries)

@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     from deepseek_records.doctor import examine, open_subject
 
     recipe = None if args.recipe is None else _read_recipe(args.recipe)
-    examination = examine(open_subject(args.model, adapter=args.adapter, recipe=recipe))
+    is_own = recipe is not None and _is_of_a_stage(recipe)
+    examination = examine(open_subject(args.model, adapter=args.adapter, recipe=recipe, is_own_stage=is_own))
     if args.json:
         print(json.dumps({"model": args.model, **examination.to_json()}, indent=2, ensure_ascii=False))
         return 3 if examination.findings else 0
@@ -43,6 +44,24 @@ def run(args: argparse.Namespace) -> int:
     for check, reason in examination.not_checked.items():
         print(f"not checked: {check} ({reason})")
     return 3 if examination.findings else 0
+
+
+def _is_of_a_stage(recipe: dict[str, Any]) -> bool:
+    """Whether a stage of ours takes these settings: none is lacking or unknown, and they are not all transformers'."""
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    from deepseek_training.recipes.write_docs import STAGES
+
+    if set(recipe) <= {one.name for one in dataclasses.fields(TrainingArguments)}:
+        return False
+    for recipe_class in STAGES.values():
+        fields = dataclasses.fields(recipe_class)
+        needed = {one.name for one in fields if one.default is one.default_factory is dataclasses.MISSING}
+        if needed - {"model"} <= set(recipe) <= {one.name for one in fields}:
+            return True
+    return False
 
 
 def _read_recipe(name: str) -> dict[str, Any]:

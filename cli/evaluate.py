@@ -13,6 +13,7 @@ from deepseek_records.summary import Result
 HELP = "Score a causal language model: knowledge, code, bias, robustness, refusals."
 EXAMPLES = """
   deepseek-moe evaluate runs/demo/align --tasks mmlu --limit 2
+  deepseek-moe evaluate runs/demo/align --tasks mmlu,humaneval --dry-run
   deepseek-moe evaluate path/to/model --tasks mmlu --num-fewshot 5 --batch-size 64 --output runs/mmlu
   deepseek-moe evaluate runs/demo/align --tasks mmlu --num-fewshot 2 --limit 1 --apply-chat-template
   deepseek-moe evaluate --samples completions.jsonl --tasks humaneval --output runs/scored
@@ -81,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="folder with own data files, named as the embedded, or by task a folder, file or Hub id: "
         "crows_pairs=crows_pairs_anonymized.csv,bbq=owner/name; for bits_per_byte the text, a file or folder",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print what would be asked, what it needs and how long it takes, and write nothing",
     )
     _add_generation_arguments(parser)
     _add_model_arguments(parser)
@@ -192,6 +198,8 @@ def run(args: argparse.Namespace) -> int:
         find_task(name)
     from deepseek_model_cards.report.report import write_report
 
+    if args.dry_run:
+        return _describe(args, tasks, limit)
     if len(args.models) > 1:
         return _evaluate_several(args, tasks, limit)
     results = _score_samples(args, tasks, limit) if args.samples else _evaluate_model(args, tasks, limit)
@@ -206,10 +214,11 @@ def _evaluate_several(args: argparse.Namespace, tasks: list[str], limit: int | d
     from deepseek_cli.run_table import format_table
     from deepseek_model_cards.report.report import write_report
     from deepseek_records.loading import resolve_checkpoint
+    from deepseek_records.output_paths import check_output
 
     for model in args.models:  # before the first is scored
         resolve_checkpoint(model)
-    output = Path(args.output)
+    output = check_output(args.output)
     if (output / "recipe.yaml").exists():
         raise FileExistsError(f"output: {output} holds a run, expected a folder for several; pass another --output")
     folders = [output / name for name in name_models(args.models)]
@@ -259,7 +268,7 @@ _OF_MODELS = [
         "prompt_style",
         "seed",
     ),
-    *("dtype", "device", "adapter", "experts_implementation", "trust_remote_code"),
+    *("dtype", "device", "adapter", "experts_implementation", "trust_remote_code", "dry_run"),
 ]
 _OF_RUNS = ["tasks", "limit", "data", "output", "overwrite", "allow_weak_sandbox"]
 
@@ -288,8 +297,24 @@ def _score_samples(args: argparse.Namespace, tasks: list[str], limit: int | dict
 def _evaluate_model(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict[str, Any]:
     from deepseek_eval.harness import evaluate_model
 
-    options = {name: vars(args)[name] for name in (*_OF_MODELS, "output", "overwrite", "allow_weak_sandbox")}
-    return evaluate_model(args.models[0], tasks=tasks, limit=limit, data_path=parse_data(args.data), **options)
+    return evaluate_model(args.models[0], **_evaluation(args, tasks, limit))
+
+
+def _evaluation(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict[str, Any]:
+    names = [name for name in (*_OF_MODELS, "output", "overwrite", "allow_weak_sandbox") if name != "dry_run"]
+    options = {name: vars(args)[name] for name in names}
+    return {**options, "tasks": tasks, "limit": limit, "data_path": parse_data(args.data)}
+
+
+def _describe(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> int:
+    """Print what would be asked of each model."""
+    from deepseek_eval.dry_run import describe_evaluation
+
+    output = Path(args.output)
+    folders = [output] if len(args.models) == 1 else [output / name for name in name_models(args.models)]
+    for model, folder in zip(args.models, folders, strict=True):
+        print(describe_evaluation(model, **{**_evaluation(args, tasks, limit), "output": str(folder)}))
+    return 0
 
 
 def format_results(results: dict[str, Any], rows: Sequence[Result]) -> str:

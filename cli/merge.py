@@ -1,7 +1,6 @@
 """``deepseek-moe merge``: an adapter added to the weights of its base model, as one ordinary checkpoint."""
 
 import argparse
-from pathlib import Path
 
 HELP = "Add a LoRA adapter to its base model's weights and write an ordinary checkpoint."
 EXAMPLES = """
@@ -23,8 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge and print where the model lies."""
-    output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    from deepseek_records.output_paths import check_output, make_output
+
+    output = check_output(args.output)
+    if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"output: got {output}, expected an empty or absent folder")
     from deepseek_records.loading import is_adapter, load_tokenizer, merge_adapter, resolve_checkpoint
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         )
     model = merge_adapter(source, args.base, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     tokenizer = load_tokenizer(source if args.base is None else args.base, trust_remote_code=args.trust_remote_code)
-    model.save_pretrained(output)
+    model.save_pretrained(make_output(output))
     tokenizer.save_pretrained(output)
     print(f"merged model  {output}")
     return 0

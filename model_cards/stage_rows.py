@@ -65,6 +65,7 @@ def stage_row(stage: Stage) -> dict[str, Any]:
     environment = stage.environment
     return {
         "title": stage_title(stage),
+        "method": method_line(stage),
         "finished": stage.is_finished,
         "command": stage.command_line or "not recorded",
         "time": format_seconds(stage.seconds),
@@ -75,6 +76,20 @@ def stage_row(stage: Stage) -> dict[str, Any]:
         "checks": check_rows(stage),
         "recipe": yaml.safe_dump(_without_prompts(stage.settings), sort_keys=False, allow_unicode=True).strip(),
     }
+
+
+def method_line(stage: Stage) -> str:
+    """Return what was trained where that is not every weight: an adapter; nothing otherwise.
+
+    Args:
+        stage: A stage.
+    """
+    rank = stage.settings.get("lora_rank")
+    if not isinstance(rank, int) or rank < 1:
+        return ""
+    targets = stage.settings.get("lora_targets")
+    where = f"on {', '.join(map(str, targets))}" if isinstance(targets, list) else "on attention and routed experts"
+    return f"Trained by LoRA of rank {rank} {where}; the adapter is merged into the weights of this model."
 
 
 def _without_prompts(settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deepseek_records.output_paths import check_output
+
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
     """Return the object in a JSON file.
@@ -17,8 +19,10 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
+        FileExistsError: Its folder is a file.
         ValueError: It is cut short, no text, or holds something else.
     """
+    check_output(path.parent, what)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -25,6 +25,7 @@ import yaml
 
 from deepseek_records.environment import Environment, describe_environment
 from deepseek_records.json_files import read_object
+from deepseek_records.output_paths import check_output, make_output
 from deepseek_records.run_files import (
     ENVIRONMENT_FILE,
     INPUTS_FILE,
@@ -91,9 +92,7 @@ class RunFolder:
             FileExistsError: The folder holds a finished run, a run with other settings, or files of another kind, or
                 another process is writing it.
         """
-        run = cls(path)
-        if run.path.exists() and not run.path.is_dir():
-            raise FileExistsError(f"output: got the file {run.path}, expected a folder")
+        run = cls(check_output(path))
         if run.path.exists() and any(run.path.iterdir()):
             if not is_own_run(run.path):
                 raise FileExistsError(
@@ -104,8 +103,7 @@ class RunFolder:
                 run._check_resumable(settings)
                 return cls(path, is_resumed=True)
             delete_run(run.path, hint="pass another --output")
-        run.path.mkdir(parents=True, exist_ok=True)
-        lock_run(run.path)
+        lock_run(make_output(run.path))
         write_json(run.path / ENVIRONMENT_FILE, to_json(describe_environment(command, seed)))
         write_text(run.path / RECIPE_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         return run
@@ -136,9 +134,7 @@ class RunFolder:
         Raises:
             FileExistsError: As for `create`.
         """
-        run = cls(path)
-        if run.path.exists() and not run.path.is_dir():
-            raise FileExistsError(f"output: got the file {run.path}, expected a folder")
+        run = cls(check_output(path))
         if run.path.exists() and any(run.path.iterdir()) and not run._has_only_begun():
             run._check_resumable(settings)
         return run

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from deepseek_records.json_files import read_object
 from deepseek_records.loading import resolve_checkpoint
+from deepseek_records.output_paths import check_output, make_output
 from deepseek_serving.gguf_tokenizer import write_tokenizer
 from modeling_deepseek import DeepseekConfig
 
@@ -121,7 +122,7 @@ def export_gguf(model_path: str | Path, output: str | Path, *, fixed_experts: in
     DeepseekConfig.from_pretrained(source)  # refuses values of a wrong type or size
     num_experts = _fixed_number(config, fixed_experts)
     tensors = Tensors.of(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_output(target.parent)
     # Written beside and renamed, so that a file of that name is always whole.
     partial = target.with_name(target.name + ".partial")
     writer = gguf.GGUFWriter(partial, "deepseek2")
@@ -147,6 +148,9 @@ def _import_gguf() -> ModuleType:
 
 def _target(output: Path) -> Path:
     target = output if output.suffix == ".gguf" else output / "model.gguf"
+    check_output(target.parent)
+    if target.is_dir():
+        raise IsADirectoryError(f"output: got the folder {target}, expected a file")
     if target.exists():
         raise FileExistsError(f"output: {target} exists")
     return target

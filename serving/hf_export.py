@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
+from deepseek_records.output_paths import check_output, make_output
 from modeling_deepseek.carried_mtp import mtp_part, with_carried
 from modeling_deepseek.configuration_deepseek import DeepseekConfig
 from modeling_deepseek.conversion import split_expert_names
@@ -82,11 +83,14 @@ def export_deepseek_v2(model: DeepseekForCausalLM, output: str | Path) -> None:
 
 
 def _checked(model: PreTrainedModel, output: str | Path) -> Path:
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"output: {output} exists and is not an empty folder")
+    output = check_output(output)
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"output: got {output}, expected an empty or absent folder")
     if model.config.model_type != DeepseekConfig.model_type:
-        raise ValueError(f"model_type: got {model.config.model_type!r}, expected {DeepseekConfig.model_type}")
+        raise ValueError(
+            f"model_type: got {model.config.model_type!r}, expected {DeepseekConfig.model_type}; transformers loads "
+            f"{model.config.model_type} as it is, so there is nothing to export"
+        )
     return output
 
 
@@ -103,4 +107,4 @@ def _official_mtp(model: DeepseekForCausalLM) -> dict[str, torch.Tensor]:
 def _save(stock: PreTrainedModel, model: DeepseekForCausalLM, output: Path, state: dict[str, torch.Tensor]) -> None:
     stock._weight_conversions = None  # Else it would be written with the fused names it was given.
     stock.generation_config = model.generation_config
-    stock.save_pretrained(output, state_dict=state)
+    stock.save_pretrained(make_output(output), state_dict=state)

@@ -111,10 +111,7 @@ def run_completion_task(
         seed=settings.seed,
     )
     is_chat = settings.prompt_style == "chat" or (items[0].is_request and loaded.tokenizer.chat_template is not None)
-    if settings.prompt_style == "chat":
-        items = apply_chat(items, loaded.tokenizer, str(run.settings["model_name_or_path"]))
-    else:
-        items = [_as_user_turn(item, loaded.tokenizer) for item in items]
+    items = put_requests(items, loaded.tokenizer, settings.prompt_style, str(run.settings["model_name_or_path"]))
     batches = plan_prompts(loaded, items, sampling, settings.batch_size)
     missing = [batch for batch in batches if any((prompt.item.id, 0) not in samples.rows for prompt in batch)]
     with tqdm(total=len(missing) * sampling.max_new_tokens, desc=f"evaluate {task.name}", unit="step") as bar:
@@ -146,6 +143,25 @@ def _right_and_wrong(
     inputs = task.metric_inputs(items, rows)
     pairs = zip(inputs["predictions"], inputs["references"], strict=True)
     return [{"answer": prediction, "acc": int(prediction == reference)} for prediction, reference in pairs]
+
+
+def put_requests(
+    items: Sequence[CompletionItem], tokenizer: PreTrainedTokenizerBase, style: str, source: str
+) -> list[CompletionItem]:
+    """Return requests as the model is asked.
+
+    Args:
+        items: The requests.
+        tokenizer: Whose chat template is used.
+        style: ``base`` or ``chat``.
+        source: The model's name, for errors.
+
+    Raises:
+        ValueError: There is no chat template, or it refuses a request.
+    """
+    if style == "chat":
+        return apply_chat(items, tokenizer, source)
+    return [_as_user_turn(item, tokenizer) for item in items]
 
 
 def _as_user_turn(item: CompletionItem, tokenizer: PreTrainedTokenizerBase) -> CompletionItem:

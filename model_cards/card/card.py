@@ -33,6 +33,7 @@ from deepseek_model_cards.summary_table import pair_results
 from deepseek_model_cards.wording import format_seconds, format_value, label_dataset, label_figure
 from deepseek_records.leaks import scrub
 from deepseek_records.lineage import Lineage, read_lineage
+from deepseek_records.output_paths import check_output, make_output
 from deepseek_records.stages import Stage, merged_versions
 from deepseek_records.summary import Result
 
@@ -77,7 +78,7 @@ def write_card(
     except HFValidationError:
         raise ValueError(f"repo_id: got {repo_id!r}, expected user/name") from None
     path = Path(run_path)
-    target = Path(output) if output else path
+    target = check_output(output) if output else path
     lineage = read_lineage(path)
     facts = read_facts(model_path or lineage.model_path)
     name = " ".join((name or _name_from(path, repo_id, lineage)).split())
@@ -90,7 +91,7 @@ def write_card(
         check_template(Path(template), known=set(values) | set(metadata.to_dict()))
     # from_template fills {{ card_data }} itself and gives the template every metadata field; ours come on top.
     card = ModelCard.from_template(metadata, template_path=str(template or TEMPLATE), **values)
-    write_signed(target / "README.md", re.sub(r"\n{3,}", "\n\n", str(card)))
+    write_signed(make_output(target) / "README.md", re.sub(r"\n{3,}", "\n\n", str(card)))
     if values["picture"]:
         draw_block(facts.config, target / PICTURE)
     write_eval_results(lineage, target)

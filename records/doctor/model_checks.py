@@ -49,7 +49,7 @@ def experts_not_quantized(subject: Subject) -> Finding | None:
 
 def mtp_dropped(subject: Subject) -> Finding | None:
     """Prediction layers in the files that the model class ignores, and so loses at the next save."""
-    if subject.is_ours:
+    if subject.is_ours or (subject.is_own_stage and subject.config.model_type == "deepseek_v3"):
         return None
     num_layers = subject.config.get_text_config().num_hidden_layers
     known = subject.skeleton.state_dict().keys()
@@ -57,9 +57,10 @@ def mtp_dropped(subject: Subject) -> Finding | None:
     if not dropped:
         return None
     return Finding(
-        f"{len(dropped)} tensors of multi-token prediction layers are dropped on loading, {dropped[0]} among them",
-        "load DeepSeek-V3 and V2 by modeling_deepseek.DeepseekForCausalLM, which carries or trains them; of other "
-        "families copy these tensors into what you save",
+        f"{len(dropped)} tensors of multi-token prediction layers are dropped on loading by the Auto class, "
+        f"{dropped[0]} among them",
+        "deepseek-moe's own commands keep those of DeepSeek-V3 (pass their recipe); in Python load it by "
+        "modeling_deepseek.DeepseekForCausalLM; of other families copy these tensors into what you save",
     )
 
 

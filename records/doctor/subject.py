@@ -70,6 +70,7 @@ class Subject:
         tensors: What the checkpoint's files hold, by name; empty where they are not safetensors files here.
         adapter: None where none was given.
         recipe: Settings of the training; None where none were given.
+        is_own_stage: Whether the training is a stage of `deepseek-moe`, which loads deepseek_v3 by our class.
     """
 
     source: str
@@ -78,6 +79,7 @@ class Subject:
     tensors: Mapping[str, StoredTensor]
     adapter: Adapter | None = None
     recipe: Mapping[str, Any] | None = None
+    is_own_stage: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -169,7 +171,11 @@ class Subject:
 
 
 def open_subject(
-    name_or_path: str | Path, *, adapter: str | Path | None = None, recipe: Mapping[str, Any] | None = None
+    name_or_path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    is_own_stage: bool = False,
 ) -> Subject:
     """Return the set-up of a checkpoint.
 
@@ -177,6 +183,7 @@ def open_subject(
         name_or_path: A checkpoint, a run folder of ours, or a Hub id.
         adapter: A folder that PEFT saved.
         recipe: Settings of the training, ours or those of transformers and TRL.
+        is_own_stage: Whether the training is a stage of `deepseek-moe`.
 
     Raises:
         FileNotFoundError: There is no such checkpoint or adapter.
@@ -198,6 +205,7 @@ def open_subject(
         tensors=read_headers(files),
         adapter=None if adapter is None else read_adapter(adapter),
         recipe=recipe,
+        is_own_stage=is_own_stage,
     )
 
 

@@ -22,14 +22,15 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 RecipeT = TypeVar("RecipeT")
 
 
-def setting(default: Any = dataclasses.MISSING, *, help: str) -> Any:
+def setting(default: Any = dataclasses.MISSING, *, help: str, otherwise: str = "") -> Any:
     """Return a dataclass field with its one explanation.
 
     Args:
         default: The value when the recipe leaves the field out; without one the field must be given.
         help: What it means, with unit and legal range. ``--help`` and the docs print this text.
+        otherwise: What to do who gave a value of another kind, for the error.
     """
-    metadata = {"help": help}
+    metadata = {"help": help, "otherwise": otherwise}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -77,7 +78,9 @@ def build_recipe(settings: dict[str, Any], recipe_class: type[RecipeT], *, sourc
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in settings:
             raise ValueError(f"{source}: setting '{name}' is missing ({field.metadata['help']})")
-    return recipe_class(**{key: _check(key, value, hints[key], source) for key, value in settings.items()})
+    return recipe_class(
+        **{key: _check_field(fields[key], value, hints[key], source) for key, value in settings.items()}
+    )
 
 
 def recipe_settings(recipe: Any) -> dict[str, Any]:
@@ -210,6 +213,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _nearest(key: str, names: Any) -> str:
     close = difflib.get_close_matches(str(key), list(names), n=1, cutoff=0.4)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"
+
+
+def _check_field(field: Any, value: Any, hint: Any, source: str) -> Any:
+    try:
+        return _check(field.name, value, hint, source)
+    except ValueError as error:
+        otherwise = field.metadata.get("otherwise")
+        raise ValueError(f"{error}; {otherwise}" if otherwise else str(error)) from None
 
 
 def _check(name: str, value: Any, hint: Any, source: str) -> Any:

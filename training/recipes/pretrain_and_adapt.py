@@ -128,7 +128,11 @@ class PretrainRecipe(SplittableSettings):
     tokenizer_data: list[str] = setting([], help="What a new tokenizer is trained on; empty: the training text.")  # noqa: RUF009
     vocab_size: int = setting(2048, help="Tokens of a new tokenizer, at least 259.")
     preset: str = setting("nano", help="Model size: 154b, 7.7b, nano or debug.")
-    model: dict[str, Any] = setting({}, help="Settings of DeepseekConfig that replace the preset's.")  # noqa: RUF009
+    model: dict[str, Any] = setting(  # noqa: RUF009
+        {},
+        help="Settings of DeepseekConfig that replace the preset's.",
+        otherwise="pretrain begins from scratch; to train a model on, run: deepseek-moe adapt RECIPE --model PATH",
+    )
     check_bigram: bool = setting(True, help="Check that the model beats an interpolated bigram on the held-out text.")
 
     def __post_init__(self) -> None:

@@ -190,3 +190,17 @@ def test_a_pipe_in_a_name_breaks_no_table(tmp_path, builders):
         rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[i + 1 :]))
         assert rows and all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == columns for row in rows), rows
     assert "<i>" not in "".join(line for line in lines if line.startswith("|"))
+
+
+@pytest.mark.parametrize("kind", ["adapt", "sft", "dpo", "align", "grpo"])
+def test_an_adapter_is_named_where_one_was_trained(tmp_path, builders, kind):
+    for rank, targets, words in (
+        (8, None, "LoRA of rank 8 on attention and routed experts"),
+        (4, ["q_proj"], "LoRA of rank 4 on q_proj"),
+        (0, None, None),
+    ):
+        folder = tmp_path / f"{kind}{rank}"
+        settings = {"model": "base", "lora_rank": rank, "lora_targets": targets}
+        run = builders["stage"](folder, kind, settings=settings, summary={"results": []})
+        text = write_card(run.path).read_text()
+        assert (words in text) if words else ("LoRA" not in text)

@@ -180,6 +180,16 @@ def test_a_planted_fault_is_found(tmp_path, fault):
     assert all(line and "\n" not in line for finding in found.values() for line in (finding.message, finding.cure))
 
 
+def test_prediction_layers_are_kept_by_our_own_stages(tmp_path, capsys):
+    model = with_prediction_layers(tmp_path / "v3")
+    assert main(["doctor", str(model), "--recipe", "sft-debug"]) in (0, 3)
+    assert "prediction layers dropped" not in capsys.readouterr().out
+    trl = tmp_path / "trl.yaml"
+    trl.write_text("learning_rate: 1.0e-4\nmax_steps: 10\n")
+    assert main(["doctor", str(model), "--recipe", str(trl)]) == 3
+    assert "prediction layers dropped: " in capsys.readouterr().out
+
+
 def test_every_check_has_a_planted_fault():
     assert {check for check, _, _ in FAULTS.values()} == set(CHECKS)
 

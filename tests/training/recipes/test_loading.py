@@ -12,6 +12,7 @@ from deepseek_training.recipes.loading import (
     recipe_settings,
     setting,
 )
+from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 
 
 @dataclasses.dataclass
@@ -118,3 +119,9 @@ def test_bad_overrides_fail(tmp_path, words, message):
 def test_unknown_recipe_names_the_nearest_one():
     with pytest.raises(FileNotFoundError, match="did you mean 'pretrain-demo'"):
         load_recipe("pretrain-dmo", ToyRecipe)
+
+
+@pytest.mark.parametrize("words", [["--model", "runs/mine/model"], ["--model", "5"]])
+def test_a_model_to_train_on_is_pointed_to_adapt(words):
+    with pytest.raises(ValueError, match=r"must be a mapping; pretrain begins from scratch; .* deepseek-moe adapt"):
+        load_recipe("pretrain-debug", PretrainRecipe, words)

@@ -1,0 +1,87 @@
+"""Where the result is to go, for every command that writes: a file in the way, a place that cannot be written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepseek_cli.bench import BENCHMARKS
+from deepseek_cli.main import main
+from deepseek_records.output_paths import check_output, make_output
+
+MODEL = str(Path(__file__).resolve().parents[1] / "eval/reference/ours")
+FOREIGN = str(Path(__file__).resolve().parents[1] / "eval/reference/v3")
+STAGES = ("pretrain", "adapt", "sft", "align", "dpo", "grpo")
+# The words before the output's path.
+COMMANDS = {
+    **{
+        name: [name, f"{name}-debug", *(["--model", MODEL] if name != "pretrain" else []), "--output"]
+        for name in STAGES
+    },
+    **{f"{name}, dry": [*words, "--dry-run", "--output"] for name, words in {"demo": ["demo"]}.items()},
+    "demo": ["demo", "--size", "debug", "--output"],
+    "evaluate": ["evaluate", MODEL, "--tasks", "mmlu", "--limit", "1", "--output"],
+    "evaluate two": ["evaluate", MODEL, FOREIGN, "--tasks", "mmlu", "--limit", "1", "--output"],
+    "card": ["card", MODEL, "--output"],
+    "export": ["export", MODEL],
+    "export gguf": ["export", MODEL, "--to", "gguf"],
+    **{f"bench {one.name}": ["bench", one.name, "--output"] for one in BENCHMARKS if one.name != "rewards"},
+    "bench rewards": ["bench", "rewards", "align-debug", "--model", MODEL, "--output"],
+    "table": ["evaluate", "--table"],
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "occupied"
+    path.write_text("somebody's")
+    return path
+
+
+def error_of(words, capsys):
+    capsys.readouterr()
+    assert main(words) == 2, words
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert lines[-1].startswith("deepseek-moe ") and ": error: " in lines[-1]
+    return lines[-1].partition(": error: ")[2]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_file_where_a_folder_is_needed(name, file, capsys):
+    setting = "run" if name == "table" else "output"
+    assert error_of([*COMMANDS[name], str(file)], capsys) == f"{setting}: got the file {file}, expected a folder"
+    below = file / "below"
+    told = error_of([*COMMANDS[name], str(below)], capsys)
+    assert told.startswith(f"{setting}: ") and str(below) in told
+    assert file.read_text() == "somebody's"
+
+
+@pytest.mark.parametrize("name", ["demo", "evaluate", "card", "export", "bench step", "pretrain"])
+@pytest.mark.parametrize("place", ["/proc/nothing/here", "zero\0byte", "x" * 300])
+def test_a_place_that_cannot_be_written(name, place, capsys):
+    assert error_of([*COMMANDS[name], place], capsys).startswith("output: got ")
+
+
+def test_merge_and_a_folder_in_place_of_a_file(tmp_path, file, capsys):
+    assert error_of(["merge", MODEL, str(file)], capsys) == f"output: got the file {file}, expected a folder"
+    (tmp_path / "model.gguf").mkdir()
+    told = error_of(["export", MODEL, str(tmp_path / "model.gguf"), "--to", "gguf"], capsys)
+    assert told == f"output: got the folder {tmp_path / 'model.gguf'}, expected a file"
+
+
+def test_an_absent_folder_is_made_and_left_empty(tmp_path):
+    assert check_output(tmp_path / "a/b") == tmp_path / "a/b" and not (tmp_path / "a").exists()
+    assert list(make_output(tmp_path / "a/b").iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["card"], ["evaluate", "--table"], ["push"]])
+def test_a_file_in_place_of_a_run(words, file, capsys):
+    told = error_of([*words, str(file), *(["some/name", "--license", "mit"] if words == ["push"] else [])], capsys)
+    assert str(file) in told
+
+
+def test_a_folder_in_place_of_a_file(tmp_path, capsys):
+    told = error_of(["evaluate", "--samples", str(tmp_path), "--tasks", "humaneval"], capsys)
+    assert told == f"samples: {tmp_path} is a folder, expected a file of JSON lines"
+    told = error_of(["pretrain", str(tmp_path)], capsys)
+    assert told.startswith("recipe: ") and json.dumps(told)
