@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3ForCausalLM,
@@ -321,7 +322,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, DeepseekV3ForCausalLM):
                 "expected one loaded by from_pretrained without mtp_loss_coef"
             )
         conversions = getattr(self, "_weight_conversions", None)
-        self._weight_conversions = conversions or []  # transformers 5.17 iterates it
+        if conversions is None:  # transformers 5.17 takes what is attached; later versions do this themselves
+            self._weight_conversions = get_model_conversion_mapping(self)
         try:
             return super()._get_candidate_generator(generation_config, *args, **kwargs)
         finally:

@@ -13,13 +13,15 @@ IS_RENAMED = hasattr(PreTrainedModel, "activation_checkpointing_enable")
 _IS_SETTING_RENAMED = "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
 
 
-def checkpointing_setting(value: bool) -> dict[str, bool]:
-    """Return the argument of `TrainingArguments` that turns checkpointing on or off.
+def checkpointing_setting(value: bool, **options: Any) -> dict[str, Any]:
+    """Return the arguments of `TrainingArguments` that turn checkpointing on or off.
 
     Args:
         value: Whether activations are computed again.
+        **options: For `torch.utils.checkpoint`, such as ``use_reentrant``.
     """
-    return {"activation_checkpointing" if _IS_SETTING_RENAMED else "gradient_checkpointing": value}
+    name = "activation_checkpointing" if _IS_SETTING_RENAMED else "gradient_checkpointing"
+    return {name: value, **({f"{name}_kwargs": options} if options else {})}
 
 
 def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:

@@ -52,14 +52,18 @@ class ResumedTraining:
         return self.args.process_index == 0
 
     @property
+    def _is_split_on_loading(self) -> bool:
+        return getattr(self, "is_distributed_loading_by_transformers", False)  # transformers 5.17 has no such thing
+
+    @property
     def is_sharded(self) -> bool:
         """True if no process holds the whole model."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or self._is_split_on_loading
 
     @property
     def can_save(self) -> bool:
         """False where transformers cannot write the optimizer's state: of a model split over processes by itself."""
-        return not self.is_distributed_loading_by_transformers
+        return not self._is_split_on_loading
 
     def save_result(self, run: RunFolder, tokenizer: Any) -> None:
         """Write model and tokenizer into the run folder, gathered from all processes; an adapter also by itself.

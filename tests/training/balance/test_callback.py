@@ -8,7 +8,9 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from moe_routers import find_routers
+from packaging.version import Version
 from transformers import (
     DeepseekV3ForCausalLM,
     LlamaConfig,
@@ -136,6 +138,7 @@ def auxiliary_gradients(model, **inputs):
     return [router.weight.grad.clone() for router in find_routers(model)]
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="5.17's output has no router_logits")
 def test_losses_reach_the_gradient_whoever_computes_the_main_one():
     """Witness: autograd through the formulas outside the model."""
     settings = {"seq_aux_loss_coef": 0.5, "router_z_loss_coef": 0.2}

@@ -15,6 +15,7 @@ import torch
 from moe_routers import find_routers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Trainer, TrainingArguments
 
+from deepseek_records.activation_checkpointing import checkpointing_setting
 from deepseek_training.balance import routing_observer
 from deepseek_training.balance.callback import ExpertBalanceCallback
 from deepseek_training.balance.routing_observer import RouterLosses, RoutingObserver
@@ -25,8 +26,8 @@ from modeling_deepseek.token_layout import one_sequence
 LOSSES = {"seq_aux_loss_coef": 0.5, "router_z_loss_coef": 0.2}
 SETTINGS = {"router_bias_update_speed": 0.01, **LOSSES}
 ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-CHECKPOINTED = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
-REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+CHECKPOINTED = checkpointing_setting(True, use_reentrant=False)
+REENTRANT = checkpointing_setting(True, use_reentrant=True)
 
 
 def build(**settings):

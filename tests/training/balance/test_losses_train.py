@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from deepseek_records.activation_checkpointing import checkpointing_setting
 from deepseek_training.balance.callback import ExpertBalanceCallback
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM, auxiliary_loss, modeling_deepseek, routing
 
@@ -59,9 +60,9 @@ KINDS = {
     "an optimizer that writes past autograd": (build, {"optimizer": WritesPastAutograd}),
     "fused optimizer": (build, {"optim": "adamw_torch_fused"}),
     "accumulation": (build, {"gradient_accumulation_steps": 3}),
-    "checkpointing": (build, {"activation_checkpointing": True}),
+    "checkpointing": (build, checkpointing_setting(True)),
     "reentrant checkpointing": (
-        build, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        build, checkpointing_setting(True, use_reentrant=True),
     ),
     "compiled": (build, {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
 }  # fmt: skip

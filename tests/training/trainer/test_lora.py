@@ -10,6 +10,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+from deepseek_records.activation_checkpointing import enable_checkpointing
 from deepseek_training.balance.callback import ExpertBalanceCallback
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
@@ -132,7 +133,7 @@ def test_experts_implementations_agree_under_lora(base_path, other, is_checkpoin
         model = adapt(load(base_path, experts_implementation=implementation)).train()
         if is_checkpointed and implementation == other:
             model.enable_input_require_grads()
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model, {"use_reentrant": False})
         output = model(input_ids=rows(), labels=rows())
         output.loss.backward()
         gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
