@@ -115,11 +115,13 @@ class Sample:
         prompt: What it continued or answered.
         completion: What it wrote.
         when: Whether it was written before or after the stage's training.
+        step: The step of the training after which it was written, where that is not the last.
     """
 
     prompt: str
     completion: str
     when: When | None = None
+    step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ ORIGIN_KEYS = ("_name_or_path", "name_or_path")
 # Why a file of a run stays at home, by its name; the first pattern that fits.
 _REASONS = (
     ("report.html", "holds prompts and what the model wrote; --with-samples sends a new one"),
+    ("samples.jsonl", "holds prompts and what the model wrote; --with-samples sends a report with them"),
     ("samples_*.jsonl", "benchmark items with the model's answers; never sent"),
     ("prompts_*.jsonl.gz", "benchmark prompts; never sent"),
     ("summary.json", "holds prompts and what the model wrote; the card has the figures"),

@@ -6,6 +6,7 @@ screen, light and dark: tables stack where they have no room, and nothing scroll
 importable from here too.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from deepseek_model_cards.wording import format_count, format_seconds, format_va
 from deepseek_records.lineage import Lineage, read_lineage
 from deepseek_records.run_folder import write_text
 from deepseek_records.stages import Stage, merged_versions
+from deepseek_records.summary import Sample
 
 __all__ = ["summary_table", "write_report"]
 
@@ -112,9 +114,18 @@ def _change_tile(row: dict[str, Any]) -> dict[str, str] | None:
 def _samples(stages: dict[str, Stage]) -> list[dict[str, Any]]:
     """What was written under each prompt over time: stage by stage, before and after each."""
     samples: dict[str, dict[str, Any]] = {}
-    for stage in stages.values():
+    for number, stage in enumerate(stages.values()):
         for row in stage.samples:
             sample = samples.setdefault(row.prompt, {"prompt": row.prompt, "completions": []})
             when = f"{row.when} {stage.name}" if row.when else f"after {stage.name}"
-            sample["completions"].append({"when": when, "text": row.completion})
+            if row.step is not None:
+                when = f"{stage.name}, step {row.step:,}"
+            sample["completions"].append({"when": when, "text": row.completion, "order": _order(row, number)})
+    for sample in samples.values():
+        sample["completions"].sort(key=lambda one: one["order"])
     return list(samples.values())
+
+
+def _order(row: Sample, stage_number: int) -> tuple[float, float]:
+    """Stages in order; in each what was written before, then step by step, then after."""
+    return stage_number, -1.0 if row.when == "before" else math.inf if row.step is None else row.step

@@ -5,14 +5,16 @@ than a prompt's rewards before and after. The unpaired error is reported beside 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_records.run_folder import METRICS_FILE, RunFolder, write_json
 from deepseek_records.statistics import difference_with_error, mean_with_error
 from deepseek_records.summary import Check, Gain, Result, Sample, When
+from deepseek_training.data.prompts import prompt_texts
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from deepseek_training.ppo.value import without_adapter
 from deepseek_training.trainer.lora import ADAPTER_FOLDER, merged
@@ -89,11 +91,32 @@ def pair_samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[
         before: Their completions by the start model.
         after: Their completions by the aligned one.
     """
-    picks = range(0, len(prompts), max(1, len(prompts) // NUM_SAMPLES))[:NUM_SAMPLES]
+    picks = _picks(len(prompts))
     columns: tuple[tuple[When, Sequence[str]], ...] = (("before", before), ("after", after))
     return tuple(
         Sample(prompt=prompts[i], completion=completions[i], when=when) for i in picks for when, completions in columns
     )
+
+
+def _picks(num_prompts: int) -> range:
+    return range(0, num_prompts, max(1, num_prompts // NUM_SAMPLES))[:NUM_SAMPLES]
+
+
+def sampler(trainer: CorrectedPPOTrainer, held_out: Dataset) -> Callable[[], tuple[Sample, ...]]:
+    """Return what completes, whenever it is called, the prompts that `pair_samples` shows.
+
+    Args:
+        trainer: Whose policy writes.
+        held_out: The held-out prompts.
+    """
+    rows = held_out.select(_picks(len(held_out)))
+    prompts = prompt_texts(rows)
+
+    def write() -> tuple[Sample, ...]:
+        completions = trainer.complete(rows)["completion"]
+        return tuple(Sample(prompt=one, completion=text) for one, text in zip(prompts, completions, strict=True))
+
+    return write
 
 
 def save_models(trainer: CorrectedPPOTrainer, run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:

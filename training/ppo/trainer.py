@@ -325,7 +325,7 @@ class CorrectedPPOTrainer(PPOFoundation):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("eval_dataset: none was given, neither to the trainer nor to evaluate()")
-        self.last_evaluation = self._complete(dataset)
+        self.last_evaluation = self.complete(dataset)
         metrics = mean_metrics(self.last_evaluation, metric_key_prefix)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -343,12 +343,16 @@ class CorrectedPPOTrainer(PPOFoundation):
             return
         count = min(self.args.per_device_eval_batch_size, len(self.eval_dataset)) if sampling else None
         dataset = self.eval_dataset if count is None else self.eval_dataset.select(range(count))
-        columns = self._complete(dataset)
+        columns = self.complete(dataset)
         if self.accelerator.is_main_process:
             show_samples(self.processing_class.batch_decode(list(dataset["input_ids"])), columns, self.args.report_to)
 
-    def _complete(self, dataset: Dataset) -> dict[str, list[Any]]:
-        """Complete and score held-out prompts; the next step's log holds nothing of it."""
+    def complete(self, dataset: Dataset) -> dict[str, list[Any]]:
+        """Complete and score held-out prompts; the next step's log holds nothing of it.
+
+        Args:
+            dataset: The prompts.
+        """
         with self.player.figures_kept(), undeferred():
             return evaluate_prompts(
                 self.player, dataset, self.data_collator, num_samples=self.num_eval_samples, seed=self.local_seed

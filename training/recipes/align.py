@@ -11,7 +11,7 @@ from deepseek_training.recipes.loading import setting
 from deepseek_training.recipes.rewarded import RewardedSettings, require_at_least
 
 _AT_LEAST = {
-    0: ("cliprange", "cliprange_value", "vf_coef", "missing_eos_penalty"),
+    0: ("cliprange", "cliprange_value", "vf_coef", "missing_eos_penalty", "sample_steps"),
     1: ("num_mini_batches", "num_ppo_epochs"),
 }
 
@@ -42,6 +42,9 @@ class AlignRecipe(RewardedSettings):
     cliprange: float = setting(0.2, help="the policy's probability ratio is clipped to 1 plus or minus this")
     cliprange_value: float = setting(0.2, help="the value's change is clipped to this")
     vf_coef: float = setting(0.5, help="weight of the value loss")
+    sample_steps: int = setting(
+        0, help="updates between completions of a few held-out prompts, for the report; 0: before and after only"
+    )
     missing_eos_penalty: float | None = setting(None, help="taken off the score of a completion that does not end")
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 from deepseek_training.recipes.loading import setting
 from deepseek_training.recipes.pretrain_and_adapt import LoraSettings
@@ -20,6 +21,10 @@ class DpoRecipe(LoraSettings):
     chat_template: str | None = setting(
         None, help="File with a Jinja chat template, saved with the tokenizer; null: the tokenizer's own."
     )
+    unused: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("sample_prompts", "sample_tokens", "sample_steps"), "no text is written"),
+        "eval_bytes": "num_eval_pairs says what is scored",
+    }
     beta: float = setting(0.1, help="Weight of the divergence from the reference, above 0.")
     num_eval_pairs: int | None = setting(None, help="Held-out pairs that are scored; null: all.")
     min_accuracy: float | None = setting(

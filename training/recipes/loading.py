@@ -111,10 +111,16 @@ def find_recipe(name_or_path: str | Path) -> Path:
     )
 
 
+def offered(recipe_class: type) -> list[dataclasses.Field[Any]]:
+    """Return the settings that a stage has an effect for: all but inherited ones that its class lists as `unused`."""
+    unused = getattr(recipe_class, "unused", {})
+    return [field for field in dataclasses.fields(recipe_class) if field.name not in unused]
+
+
 def describe_recipe(recipe_class: type) -> list[tuple[str, str, str]]:
     """Return (name, default, explanation) of every setting, for ``--help`` and the docs."""
     rows = []
-    for field in dataclasses.fields(recipe_class):
+    for field in offered(recipe_class):
         rows.append((field.name, _default_text(field), field.metadata["help"]))
     return rows
 
@@ -138,7 +144,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, recipe_class: type) ->
     """
     parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or one of {', '.join(list_recipes())}")
     group = parser.add_argument_group("settings", "each replaces the recipe's value; YAML syntax for the value")
-    for field in dataclasses.fields(recipe_class):
+    for field in offered(recipe_class):
         text = f"{field.metadata['help']} (default: {_default_text(field)})".replace("%", "%%")
         option = f"--{field.name.replace('_', '-')}"
         kinds = {"dest": f"setting_{field.name}", "default": argparse.SUPPRESS, "metavar": "VALUE"}

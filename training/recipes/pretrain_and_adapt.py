@@ -6,7 +6,7 @@ stages so that reading them imports neither torch nor transformers.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from deepseek_training.recipes.loading import setting
 
@@ -47,11 +47,20 @@ class TrainerSettings:
     )
     sample_prompts: list[str] = setting([], help="Prompts the finished model continues, for the report.")  # noqa: RUF009
     sample_tokens: int = setting(60, help="Tokens of each sample.")
+    sample_steps: int = setting(0, help="Steps between samples during the training, for the report; 0: at its end.")
+    # Inherited settings that a stage makes nothing of, with what it has in their place.
+    unused: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if field.name in self.unused:
+                is_left = getattr(self, field.name) == default
+                self.require(field.name, is_left, f"{default}; it has no effect here: {self.unused[field.name]}")
         for name in ("sequence_length", "batch_size", "gradient_accumulation_steps", "max_steps", "logging_steps"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("eval_steps", "save_steps", "warmup_steps", "weight_decay", "sample_tokens", "seed"):
+        counts = ("eval_steps", "save_steps", "warmup_steps", "sample_tokens", "sample_steps")
+        for name in (*counts, "weight_decay", "seed"):
             self.require(name, getattr(self, name) >= 0, "at least 0")
         self.require("sequence_length", self.sequence_length >= 4, "at least 4")
         self.require("seed", self.seed < 2**32, "below 2**32")

@@ -1,6 +1,7 @@
 """The settings of the supervised fine-tuning stage, kept apart so that reading them imports neither torch nor TRL."""
 
 import dataclasses
+from typing import ClassVar
 
 from deepseek_training.recipes.loading import setting
 from deepseek_training.recipes.pretrain_and_adapt import LoraSettings
@@ -22,6 +23,10 @@ class SftRecipe(LoraSettings):
     chat_template: str | None = setting(
         None, help="File with a Jinja chat template, saved with the tokenizer; null: the tokenizer's own."
     )
+    unused: ClassVar[dict[str, str]] = {
+        "sample_prompts": "held-out questions are answered",
+        "eval_bytes": "num_eval_conversations says what is scored",
+    }
     num_eval_conversations: int | None = setting(None, help="Held-out conversations that are scored; null: all.")
 
     def __post_init__(self) -> None:

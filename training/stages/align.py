@@ -23,6 +23,7 @@ from deepseek_training.ppo.outcome import (
     measure_gain,
     pair_samples,
     reward_rows,
+    sampler,
     save_models,
 )
 from deepseek_training.ppo.reward_bar import RewardBar
@@ -30,6 +31,7 @@ from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.trainer.inputs_held import hold_inputs
 from deepseek_training.trainer.interruption import leaving_a_checkpoint, train_until_stopped
 from deepseek_training.trainer.run_start import open_run
+from deepseek_training.trainer.sample_log import SampleLog, samples_over_time
 
 __all__ = ["AlignRecipe", "align"]
 
@@ -68,6 +70,7 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
     models = {"model": policy, "value_model": value_model, "processing_class": tokenizer, "reward": reward}
     bar = RewardBar("align")
     trainer = build_trainer(recipe, args, run, bar, train_dataset=train, eval_dataset=held_out, **models)
+    trainer.add_callback(SampleLog(run, recipe.sample_steps, sampler(trainer, held_out)))
     hold_inputs(run, args, data=train, held_out=held_out, model=policy)
     with leaving_a_checkpoint(trainer, run):
         before = evaluate_once(trainer, run)
@@ -85,7 +88,8 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
                 describe_data(recipe.prompts, "validation", prompt_texts(held_out), "evaluation"),
             ),
             checks=() if recipe.min_gain_stderr is None else (gain_check(gain, recipe.min_gain_stderr),),
-            samples=pair_samples(prompt_texts(held_out), before["completion"], after["completion"]),
+            samples=samples_over_time(run)
+            + pair_samples(prompt_texts(held_out), before["completion"], after["completion"]),
             seconds=time.time() - started,
         )
         if trainer.accelerator.is_main_process:

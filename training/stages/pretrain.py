@@ -22,6 +22,7 @@ from deepseek_training.trainer.new_model import model_config, new_model
 from deepseek_training.trainer.outcome import bits_rows, step_tokens, write_samples
 from deepseek_training.trainer.run_callbacks import log_once
 from deepseek_training.trainer.run_start import open_run, training_arguments
+from deepseek_training.trainer.sample_log import SampleLog, samples_over_time
 from deepseek_training.trainer.stage_trainer import StageTrainer, run_training
 
 __all__ = ["PretrainRecipe", "pretrain"]
@@ -59,6 +60,7 @@ def pretrain(
     if is_dry:
         return None
     trainer = StageTrainer(recipe, [held_out], dataset=dataset, model=model, args=args)
+    trainer.add_callback(SampleLog(run, recipe.sample_steps, lambda: write_samples(recipe, trainer, tokenizer)))
     with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
         run_training(trainer, run)
         measured = measure_sets([held_out], trainer.model_wrapped, recipe)
@@ -71,7 +73,7 @@ def pretrain(
             results=bits_rows(measured, baseline=bigram.value, baseline_name="interpolated bigram"),
             data=describe_corpora([corpus], [held_out.texts]),
             checks=(Check.compare(what, value, "<", bigram.value, **about),) if recipe.check_bigram else (),
-            samples=write_samples(recipe, trainer, tokenizer),
+            samples=samples_over_time(run) + write_samples(recipe, trainer, tokenizer),
             seconds=round(time.monotonic() - started, 1),
             num_training_tokens=recipe.max_steps * step_tokens(recipe, args),
             num_parameters=model.num_parameters(),

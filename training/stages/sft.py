@@ -24,6 +24,7 @@ from deepseek_training.trainer.new_model import check_model
 from deepseek_training.trainer.outcome import bits_rows
 from deepseek_training.trainer.run_callbacks import log_once
 from deepseek_training.trainer.run_start import open_run, training_arguments
+from deepseek_training.trainer.sample_log import SampleLog, samples_over_time
 from deepseek_training.trainer.sft_trainer import sft_trainer
 from deepseek_training.trainer.stage_trainer import run_training
 
@@ -67,6 +68,7 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False, is_dr
     if args.process_index == 0:
         log_once(run, {"step": 0, **bits_figures({held_out.name: before})})
     trainer = sft_trainer(recipe, args, model=model, tokenizer=tokenizer, rows=train, held_out=[held_out])
+    trainer.add_callback(SampleLog(run, recipe.sample_steps, lambda: held_out.sample(trainer.model, recipe)))
     with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
         run_training(trainer, run)
         after = held_out.measure(trainer.model_wrapped, recipe)
@@ -82,7 +84,7 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False, is_dr
                 describe_conversations(recipe, "validation", validation, "evaluation"),
             ),
             checks=(Check.compare(what, change, "<", 0.0, metric="bits_per_byte", dataset=held_out.name),),
-            samples=held_out.sample(trainer.model, recipe),
+            samples=samples_over_time(run) + held_out.sample(trainer.model, recipe),
             tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
             seconds=round(time.monotonic() - started, 1),
         )

@@ -15,6 +15,7 @@ from deepseek_training.recipes.rewarded import RewardedSettings
 from deepseek_training.trainer.checkpoints import last_complete_checkpoint, step_of
 from deepseek_training.trainer.engine import prepare_engine
 from deepseek_training.trainer.run_callbacks import drop_metrics_after
+from deepseek_training.trainer.sample_log import drop_samples_after
 
 
 def open_run(
@@ -50,7 +51,9 @@ def open_run(
         run = RunFolder.create(output, settings, command=command, seed=recipe.seed, overwrite=overwrite)
         checkpoint = last_complete_checkpoint(Path(args.output_dir))
         if run.is_resumed:
-            drop_metrics_after(run, step_of(checkpoint) if checkpoint else 0)
+            step = step_of(checkpoint) if checkpoint else 0
+            drop_metrics_after(run, step)
+            drop_samples_after(run, step)
     return run
 
 

@@ -43,6 +43,18 @@ def test_leaves_a_whole_run_folder(policy_path, tmp_path):
     assert value.score.weight.shape[0] == 1 and value.score.weight.abs().sum() > 0
 
 
+def test_samples_over_time_leave_the_training_as_it_is(policy_path, tmp_path):
+    runs = {}
+    for every in (0, 1):
+        summary = align(make_recipe(policy_path, sample_steps=every), tmp_path / str(every))
+        runs[every] = load_file(tmp_path / str(every) / "model/model.safetensors")
+        between = [one for one in summary.samples if one.step is not None]
+        assert {one.step for one in between} == ({1} if every else set())
+    shown = {one.prompt for one in summary.samples if one.when == "after"}
+    assert {one.prompt for one in between} == shown
+    assert all(torch.equal(value, runs[0][name]) for name, value in runs[1].items())
+
+
 def test_lora_leaves_models_that_load_by_themselves(policy_path, tmp_path):
     align(make_recipe(policy_path, lora_rank=2, learning_rate=0.05), tmp_path / "run")
     run = RunFolder(tmp_path / "run")
