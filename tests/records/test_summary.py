@@ -38,7 +38,7 @@ FULL = Summary(
         Check.compare("falls", -0.1, "<", 0.0, metric="kl", dataset="books"),
         Check(name="x", value=1, passed=False),
     ),
-    samples=(Sample(prompt="a", completion="b", when="after"),),
+    samples=(Sample(prompt="a", completion="b", when="after"), Sample(prompt="a", completion="c", step=4)),
     seconds=12.5,
     base_model="me/base",
     num_training_tokens=1000,

@@ -49,7 +49,7 @@ def test_the_training_is_bit_for_bit_the_same(runs):
 
 def test_the_report_shows_them_by_step(runs):
     page = write_report(runs / "sampled", runs / "report.html").read_text()
-    places = [page.index(words) for words in ("sampled, step 2", "sampled, step 4", "after sampled")]
+    places = [page.index(words) for words in ("pretrain, step 2", "pretrain, step 4", "after pretrain")]
     assert places == sorted(places)
 
 
