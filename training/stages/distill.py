@@ -22,7 +22,7 @@ from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.outcome import step_tokens, write_samples
 from deepseek_training.trainer.run_callbacks import log_once
 from deepseek_training.trainer.run_start import open_run, training_arguments
-from deepseek_training.trainer.sample_log import SampleLog, samples_over_time
+from deepseek_training.trainer.sample_log import samples_over_time
 from deepseek_training.trainer.stage_trainer import run_training
 
 __all__ = ["DistillRecipe", "distill"]
@@ -69,9 +69,8 @@ def distill(
         log_once(run, {"step": 0, **bits_figures({held_out.name: before})})
     teacher = open_teacher(recipe, args, dataset, teacher, tokenizer)
     trainer = DistillTrainer(recipe, [held_out], dataset=dataset, teacher=teacher, model=student, args=args)
-    trainer.add_callback(SampleLog(run, recipe.sample_steps, lambda: write_samples(recipe, trainer, tokenizer)))
     with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
-        run_training(trainer, run)
+        run_training(trainer, run, lambda: write_samples(recipe, trainer, tokenizer))
         after = held_out.measure(trainer.model_wrapped, recipe)
         trainer.save_result(run, tokenizer)
         summary = Summary(

@@ -22,7 +22,7 @@ from deepseek_training.trainer.new_model import model_config, new_model
 from deepseek_training.trainer.outcome import bits_rows, step_tokens, write_samples
 from deepseek_training.trainer.run_callbacks import log_once
 from deepseek_training.trainer.run_start import open_run, training_arguments
-from deepseek_training.trainer.sample_log import SampleLog, samples_over_time
+from deepseek_training.trainer.sample_log import samples_over_time
 from deepseek_training.trainer.stage_trainer import StageTrainer, run_training
 
 __all__ = ["PretrainRecipe", "pretrain"]
@@ -60,9 +60,8 @@ def pretrain(
     if is_dry:
         return None
     trainer = StageTrainer(recipe, [held_out], dataset=dataset, model=model, args=args)
-    trainer.add_callback(SampleLog(run, recipe.sample_steps, lambda: write_samples(recipe, trainer, tokenizer)))
     with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
-        run_training(trainer, run)
+        run_training(trainer, run, lambda: write_samples(recipe, trainer, tokenizer))
         measured = measure_sets([held_out], trainer.model_wrapped, recipe)
         trainer.save_result(run, tokenizer)
         bigram = held_out.measure_bigram(BigramModel(with_start(documents, tokenizer), len(tokenizer)), recipe)

@@ -24,7 +24,7 @@ from deepseek_training.trainer.new_model import check_model
 from deepseek_training.trainer.outcome import bits_rows
 from deepseek_training.trainer.run_callbacks import log_once
 from deepseek_training.trainer.run_start import open_run, training_arguments
-from deepseek_training.trainer.sample_log import SampleLog, samples_over_time
+from deepseek_training.trainer.sample_log import samples_over_time
 from deepseek_training.trainer.sft_trainer import sft_trainer
 from deepseek_training.trainer.stage_trainer import run_training
 
@@ -68,9 +68,8 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False, is_dr
     if args.process_index == 0:
         log_once(run, {"step": 0, **bits_figures({held_out.name: before})})
     trainer = sft_trainer(recipe, args, model=model, tokenizer=tokenizer, rows=train, held_out=[held_out])
-    trainer.add_callback(SampleLog(run, recipe.sample_steps, lambda: held_out.sample(trainer.model, recipe)))
     with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
-        run_training(trainer, run)
+        run_training(trainer, run, lambda: held_out.sample(trainer.model, recipe))
         after = held_out.measure(trainer.model_wrapped, recipe)
         trainer.save_result(run, tokenizer)
         change, what = after.value / before.value - 1, f"bits per byte of held-out answers on {held_out.name} fall"

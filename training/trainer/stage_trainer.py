@@ -7,7 +7,7 @@ the routers' controllers all restart at a checkpoint.
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.stop_signals import undeferred
+from deepseek_records.summary import Sample
 from deepseek_training.balance.callback import ExpertBalanceCallback
 from deepseek_training.balance.expert_load_plot import LoadPlot
 from deepseek_training.balance.training_figures import TrainingFigures
@@ -29,6 +30,7 @@ from deepseek_training.trainer.inputs_held import hold_inputs
 from deepseek_training.trainer.interruption import train_until_stopped
 from deepseek_training.trainer.lora import save_adapted
 from deepseek_training.trainer.run_callbacks import MetricsFile, ProgressBar
+from deepseek_training.trainer.sample_log import SampleLog
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +153,15 @@ class StageTrainer(StageTraining, Trainer):
         super().__init__(recipe, held_out, train_dataset=dataset, eval_dataset=evaluated, **kwargs)
 
 
-def run_training(trainer: ResumedTraining, run: RunFolder) -> None:
+def run_training(
+    trainer: ResumedTraining, run: RunFolder, write_samples: Callable[[], Sequence[Sample]] | None = None
+) -> None:
     """Train in place, from the run's last complete checkpoint if it has one, with the stage's callbacks.
 
     Args:
         trainer: A stage's.
         run: The run folder.
+        write_samples: What the model writes now; called every `sample_steps` of the recipe.
     """
     check_engine(trainer.accelerator)
     is_loaded = isinstance(getattr(trainer.recipe, "model", None), str)  # a new model is what its settings make of it
@@ -168,6 +173,8 @@ def run_training(trainer: ResumedTraining, run: RunFolder) -> None:
     bar = ProgressBar(run.path.name)
     for callback in (MetricsFile(run, trainer.figures), LoadPlot(run), bar, StopWhenDiverged(), CheckpointMarker()):
         trainer.add_callback(callback)
+    if write_samples is not None:
+        trainer.add_callback(SampleLog(run, trainer.recipe.sample_steps, write_samples))
     checkpoint = last_complete_checkpoint(run.path / "checkpoints")
     if checkpoint:
         logger.warning("going on from %s", checkpoint)
