@@ -18,6 +18,7 @@ from importlib import metadata
 from typing import NoReturn
 
 from deepseek_records.exit_codes import BAD_INPUT, FAILED, RunFailedError
+from deepseek_records.output_paths import check_output
 from deepseek_records.stop_signals import Interrupted, close_standard_output, how_to_go_on, stop_signals
 
 SUBCOMMANDS = (
@@ -111,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             args = _parse(build_parser(), argv)
             prog = args.subparser.prog
             _quieten_libraries()
+            if getattr(args, "output", None) and args.command != "export":  # export writes a folder or a file
+                check_output(args.output)
             return args.run_command(args)
         except KeyboardInterrupt as error:
             return _tell_interruption(prog, error, stop.number)
