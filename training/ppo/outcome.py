@@ -83,18 +83,21 @@ def reward_rows(dataset: str, when: When, columns: dict[str, list[Any]]) -> tupl
     return tuple(rows)
 
 
-def pair_samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> tuple[Sample, ...]:
+def pair_samples(
+    prompts: Sequence[str], before: dict[str, list[Any]], after: dict[str, list[Any]]
+) -> tuple[Sample, ...]:
     """Return a few prompts with what the model made of them before and after.
 
     Args:
         prompts: The held-out prompts.
-        before: Their completions by the start model.
-        after: Their completions by the aligned one.
+        before: The evaluation of the start model, a list per column.
+        after: That of the aligned one.
     """
-    picks = _picks(len(prompts))
-    columns: tuple[tuple[When, Sequence[str]], ...] = (("before", before), ("after", after))
+    columns: tuple[tuple[When, dict[str, list[Any]]], ...] = (("before", before), ("after", after))
     return tuple(
-        Sample(prompt=prompts[i], completion=completions[i], when=when) for i in picks for when, completions in columns
+        Sample(prompt=prompts[i], completion=column["completion"][i], when=when)
+        for i in _picks(len(prompts))
+        for when, column in columns
     )
 
 

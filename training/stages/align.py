@@ -88,8 +88,7 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
                 describe_data(recipe.prompts, "validation", prompt_texts(held_out), "evaluation"),
             ),
             checks=() if recipe.min_gain_stderr is None else (gain_check(gain, recipe.min_gain_stderr),),
-            samples=samples_over_time(run)
-            + pair_samples(prompt_texts(held_out), before["completion"], after["completion"]),
+            samples=samples_over_time(run) + pair_samples(prompt_texts(held_out), before, after),
             seconds=time.time() - started,
         )
         if trainer.accelerator.is_main_process:

@@ -78,7 +78,7 @@ def grpo(recipe: GrpoRecipe, output: str | Path, *, overwrite: bool = False, is_
                 describe_data(recipe.prompts, "validation", prompt_texts(held_out), "evaluation"),
             ),
             checks=() if recipe.min_gain_stderr is None else (gain_check(gain, recipe.min_gain_stderr),),
-            samples=pair_samples(prompt_texts(held_out), before["completion"], after["completion"]),
+            samples=pair_samples(prompt_texts(held_out), before, after),
             seconds=round(time.monotonic() - started, 1),
         )
         if trainer.is_first:
