@@ -39,6 +39,8 @@ SUBCOMMANDS = (
     "card",
     "push",
     "params",
+    "plan",
+    "launch",
     "doctor",
     "bench",
 )

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -309,8 +310,17 @@ def run_claim(claim: Claim) -> tuple[bool, str]:
         claim: One that can run.
     """
     started = time.monotonic()
+    # The commands of the environment that this runs in, activated or not.
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        claim.command, shell=True, cwd=ROOT, capture_output=True, text=True, executable="/bin/bash", check=False
+        claim.command,
+        shell=True,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        executable="/bin/bash",
+        check=False,
     )
     seconds = time.monotonic() - started
     output = done.stdout + done.stderr
