@@ -1,0 +1,117 @@
+"""``deepseek-moe launch``: the file that starts a stage on many machines."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+HELP = "Write the file that starts a stage on several processes: one machine, Slurm, Kubernetes or Ray."
+EXAMPLES = """
+  deepseek-moe launch pretrain-demo --on local --gpus-per-node 8 --output runs/demo
+  deepseek-moe launch my_recipe.yaml --stage pretrain --on slurm --nodes 64 --engine zero3 --output runs/large
+  deepseek-moe launch adapt-demo --on kubernetes --nodes 4 --image me/moe:1 --claim runs --output /runs/adapt
+  deepseek-moe launch pretrain-debug --on slurm --cpu --processes-per-node 2 --output runs/first --seed 3
+
+--setting value replaces a setting of the recipe.
+"""
+TAKES_SETTINGS = True
+# Each stage's recipe class.
+_RECIPES = {
+    "pretrain": "pretrain_and_adapt.PretrainRecipe",
+    "adapt": "pretrain_and_adapt.AdaptRecipe",
+    "sft": "sft.SftRecipe",
+    "distill": "distill.DistillRecipe",
+    "align": "align.AlignRecipe",
+    "grpo": "grpo.GrpoRecipe",
+    "dpo": "dpo.DpoRecipe",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from deepseek_training.launch.job import ENGINES, PLACES
+
+    parser.add_argument("recipe", metavar="RECIPE", help="an embedded name, or a file that every node sees")
+    parser.add_argument("--stage", choices=tuple(_RECIPES), help="the command (default: the only one that takes it)")
+    parser.add_argument("--output", required=True, help="run folder, on storage that every node sees")
+    parser.add_argument("--on", choices=tuple(PLACES), default="local", help="where")
+    parser.add_argument("--nodes", type=int, default=1, help="machines")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="one process for each")
+    parser.add_argument("--cpu", action="store_true", help="train without GPUs, with --processes-per-node")
+    parser.add_argument("--processes-per-node", type=int, help="with --cpu")
+    parser.add_argument("--engine", choices=ENGINES, default="ddp", help="how the model is divided")
+    parser.add_argument("--time", default="1-00:00:00", help="longest run, [DAYS-]HOURS:MINUTES:SECONDS")
+    parser.add_argument("--restarts", type=int, default=10, help="how often a failed job starts again by itself")
+    parser.add_argument("--name", default="deepseek-moe", help="of the job")
+    parser.add_argument("--partition", default="", help="slurm: partition")
+    parser.add_argument("--image", default="", help="kubernetes: container image with this package")
+    parser.add_argument("--claim", default="", help="kubernetes: PersistentVolumeClaim that holds the run folder")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter on the nodes")
+    parser.add_argument("--file", type=Path, help="write there instead of to the terminal")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the stage's own words and write the file."""
+    from deepseek_training.launch.job import Job, check_job, check_recipe_is_shared, render_job
+    from deepseek_training.recipes.loading import parse_overrides
+
+    if args.cpu != (args.processes_per_node is not None):
+        raise ValueError("--processes-per-node: got one of it and --cpu, expected both or neither")
+    python = "python" if args.on in ("kubernetes", "ray") and args.python == sys.executable else args.python
+    job = Job(
+        stage=args.stage or _find_stage(args.recipe, args.settings),
+        recipe=check_recipe_is_shared(args.recipe),
+        output=args.output if args.on == "kubernetes" else str(Path(args.output).resolve()),
+        settings=tuple(args.settings),
+        name=args.name,
+        nodes=args.nodes,
+        processes_per_node=args.processes_per_node if args.cpu else args.gpus_per_node,
+        uses_gpus=not args.cpu,
+        engine=args.engine,
+        time=args.time,
+        restarts=args.restarts,
+        image=args.image,
+        claim=args.claim,
+        partition=args.partition,
+        python=python,
+    )
+    check_job(job, args.on)
+    _load(args.recipe, job.stage, parse_overrides(args.settings))  # refuses now what every node would refuse
+    text = render_job(job, args.on)
+    if args.file is None:
+        print(text, end="")
+        return 0
+    if args.file.is_dir():
+        raise ValueError(f"--file: got the folder {args.file}, expected a file")
+    args.file.write_text(text, encoding="utf-8")
+    start = {"local": "bash", "slurm": "sbatch", "kubernetes": "kubectl apply -f", "ray": "python"}[args.on]
+    print(f"{args.file}: start it with `{start} {args.file}`")
+    return 0
+
+
+def _find_stage(recipe: str, settings: list[str]) -> str:
+    """The stage of an embedded recipe by its name, of a file by which stage takes it."""
+    from deepseek_training.recipes.loading import list_recipes, parse_overrides
+
+    if recipe in list_recipes():
+        return recipe.split("-")[0]
+    errors = {}
+    for stage in _RECIPES:
+        try:
+            _load(recipe, stage, parse_overrides(settings))
+        except ValueError as error:
+            errors[stage] = str(error)
+    takes = [stage for stage in _RECIPES if stage not in errors]
+    if len(takes) != 1:
+        found = f"a recipe that {', '.join(takes)} take" if takes else f"a recipe that no stage takes ({recipe})"
+        raise ValueError(f"--stage: got {found}, expected one of {', '.join(_RECIPES)}")
+    return takes[0]
+
+
+def _load(recipe: str, stage: str, settings: dict[str, Any]) -> None:
+    from deepseek_training.recipes.loading import load_recipe
+
+    module, name = _RECIPES[stage].split(".")
+    recipe_class = getattr(importlib.import_module(f"deepseek_training.recipes.{module}"), name)
+    load_recipe(recipe, recipe_class, settings)
