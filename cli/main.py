@@ -40,6 +40,7 @@ SUBCOMMANDS = (
     "push",
     "params",
     "plan",
+    "plan",
     "launch",
     "doctor",
     "bench",
