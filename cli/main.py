@@ -40,7 +40,6 @@ SUBCOMMANDS = (
     "push",
     "params",
     "plan",
-    "plan",
     "launch",
     "doctor",
     "bench",

@@ -9,8 +9,6 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 PLACES = {
     "local": "local.sh.jinja",
     "slurm": "slurm.sh.jinja",
@@ -113,6 +111,8 @@ def render_job(job: Job, place: str) -> str:
         job: One that `check_job` accepts.
         place: A key of `PLACES`.
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # only here, so that --help answers at once
+
     environment = Environment(
         loader=PackageLoader("deepseek_training.launch", "scripts"),
         undefined=StrictUndefined,
