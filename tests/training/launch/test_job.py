@@ -64,12 +64,12 @@ def test_the_ray_file_is_a_program(capsys):
 
 def test_a_files_stage_is_found(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
-    path.write_text("max_steps: 3\nmodel: runs/first/model\n")
+    path.write_text("max_steps: 3\nlearning_rate: 0.001\nmodel: runs/first/model\n")
     assert main(["launch", str(path), "--output", "out"]) == 2
     assert "--stage: got a recipe that" in capsys.readouterr().err
     assert main(["launch", str(path), "--stage", "adapt", "--output", "out"]) == 0
     assert f"adapt {path}" in capsys.readouterr().out
-    path.write_text("preset: debug\nvocab_size: 300\n")
+    path.write_text("preset: debug\nvocab_size: 300\nmax_steps: 3\nlearning_rate: 0.001\n")
     assert main(["launch", str(path), "--output", "out"]) == 0
     assert f"pretrain {path}" in capsys.readouterr().out
 
