@@ -12,6 +12,7 @@ What counts as a figure says ``figures_in_markdown.py``. ``docs/claims.yaml`` be
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -72,6 +73,7 @@ class Claim:
         shown: Places.
         goal: What was to be reached, where it was not.
         reads: Regular expression whose groups are the first values in the command's output; empty: read by a person.
+        asserts: Whether the command is a test that fails outside of the tolerance, so that nothing is to be read.
         seconds: How long the command takes.
         needs: What the command needs beyond the package: a data set, another package, a GPU.
     """
@@ -87,13 +89,14 @@ class Claim:
     shown: tuple[Place, ...]
     goal: str = ""
     reads: str = ""
+    asserts: bool = False
     seconds: float = math.inf
     needs: str = ""
 
     @property
     def can_run(self) -> bool:
         """Whether the command alone measures it."""
-        return bool(self.reads) and not self.needs and self.status != "superseded"
+        return (bool(self.reads) or self.asserts) and not self.needs and self.status != "superseded"
 
 
 @dataclass(frozen=True)
@@ -309,11 +312,27 @@ def run_claim(claim: Claim) -> tuple[bool, str]:
     Args:
         claim: One that can run.
     """
+    code, output, seconds = _run_command(claim.command)
+    match = re.search(claim.reads, output, re.DOTALL | re.MULTILINE)
+    if code != 0 or match is None:
+        last = output.strip().splitlines()[-1:] or ["no output"]
+        return False, f"{claim.id}: {shlex.quote(claim.command)} ended with {code}: {last[0][:200]}"
+    if claim.asserts:
+        return True, f"{claim.id}: holds: asserted by the test, {list(claim.value)} {claim.tolerance}, {seconds:.0f} s"
+    got = [numbers_in(group)[0] for group in match.groups()]
+    holds = all(_agrees(new, old, claim.tolerance) for new, old in zip(got, claim.value, strict=False))
+    word = "holds" if holds else "DIFFERS"
+    return holds, f"{claim.id}: {word}: got {got}, registered {list(claim.value)} {claim.tolerance}, {seconds:.0f} s"
+
+
+@functools.cache
+def _run_command(command: str) -> tuple[int, str, float]:
+    """Exit code, output and seconds; several claims may read one output."""
     started = time.monotonic()
-    # The commands of the environment that this runs in, activated or not.
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    # The interpreter's own folder comes first: `pytest` and `deepseek-moe` are those of this environment.
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     done = subprocess.run(
-        claim.command,
+        command,
         shell=True,
         cwd=ROOT,
         env=environment,
@@ -322,16 +341,7 @@ def run_claim(claim: Claim) -> tuple[bool, str]:
         executable="/bin/bash",
         check=False,
     )
-    seconds = time.monotonic() - started
-    output = done.stdout + done.stderr
-    match = re.search(claim.reads, output, re.DOTALL | re.MULTILINE)
-    if done.returncode != 0 or match is None:
-        last = output.strip().splitlines()[-1:] or ["no output"]
-        return False, f"{claim.id}: {shlex.quote(claim.command)} ended with {done.returncode}: {last[0][:200]}"
-    got = [numbers_in(group)[0] for group in match.groups()]
-    holds = all(_agrees(new, old, claim.tolerance) for new, old in zip(got, claim.value, strict=False))
-    word = "holds" if holds else "DIFFERS"
-    return holds, f"{claim.id}: {word}: got {got}, registered {list(claim.value)} {claim.tolerance}, {seconds:.0f} s"
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - started
 
 
 def _agrees(new: float, old: float, tolerance: tuple[str, float]) -> bool:

@@ -150,6 +150,8 @@ def test_a_figure_in_a_registered_text_is_among_the_values(small_register):
         ({"tolerance": ("at most", 1.5)}, False),
         ({"reads": "nothing like (it)"}, False),
         ({"command": "echo ratio 1.5; exit 3"}, False),
+        ({"command": "true", "reads": "", "asserts": True}, True),
+        ({"command": "false", "reads": "", "asserts": True}, False),
     ],
 )
 def test_measuring_again_tells_whether_it_holds(small_register, change, holds):
