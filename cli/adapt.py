@@ -2,7 +2,8 @@
 
 import argparse
 
-from deepseek_cli.stage_command import add_run_arguments, close_with_targets
+from deepseek_cli.stage_command import add_stage_arguments, run_stage
+from deepseek_records.summary import Summary
 
 HELP = "Continue a model on a domain with replayed general text (stage 2)."
 EXAMPLES = """
@@ -16,29 +17,18 @@ An interrupted run goes on when the same command is given again.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the recipe, its settings and where to write."""
-    from deepseek_training.recipes.loading import add_recipe_arguments
     from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 
-    add_recipe_arguments(parser, AdaptRecipe)
-    add_run_arguments(parser, "runs/adapt")
+    add_stage_arguments(parser, AdaptRecipe, "runs/adapt")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train and print what changed."""
-    from deepseek_training.recipes.loading import collect_overrides, load_recipe
+    """Train and print what it came to."""
     from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 
-    recipe = load_recipe(args.recipe, AdaptRecipe, collect_overrides(args))
+    return run_stage(args, "adapt", AdaptRecipe, _tell)
 
-    from accelerate import PartialState
 
-    from deepseek_training.stages.adapt import adapt
-
-    summary = adapt(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
-    if summary is None:
-        return 0
-    if PartialState().is_main_process:
-        for check in summary.checks:
-            print(f"{check.dataset}: bits per byte {check.value:+.1%} ({'ok' if check.passed else 'missed'})")
-        print(f"model in {args.output}/model after {summary.seconds:.0f} s")
-    return close_with_targets(args, summary.missed)
+def _tell(summary: Summary) -> None:
+    for check in summary.checks:
+        print(f"{check.dataset}: bits per byte {check.value:+.1%} ({'ok' if check.passed else 'missed'})")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from deepseek_cli.stage_command import add_run_arguments, close_with_targets, print_gain
+from deepseek_cli.stage_command import add_stage_arguments, print_gain, run_stage
 
 HELP = "Align a model with PPO under 0.7 relevance + 0.2 safety + 0.1 diversity."
 EXAMPLES = """
@@ -14,22 +14,14 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the recipe, its settings and where to write."""
     from deepseek_training.recipes.align import AlignRecipe
-    from deepseek_training.recipes.loading import add_recipe_arguments
 
-    add_recipe_arguments(parser, AlignRecipe)
-    add_run_arguments(parser)
+    add_stage_arguments(parser, AlignRecipe)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Align and print the gain."""
-    from deepseek_training.recipes.loading import collect_overrides, load_recipe
-    from deepseek_training.stages.align import AlignRecipe, align
+    """Train and print what it came to."""
+    from deepseek_training.recipes.align import AlignRecipe
 
-    recipe = load_recipe(args.recipe, AlignRecipe, collect_overrides(args))
-    summary = align(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
-    if summary is None:
-        return 0
-    print_gain(args, summary)
-    return close_with_targets(args, summary.missed)
+    return run_stage(args, "align", AlignRecipe, print_gain)

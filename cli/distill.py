@@ -2,7 +2,8 @@
 
 import argparse
 
-from deepseek_cli.stage_command import add_run_arguments, close_with_targets
+from deepseek_cli.stage_command import add_stage_arguments, run_stage
+from deepseek_records.summary import Summary
 
 HELP = "Teach a smaller model by a larger one: cut out of it, begun anew, or there already."
 EXAMPLES = """
@@ -17,33 +18,22 @@ An interrupted run goes on when the same command is given again.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the recipe, its settings and where to write."""
     from deepseek_training.recipes.distill import DistillRecipe
-    from deepseek_training.recipes.loading import add_recipe_arguments
 
-    add_recipe_arguments(parser, DistillRecipe)
-    add_run_arguments(parser, "runs/distill")
+    add_stage_arguments(parser, DistillRecipe, "runs/distill")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train and print what it came to."""
     from deepseek_training.recipes.distill import DistillRecipe
-    from deepseek_training.recipes.loading import collect_overrides, load_recipe
 
-    recipe = load_recipe(args.recipe, DistillRecipe, collect_overrides(args))
+    return run_stage(args, "distill", DistillRecipe, _tell)
 
-    from accelerate import PartialState
 
-    from deepseek_training.stages.distill import distill
-
-    summary = distill(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
-    if summary is None:
-        return 0
-    if PartialState().is_main_process:
-        before, after = summary.results
-        print(
-            f"{after.dataset}: {before.value:.4f} -> {after.value:.4f} +- {after.stderr:.4f} bits per byte "
-            f"(teacher: {after.baseline:.4f})"
-        )
-        if "gap_closed" in summary.details:
-            print(f"{summary.details['gap_closed']:.1%} of the way from the start to the teacher")
-        print(f"model in {args.output}/model after {summary.seconds:.0f} s")
-    return close_with_targets(args, summary.missed)
+def _tell(summary: Summary) -> None:
+    before, after = summary.results
+    print(
+        f"{after.dataset}: {before.value:.4f} -> {after.value:.4f} +- {after.stderr:.4f} bits per byte "
+        f"(teacher: {after.baseline:.4f})"
+    )
+    if "gap_closed" in summary.details:
+        print(f"{summary.details['gap_closed']:.1%} of the way from the start to the teacher")

@@ -2,7 +2,8 @@
 
 import argparse
 
-from deepseek_cli.stage_command import add_run_arguments, close_with_targets
+from deepseek_cli.stage_command import add_stage_arguments, run_stage
+from deepseek_records.summary import Summary
 
 HELP = "Teach a model to prefer better answers, by TRL's DPOTrainer on pairs."
 EXAMPLES = """
@@ -16,28 +17,17 @@ A row holds prompt, chosen and rejected, each a text or a list of messages.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the recipe, its settings and where to write."""
     from deepseek_training.recipes.dpo import DpoRecipe
-    from deepseek_training.recipes.loading import add_recipe_arguments
 
-    add_recipe_arguments(parser, DpoRecipe)
-    add_run_arguments(parser, "runs/dpo")
+    add_stage_arguments(parser, DpoRecipe, "runs/dpo")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train and print what is preferred."""
+    """Train and print what it came to."""
     from deepseek_training.recipes.dpo import DpoRecipe
-    from deepseek_training.recipes.loading import collect_overrides, load_recipe
 
-    recipe = load_recipe(args.recipe, DpoRecipe, collect_overrides(args))
+    return run_stage(args, "dpo", DpoRecipe, _tell)
 
-    from accelerate import PartialState
 
-    from deepseek_training.stages.dpo import dpo
-
-    summary = dpo(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
-    if summary is None:
-        return 0
-    if PartialState().is_main_process:
-        for row in summary.results:
-            print(f"held-out {row.metric.replace('_', ' ')}: {row.value:.3f} (n {row.n})")
-        print(f"model in {args.output}/model after {summary.seconds:.0f} s")
-    return close_with_targets(args, summary.missed)
+def _tell(summary: Summary) -> None:
+    for row in summary.results:
+        print(f"held-out {row.metric.replace('_', ' ')}: {row.value:.3f} (n {row.n})")

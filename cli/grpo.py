@@ -2,7 +2,7 @@
 
 import argparse
 
-from deepseek_cli.stage_command import add_run_arguments, close_with_targets, print_gain
+from deepseek_cli.stage_command import add_stage_arguments, print_gain, run_stage
 
 HELP = "Align a model with GRPO, by TRL's GRPOTrainer, under the same rewards as align."
 EXAMPLES = """
@@ -14,23 +14,12 @@ EXAMPLES = """
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the recipe, its settings and where to write."""
     from deepseek_training.recipes.grpo import GrpoRecipe
-    from deepseek_training.recipes.loading import add_recipe_arguments
 
-    add_recipe_arguments(parser, GrpoRecipe)
-    add_run_arguments(parser, "runs/grpo")
+    add_stage_arguments(parser, GrpoRecipe, "runs/grpo")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Align and print the gain."""
+    """Train and print what it came to."""
     from deepseek_training.recipes.grpo import GrpoRecipe
-    from deepseek_training.recipes.loading import collect_overrides, load_recipe
 
-    recipe = load_recipe(args.recipe, GrpoRecipe, collect_overrides(args))
-
-    from deepseek_training.stages.grpo import grpo
-
-    summary = grpo(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
-    if summary is None:
-        return 0
-    print_gain(args, summary)
-    return close_with_targets(args, summary.missed)
+    return run_stage(args, "grpo", GrpoRecipe, print_gain)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from deepseek_cli.stage_command import add_run_arguments, close_with_targets
+from deepseek_cli.stage_command import add_stage_arguments, run_stage
 from deepseek_records.summary import Summary
 
 HELP = "Pretrain a model from scratch on plain text (stage 1)."
@@ -18,36 +18,21 @@ An interrupted run goes on when the same command is given again.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the recipe, its settings and where to write."""
-    from deepseek_training.recipes.loading import add_recipe_arguments
     from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 
-    add_recipe_arguments(parser, PretrainRecipe)
-    add_run_arguments(parser, "runs/pretrain")
+    add_stage_arguments(parser, PretrainRecipe, "runs/pretrain")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train and print where the result lies."""
-    from deepseek_training.recipes.loading import collect_overrides, load_recipe
+    """Train and print what it came to."""
     from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 
-    recipe = load_recipe(args.recipe, PretrainRecipe, collect_overrides(args))
-
-    from accelerate import PartialState
-
-    from deepseek_training.stages.pretrain import pretrain
-
-    summary = pretrain(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
-    if summary is None:
-        return 0
-    if PartialState().is_main_process:
-        _report(summary, args.output)
-    return close_with_targets(args, summary.missed)
+    return run_stage(args, "pretrain", PretrainRecipe, _tell)
 
 
-def _report(summary: Summary, output: str) -> None:
+def _tell(summary: Summary) -> None:
     for row in summary.results:
         print(
             f"{row.dataset}: {row.value:.4f} +- {row.stderr:.4f} bits per byte "
             f"({row.baseline_name}: {row.baseline:.4f})"
         )
-    print(f"model in {output}/model after {summary.seconds:.0f} s")

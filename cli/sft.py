@@ -2,7 +2,8 @@
 
 import argparse
 
-from deepseek_cli.stage_command import add_run_arguments, close_with_targets
+from deepseek_cli.stage_command import add_stage_arguments, run_stage
+from deepseek_records.summary import Summary
 
 HELP = "Teach a model to answer questions, by TRL's SFTTrainer (optional, before align)."
 EXAMPLES = """
@@ -17,29 +18,18 @@ A row holds prompt and answer, or messages: a list of turns, each with role and 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the recipe, its settings and where to write."""
-    from deepseek_training.recipes.loading import add_recipe_arguments
     from deepseek_training.recipes.sft import SftRecipe
 
-    add_recipe_arguments(parser, SftRecipe)
-    add_run_arguments(parser, "runs/sft")
+    add_stage_arguments(parser, SftRecipe, "runs/sft")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train and print what changed."""
-    from deepseek_training.recipes.loading import collect_overrides, load_recipe
+    """Train and print what it came to."""
     from deepseek_training.recipes.sft import SftRecipe
 
-    recipe = load_recipe(args.recipe, SftRecipe, collect_overrides(args))
+    return run_stage(args, "sft", SftRecipe, _tell)
 
-    from accelerate import PartialState
 
-    from deepseek_training.stages.sft import sft
-
-    summary = sft(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
-    if summary is None:
-        return 0
-    if PartialState().is_main_process:
-        for check in summary.checks:
-            print(f"held-out answers: bits per byte {check.value:+.1%} ({'ok' if check.passed else 'missed'})")
-        print(f"model and chat template in {args.output}/model after {summary.seconds:.0f} s")
-    return close_with_targets(args, summary.missed)
+def _tell(summary: Summary) -> None:
+    for check in summary.checks:
+        print(f"held-out answers: bits per byte {check.value:+.1%} ({'ok' if check.passed else 'missed'})")

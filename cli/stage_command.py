@@ -1,9 +1,10 @@
-"""What the commands that train share: options, the line on the reward, and the exit code of a missed target."""
+"""What the commands that train share: options, the way through a stage, and the exit code of a missed target."""
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from deepseek_records.exit_codes import DONE, MISSED
@@ -28,20 +29,57 @@ def add_run_arguments(parser: argparse.ArgumentParser, output: str | None = None
     )
 
 
-def print_gain(args: argparse.Namespace, summary: "Summary") -> None:
-    """Print, once for all processes, how the held-out reward changed and where the model is.
+def add_stage_arguments(parser: argparse.ArgumentParser, recipe_class: type, output: str | None = None) -> None:
+    """Declare a stage's recipe, its settings and where to write.
+
+    Args:
+        parser: The command's.
+        recipe_class: What the recipe is read into.
+        output: The default folder; None: it must be given.
+    """
+    from deepseek_training.recipes.loading import add_recipe_arguments
+
+    add_recipe_arguments(parser, recipe_class)
+    add_run_arguments(parser, output)
+
+
+def run_stage(args: argparse.Namespace, name: str, recipe_class: type, tell: Callable[["Summary"], None]) -> int:
+    """Run a stage, print what it came to, and return the exit code.
+
+    The recipe is read before torch is imported, so that a wrong setting is told at once.
 
     Args:
         args: The parsed options.
-        summary: Of a stage that trains under a reward.
+        name: The stage: ``deepseek_training.stages.<name>`` holds a function of this name.
+        recipe_class: As for `add_stage_arguments`.
+        tell: Prints the stage's figures; called in one process of several.
     """
+    from deepseek_training.recipes.loading import collect_overrides, load_recipe
+
+    recipe = load_recipe(args.recipe, recipe_class, collect_overrides(args))
+
     from accelerate import PartialState
 
+    stage = getattr(importlib.import_module(f"deepseek_training.stages.{name}"), name)
+    summary = stage(recipe, args.output, overwrite=args.overwrite, is_dry=args.dry_run)
+    if summary is None:
+        return DONE
+    if PartialState().is_main_process:
+        tell(summary)
+        print(f"model in {args.output}/model after {summary.seconds:.0f} s")
+    return close_with_targets(args, summary.missed)
+
+
+def print_gain(summary: "Summary") -> None:
+    """Print how the held-out reward changed.
+
+    Args:
+        summary: Of a stage that trains under a reward.
+    """
     gain = summary.gain
-    if PartialState().is_main_process and gain is not None:
+    if gain is not None:
         error = "" if gain.stderr_paired is None else f"paired standard error {gain.stderr_paired:.4f}, "
         print(f"held-out reward {gain.value:+.4f} ({error}n {gain.n})")
-        print(f"model in {args.output}/model after {summary.seconds:.0f} s")
 
 
 def close_with_targets(args: argparse.Namespace, missed: Iterable[str]) -> int:
