@@ -95,7 +95,7 @@ def _draft(model: Any, **options: Any) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):  # How Python reads such bytes.
-        raise ValueError("--prompt: got bytes that are no UTF-8 text")
+        raise ValueError("--prompt: got bytes that are not UTF-8, expected text")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed: got {args.seed}, expected 0 to 2**32 - 1")
     if args.max_new_tokens < 1:

@@ -205,7 +205,7 @@ def check_page(page: str, register: Register) -> list[str]:
 
 
 def check_values(register: Register) -> list[str]:
-    """Return which claims register a value that no place shows, or show in a text a figure that is no value.
+    """Return which claims register a value that no place shows, or show in a text a figure not among their values.
 
     Tables and blocks hold more figures than a claim lists; their digest holds the rest.
 

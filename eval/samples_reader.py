@@ -40,7 +40,7 @@ def read_samples(path: str | Path, items: list[ProgramItem], beyond_limit: Colle
     Raises:
         FileNotFoundError: There is no such file.
         IsADirectoryError: It is a folder.
-        ValueError: A line is no sample, a problem is missing or unknown, or one sample occurs twice.
+        ValueError: A line is not a sample, a problem is missing or unknown, or one sample occurs twice.
     """
     path = Path(path)
     if path.is_dir():

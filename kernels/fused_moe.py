@@ -71,7 +71,7 @@ def fused_moe(
         [T, H] in the dtype of `hidden_states` (under autocast: in autocast's dtype).
 
     Raises:
-        ValueError: Shapes, dtypes, devices or layout do not fit together, or something is no tensor.
+        ValueError: Shapes, dtypes, devices or layout do not fit together, or an argument is not a tensor.
 
     Example:
         >>> import torch

@@ -87,7 +87,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"index: {index} is no JSON ({error})") from None
+        raise ValueError(f"index: {index}: got no JSON ({error}), expected an object") from None
     for key in ("metadata", "weight_map"):
         if not isinstance(entries, dict) or not isinstance(entries.get(key), dict):
             raise ValueError(f"index: {index} has no {key}, expected an object")
@@ -108,7 +108,7 @@ def check_tensors(tensors: dict[str, StoredTensor], weight_map: dict[str, str], 
     Args:
         tensors: What the files hold.
         weight_map: Each tensor's file name, as in ``model.safetensors.index.json``; empty: there is no index.
-        num_experts: How many experts a layer has.
+        num_experts: Experts of each layer.
     """
     absent = [name for name, shard in weight_map.items() if name not in tensors or tensors[name].path.name != shard]
     # First what is nowhere: a shard under another's name is told by what it lacks.

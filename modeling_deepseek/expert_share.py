@@ -1,4 +1,4 @@
-"""How many experts a token uses: a cumulative share p, and the PI controller that steers p to a target mean.
+"""The number of experts per token: a cumulative share p, and the PI controller that steers p to a target mean.
 
 `DeepseekRouter` calls it when `min_experts_per_tok < num_experts_per_tok`. The share p moves once per optimizer
 step and never within one, or activation checkpointing would recompute a layer with another p than it was run with, and

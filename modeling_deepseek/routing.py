@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, with what weights, and how many of them.
+"""The router: the experts of each token, their number and their weights.
 
 `DeepseekMoE` calls it. With default settings it computes what transformers' `DeepseekV3TopkRouter` computes, bit for
 bit. An expert that a token does not use keeps a valid index and gets weight 0, because transformers' `grouped_mm`

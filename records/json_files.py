@@ -20,13 +20,13 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: There is no such file.
         FileExistsError: Its folder is a file.
-        ValueError: It is cut short, no text, or holds something else.
+        ValueError: It is cut short, not text, or holds something else.
     """
     check_output(path.parent, what)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what}: {path} is no JSON ({error})") from None
+        raise ValueError(f"{what}: {path}: got no JSON ({error}), expected an object") from None
     if not isinstance(value, dict):
         raise ValueError(f"{what}: {path} holds {type(value).__name__}, expected an object")
     return value

@@ -274,8 +274,8 @@ def _load(auto_class: type, what: str, source: str, **options: Any) -> Any:
         if Path(source).is_dir():
             raise FileNotFoundError(f"{what}: {source} is not whole ({first_line(error)})") from None
         raise ValueError(
-            f"{what}: {source} is no local folder and could not be fetched from the Hub; pass a checkpoint folder, or "
-            f"download it first ({first_line(error)})"
+            f"{what}: {source} is not a local folder and could not be fetched from the Hub; pass a checkpoint folder, "
+            f"or download it first ({first_line(error)})"
         ) from None
     except StrictDataclassError as error:  # a setting of the wrong type
         raise ValueError(

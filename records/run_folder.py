@@ -197,7 +197,7 @@ class RunFolder:
         try:
             settings = yaml.safe_load(self._read(RECIPE_FILE)) or {}
         except yaml.YAMLError as error:
-            raise ValueError(f"run: {self.path / RECIPE_FILE} is no YAML ({error})") from None
+            raise ValueError(f"run: {self.path / RECIPE_FILE}: got no YAML ({error}), expected the settings") from None
         if not isinstance(settings, dict):
             raise ValueError(f"run: {self.path / RECIPE_FILE} holds {type(settings).__name__}, expected settings")
         return settings
@@ -259,7 +259,9 @@ class RunFolder:
         except FileNotFoundError:
             raise self._lacks(name) from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"run: {self.path / name} is no UTF-8 text (byte {error.start})") from None
+            raise ValueError(
+                f"run: {self.path / name}: got bytes that are not UTF-8 (byte {error.start}), expected text"
+            ) from None
 
     def _read_object(self, name: str) -> dict[str, Any]:
         try:
@@ -268,7 +270,7 @@ class RunFolder:
             raise self._lacks(name) from None
 
     def _lacks(self, name: str) -> FileNotFoundError:
-        return FileNotFoundError(f"run: {self.path} has no {name}; it is no run folder or not finished")
+        return FileNotFoundError(f"run: {self.path} has no {name}; it is not a run folder, or the run is not finished")
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""

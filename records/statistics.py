@@ -68,7 +68,7 @@ def ratio_with_error(
     ratio = sum(numerators) / total
     residuals: dict[Hashable, float] = defaultdict(float)
     for index, (a, b) in enumerate(zip(numerators, denominators, strict=True)):
-        if b or a:  # An item outside the ratio is no trial of it.
+        if b or a:  # An item outside the ratio does not count.
             residuals[clusters[index] if clusters is not None else index] += a - ratio * b
     if len(residuals) < 2:
         return ratio, None

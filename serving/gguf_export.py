@@ -108,7 +108,7 @@ def export_gguf(model_path: str | Path, output: str | Path, *, fixed_experts: in
     Raises:
         ValueError: Something in the model that llama.cpp cannot compute; the message names it.
         FileExistsError: The file exists.
-        FileNotFoundError: The folder is no checkpoint.
+        FileNotFoundError: The folder is not a checkpoint.
     """
     gguf = _import_gguf()
     source = Path(resolve_checkpoint(model_path))

@@ -41,7 +41,7 @@ def kept_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
 
 
 def peak_memory(step: Callable[[], object], device: str) -> int | None:
-    """Return how many bytes a step takes at most beyond what was there before; None where nobody counts.
+    """Return the most bytes taken by a step beyond what was there before; None where that is not counted.
 
     Args:
         step: Runs once.

@@ -49,7 +49,7 @@ def load_task(path: Path) -> Task:
 
     Raises:
         FileNotFoundError: The file or its data is not there.
-        ValueError: It is no YAML, or a setting is missing, unknown or wrong.
+        ValueError: It is not YAML, or a setting is missing, unknown or wrong.
     """
     given = _read_yaml(path)
     if given["kind"] == "text":

@@ -98,6 +98,6 @@ TASK = Task(
     max_new_tokens=128,
     metric="refusal_rate",
     metric_inputs=metric_inputs,
-    does_not_show="Whether an answer that is no refusal does harm (nonsense passes for compliance), nor how the model "
-    "stands up to attacks: requests are put plainly and answers are judged by their wording alone.",
+    does_not_show="Whether an answer that is not a refusal does harm (nonsense passes for compliance), nor how the "
+    "model stands up to attacks: requests are put plainly and answers are judged by their wording alone.",
 )

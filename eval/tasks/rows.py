@@ -28,7 +28,7 @@ def find_source(text: str | Path) -> str | Path:
     if "/" in str(text) and is_hub_id(str(text)):
         return str(text)
     raise FileNotFoundError(
-        f"data: {text} does not exist and is no Hub id, expected a folder, a file, owner/name or owner/name:config"
+        f"data: {text} does not exist and is not a Hub id, expected a folder, a file, owner/name or owner/name:config"
     )
 
 
@@ -57,7 +57,7 @@ def read_rows(names: str | Sequence[str], source: str | Path | None = None, *, w
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line is no JSON object, or a Hub id cannot be read.
+        ValueError: A line is not a JSON object, or a Hub id cannot be read.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     if isinstance(source, str):

@@ -156,7 +156,7 @@ def test_two_runs_compare(finished, tmp_path):
     [
         ("bqb=somewhere", "unknown task 'bqb'; did you mean bbq"),
         ("bbq=", "expected a folder or task=source pairs"),
-        ("bbq=nowhere", "nowhere does not exist and is no Hub id"),
+        ("bbq=nowhere", "nowhere does not exist and is not a Hub id"),
         (f"winobias={REFERENCE}", "holds neither winobias.jsonl"),
         (
             f"winobias={REFERENCE / 'sentence_pairs.csv'}",

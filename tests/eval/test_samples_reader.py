@@ -152,7 +152,7 @@ def test_own_problems_in_a_single_file_as_elsewhere(tmp_path):
         assert scores["tasks"]["humaneval"]["pass@1"] == 1.0 and scores["tasks"]["humaneval"]["n"] == 1
     with pytest.raises(ValueError, match="unknown task 'human_eval'"):
         score_samples(samples, "humaneval", output=tmp_path / "other", data_path={"human_eval": str(data)})
-    with pytest.raises(FileNotFoundError, match=r"data: nowhere does not exist and is no Hub id"):
+    with pytest.raises(FileNotFoundError, match=r"data: nowhere does not exist and is not a Hub id"):
         score_samples(samples, "humaneval", output=tmp_path / "other", data_path="nowhere")
     write_lines(data, [{"task_id": "mine/0"}])
     with pytest.raises(ValueError, match=r"problems.jsonl, line 1: prompt: got no prompt, expected text"):

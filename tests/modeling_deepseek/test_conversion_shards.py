@@ -56,14 +56,14 @@ def test_a_shard_cut_short(folder, size, message):
 
 
 BROKEN = {
-    "cut short": (lambda text: text[:100], "is no JSON (Expecting"),
-    "empty": (lambda text: "", "is no JSON (Expecting value"),
+    "cut short": (lambda text: text[:100], "got no JSON (Expecting"),
+    "empty": (lambda text: "", "got no JSON (Expecting value"),
     "a list": (lambda text: "[]", "has no metadata, expected an object"),
     "no map": (lambda text: '{"metadata": {}}', "has no weight_map, expected an object"),
     "no metadata": (lambda text: json.dumps({"weight_map": json.loads(text)["weight_map"]}), "has no metadata"),
     "an empty map": (lambda text: '{"metadata": {}, "weight_map": {}}', "has an empty weight_map"),
     "a number": (lambda text: '{"metadata": {}, "weight_map": {"a": 3}}', "has 3 for 'a', expected a file name"),
-    "nested": (lambda text: "[" * 100_000, "is no JSON (maximum recursion depth"),
+    "nested": (lambda text: "[" * 100_000, "got no JSON (maximum recursion depth"),
 }
 
 
@@ -76,7 +76,7 @@ def test_a_broken_index_is_named(folder, kind):
         with pytest.raises(ValueError, match=r"^index: "):
             loader.from_pretrained(folder.parent, subfolder=folder.name)
     (folder / INDEX).write_bytes(bytes(range(256)))
-    assert "is no JSON ('utf-8' codec can't decode" in refused(folder)
+    assert "got no JSON ('utf-8' codec can't decode" in refused(folder)
 
 
 def test_another_file_under_a_shards_name(folder):

@@ -58,7 +58,7 @@ def test_a_folder_without_a_checkpoint(tmp_path):
 def test_a_broken_index_of_any_model(copy):
     index = copy / "model.safetensors.index.json"
     index.write_text(index.read_text()[:-40])
-    with pytest.raises(ValueError, match=rf"^index: {index} is no JSON \(") as caught:
+    with pytest.raises(ValueError, match=rf"^index: {index}: got no JSON \(") as caught:
         load_model(copy)
     one_line(caught)
 
@@ -106,10 +106,10 @@ def test_a_broken_config(copy):
 
 
 BROKEN = [
-    ("", "is no JSON"),
+    ("", "got no JSON"),
     ("[1]", "holds list, expected an object"),
-    ("[" * 100_000, "is no JSON"),
-    ("\xff", "is no JSON"),
+    ("[" * 100_000, "got no JSON"),
+    ("\xff", "got no JSON"),
 ]
 
 

@@ -106,12 +106,12 @@ def test_a_run_that_only_began_is_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("summary.json", b'{"stage": ', "summary.json is no JSON (Expecting value"),
+        ("summary.json", b'{"stage": ', "summary.json: got no JSON (Expecting value"),
         ("summary.json", b"[]", "summary.json holds list, expected an object"),
-        ("environment.json", b"\xff", "environment.json is no JSON ('utf-8' codec"),
-        ("recipe.yaml", b"a: [", "recipe.yaml is no YAML"),
+        ("environment.json", b"\xff", "environment.json: got no JSON ('utf-8' codec"),
+        ("recipe.yaml", b"a: [", "recipe.yaml: got no YAML"),
         ("recipe.yaml", b"- a", "recipe.yaml holds list, expected settings"),
-        ("recipe.yaml", b"\xff", "recipe.yaml is no UTF-8 text (byte 0)"),
+        ("recipe.yaml", b"\xff", "recipe.yaml: got bytes that are not UTF-8 (byte 0)"),
         ("metrics.jsonl", b"[1]\n", "metrics.jsonl holds list in a line, expected objects"),
     ],
 )

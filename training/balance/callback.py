@@ -311,7 +311,7 @@ def _warn_of_imbalance(record: LoadRecord) -> None:
 
 
 def _warn_of_lost_state(model: nn.Module, layers: Sequence[MoeLayer], speed: float | None) -> None:
-    """Say so if what moves in the routers is no part of the adapter that PEFT saves."""
+    """Say so if what moves in the routers is not part of the adapter that PEFT saves."""
     if not hasattr(model, "peft_config"):
         return
     names = {module: name for name, module in model.named_modules()}
@@ -319,7 +319,7 @@ def _warn_of_lost_state(model: nn.Module, layers: Sequence[MoeLayer], speed: flo
         owner = layer.router if layer.bias_owner is None else layer.bias_owner[0]
         if _is_moving(layer, speed) and ".modules_to_save." not in names[owner]:
             logger.warning(
-                "ExpertBalanceCallback: balancing bias and expert share of the routers move, but are no part of the "
+                "ExpertBalanceCallback: balancing bias and expert share of the routers move, but are not part of the "
                 f"adapter; pass PEFT modules_to_save=[{layer.router_name!r}], or keep them still "
                 "(bias_update_speed=0, fixed experts)"
             )

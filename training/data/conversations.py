@@ -126,7 +126,7 @@ def encode_conversation(
 
     Raises:
         ValueError: The template refuses the conversation or opens the model's turn otherwise than it generates, there
-            is no turn of the model, or the question leaves no room for an answer.
+            is not a turn of the model, or the question leaves no room for an answer.
     """
     messages = to_messages(row)
     turns = [

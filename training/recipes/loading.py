@@ -164,13 +164,13 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
     """Return ``--key value`` and ``--key=value`` words as a mapping; values are YAML.
 
     Raises:
-        ValueError: A word that is no option, or an option without a value.
+        ValueError: A word that is not an option, or an option without a value.
     """
     overrides, rest = {}, list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"override: '{word}' is no setting; write --key value")
+            raise ValueError(f"override: '{word}' is not a setting; write --key value")
         key, equals, value = word[2:].partition("=")
         if not equals:
             if not rest:
@@ -193,7 +193,7 @@ def _set_nested(settings: dict[str, Any], key: str, value: Any) -> None:
     if tail:
         inner = settings.get(head) or {}
         if not isinstance(inner, dict):
-            raise ValueError(f"override: '{head}' is no mapping, so --{key} sets nothing")
+            raise ValueError(f"override: '{head}' is not a mapping, so --{key} sets nothing")
         settings[head] = dict(inner)
         _set_nested(settings[head], tail, value)
     elif isinstance(value, dict) and isinstance(settings.get(head), dict):

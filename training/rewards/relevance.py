@@ -243,5 +243,5 @@ def _novelty(prompt: set[str], words: list[str], lexicon: TextEmbedder) -> float
 
 
 def _units(content: list[str]) -> set[str]:
-    """The distinct words, Han ones by their characters: the prompt's characters in another order are no news."""
+    """The distinct words, Han ones by their characters: the prompt's characters in another order are not new."""
     return {unit for word in content for unit in (word if is_han(word) else [word])}

@@ -75,7 +75,7 @@ class CoreferenceGap(evaluate.Metric):
 
 def _score(sides: list[dict[str, float]]) -> dict[str, Any]:
     figures = {
-        # By pair, because its two sentences are no independent trials.
+        # By pair, because its two sentences are not independent trials.
         "acc": mean_with_error([(side["pro"] + side["anti"]) / 2 for side in sides]),
         "acc_pro": mean_with_error([side["pro"] for side in sides]),
         "acc_anti": mean_with_error([side["anti"] for side in sides]),

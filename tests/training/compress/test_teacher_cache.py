@@ -159,7 +159,7 @@ def test_a_folder_of_something_else_is_refused(blocks, tmp_path):
         fill(tmp_path, blocks)
     (tmp_path / "thesis.txt").unlink()
     (tmp_path / "cache.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="got no JSON"):
         fill(tmp_path, blocks)
 
 

@@ -110,7 +110,7 @@ def test_binary_recipe_is_refused(tmp_path):
         load_recipe(tmp_path / "toy.yaml", ToyRecipe)
 
 
-@pytest.mark.parametrize(("words", "message"), [(["seed"], "is no setting"), (["--seed"], "has no value")])
+@pytest.mark.parametrize(("words", "message"), [(["seed"], "is not a setting"), (["--seed"], "has no value")])
 def test_bad_overrides_fail(tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(write(tmp_path, "steps: 7\n"), ToyRecipe, words)
