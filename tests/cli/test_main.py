@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_deepseek_moe import run_command
+from run_deepseek_moe import ENVIRONMENT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
@@ -148,7 +148,7 @@ def test_a_prompt_longer_than_the_context(capsys, checkpoint):
         ("--temperature", "nan", "--temperature: got nan"),
         ("--temperature", "inf", "--temperature: got inf"),
         ("--seed", "-1", "--seed: got -1, expected 0 to 2**32 - 1"),
-        ("--prompt", "caf\udce9", "--prompt: got bytes that are no UTF-8 text"),
+        ("--prompt", "caf\udce9", "--prompt: got bytes that are not UTF-8, expected text"),
     ],
 )
 def test_what_generate_cannot_use(capsys, checkpoint, option, value, expected):
@@ -157,7 +157,7 @@ def test_what_generate_cannot_use(capsys, checkpoint, option, value, expected):
 
 @pytest.mark.parametrize("command", ["params", "generate", "gguf"])
 @pytest.mark.parametrize(
-    ("content", "expected"), [("[1]", "holds list, expected an object"), ("{", "is no JSON"), (None, "hidden_size")]
+    ("content", "expected"), [("[1]", "holds list, expected an object"), ("{", "got no JSON"), (None, "hidden_size")]
 )
 def test_a_broken_config(capsys, checkpoint, tmp_path, command, content, expected):
     folder = shutil.copytree(checkpoint, tmp_path / "broken")
@@ -257,20 +257,19 @@ def test_a_missing_model(capsys, model):
     assert "does not exist" in error_line(capsys, "generate", model, "--prompt", "hello")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_a_hub_id_without_network(tmp_path):
+    # In a process of its own: huggingface_hub reads HF_HUB_OFFLINE once, at import.
+    commands = [
         ["generate", "someone/some-model", "--prompt", "hello"],
         ["evaluate", "someone/some-model", "--output", "out"],
         ["pretrain", "pretrain-debug", "--data", "someone/some-data", "--output", "out"],
-    ],
-    ids=lambda arguments: arguments[0],
-)
-def test_a_hub_id_without_network(tmp_path, arguments):
-    # In a process of its own: huggingface_hub reads HF_HUB_OFFLINE once, at import.
-    done = run_command(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and "pass" in done.stderr, done.stderr
+    ]
+    code = f"from deepseek_cli.main import main; print([main(command) for command in {commands}])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout == "[2, 2, 2]\n"
+    lines = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"deepseek-moe {command[0]}" for command in commands], lines
+    assert all("pass" in line for line in lines), lines
 
 
 def test_generate_streams_the_same_text_for_the_same_seed(capsys, checkpoint):
