@@ -108,7 +108,7 @@ def test_unknown_recipe_key_names_the_nearest(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"), [(b"", "empty"), (bytes(range(128, 256)) * 40, "not UTF-8 text")], ids=["empty", "binary"]
+    ("content", "expected"), [(b"", "empty"), (bytes(range(128, 256)) * 40, "not UTF-8")], ids=["empty", "binary"]
 )
 def test_unusable_data_files(capsys, tmp_path, content, expected):
     path = tmp_path / "text.txt"

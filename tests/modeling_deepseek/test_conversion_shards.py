@@ -71,7 +71,7 @@ BROKEN = {
 def test_a_broken_index_is_named(folder, kind):
     change, message = BROKEN[kind]
     (folder / INDEX).write_text(change((folder / INDEX).read_text()))
-    assert refused(folder).startswith(f"index: {folder / INDEX} {message}")
+    assert refused(folder).startswith(f"index: {folder / INDEX}") and message in refused(folder)
     for loader in (DeepseekForCausalLM, DeepseekModel):
         with pytest.raises(ValueError, match=r"^index: "):
             loader.from_pretrained(folder.parent, subfolder=folder.name)
