@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from deepseek_records.json_files import read_object
+from deepseek_records.kept_mtp import keep_mtp
 from modeling_deepseek import DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel
 from modeling_deepseek.checkpoint_check import check_index
 
@@ -73,6 +74,8 @@ def load_model(
     if missing:
         raise ValueError(f"model: {source} lacks {len(missing)} of the model's tensors, among them {missing[0]}")
     _train_every_token(model)
+    if auto_class is AutoModelForCausalLM:
+        keep_mtp(model, source)
     return model
 
 
