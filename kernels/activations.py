@@ -1,6 +1,6 @@
 """The gate activations of SwiGLU-like experts, and their derivatives, on torch's side.
 
-``fused_moe_cpu`` and the plain references call this; the Triton kernels have the same three in ``activations_triton``.
+``cpu/experts.py`` and the plain references call this; the Triton kernels have the same in ``gpu/triton_numerics.py``.
 Everything has an ``out`` or works in place, for on a CPU the page faults of a fresh 50 MB buffer cost more
 than the arithmetic done in it.
 """

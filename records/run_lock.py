@@ -51,7 +51,7 @@ def lock_run(folder: Path) -> None:
 
 
 def unlock_run(folder: Path) -> None:
-    """Give the folder free, where this process owns it.
+    """Release the folder, where this process owns it.
 
     Args:
         folder: The folder.

@@ -1,6 +1,6 @@
 """What ``deepseek-moe bench kernels`` measures: shapes, kinds of routing, and the fixed grids of them.
 
-``kernel_benchmark`` runs the cells. Unused slots carry the expert that was chosen before, so that those
+``benchmarks/kernels.py`` runs the cells. Unused slots carry the expert that was chosen before, so that those
 who cannot skip a slot do what transformers' own models make them do, and `mask_unused` marks them for the others.
 
 T tokens, K slots per token, H hidden, I expert width, E experts.
@@ -39,7 +39,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Routing:
-    """Who goes where.
+    """Which experts each token is sent to.
 
     Attributes:
         indices: Chosen experts [T, K], unused slots included.

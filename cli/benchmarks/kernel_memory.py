@@ -1,8 +1,8 @@
-"""How much memory one step of an experts implementation takes; ``kernel_benchmark`` asks.
+"""How much memory one step of an experts implementation takes; ``benchmarks/kernels.py`` asks.
 
 Surprising: a CPU allocator keeps no count of what it handed out, so there the peak is what the process grew by: Linux
 resets and reports the largest resident size of a process. What the step before left in pools is given back first, or
-whoever recycles buffers would seem to need none.
+an implementation that uses buffers again would seem to need none.
 """
 
 import ctypes

@@ -3,7 +3,7 @@
 `find_implementations` returns those of transformers' experts interface, ours among them, torch's grouped product used
 as well as we know how, and the projects installed beside it: Liger (``pip install liger-kernel``), ScatterMoE and
 SonicMoE (from their repositories). Each other project is called in the way its own code calls itself,
-with its own tuning; whether it computes the same thing is checked by ``kernel_benchmark`` before anything is timed.
+with its own tuning; ``benchmarks/kernels.py`` checks that it computes the same thing before anything is timed.
 """
 
 import functools
@@ -32,7 +32,7 @@ Experts = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def find_implementations() -> tuple[dict[str, Experts], dict[str, str]]:
-    """Return who is here, and for the others why not.
+    """Return the implementations that are installed, and why the others are left out.
 
     Returns:
         Name to implementation, and name to reason.

@@ -1,8 +1,8 @@
 """The clock of ``deepseek-moe bench kernels``: steps in turn, their parts apart, the median of each.
 
-``kernel_benchmark`` calls `interleave`, and `OtherWork` to say whether the machine was quiet. Surprising: a step marks
-its own parts, because the backward pass cannot be repeated without its forward pass; on a GPU the marks are events of
-the stream, so that nothing waits in between.
+``benchmarks/kernels.py`` calls `interleave`, and `OtherWork` to say whether the machine was quiet. Surprising: a step
+marks its own parts, because the backward pass cannot be repeated without its forward pass; on a GPU the marks are
+events of the stream, so that nothing waits in between.
 """
 
 import itertools
@@ -40,8 +40,8 @@ class Timing:
 def interleave(steps: dict[str, Callable[[Mark], object]], seconds: float, device: str) -> dict[str, list[Timing]]:
     """Return, for each step, the milliseconds of each of its parts, and of the whole as the last.
 
-    Every round has an order of its own: in a fixed one, whoever follows the copies of ``batched_mm`` always meets a
-    cold cache (0.87 instead of 0.95 of the best at one token in bf16). Who has taken twice the allowance is not asked
+    Every round has an order of its own: in a fixed one, the step after ``batched_mm`` with its copies always finds a
+    cold cache (0.87 instead of 0.95 of the best at one token in bf16). A step that has taken twice its time is not run
     again.
 
     Args:

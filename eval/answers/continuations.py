@@ -1,9 +1,9 @@
 """Log-likelihoods of answers of any length, and of whole sentences, as lm-evaluation-harness 0.4.13 takes them.
 
-Called by ``text_tasks.py``. An answer's tokens are those that it adds to the encoded prompt; a sentence without prompt
-is read after the tokenizer's BOS (else EOS) token. Too long a pair loses tokens from the left. A batch holds whole
-questions of similar length, logits are kept only where an answer is predicted, and batches depend on the questions
-alone, so an interrupted run that goes on computes the same numbers.
+Called by ``runners/text.py``. An answer's tokens are those that it adds to the encoded prompt; a sentence without
+prompt is read after the tokenizer's BOS (else EOS) token. Too long a pair loses tokens from the left. A batch holds
+whole questions of similar length, logits are kept only where an answer is predicted, and batches depend on the
+questions alone, so an interrupted run that goes on computes the same numbers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

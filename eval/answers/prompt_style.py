@@ -1,6 +1,6 @@
 """What the model is shown: raw text (``base``) or the tokenizer's chat template (``chat``); and a record of it.
 
-Called by ``harness.py`` and ``samples_file.py``. A chat prompt is rendered to text here, so that nothing behind this
+Called by ``harness.py`` and ``samples_reader.py``. A chat prompt is rendered to text here, so that nothing behind this
 file knows of chats. As in lm-evaluation-harness 0.4.13 the last message is the opening of the model's own answer,
 which it continues; of a multiple-choice question it is the question, and each letter is an answer.
 """

@@ -1,6 +1,6 @@
 """The answers of one task on disk: appended as they come, read back by a run that goes on where it stopped.
 
-Called by ``harness.py`` and ``text_tasks.py``. A task may take over the answers of another task of the
+Called by ``harness.py`` and ``runners/text.py``. A task may take over the answers of another task of the
 same run, where both ask the same question (long_tail and mmlu_robust ask MMLU's), so that nothing is asked twice.
 """
 

@@ -1,6 +1,6 @@
 """The kernel's means of confinement, called through ctypes: namespaces, Landlock, seccomp, capabilities.
 
-Called only by the ``sandbox_*.py`` beside it, in a process of its own. Standard library only: that process has no
+Called only by the files beside it, in a process of its own. Standard library only: that process has no
 site-packages. Every function raises `OSError` where the kernel refuses, so the caller can name what is missing.
 The seccomp program is assembled here by hand; it is thirty lines and saves a dependency with C code.
 

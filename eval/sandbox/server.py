@@ -1,7 +1,7 @@
-"""Runs untrusted programs one after another, each in a confined process of its own. Started by ``sandbox.py``.
+"""Runs untrusted programs one after another, each in a confined process of its own. Started by ``client.py``.
 
 This file runs as a script in an isolated interpreter (``python -I -S``) with an empty environment and talks to its
-parent over one socket: length-prefixed JSON, a request a program, a reply a request. Standard library only.
+parent over one socket: length-prefixed JSON, one request per program and one reply per request. Standard library only.
 
 Three processes matter. The *server* builds a private root once (only Python's library, read-only, and an empty
 ``/tmp``) and waits for requests. For each it forks a *judge*, which makes a new process namespace and forks the

@@ -1,6 +1,6 @@
 """Large CPU buffers that are taken up again instead of being given back to the system.
 
-``fused_moe_cpu`` takes the pre-activation and the weight gradients from here. A fresh buffer costs one page fault
+``cpu/experts.py`` takes the pre-activation and the weight gradients from here. A fresh buffer costs one page fault
 every 4 KiB when first written: 113 ms for 268 MB, where writing it a second time costs 10 ms (one core of AMD EPYC
 9004, 2026-11). Training asks for the same sizes every step, so buffers whose tensors died are kept for the next one.
 

@@ -1,6 +1,6 @@
 """The routed experts on a CPU for small batches: everything but the products on all rows at once.
 
-``fused_moe_cpu`` comes here where all rows together still fit the cache or nearly (`MAX_BYTES`): decoding, and small
+``cpu/experts.py`` comes here where all rows together still fit the cache or nearly (`MAX_BYTES`): decoding, and small
 models. Its own loop runs a dozen operators an expert; for sixteen experts of a 3 M model or sixty-four experts of two
 rows each, starting them costs more than what they do. Here an expert costs its products and nothing else.
 
@@ -50,7 +50,7 @@ def forward(
     gate_up_bias: Tensor | None = None,
     adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `fused_moe_cpu.forward` returns.
+    """Return what `cpu.experts.forward` returns.
 
     Args:
         hidden_states: [T, H].
@@ -113,7 +113,7 @@ def backward(
         preactivation: From `forward`.
         activation: Text of the epilogue.
         gradients: Where the gradients of `gate_up_proj`, `down_proj` and the first product's bias go.
-        needs: As in `fused_moe_cpu.backward`.
+        needs: As in `cpu.experts.backward`.
         adapters: Of both projections; their gradients are filled too.
     """
     needs_x, needs_gate_up, needs_down, needs_weights, needs_bias = needs

@@ -68,6 +68,7 @@ class HubCardCallback(TrainerCallback):
         self.with_report = with_report
         self.run: RunFolder | None = None
         self.started = time.monotonic()
+        # The Trainer calls its own method when it pushes, and has no event for that.
         trainer.create_model_card = self.create_model_card
 
     def on_train_begin(

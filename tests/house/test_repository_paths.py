@@ -55,6 +55,23 @@ def test_files_named_without_a_folder_exist(tracked):
     assert not missing
 
 
+# Files of other projects.
+FOREIGN = {"classify_completions_strmatch.py", "modeling_deepseek_v3.py", "setup.py"}
+
+
+def test_files_named_in_code_exist(tracked):
+    """A docstring or comment that names ``x.py`` or `folder/x.py` names a file that is still there."""
+    names = {path.name for path in tracked} | FOREIGN
+    missing = {}
+    for path in tracked:
+        if path.suffix == ".py" and path != Path(__file__):
+            found = re.findall(r"`+(?:[\w*]+/)*(\w+\.py)`", path.read_text(encoding="utf-8"))
+            gone = set(found) - names
+            if gone:
+                missing[str(path.relative_to(ROOT))] = sorted(gone)
+    assert not missing
+
+
 def test_tests_named_on_pages_exist(tracked):
     sources = "".join(
         path.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """What transformers' own common model tests ask of a causal language model, asked of our three classes.
 
-Those tests are not in the installed package (`test_common_suite.py` runs them from the source distribution); these are
-the same questions in our own words, always run, for DeepSeek-V3's router and for everything of ours at once.
+Those tests are not in the installed package; these are the same questions in our own words, for DeepSeek-V3's router
+and for everything of ours at once.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """A policy, value model, tokenizer and prompts small enough for tests of PPO, for our trainer and TRL's.
 
-Used by ``test_align_*.py`` and, in processes of their own, by the scripts those tests launch.
+Used by ``ppo/test_*.py`` and, in processes of their own, by the scripts those tests launch.
 """
 
 import types

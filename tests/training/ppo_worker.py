@@ -1,4 +1,4 @@
-"""What each of two processes does in ``test_align_processes.py``; not a test.
+"""What each of two processes does in ``ppo/test_processes.py``; not a test.
 
 Run as ``ppo_worker.py OUTPUT {ours,stock} DONE...``: for each name in DONE the function of that name below, whose
 result goes to ``OUTPUT/NAME-RANK.pt``. The same functions run in the test's own process, alone.

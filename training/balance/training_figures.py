@@ -147,6 +147,14 @@ class TrainingFigures(TrainerCallback):
             self.tokens_per_expert = [window.tokens_per_expert.tolist() for window in windows]
         return figures
 
+    def take_logged_load(self, tokens_per_expert: list[list[int]]) -> None:
+        """Take the last logged window of the run that a resumed training goes on from; it may log none of its own.
+
+        Args:
+            tokens_per_expert: As the attribute.
+        """
+        self.tokens_per_expert = tokens_per_expert
+
 
 def peak_memory_gib() -> float:
     """Return the most memory used so far: allocated on the GPU, or resident in this process."""

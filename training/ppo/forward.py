@@ -1,7 +1,7 @@
 """The forward passes of PPO: logits, logprobs and values of a completion's tokens, and nothing of its prompt's.
 
-Called by `deepseek_training.ppo.trainer` and `ppo_update`. TRL computes the logits of the prompt too, fills a cache
-that nobody reads, keeps every layer's hidden states of the policy, and carries the padding in front of prompts along.
+Called by `deepseek_training.ppo.trainer` and its `update`. TRL computes the logits of the prompt too, fills a cache
+that is never read, keeps every layer's hidden states of the policy, and carries the padding in front of prompts along.
 Shapes: B rows, P prompt columns, T completion columns, V vocabulary.
 """
 

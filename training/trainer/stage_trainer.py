@@ -180,6 +180,6 @@ def run_training(
         logger.warning("going on from %s", checkpoint)
         loads = [row["tokens_per_expert"] for row in run.metrics if "tokens_per_expert" in row]
         if trainer.figures is not None:
-            trainer.figures.tokens_per_expert = loads[-1] if loads else []  # what a finished training has logged last
+            trainer.figures.take_logged_load(loads[-1] if loads else [])
     with contextlib.closing(bar):
         train_until_stopped(trainer, checkpoint, can_save=trainer.can_save)

@@ -1,7 +1,7 @@
 """Programs that try to pass without passing, to reach out, or to do harm; and honest ones a little like them.
 
 Each hostile program would count as passed if its trick worked: most end in ``assert False`` or never get to their
-assertion. Data only; ``test_sandbox_hostile.py`` runs them, and ``compare_sandboxes.py`` runs them under other
+assertion. Data only; ``test_hostile.py`` runs them, and ``compare_sandboxes.py`` runs them under other
 harnesses.
 """
 

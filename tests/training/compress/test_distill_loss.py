@@ -90,7 +90,7 @@ def test_the_bucket_is_compared_over_k_plus_one_events():
 
 
 def test_a_bucket_points_where_the_teacher_does_and_a_renormalized_one_does_not():
-    """Of a student that is near its teacher already; `test_distill_demo.py` has the figures of a trained pair."""
+    """Of a student that is near its teacher already; `test_distill_training.py` has the figures of a trained pair."""
     teacher, student = logits_of(200, 1024, seed=1), logits_of(200, 1024, seed=0)
     student = teacher + 0.5 * student
     full = gradient(student, teacher, Divergence())

@@ -1,8 +1,8 @@
 """CorrectedPPOTrainer against TRL's own class: equal where that is right, and right where it is wrong.
 
 Each defect has a test on our class, and its twin on the stock class, which must fail in the way the fault shows;
-should TRL mend it, the twin passes, is reported, and the override can go. The other defects: ``test_align_resume.py``,
-``test_align_processes.py``, ``test_align_lora.py``, ``test_align_moe.py``.
+should TRL mend it, the twin passes, is reported, and the override can go. The other defects: ``test_resume.py``,
+``test_processes.py``, ``test_lora.py``, ``test_moe.py``.
 """
 
 import math

@@ -1,1 +1,1 @@
-"""Cleaning a folder of text before training: one file for each filter, joined by `pipeline.py`."""
+"""Cleaning a folder of text before training: one file for each filter, joined by `passes.py`."""
