@@ -161,7 +161,7 @@ _CDNA_MANY_ROWS = Tiles(
     input_gradient=Tile(128, 128, 32, 8, 2),
     weight_gradient=Tile(128, 128, 32, 8, 2),
 )
-_CDNA_FEW_ROWS = Tiles(
+_TWO_STAGE_FEW_ROWS = Tiles(
     gate_up=Tile(16, 64, 64, 4, 2),
     down=Tile(16, 64, 64, 4, 2),
     down_backward=Tile(16, 64, 64, 4, 2),
@@ -171,10 +171,10 @@ _CDNA_FEW_ROWS = Tiles(
 
 # (family, H, I, bucket) -> tiles; H = I = ANY stands for all sizes.
 _BY_ROWS = {
-    "sm_80": (_CDNA_FEW_ROWS, SAFE, _AMPERE_MANY_ROWS),
+    "sm_80": (_TWO_STAGE_FEW_ROWS, SAFE, _AMPERE_MANY_ROWS),
     "sm_90": (_FEW_ROWS, _HOPPER_SOME_ROWS, _HOPPER_MANY_ROWS),
     "sm_100": (_FEW_ROWS, _HOPPER_SOME_ROWS, _BLACKWELL_MANY_ROWS),
-    "gfx942": (_CDNA_FEW_ROWS, SAFE, _CDNA_MANY_ROWS),
+    "gfx942": (_TWO_STAGE_FEW_ROWS, SAFE, _CDNA_MANY_ROWS),
 }
 SHIPPED = {(family, ANY, ANY, row): tiles for family, by_rows in _BY_ROWS.items() for row, tiles in enumerate(by_rows)}
 # What each family of the table compiles for: Triton backend, architecture, threads a warp.
