@@ -75,7 +75,7 @@ def _evaluate_batch(player: Player, batch: dict[str, Any], indices: list[int]) -
 
 
 def average_by_prompt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row per prompt, in order: the mean of each number, and the first of anything else.
+    """Return one row per prompt, in order: the mean of each number that was measured, and the first of anything else.
 
     Args:
         rows: Rows with an ``index`` that names the prompt, one per completion.
@@ -84,16 +84,26 @@ def average_by_prompt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         prompts.setdefault(row["index"], []).append(row)
     return [
-        {
-            key: float(np.mean([row[key] for row in same])) if isinstance(value, float) else value
-            for key, value in same[0].items()
-        }
-        for _, same in sorted(prompts.items())
+        {key: _mean_or_first([row[key] for row in same]) for key in same[0]} for _, same in sorted(prompts.items())
     ]
 
 
+def _mean_or_first(values: list[Any]) -> Any:
+    numbers = numbers_of(values)
+    return float(np.mean(numbers)) if numbers else values[0]
+
+
+def numbers_of(values: list[Any]) -> list[float]:
+    """Return a column's numbers; a part of a reward that does not judge a completion gives None.
+
+    Args:
+        values: One value per row.
+    """
+    return [value for value in values if isinstance(value, float)]
+
+
 def mean_metrics(columns: dict[str, list[Any]], prefix: str) -> dict[str, float]:
-    """Return mean and standard error of each column of numbers; no error of a single number.
+    """Return mean and standard error of each column's numbers; no error of a single number.
 
     Args:
         columns: From `evaluate_prompts`.
@@ -101,8 +111,9 @@ def mean_metrics(columns: dict[str, list[Any]], prefix: str) -> dict[str, float]
     """
     metrics = {}
     for key, values in columns.items():
-        if isinstance(values[0], float):
-            metrics[f"{prefix}_{key}"], error = mean_with_error(values)
+        numbers = numbers_of(values)
+        if numbers:
+            metrics[f"{prefix}_{key}"], error = mean_with_error(numbers)
             if error is not None:
                 metrics[f"{prefix}_{key}_stderr"] = error
     return metrics

@@ -15,6 +15,7 @@ from deepseek_records.run_folder import METRICS_FILE, RunFolder, write_json
 from deepseek_records.statistics import difference_with_error, mean_with_error
 from deepseek_records.summary import Check, Gain, Result, Sample, When
 from deepseek_training.data.prompts import prompt_texts
+from deepseek_training.ppo.evaluation import numbers_of
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from deepseek_training.ppo.value import without_adapter
 from deepseek_training.trainer.lora import ADAPTER_FOLDER, merged
@@ -76,10 +77,11 @@ def reward_rows(dataset: str, when: When, columns: dict[str, list[Any]]) -> tupl
     """
     rows = []
     for name in METRIC_NAMES:
-        if name in columns:
-            value, error = mean_with_error(columns[name])
+        numbers = numbers_of(columns.get(name, []))
+        if numbers:
+            value, error = mean_with_error(numbers)
             about: dict[str, Any] = {"dataset": dataset, "split": "validation", "when": when}
-            rows.append(Result(metric=name, value=value, stderr=error, n=len(columns[name]), **about))
+            rows.append(Result(metric=name, value=value, stderr=error, n=len(numbers), **about))
     return tuple(rows)
 
 
