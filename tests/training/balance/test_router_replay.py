@@ -8,6 +8,7 @@ from tiny_families import build_tiny, find_experts_classes, logits_of, token_ids
 from tiny_models import TINY
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from deepseek_records.activation_checkpointing import enable_checkpointing
 from deepseek_training.balance.replay_callback import RouterReplayCallback
 from deepseek_training.balance.router_output import read_choice
 from deepseek_training.balance.router_replay import RouterReplay
@@ -146,7 +147,7 @@ def test_recomputation_changes_no_gradient(is_reentrant):
     ids, mask = play(model)
     disturb(model)
     plain, _, _ = learn(model, ids, mask)
-    model.activation_checkpointing_enable({"use_reentrant": is_reentrant})
+    enable_checkpointing(model, {"use_reentrant": is_reentrant})
     model.enable_input_require_grads()
     recomputed, _, _ = learn(model, ids, mask)
     assert all(torch.equal(recomputed[name], plain[name]) for name in plain)
