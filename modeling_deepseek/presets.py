@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm_type": "layernorm",
         "hidden_dropout": 0.1,
     },
+    # 7.69e9 parameters; a slice of the larger one, from which `distill` can cut it.
     "7.7b": {
         **_ARTICLE,
         "hidden_size": 2048,
@@ -45,7 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 640,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
-        "q_lora_rank": None,
+        "q_lora_rank": 1024,
         "n_routed_experts": 64,
         "n_shared_experts": 2,
         "num_experts_per_tok": 6,
