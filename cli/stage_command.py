@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deepseek_records.exit_codes import DONE, MISSED
 
@@ -56,7 +56,7 @@ def run_stage(args: argparse.Namespace, name: str, recipe_class: type, tell: Cal
     """
     from deepseek_training.recipes.loading import collect_overrides, load_recipe
 
-    recipe = load_recipe(args.recipe, recipe_class, collect_overrides(args))
+    recipe: Any = load_recipe(args.recipe, recipe_class, collect_overrides(args))
 
     from accelerate import PartialState
 
