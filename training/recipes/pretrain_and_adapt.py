@@ -20,7 +20,11 @@ class TrainerSettings:
     batch_size: int = setting(16, help="Blocks a step and device.")
     gradient_accumulation_steps: int = setting(1, help="Forward and backward passes an optimizer step.")
     max_steps: int = setting(help="Optimizer steps.")
-    learning_rate: float = setting(help="Peak learning rate of AdamW.")
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw",
+        help="adamw, or muon: of each matrix of experts and linear layers by itself, AdamW for the rest.",
+    )
+    learning_rate: float = setting(help="Peak learning rate of the optimizer.")
     min_learning_rate_share: float = setting(0.1, help="Where the cosine ends, as a share of the peak, in [0, 1].")
     warmup_steps: int = setting(0, help="Steps in which the learning rate rises from 0.")
     weight_decay: float = setting(0.1, help="AdamW's weight decay (DeepSeek-V3: 0.1).")
@@ -104,6 +108,7 @@ class SplittableSettings(TrainerSettings):
         self.require("expert_parallel_size", size >= 1, "at least 1")
         # transformers cannot write the optimizer's state of a split model.
         self.require("save_steps", size == 1 or self.save_steps == 0, f"0 with expert_parallel_size={size}")
+        self.require("optimizer", size == 1 or self.optimizer == "adamw", f"adamw with expert_parallel_size={size}")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -122,6 +127,7 @@ class LoraSettings(TrainerSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("lora_rank", self.lora_rank >= 0, "at least 0")
+        self.require("optimizer", self.lora_rank == 0 or self.optimizer == "adamw", "adamw with lora_rank above 0")
         self.require("lora_alpha", self.lora_alpha is None or 0 < self.lora_alpha < math.inf, "null or above 0")
         for name in ("lora_alpha", "lora_targets"):
             self.require(name, self.lora_rank > 0 or getattr(self, name) is None, "null with lora_rank=0")

@@ -29,6 +29,7 @@ from deepseek_training.trainer.held_out import HeldOutSet, bits_figures, measure
 from deepseek_training.trainer.inputs_held import hold_inputs
 from deepseek_training.trainer.interruption import train_until_stopped
 from deepseek_training.trainer.lora import save_adapted
+from deepseek_training.trainer.muon import build_muon, check_muon
 from deepseek_training.trainer.run_callbacks import MetricsFile, ProgressBar
 from deepseek_training.trainer.sample_log import SampleLog
 
@@ -81,6 +82,23 @@ class ResumedTraining:
             save_adapted(self.model, run.path, run.model_path)
         if self.is_first:
             tokenizer.save_pretrained(run.model_path)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the recipe's optimizer.
+
+        Args:
+            model: In place of the trainer's.
+
+        Raises:
+            ValueError: Muon, and the model is sharded.
+        """
+        if self.optimizer is not None or getattr(self.recipe, "optimizer", "adamw") != "muon":  # grpo has none
+            return super().create_optimizer() if model is None else super().create_optimizer(model)
+        check_muon(self)
+        args = self.args
+        betas = (args.adam_beta1, args.adam_beta2)
+        self.optimizer = build_muon(self.model, lr=args.learning_rate, weight_decay=args.weight_decay, betas=betas)
+        return self.optimizer
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Run an epoch unless the training is done already.
