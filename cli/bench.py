@@ -117,6 +117,9 @@ def _add_output(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _add_compile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--predict", action="store_true", help="TFLOP/s on H100 and H200 by a roofline model of the compiled kernels"
+    )
     _add_output(parser, "compile")
 
 
@@ -170,11 +173,12 @@ BENCHMARKS = (
     Benchmark("kernels", "kernel_table", kernel_table.HELP, kernel_table.EXAMPLES, kernel_table.add_arguments),
     Benchmark(
         "compile",
-        "compile_check",
+        "kernel_prediction",
         "Compile every GPU kernel for GPUs that are not here: registers, spills, shared memory.",
         """
   deepseek-moe bench compile
   deepseek-moe bench compile --output /tmp/compile
+  deepseek-moe bench compile --predict
 """,
         _add_compile,
     ),

@@ -243,6 +243,20 @@ def compile_for(compilation: Compilation, target: tuple[Any, ...], dtype: str = 
     return (_amd_usage if target[0] == "hip" else _nvidia_usage)(compiled, instruction)
 
 
+def compile_products(tiles: Tiles, name: str, target: tuple[Any, ...], dtype: torch.dtype) -> Usage:
+    """Compile the plain form of one product the way it is launched, by descriptor where its tile asks for it.
+
+    Args:
+        tiles: From the table.
+        name: A field of `tiles`; of the two weight gradients the larger one.
+        target: As in `tiles.TARGETS`.
+        dtype: Of the operands.
+    """
+    kernel = "weight_gradient_right" if name == "weight_gradient" else name
+    (found,) = [c for c in _by_pointer(tiles, dtype, EPILOGUES[""]) if c.kernel == kernel]
+    return compile_for(_by_descriptor(found) if getattr(tiles, name).uses_descriptor else found, target)
+
+
 def _nvidia_usage(compiled: Any, instruction: str) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
