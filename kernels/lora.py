@@ -18,6 +18,7 @@ from torch import Tensor
 from deepseek_kernels.cpu import decode
 from deepseek_kernels.cpu import experts as experts_cpu
 from deepseek_kernels.cpu.low_rank import Adapters, LowRank, in_pefts_order
+from deepseek_kernels.four_bit import PackedMatrices
 from deepseek_kernels.slot_order import SlotOrder
 
 
@@ -83,7 +84,8 @@ def fused_moe_lora(
     """Return what `fused_moe` returns, with the factors' part; `fused_moe` calls it after its checks.
 
     Args:
-        operands: hidden_states, gate_up_proj, down_proj, topk_indices and topk_weights, contiguous.
+        operands: hidden_states, gate_up_proj, down_proj, topk_indices and topk_weights, contiguous; the projections
+            may be `PackedMatrices`, with or without factors.
         gate_up: Factors of the first projection.
         down: Factors of the second.
         activation: Text of the epilogue.
@@ -96,7 +98,8 @@ def fused_moe_lora(
     inputs = (*operands, *factors, *scalings, activation, gate_up_bias)
     floats = (x, operands[4], *factors)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
-    if torch.compiler.is_compiling() or x.is_meta or torch._C._len_torch_dispatch_stack():
+    is_packed = isinstance(operands[1], PackedMatrices)  # no operator takes those
+    if not is_packed and (torch.compiler.is_compiling() or x.is_meta or torch._C._len_torch_dispatch_stack()):
         return _forward_op(*inputs, keep)[0]
     return _Eager.apply(*inputs) if keep else _forward(*inputs, keep)[0]
 
@@ -256,7 +259,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden_states, gate_up_proj, down_proj, _, topk_weights, *factors = inputs[:9]
     ctx.set_materialize_grads(False)
     if inputs[-1]:
-        ctx.save_for_backward(hidden_states, gate_up_proj, down_proj, topk_weights, *factors, *output[1:])
+        ctx.packed = [one for one in (gate_up_proj, down_proj) if isinstance(one, PackedMatrices)]
+        matrices = () if ctx.packed else (gate_up_proj, down_proj)
+        ctx.save_for_backward(hidden_states, topk_weights, *factors, *output[1:], *matrices)
         ctx.scalings, ctx.activation = list(inputs[9:11]), inputs[11]
 
 
@@ -265,15 +270,18 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 14
-    saved = ctx.saved_tensors
+    hidden_states, topk_weights, *rest = ctx.saved_tensors
+    matrices = ctx.packed or rest[10:]
     needs = [ctx.needs_input_grad[i] for i in (0, 4)]
     x, weights, *factors = run(
         grad_output.contiguous(),
-        *saved[:4],
-        list(saved[4:8]),
-        saved[8],
-        list(saved[9:11]),
-        list(saved[11:]),
+        hidden_states,
+        *matrices,
+        topk_weights,
+        list(rest[:4]),
+        rest[4],
+        list(rest[5:7]),
+        list(rest[7:10]),
         ctx.scalings,
         ctx.activation,
         needs,

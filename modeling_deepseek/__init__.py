@@ -7,11 +7,21 @@ and ``fused_moe_fp8``.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .configuration_deepseek import DeepseekConfig
+from .four_bit_experts import dequantize_experts, quantize_experts
+from .four_bit_loading import FourBitExpertsConfig
 from .fused_experts import fused_moe_experts_forward  # noqa: F401  (importing it registers it)
 from .fused_fp8 import fused_moe_fp8_experts_forward  # noqa: F401  (likewise)
 from .modeling_deepseek import DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel
 
-__all__ = ["DeepseekConfig", "DeepseekForCausalLM", "DeepseekForSequenceClassification", "DeepseekModel"]
+__all__ = [
+    "DeepseekConfig",
+    "DeepseekForCausalLM",
+    "DeepseekForSequenceClassification",
+    "DeepseekModel",
+    "FourBitExpertsConfig",
+    "dequantize_experts",
+    "quantize_experts",
+]
 
 AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig)
 DeepseekConfig.register_for_auto_class()

@@ -46,6 +46,8 @@ def reason_for_folding(wrapper: Any) -> str | None:
         wrapper: PEFT's ``ParamWrapper`` around an experts module that runs as ``fused_moe``.
     """
     experts = wrapper.get_base_layer()
+    if _is_in_four_bits(experts):
+        return None
     if wrapper.parameter_name not in _PARAMETERS:
         return f"{wrapper.parameter_name} is not one of the two projections"
     # Both, whichever this one adapts: the operator gives neither a gradient where one has an adapter.
@@ -75,6 +77,11 @@ def runs_fused(experts: nn.Module) -> bool:
     return "is_concatenated" in vars(experts) and config._experts_implementation == "fused_moe"
 
 
+def _is_in_four_bits(experts: nn.Module) -> bool:
+    """Whether `four_bit_experts` put these weights into 4 bits; what PEFT sees of them is not a weight."""
+    return "four_bit" in experts._modules
+
+
 def _factors(wrapper: Any, adapters: Sequence[str]) -> Any:
     """The active adapters of one parameter as one: their ranks side by side, their scalings in B."""
     pairs = [(wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.scaling[name]) for name in adapters]
@@ -95,7 +102,7 @@ def _install() -> None:
     def activate(self: Any, active_adapters: list[str]) -> Iterator[None]:
         experts = self.get_base_layer()
         adapters = [name for name in active_adapters or () if name in self.lora_A]
-        if not adapters or not runs_fused(experts):
+        if not adapters or not (runs_fused(experts) or _is_in_four_bits(experts)):
             with fold(self, active_adapters):
                 yield
             return
@@ -116,8 +123,16 @@ def _install() -> None:
         finally:
             del factors[self.parameter_name]
 
+    merge = ParamWrapper.merge
+
+    def merge_unless_in_four_bits(self: Any, *args: Any, **kwargs: Any) -> None:
+        if _is_in_four_bits(self.get_base_layer()):
+            raise ValueError("merge: got experts in 4 bits, expected ordinary weights; call dequantize_experts first")
+        merge(self, *args, **kwargs)
+
     activate.hands_over_factors = True
     ParamWrapper._activate_lora = activate
+    ParamWrapper.merge = merge_unless_in_four_bits
 
 
 if ParamWrapper is not None:

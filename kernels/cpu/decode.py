@@ -118,7 +118,9 @@ def forward(
     """
     num_slots, width, dtype = topk_indices.shape[1], down_proj.shape[2], hidden_states.dtype
     accumulate = accumulation_dtype(dtype)
-    plan = make_plan(topk_indices.flatten().tolist(), gate_up_proj.shape[0], dtype)
+    # Matrices in 4 bits are read one at a time: no batches, as for a type that has none.
+    batched = dtype if isinstance(gate_up_proj, Tensor) else torch.float64
+    plan = make_plan(topk_indices.flatten().tolist(), gate_up_proj.shape[0], batched)
     if not plan.row_slot:
         return torch.zeros_like(hidden_states), hidden_states.new_empty(
             0 if row_slot is None else len(row_slot), 2 * width
