@@ -25,7 +25,13 @@ An interrupted run goes on when the same command is given again.
 # A question of fewer words is not told from ordinary language without its options.
 _FEW_WORDS = 13
 # Import name to distribution, of what the extra `data` installs.
-_NEEDS = {"ftfy": "ftfy", "py3langid": "py3langid", "datasketch": "datasketch", "stdnum": "python-stdnum"}
+_NEEDS = {
+    "ftfy": "ftfy",
+    "py3langid": "py3langid",
+    "datasketch": "datasketch",
+    "stdnum": "python-stdnum",
+    "mlcroissant": "mlcroissant",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +94,7 @@ def collect_benchmarks(recipe: "DataRecipe") -> dict[str, list[tuple[str, str]]]
         try:
             items = task.build_items(0, None, known.get(name))
             found[name] = [part for item in items for part in leaked_parts(item)]
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # the latter of a task that asks whatever text it is given
             if recipe.benchmarks is not None or name in known:
                 raise
             absent.append(name)

@@ -51,7 +51,7 @@ class DataRecipe:
         0.01, help="Share of trusted documents that the quality thresholds may drop together, in (0, 0.5)."
     )
     max_unsafe_share: float = setting(
-        0.5, help="A document with a larger share of unsafe sentences is toxic, in [0, 1]."
+        0.4, help="A document with a larger share of unsafe sentences is toxic, in [0, 1]."
     )
     benchmarks: list[str] | None = setting(  # noqa: RUF009
         None, help="Tasks of evaluate whose items must not be in the text; null: all that are embedded."

@@ -20,6 +20,7 @@ MIN_DOCUMENTS = 50
 # Shorter texts vary too much to be judged by a language model.
 _MIN_CHARACTERS, _MIN_WORDS = 120, 40
 _CHARACTER_ORDER, _WORD_ORDER = 5, 2
+_FOUND_SHARE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +32,12 @@ class Rule:
         always: The limit that always holds.
         never_within: Values within this one are never dropped.
         least_range: The least interquartile range that is reckoned with.
-        reach: Its fence as a share of the recipe's.
     """
 
     is_high_bad: bool
     always: float
     never_within: float
     least_range: float
-    reach: float = 1.0
 
 
 _RULES = {
@@ -46,8 +45,8 @@ _RULES = {
     "repeated_lines": Rule(True, 0.70, 0.45, 0.02),
     "repeated_words": Rule(True, 0.70, 0.45, 0.02),
     "character_bits": Rule(True, np.inf, 0.0, 0.05),
-    # Half the fence: the gain is spread like a normal distribution, and shuffled words lie just beyond it.
-    "order_gain": Rule(False, -np.inf, np.inf, 0.05, 0.5),
+    # Fitted to the sample's own words in random order instead, of which nearly all shall lie beyond it.
+    "order_gain": Rule(False, -np.inf, np.inf, 0.0),
 }
 
 
@@ -136,7 +135,10 @@ def fit_quality(texts: Sequence[str], halves: Sequence[int], *, fence: float, ma
         return QualityModel(loosest, num_documents=len(texts))
     model = QualityModel(loosest, *_fit_models(texts, halves), num_documents=len(texts))
     measured = [model.measure(text, half) for text, half in zip(texts, halves, strict=True)]
+    model.limits["order_gain"] = _shuffled_gain(model, texts, halves)
     for name in _RULES:
+        if name == "order_gain":
+            continue
         values = [figures[name] for figures in measured if name in figures]
         if len(values) >= MIN_DOCUMENTS:
             model.limits[name] = _limit(name, np.array(values), fence, max_loss)
@@ -152,6 +154,17 @@ def _fit_models(texts: Sequence[str], halves: Sequence[int]) -> tuple[tuple[Ngra
     return tuple(characters), tuple(words)
 
 
+def _shuffled_gain(model: QualityModel, texts: Sequence[str], halves: Sequence[int]) -> float:
+    """The gain that all but a few of the texts stay below once their words are in random order."""
+    rng, gains = np.random.default_rng(0), []
+    for text, half in zip(texts, halves, strict=True):
+        hashes = hash_words(words_of(text))
+        if len(hashes) >= _MIN_WORDS:
+            unigram, bigram = model.words[1 - half].bits(rng.permutation(hashes))
+            gains.append(unigram - bigram)
+    return float(np.quantile(gains, _FOUND_SHARE)) if len(gains) >= MIN_DOCUMENTS else -np.inf
+
+
 def _limit(name: str, values: np.ndarray, fence: float, max_loss: float | None) -> float:
     rule = _RULES[name]
     if max_loss is not None:
@@ -159,7 +172,7 @@ def _limit(name: str, values: np.ndarray, fence: float, max_loss: float | None) 
         limit = float(np.quantile(values, 1 - share if rule.is_high_bad else share))
     else:
         low, high = np.quantile(values, [0.25, 0.75])
-        reach = fence * rule.reach * max(high - low, rule.least_range)
+        reach = fence * max(high - low, rule.least_range)
         limit = float(high + reach if rule.is_high_bad else low - reach)
     if rule.is_high_bad:
         return min(max(limit, rule.never_within), rule.always)

@@ -8,7 +8,7 @@ import functools
 
 from deepseek_training.rewards.safety_classifier import EmbeddedSafety, split_stretches
 
-_UNSAFE = 0.7
+_UNSAFE = 0.6
 # Sentences that are looked at, evenly spaced; a long text takes no longer than a page.
 _MOST_SENTENCES = 10
 

@@ -1,0 +1,51 @@
+"""The data command: what it searches for, and that its table says what was done."""
+
+import json
+
+import pytest
+
+pytest.importorskip("ftfy", reason="pip install 'deepseek-moe[data]'")
+
+from deepseek_cli.data import collect_benchmarks
+from deepseek_cli.main import main
+from deepseek_eval.tasks.catalogue import TASKS
+from deepseek_training.recipes.data import DataRecipe
+
+SOURCES = [{"path": "medicine"}]
+
+
+def test_every_task_is_searched_for_or_named(capsys):
+    found = collect_benchmarks(DataRecipe(sources=SOURCES))
+    told = capsys.readouterr().out
+    shared = {name for name, task in TASKS.items() if task.shares_answers_with in TASKS}
+    assert all((name in found) != (f" {name}" in told) for name in set(TASKS) - shared)
+    assert {"mmlu", "humaneval", "mbpp", "winobias", "bbq", "refusal"} <= set(found)
+    texts = dict(found["humaneval"])
+    assert "HumanEval/0/solution" in texts and "HumanEval/0/tests" in texts
+    assert not any("\nA. " in text for _, text in found["mmlu"] if len(text.partition("\nA. ")[0].split()) > 12)
+
+
+def test_a_task_that_is_named_must_have_its_data():
+    with pytest.raises(FileNotFoundError, match="crows_pairs"):
+        collect_benchmarks(DataRecipe(sources=SOURCES, benchmarks=["crows_pairs"]))
+    with pytest.raises(ValueError, match="unknown task 'mmul'"):
+        collect_benchmarks(DataRecipe(sources=SOURCES, benchmarks=["mmul"]))
+
+
+def test_the_command_prints_what_each_filter_did(tmp_path, capsys):
+    rows = [{"text": f"Sentence number {number} of a small file."} for number in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    words = [
+        "data",
+        "data-debug",
+        "--sources",
+        f"[{{path: {tmp_path / 'a.jsonl'}}}]",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    words += ["--sources", f"[{{path: {tmp_path}/a.jsonl}}]", "--filters", "[repair, duplicates]", "--languages", "[]"]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "exact duplicates" in told and f"data in {tmp_path / 'run'}/data" in told
+    assert main(words) == 2 and "finished run" in capsys.readouterr().err
+    assert main([*words, "--workers", "0"]) == 2
