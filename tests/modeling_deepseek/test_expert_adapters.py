@@ -8,6 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_fused_experts import BASE, FAMILIES
 from transformers import AutoModelForCausalLM, GptOssConfig
 
+from deepseek_records.activation_checkpointing import enable_checkpointing
+
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.randint(0, 61, (2, 19), generator=torch.Generator().manual_seed(3))
 
@@ -139,7 +141,7 @@ def test_recomputation(use_reentrant):
     model = adapt(build())
     expected = run(model, "fused_moe")
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    enable_checkpointing(model, {"use_reentrant": use_reentrant})
     found = run(model.train(), "fused_moe")
     for key, gradient in expected[1].items():
         torch.testing.assert_close(found[1][key], gradient, rtol=1e-5, atol=1e-6)
