@@ -96,7 +96,7 @@ OTHER = {
         "data_column": {"data_column": "other"},
         "tokenizer": {"tokenizer": "{model}"},
         "tokenizer_data": {"tokenizer_data": ["{chats}"]},
-        "vocab_size": {"vocab_size": 270},
+        "vocab_size": {"vocab_size": 260},
         "preset": {"preset": "nano"},
         "model": {"model": {"num_hidden_layers": 1}},
         "check_bigram": {"check_bigram": False},
