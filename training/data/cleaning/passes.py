@@ -15,6 +15,7 @@ from deepseek_records.hashes import hash_rows
 from deepseek_records.run_folder import write_json, write_text
 from deepseek_records.summary import DataUse, Summary
 from deepseek_training.data.cleaning.contamination import ContaminationIndex
+from deepseek_training.data.cleaning.data_card import count_terms, write_card
 from deepseek_training.data.cleaning.decisions import Counts, Decisions
 from deepseek_training.data.cleaning.documents import Document
 from deepseek_training.data.cleaning.examine import Context, examine
@@ -205,6 +206,7 @@ def write_result(
     _empty(folder)
     splits = ("train", "validation")
     writers = {name: ShardWriter(folder, name, recipe.format, recipe.shard_megabytes * 1e6) for name in splits}
+    people: collections.Counter[str] = collections.Counter()
     uses: collections.Counter[tuple[str, str, str]] = collections.Counter()
     number = 0
     for rows in read_parts(parts):
@@ -213,14 +215,17 @@ def write_result(
             counts.add(row, dropped_by, decisions.reasons.get(number, row["reason"]))
             if split:
                 writers[split].add(_output_row(row, split))
+                people.update(count_terms(row["text"]))
                 uses[row["source"], split, "rows"] += 1
                 uses[row["source"], split, "bytes"] += len(row["text"].encode())
             number += 1
     files = [path for writer in writers.values() for path in writer.close()]
     _write_samples(output / DROPPED_FOLDER, counts)
-    details = _details(counts, context, sources, files, output)
+    details = {**_details(counts, context, sources, files, output), "people": dict(people.most_common())}
     write_json(output / "counts.json", details)
-    return Summary(stage="data", data=_data_uses(uses, sources, counts), details=details)
+    summary = Summary(stage="data", data=_data_uses(uses, sources, counts), details=details)
+    write_card(output, summary, counts.samples)
+    return summary
 
 
 def _output_row(row: dict[str, Any], split: str) -> dict[str, Any]:
