@@ -59,8 +59,8 @@ def mtp_dropped(subject: Subject) -> Finding | None:
     return Finding(
         f"{len(dropped)} tensors of multi-token prediction layers are dropped on loading by the Auto class, "
         f"{dropped[0]} among them",
-        "deepseek-moe's own commands keep those of DeepSeek-V3 (pass their recipe); in Python load it by "
-        "modeling_deepseek.DeepseekForCausalLM; of other families copy these tensors into what you save",
+        "deepseek-moe's own commands keep them (pass their recipe); in Python call "
+        "deepseek_records.kept_mtp.keep_mtp(model) after loading, before anything is saved",
     )
 
 
