@@ -4,6 +4,7 @@ Called by ``deepseek-moe evaluate --dry-run``. What the evaluation would refuse 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,15 +93,16 @@ def _plan_task(loaded: LoadedModel, questions: Questions, settings: EvalSettings
         rows = encode_continuations(loaded, items)
         return TaskPlan(questions, shots, sum(len(ids) for row in rows for ids in row.token_ids))
     is_program = task.kind == "program"
-    if is_program:
-        items = apply_style(style, items, loaded.tokenizer, source)
-    else:
-        items = put_requests(items, loaded.tokenizer, style, source)
+    requests: Sequence[Any] = (
+        apply_style(style, items, loaded.tokenizer, source)
+        if is_program
+        else put_requests(items, loaded.tokenizer, style, source)
+    )
     sampling = SamplingSettings(
         max_new_tokens=settings.max_new_tokens or task.max_new_tokens,
         num_samples=settings.num_samples if is_program else 1,
     )
-    batches = plan_prompts(loaded, items, sampling, settings.batch_size)
+    batches = plan_prompts(loaded, requests, sampling, settings.batch_size)
     read = sum(len(prompt.token_ids) for batch in batches for prompt in batch)
     return TaskPlan(questions, shots, read, len(batches) * sampling.max_new_tokens)
 

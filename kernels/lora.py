@@ -95,13 +95,16 @@ def fused_moe_lora(
     nothing = x.new_empty(0, 0)
     factors = [t for one in (gate_up, down) for t in ((nothing, nothing) if one is None else (one.a, one.b))]
     scalings = [0.0 if one is None else float(one.scaling) for one in (gate_up, down)]
-    inputs = (*operands, *factors, *scalings, activation, gate_up_bias)
+    inputs: tuple[Any, ...] = (*operands, *factors, *scalings, activation, gate_up_bias)
     floats = (x, operands[4], *factors)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
     is_packed = isinstance(operands[1], PackedMatrices)  # no operator takes those
     if not is_packed and (torch.compiler.is_compiling() or x.is_meta or torch._C._len_torch_dispatch_stack()):
         return _forward_op(*inputs, keep)[0]
-    return _Eager.apply(*inputs) if keep else _forward(*inputs, keep)[0]
+    if keep:
+        return _Eager.apply(*inputs)
+    inputs = (*inputs, False)
+    return _forward(*inputs)[0]
 
 
 def _stack(a: Tensor, b: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -307,8 +310,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        outputs = _forward(*inputs, keep=True)
-        _setup_context(ctx, (*inputs, True), outputs)
+        inputs = (*inputs, True)  # keep
+        outputs = _forward(*inputs)
+        _setup_context(ctx, inputs, outputs)
         return outputs[0]
 
     @staticmethod

@@ -20,7 +20,7 @@ try:
 
     from deepseek_kernels.lora import LoraFactors
 except ImportError:  # without either there is nothing to hand over
-    LoraFactors = ParamWrapper = None
+    LoraFactors = ParamWrapper = None  # type: ignore[assignment, misc]
 
 logger = logging.get_logger(__name__)
 
@@ -130,7 +130,7 @@ def _install() -> None:
             raise ValueError("merge: got experts in 4 bits, expected ordinary weights; call dequantize_experts first")
         merge(self, *args, **kwargs)
 
-    activate.hands_over_factors = True
+    activate.hands_over_factors = True  # type: ignore[attr-defined]
     ParamWrapper._activate_lora = activate
     ParamWrapper.merge = merge_unless_in_four_bits
 

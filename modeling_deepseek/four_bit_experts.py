@@ -20,7 +20,7 @@ try:
     from deepseek_kernels.four_bit import FourBitFormat, PackedMatrices
     from deepseek_kernels.lora import check_factors, fused_moe_lora
 except ImportError:
-    FourBitFormat = PackedMatrices = None
+    FourBitFormat = PackedMatrices = None  # type: ignore[assignment, misc]
 
 METHOD = "four_bit_experts"  # transformers' quant_method
 PROJECTIONS = {"gate_up_proj": "gate_up", "down_proj": "down"}
@@ -61,8 +61,8 @@ class FourBitWeights(nn.Module):
             name: Of the projection.
             dtype: Of what is read.
         """
-        buffers = (self._buffers[f"{PROJECTIONS[name]}_{part}"] for part in ("codes", "scales"))
-        return PackedMatrices(*buffers, self.shapes[name], self.format, dtype)
+        codes, scales = (self._buffers[f"{PROJECTIONS[name]}_{part}"] for part in ("codes", "scales"))
+        return PackedMatrices(codes, scales, self.shapes[name], self.format, dtype)
 
 
 def quantize_experts(model: nn.Module, bits: int = 4, format: str = "nf4", group_size: int | None = None) -> nn.Module:

@@ -106,6 +106,7 @@ class QuantizeProjection(ConversionOps):
             model: That is loaded.
             kwargs: Unused.
         """
+        assert model is not None  # transformers hands it over
         result = {}
         for full_name, value in input_dict.items():
             stack = value[0] if isinstance(value, list) else value

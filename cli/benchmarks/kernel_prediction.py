@@ -104,7 +104,7 @@ def _work(product: Compiled, cell: Cell) -> _Work:
     hidden, width, experts = cell.H, cell.I, cell.E
     if name == "weight_gradient":
         matrices = ((2 * width, hidden), (hidden, width))
-        programs = experts * sum(math.ceil(m / tile.block_m) * math.ceil(n / tile.block_n) for m, n in matrices)
+        programs: float = experts * sum(math.ceil(m / tile.block_m) * math.ceil(n / tile.block_n) for m, n in matrices)
         num_bytes = 2 * rows * sum(m + n for m, n in matrices) + 2 * experts * 3 * hidden * width
         return _Work(programs, math.ceil(rows / experts / tile.block_k), 6 * rows * hidden * width, num_bytes)
     columns, inner = {

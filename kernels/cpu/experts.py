@@ -218,7 +218,7 @@ def backward(
             outer_into(grad_h_e, x_e, grad_gate_up[expert])
         if adapters.gate_up is not None:
             adapters.gate_up.backward_one(expert, rows, grad_h_e, x_e, grad_x_e)
-        if needs_x:
+        if grad_x_e is not None:
             grad_x.index_add_(0, tokens, grad_x_e.to(accumulate))
     grad_weights = _by_slot(grad_row_weight, order, topk_weights, needs_weights)
     return grad_x.to(dtype), grad_gate_up, grad_down, grad_weights, grad_bias

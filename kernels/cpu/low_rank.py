@@ -12,7 +12,7 @@ S rows, E experts, r rank, N inputs and M outputs of the adapted matrix.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ class LowRank:
         scaling: Of the product.
         rows: ``x A^T`` of every row, [S, r]; the forward pass fills it.
         expert_start: As in `SlotOrder`.
-        grad_a: Like `a`; the backward pass fills it.
+        grad_a: Like `a`; `make_gradients` makes it and the backward pass fills it.
         grad_b: Like `b`.
     """
 
@@ -44,8 +44,8 @@ class LowRank:
     scaling: float
     rows: Tensor
     expert_start: Tensor
-    grad_a: Tensor | None = None
-    grad_b: Tensor | None = None
+    grad_a: Tensor = field(init=False)
+    grad_b: Tensor = field(init=False)
 
     def make_gradients(self) -> None:
         """Make buffers for the factors' gradients, zero for experts without rows."""

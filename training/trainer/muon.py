@@ -41,7 +41,7 @@ class ExpertMuon(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "parts": 1, "axis": -2})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """Take a step.
 
         Args:
@@ -96,7 +96,7 @@ class MuonWithAdamW(Optimizer):
         super().__init__([group for part in parts.values() for group in part.param_groups], {})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """Take a step with each.
 
         Args:
