@@ -130,7 +130,7 @@ def read_stages(run_path: str | Path) -> dict[str, Stage]:
     """
     path = Path(run_path)
     if not path.is_dir():
-        raise FileNotFoundError(f"run: {path} is not a folder; pass a run folder such as runs/demo")
+        raise FileNotFoundError(f"run: got {path}, expected a run folder such as runs/demo")
     folders = [path] if _is_stage(path) else [child for child in path.iterdir() if _is_stage(child)]
     stages = [_read_stage(folder, is_alone=folder == path) for folder in folders]
     if not any(stage.is_finished for stage in stages):

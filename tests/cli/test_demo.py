@@ -60,7 +60,7 @@ def test_a_demo_of_another_size_is_not_overwritten(demo_folder):
         pytest.param("pretrain", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("adapt", signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param("align", signal.SIGINT, marks=pytest.mark.slow),
-        ("evaluate", signal.SIGKILL),  # the last and shortest; the stages' own tests interrupt the others
+        pytest.param("evaluate", signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_demo_ends_with_the_same_figures(demo_folder, tmp_path, stage, how):

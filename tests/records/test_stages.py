@@ -29,7 +29,7 @@ def test_an_unfinished_stage_is_kept_without_results(tmp_path, builders):
 
 
 def test_a_folder_without_a_finished_run_is_refused_in_one_line(tmp_path, builders):
-    for path, words in ((tmp_path / "absent", "no folder"), (tmp_path, "no finished run")):
+    for path, words in ((tmp_path / "absent", "expected a run folder"), (tmp_path, "no finished run")):
         with pytest.raises(FileNotFoundError, match=words) as error:
             read_stages(path)
         assert "\n" not in str(error.value)

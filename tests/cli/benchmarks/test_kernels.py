@@ -110,7 +110,7 @@ def test_broken_results_of_an_interrupted_run_are_named(tmp_path, monkeypatch, t
     with pytest.raises(KeyboardInterrupt):
         kernel_table.run(command)
     (tmp_path / "run" / "results.json").write_text(text)
-    with pytest.raises(ValueError, match=r"^output: .*results.json "):
+    with pytest.raises(ValueError, match=r"^output: .*results.json"):
         kernel_table.run(command)
 
 

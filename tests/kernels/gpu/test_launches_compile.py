@@ -72,7 +72,9 @@ def launches(request, monkeypatch):
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(fused_moe_gpu, "choose_tiles", choose)
     zeros = torch.zeros  # What no kernel has written must still be an index.
+    # Kernels that are compiled only write nothing: what they would fill has to be zero all the same.
     monkeypatch.setattr(torch, "empty", lambda *a, **k: zeros(*a, **k))
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     driver.set_active(AbsentGpu(target))
     yield made
     driver._active = None
@@ -104,7 +106,9 @@ def compiled_names(monkeypatch):
     monkeypatch.setattr(fused_moe_gpu, "choose_tiles", choose)
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", count)
     zeros = torch.zeros
+    # Kernels that are compiled only write nothing: what they would fill has to be zero all the same.
     monkeypatch.setattr(torch, "empty", lambda *a, **k: zeros(*a, **k))
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     driver.set_active(AbsentGpu(tiles.TARGETS["sm_90"]))
     yield made
     driver._active = None

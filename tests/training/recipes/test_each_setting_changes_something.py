@@ -49,6 +49,7 @@ OTHER = {
         "bias_update_speed": {"bias_update_speed": 0.5},
         "experts_implementation": {"experts_implementation": "eager"},
         "max_grad_norm": {"max_grad_norm": 1e-4},
+        "optimizer": {"optimizer": "muon"},
         "adam_beta2": {"adam_beta2": 0.5},
         "weight_decay": {"weight_decay": 5.0},
         "warmup_steps": {"warmup_steps": 2},
