@@ -1,7 +1,7 @@
 """Tests that share a costly fixture run in one worker.
 
-pytest-xdist 3.8.0 names a group in the test's id, which pytest 9.2 lets it set without effect: every worker then builds
-the fixtures anew, and only the clock tells.
+pytest-xdist 3.8.0 names a group in the test's id, which pytest 9.2 lets it set without effect: every worker then
+builds the fixtures anew, and only the clock tells.
 """
 
 import pytest
