@@ -13,21 +13,15 @@ from pathlib import Path
 
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.summary import Summary
+from deepseek_training.data.cleaning.announcement import announce_sources
 from deepseek_training.data.cleaning.contamination import ContaminationIndex
 from deepseek_training.data.cleaning.decisions import decide
-from deepseek_training.data.cleaning.passes import (
-    DATA_FOLDER,
-    WORK_FOLDER,
-    announce_sources,
-    cache_tokens,
-    examine_all,
-    fit_to_sources,
-    hash_inputs,
-    survey_all,
-    write_result,
-)
+from deepseek_training.data.cleaning.passes import examine_all, fit_to_sources, hash_inputs, survey_all
+from deepseek_training.data.cleaning.result import DATA_FOLDER, cache_tokens, write_result
 from deepseek_training.recipes.data import DataRecipe
 from deepseek_training.recipes.loading import recipe_settings
+
+WORK_FOLDER = "work"
 
 
 def clean_data(
