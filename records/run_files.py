@@ -42,7 +42,7 @@ _OWN_FOLDERS = {
     "plots": ("*.png", "*.svg"),
     "data": ("train-*", "validation-*"),
     "dropped": ("*.jsonl", "*.partial"),
-    "work": ("part-*",),
+    "work": ("part-*", "train-*", "validation-*"),
     ".eval_results": ("*.yaml",),
 }
 

@@ -68,7 +68,7 @@ class DataRecipe:
     format: Literal["jsonl.gz", "parquet"] = setting("jsonl.gz", help="Format of the shards: jsonl.gz or parquet.")
     shard_megabytes: float = setting(64.0, help="Text of one shard, in MB, above 0.")
     tokenizer: str | None = setting(
-        None, help="Folder or Hub id of a tokenizer whose tokens are cached for training; null: none are."
+        None, help="Folder or Hub id of a tokenizer whose tokens are counted and cached for training; null: none are."
     )
     num_samples: int = setting(5, help="Samples kept of what each filter dropped or changed, per reason.")
 

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.summary import Summary
@@ -17,11 +18,9 @@ from deepseek_training.data.cleaning.announcement import announce_sources
 from deepseek_training.data.cleaning.contamination import ContaminationIndex
 from deepseek_training.data.cleaning.decisions import decide
 from deepseek_training.data.cleaning.passes import examine_all, fit_to_sources, hash_inputs, survey_all
-from deepseek_training.data.cleaning.result import DATA_FOLDER, cache_tokens, write_result
+from deepseek_training.data.cleaning.result import WORK_FOLDER, write_result
 from deepseek_training.recipes.data import DataRecipe
 from deepseek_training.recipes.loading import recipe_settings
-
-WORK_FOLDER = "work"
 
 
 def clean_data(
@@ -51,20 +50,29 @@ def clean_data(
     started = time.monotonic()
     settings = recipe_settings(recipe)
     run = RunFolder.check(output, settings) if is_dry and not overwrite else RunFolder(output)
+    tokenizer = _load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
     sources, trusted = survey_all(recipe)
     index = ContaminationIndex.build(benchmarks if "contamination" in recipe.filters else {})
     announce_sources(recipe, sources, index, run.path, is_dry=is_dry, workers=workers)
     if is_dry:
         return None
     run = RunFolder.create(output, settings, command="data", seed=recipe.seed, overwrite=overwrite)
-    run.hold_to(**hash_inputs(sources, trusted, benchmarks))
+    run.hold_to(**hash_inputs(sources, trusted, benchmarks, tokenizer))
     work = run.path / WORK_FOLDER
     work.mkdir(exist_ok=True)
     context = fit_to_sources(recipe, sources, trusted, index)
     parts = examine_all(sources, context, work, workers)
     decisions = decide(parts, recipe)
-    summary = write_result(run.path, parts, decisions, context, sources)
-    if recipe.tokenizer:
-        cache_tokens(run.path / DATA_FOLDER, recipe.tokenizer)
+    summary = write_result(run.path, parts, decisions, context, sources, tokenizer)
     shutil.rmtree(work)
     return run.finish(dataclasses.replace(summary, seconds=round(time.monotonic() - started, 1)))
+
+
+def _load_tokenizer(name: str) -> Any:
+    """A tokenizer that can mark where documents begin or end; said before the work, which takes hours."""
+    from deepseek_records.loading import load_tokenizer
+    from deepseek_training.data.packing import encode_documents
+
+    tokenizer = load_tokenizer(name)
+    encode_documents(["a"], tokenizer)
+    return tokenizer

@@ -54,7 +54,8 @@ def make_part(task: tuple[Path, list[Document]]) -> Path:
     assert _context is not None
     path, documents = task
     rows = [_row(examine(document, _context), _context) for document in documents]
-    temporary = path.with_suffix(".partial")
+    # A process of a killed run may still be at the same part for a moment.
+    temporary = path.with_suffix(f".{os.getpid()}.partial")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_SCHEMA), temporary, compression="zstd")
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())

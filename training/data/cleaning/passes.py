@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from deepseek_records.hashes import hash_rows
+from deepseek_records.hashes import hash_rows, hash_tokenizer
 from deepseek_training.data.cleaning.contamination import ContaminationIndex
 from deepseek_training.data.cleaning.documents import Document
 from deepseek_training.data.cleaning.examine import Context
@@ -34,7 +34,10 @@ def survey_all(recipe: DataRecipe) -> tuple[list[Source], Source | None]:
 
 
 def hash_inputs(
-    sources: Sequence[Source], trusted: Source | None, benchmarks: Mapping[str, Sequence[tuple[str, str]]]
+    sources: Sequence[Source],
+    trusted: Source | None,
+    benchmarks: Mapping[str, Sequence[tuple[str, str]]],
+    tokenizer: Any = None,
 ) -> dict[str, str]:
     """Return hashes of what the result is made of, for `RunFolder.hold_to`.
 
@@ -42,10 +45,13 @@ def hash_inputs(
         sources: The sources.
         trusted: The trusted text.
         benchmarks: The benchmarks' items.
+        tokenizer: The tokenizer.
     """
     hashes = {f"source {source.settings.name}": source.sha256 for source in sources}
     if trusted is not None:
         hashes["trusted"] = trusted.sha256
+    if tokenizer is not None:
+        hashes["tokenizer"] = hash_tokenizer(tokenizer)
     hashes["benchmarks"] = hash_rows([[task, list(map(list, items))] for task, items in sorted(benchmarks.items())])
     return hashes
 

@@ -1,8 +1,12 @@
-"""What a cleaning leaves: shards, samples of what was dropped, counts, limits, the card and cached tokens."""
+"""What a cleaning leaves: shards, samples of what was dropped, counts, limits, the card and cached tokens.
+
+The folder of the shards gets its name when all of them are whole, so that nobody trains on a part of them.
+"""
 
 import collections
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,17 @@ from deepseek_training.data.cleaning.parts import read_parts
 from deepseek_training.data.cleaning.shards import ShardWriter
 from deepseek_training.data.cleaning.sources import Source
 
-DATA_FOLDER, DROPPED_FOLDER = "data", "dropped"
+DATA_FOLDER, DROPPED_FOLDER, WORK_FOLDER = "data", "dropped", "work"
+_SPLITS = ("train", "validation")
 
 
 def write_result(
-    output: Path, parts: list[Path], decisions: Decisions, context: Context, sources: Sequence[Source]
+    output: Path,
+    parts: list[Path],
+    decisions: Decisions,
+    context: Context,
+    sources: Sequence[Source],
+    tokenizer: Any = None,
 ) -> Summary:
     """Write shards, samples, counts and limits, and return the summary without its time.
 
@@ -30,6 +40,7 @@ def write_result(
         decisions: What becomes of each document.
         context: What was fitted.
         sources: The sources.
+        tokenizer: Whose tokens are counted and cached; None: none are.
 
     Raises:
         ValueError: No document is left to train on.
@@ -41,10 +52,9 @@ def write_result(
         raise ValueError(
             f"filters: no document is left to train on (dropped: {told}); loosen the filter that drops most"
         )
-    folder = output / DATA_FOLDER
+    folder = output / WORK_FOLDER / "shards"
     _empty(folder)
-    splits = ("train", "validation")
-    writers = {name: ShardWriter(folder, name, recipe.format, recipe.shard_megabytes * 1e6) for name in splits}
+    writers = {name: ShardWriter(folder, name, recipe.format, recipe.shard_megabytes * 1e6) for name in _SPLITS}
     people: collections.Counter[str] = collections.Counter()
     uses: collections.Counter[tuple[str, str, str]] = collections.Counter()
     number = 0
@@ -58,9 +68,12 @@ def write_result(
                 uses[row["source"], split, "rows"] += 1
                 uses[row["source"], split, "bytes"] += len(row["text"].encode())
             number += 1
-    files = [path for writer in writers.values() for path in writer.close()]
+    named = [path.name for writer in writers.values() for path in writer.close()]
+    tokens = {"tokens": cache_tokens(folder, tokenizer)} if tokenizer is not None else {}
+    _give_name(folder, output / DATA_FOLDER)
+    files = [output / DATA_FOLDER / name for name in named]
     _write_samples(output / DROPPED_FOLDER, counts)
-    details = {**_details(counts, context, sources, files, output), "people": dict(people.most_common())}
+    details = {**_details(counts, context, sources, files, output), "people": dict(people.most_common()), **tokens}
     write_json(output / "counts.json", details)
     summary = Summary(stage="data", data=_data_uses(uses, sources, counts), details=details)
     write_card(output, summary, counts.samples)
@@ -102,7 +115,7 @@ def _data_uses(
 ) -> tuple[DataUse, ...]:
     found = []
     for source in sources:
-        for split in ("train", "validation"):
+        for split in _SPLITS:
             name = str(source.settings.name)
             if uses.get((name, split, "rows"), 0):
                 found.append(
@@ -136,23 +149,31 @@ def _empty(folder: Path) -> None:
         path.unlink()
 
 
+def _give_name(folder: Path, name: Path) -> None:
+    """Move a whole folder to its place, where an earlier start of the same run may have left one."""
+    if name.exists():
+        _empty(name)
+        name.rmdir()
+    os.rename(folder, name)
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cache_tokens(folder: Path, tokenizer: str) -> None:
-    """Tokenize both splits into the cache that training reads.
+def cache_tokens(folder: Path, tokenizer: Any) -> dict[str, int]:
+    """Tokenize both splits into the cache that training reads, and return the tokens of each.
 
     Args:
         folder: The shards.
-        tokenizer: Folder or Hub id.
+        tokenizer: A `transformers` tokenizer.
     """
-    from deepseek_records.loading import load_tokenizer
     from deepseek_training.data.packing import encode_documents
     from deepseek_training.data.texts import load_texts
 
-    loaded = load_tokenizer(tokenizer)
-    for split in ("train", "validation"):
-        if any(folder.glob(f"{split}-*")):
-            encode_documents(load_texts(folder, split), loaded)
+    return {
+        split: sum(map(len, encode_documents(load_texts(folder, split), tokenizer)))
+        for split in _SPLITS
+        if any(folder.glob(f"{split}-*"))
+    }

@@ -58,14 +58,18 @@ class Source:
     Args:
         settings: As the recipe gives them.
         files: In order.
+        directory_sha256: Of the files of a `datasets` directory.
     """
 
     settings: SourceSettings
     files: tuple[SourceFile, ...] = ()
+    directory_sha256: str = ""
 
     @property
     def sha256(self) -> str:
-        """Of the files' hashes and names; of the path alone where files are none."""
+        """Of the files' hashes and names; of the id alone for the Hub, whose rows are streamed."""
+        if self.directory_sha256:
+            return self.directory_sha256
         parts = [f"{file.name} {file.sha256}" for file in self.files] or [self.settings.path]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -91,7 +95,7 @@ def survey(settings: SourceSettings, encoding: str) -> Source:
             raise FileNotFoundError(f"sources: no file or folder {settings.path} (embedded: {', '.join(EMBEDDED)})")
         return Source(settings)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        return Source(settings)
+        return Source(settings, directory_sha256=_hash_directory(path))
     files = data_files(path, _READABLE)
     found = [_survey_file(file, str(file.relative_to(path)), _ROLES.get(part or ""), encoding) for file, part in files]
     return Source(settings, tuple(found))
@@ -118,6 +122,14 @@ def read_documents(source: Source, encoding: str) -> Iterator[Document]:
             continue
         for line, row in _read_table(file, encoding):
             yield _document(row, source.settings, file.name, line, split)
+
+
+def _hash_directory(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(one for one in path.rglob("*") if one.is_file()):
+        with open(file, "rb") as opened:
+            digest.update(f"{file.relative_to(path)} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _survey_file(path: Path, name: str, split: str | None, encoding: str) -> SourceFile:

@@ -1,9 +1,13 @@
 """The data card and the Croissant metadata: valid, and every count equal to a recount."""
 
+import gzip
 import hashlib
 import json
 import re
+import shutil
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 
@@ -44,13 +48,44 @@ def test_croissant_is_valid_and_reads_every_row_back(run):
     assert len(data.metadata.record_sets) > 2  # several shards
 
 
-def test_croissant_refuses_an_altered_file(run, tmp_path):
+def test_checksums_and_sizes_are_those_of_the_files(run):
     _, folder = run
     value = json.loads((folder / "croissant.json").read_text())
+    assert len(value["distribution"]) == len(list((folder / "data").iterdir()))
     for one in value["distribution"]:
         content = (folder / one["contentUrl"]).read_bytes()
         assert one["sha256"] == hashlib.sha256(content).hexdigest()
         assert one["contentSize"] == f"{len(content)} B"
+
+
+def test_croissant_refuses_an_altered_file(run, tmp_path):
+    _, folder = run
+    copy = shutil.copytree(folder, tmp_path / "run")
+    name = next(one for one in sorted(path.name for path in (copy / "data").iterdir()) if one.startswith("train"))
+    rows = read_rows_of(copy / "data" / name)
+    rows[0]["text"] = rows[0]["text"].replace("e", "a", 1)
+    write_rows_to(copy / "data" / name, rows)
+    data = mlcroissant.Dataset(jsonld=str(copy / "croissant.json"))
+    (rows_name,) = [one.id for one in data.metadata.record_sets if one.id.endswith(name)]
+    with pytest.raises(Exception, match=re.escape(f"Download(data/{name})")) as error:
+        list(data.records(rows_name))
+    assert "is not identical with the reference" in str(error.value.__cause__)
+    untouched = mlcroissant.Dataset(jsonld=str(folder / "croissant.json"))
+    assert len(list(untouched.records(rows_name))) == len(rows)
+
+
+def read_rows_of(path):
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    return [json.loads(line) for line in gzip.open(path, "rt")]
+
+
+def write_rows_to(path, rows):
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with gzip.open(path, "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def test_the_card_tells_sources_counts_and_people(run):
