@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from deepseek_records.row_files import suffix_of
+from deepseek_records.run_files import is_own_run
 
 logger = logging.getLogger(__name__)
 # Of the Hub's own bookkeeping, and of repositories; datasets passes them over, too.
@@ -29,8 +30,9 @@ def data_files(folder: Path, readable: Iterable[str]) -> list[tuple[Path, str | 
         readable: Suffixes that can be read, before ``.gz``.
 
     Raises:
-        ValueError: No file can be read.
+        ValueError: No file can be read, or the folder is that of a run.
     """
+    _refuse_run(folder)
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path.relative_to(folder))]
     candidates = [path for path in found if path.name.lower() not in _NO_DATA] or found
     suffixes = set(readable)
@@ -47,6 +49,15 @@ def data_files(folder: Path, readable: Iterable[str]) -> list[tuple[Path, str | 
         why = "; others are named by split" if len(used) < len(files) else "; write rows as .jsonl, .csv or .parquet"
         _warn_once(f"data: folder {folder}: not read: {_list(unread, folder)}{why}")
     return [(path, splits[path] if is_split else None) for path in used]
+
+
+def _refuse_run(folder: Path) -> None:
+    """Name the data of a run whose own folder was meant as data: it also holds what was dropped, and records."""
+    if not is_own_run(folder):
+        return
+    data = folder / "data"
+    hint = f"its data; pass {data}" if data.is_dir() else "a folder of text (the run has left none)"
+    raise ValueError(f"data: got the run folder {folder}, expected {hint}")
 
 
 def split_of(path: Path) -> str | None:

@@ -12,7 +12,20 @@ from typing import Any, Literal
 from deepseek_records.results import Benchmark, Published, Result, When
 from deepseek_records.typed_json import from_json, to_json
 
-__all__ = ["Benchmark", "Check", "DataUse", "Gain", "Published", "Result", "Sample", "Summary", "When"]
+__all__ = [
+    "Benchmark",
+    "Check",
+    "Cleaning",
+    "CleaningFilter",
+    "CleaningSource",
+    "DataUse",
+    "Gain",
+    "Published",
+    "Result",
+    "Sample",
+    "Summary",
+    "When",
+]
 
 Comparison = Literal["<", "<=", ">", ">="]
 FORMAT = 2
@@ -81,6 +94,59 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CleaningSource:
+    """What one source gave to text that was cleaned.
+
+    Args:
+        name: As the cleaning's recipe calls it.
+        split: Which part.
+        license: As the recipe states it.
+        source: Where it comes from.
+        num_rows: Documents that were kept.
+        num_bytes: UTF-8 bytes of their text.
+        languages: ISO 639 codes, where they were identified.
+    """
+
+    name: str
+    split: str | None = None
+    license: str = "not stated"
+    source: str = "not stated"
+    num_rows: int | None = None
+    num_bytes: int | None = None
+    languages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleaningFilter:
+    """What one filter did.
+
+    Args:
+        name: The filter.
+        num_in: Documents that reached it.
+        num_dropped: Of these dropped.
+    """
+
+    name: str
+    num_in: int
+    num_dropped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cleaning:
+    """The run of `deepseek-moe data` that a data set came from, as it was when the data were read.
+
+    Args:
+        run: Its folder, which holds the data card.
+        sources: What each source gave, by split.
+        filters: What each filter did, in order.
+    """
+
+    run: str
+    sources: tuple[CleaningSource, ...] = ()
+    filters: tuple[CleaningFilter, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataUse:
     """One data set that a run used.
 
@@ -94,6 +160,7 @@ class DataUse:
         num_bytes: UTF-8 bytes of text.
         hub_id: Its id on the Hub, where it was read from there.
         languages: ISO 639 codes, where they are known.
+        cleaning: What cleaned it, where `deepseek-moe data` did.
     """
 
     name: str
@@ -105,6 +172,7 @@ class DataUse:
     num_bytes: int | None = None
     hub_id: str | None = None
     languages: tuple[str, ...] = ()
+    cleaning: Cleaning | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

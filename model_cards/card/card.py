@@ -14,6 +14,7 @@ from typing import Any
 from deepseek_model_cards.benchmarks import compare_to_chance
 from deepseek_model_cards.card.architecture import architecture_rows, introduction, parameter_rows
 from deepseek_model_cards.card.block_picture import draw_block
+from deepseek_model_cards.card.data_cards import cleaning_rows
 from deepseek_model_cards.card.hand_edits import write_signed
 from deepseek_model_cards.card.license_facts import License, find_license
 from deepseek_model_cards.card.limits import limit_lines, not_measured
@@ -167,6 +168,7 @@ def describe_run(
         "architecture": architecture_rows(facts, table),
         "parameters": parameter_rows(facts, table),
         "data": [data_row(stage, row) for stage in stages.values() for row in stage.data],
+        "cleanings": cleaning_rows(lineage, target),
         "stages": [stage_row(stage) for stage in stages.values()],
         "total_time": format_seconds(total_seconds(stages)),
         "energy": energy_estimate(stages),

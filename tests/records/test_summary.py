@@ -6,9 +6,26 @@ import pytest
 from deepseek_records.environment import Environment, Machine
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.stages import read_stages
-from deepseek_records.summary import Benchmark, Check, DataUse, Gain, Published, Result, Sample, Summary
+from deepseek_records.summary import (
+    Benchmark,
+    Check,
+    Cleaning,
+    CleaningFilter,
+    CleaningSource,
+    DataUse,
+    Gain,
+    Published,
+    Result,
+    Sample,
+    Summary,
+)
 from deepseek_records.typed_json import from_json, to_json
 
+CLEANING = Cleaning(
+    run="runs/clean",
+    sources=(CleaningSource(name="notes", split="train", license="mit", num_rows=3, num_bytes=9, languages=("en",)),),
+    filters=(CleaningFilter(name="quality", num_in=4, num_dropped=1),),
+)
 FULL = Summary(
     stage="align",
     results=(
@@ -32,7 +49,7 @@ FULL = Summary(
     ),
     data=(
         DataUse(name="books", license="public domain", num_rows=3, num_bytes=99, languages=("en", "zh")),
-        DataUse(name="me/notes", hub_id="me/notes", used_for="evaluation"),
+        DataUse(name="me/notes", hub_id="me/notes", used_for="evaluation", cleaning=CLEANING),
     ),
     checks=(
         Check.compare("falls", -0.1, "<", 0.0, metric="kl", dataset="books"),

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from deepseek_records.cleaned_data import describe_cleaning, find_cleaning
 from deepseek_records.document_files import (
     SPLITS,
     default_column,
@@ -16,6 +17,7 @@ from deepseek_records.document_files import (
     read_documents,
     select_split,
 )
+from deepseek_records.run_folder import RunFolder
 from deepseek_records.summary import DataUse
 
 UsedFor = Literal["training", "evaluation"]
@@ -167,6 +169,8 @@ def describe_data(name_or_path: str | Path, split: str, texts: Sequence[str], us
     name = str(name_or_path)
     embedded = EMBEDDED.get(name)
     local = Path(name).exists() and not embedded
+    if local and (run := find_cleaning(name)) is not None:
+        return _describe_cleaned(run, Path(name).name, split, texts, used_for)
     return DataUse(
         name=Path(name).name if local else name,
         license=embedded.license if embedded else "not stated",
@@ -177,6 +181,23 @@ def describe_data(name_or_path: str | Path, split: str, texts: Sequence[str], us
         used_for=used_for,
         hub_id=None if embedded or local else name.partition(":")[0],
         languages=embedded.languages if embedded else (),
+    )
+
+
+def _describe_cleaned(run: RunFolder, name: str, split: str, texts: Sequence[str], used_for: UsedFor) -> DataUse:
+    """Of cleaned text, whose run knows licenses, sources and languages."""
+    cleaning = describe_cleaning(run)
+    parts = [one for one in cleaning.sources if split in ("all", one.split)]
+    return DataUse(
+        name=name,
+        license="; ".join(dict.fromkeys(one.license for one in parts)) or "not stated",
+        source="; ".join(dict.fromkeys(one.source for one in parts)) or "not stated",
+        split=split,
+        num_rows=len(texts),
+        num_bytes=sum(len(text.encode()) for text in texts),
+        used_for=used_for,
+        languages=tuple(dict.fromkeys(code for one in parts for code in one.languages)),
+        cleaning=cleaning,
     )
 
 
