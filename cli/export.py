@@ -1,4 +1,4 @@
-"""``deepseek-moe export``: a checkpoint that others load without our code."""
+"""``deepseek-moe export``: a checkpoint or an adapter that others load without our code."""
 
 import argparse
 import contextlib
@@ -6,35 +6,47 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-HELP = "Write a checkpoint that stock transformers or llama.cpp loads without this package."
+HELP = "Write a checkpoint or an adapter that others load without this package."
 EXAMPLES = """
   deepseek-moe export runs/demo/align/model exported --to deepseek_v3
   deepseek-moe export runs/demo/align/model model.gguf --to gguf
   deepseek-moe export runs/demo/align/model model.gguf --to gguf --fixed-experts 2
+  deepseek-moe export my-adapter expert-lora --to expert_lora
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", help="a checkpoint of ours: a folder or a Hub id (gguf: a folder)")
-    parser.add_argument("output", help="the folder to write, empty or absent (gguf: a folder or FILE.gguf)")
     parser.add_argument(
-        "--to", choices=("deepseek_v3", "deepseek_v2", "gguf"), default="deepseek_v3", help="the format"
+        "model", help="a checkpoint of ours: a folder or a Hub id (gguf: a folder; expert_lora: an adapter's folder)"
     )
+    parser.add_argument("output", help="the folder to write, empty or absent (gguf: a folder or FILE.gguf)")
+    formats = ("deepseek_v3", "deepseek_v2", "gguf", "expert_lora")
+    parser.add_argument("--to", choices=formats, default="deepseek_v3", help="the format")
     parser.add_argument(
         "--fixed-experts",
         type=int,
         metavar="N",
         help="gguf: export a dynamic number of experts per token at this fixed one, and print the measured difference",
     )
+    parser.add_argument(
+        "--base", help="expert_lora: the base model, where it lies elsewhere than the adapter says (any MoE family)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the checkpoint and print where it lies."""
+    if args.base is not None and args.to != "expert_lora":
+        raise ValueError("--base: goes with --to expert_lora only")
     if args.to == "gguf":
         return _export_gguf(args)
     if args.fixed_experts is not None:
         raise ValueError("--fixed-experts: goes with --to gguf only")
+    if args.to == "expert_lora":
+        from deepseek_serving.expert_lora import export_expert_lora
+
+        print(f"expert adapter  {export_expert_lora(args.model, args.output, args.base)}")
+        return 0
     from deepseek_records.loading import load_model, load_tokenizer
     from deepseek_serving.hf_export import export_deepseek_v2, export_deepseek_v3
 

@@ -3,7 +3,8 @@
 PEFT keeps one A `[E * r, N]` and one B `[M, r * E]` for all experts of a layer, the expert fastest in B. Engines that
 know experts one by one want ``experts.7.gate_proj.lora_A.weight`` `[r, N]` and ``lora_B`` `[M, r]`. Gate and up have
 an A each there: the fused one, twice. Everything else in the adapter is copied. The names follow PEFT for models whose
-experts are modules of their own; no other engine was run on them here.
+experts are modules of their own, as in Qwen3-MoE's checkpoints; `expert_lora` gives the names of each family's. No
+other engine was run on them here.
 
 E experts, r rank, N inputs, M outputs.
 """
@@ -15,23 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deepseek_records.json_files import read_object
+from deepseek_serving.checkpoint_names import PARTS as PROJECTIONS
+from deepseek_serving.checkpoint_names import CheckpointNames
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model."  # PEFT's, before the names of the model
 _FUSED = re.compile(r"^(?P<block>.*\.experts)\.(?P<nest>base_layer\.)?lora_(?P<part>[AB])\.weight$")
 _SINGLE = re.compile(
     rf"^(?P<block>.*\.experts)\.(?P<expert>\d+)\.(?P<name>{'|'.join(PROJECTIONS)})\.lora_(?P<part>[AB])\.weight$"
 )
 
 
-def split_experts(source: str | Path, output: str | Path) -> Path:
+def split_experts(source: str | Path, output: str | Path, names: CheckpointNames | None = None) -> Path:
     """Write an adapter whose experts are adapted one by one.
 
     Args:
         source: A folder as PEFT writes it, with both projections of the experts adapted (`target_parameters`).
         output: The folder to write, empty or absent.
+        names: Of the base model's checkpoint; None: Qwen3-MoE's and DeepSeek-V3's.
 
     Raises:
         ValueError: It adapts no fused experts, or one projection only, or the rank does not fit its tensors.
@@ -66,12 +73,32 @@ def split_experts(source: str | Path, output: str | Path) -> Path:
             ):
                 result[f"{block}.{expert}.{name}.lora_A.weight"] = a
                 result[f"{block}.{expert}.{name}.lora_B.weight"] = b
-    config["target_modules"] = sorted({*(config["target_modules"] or ()), *PROJECTIONS})
+    if names is not None:
+        result = {_in_checkpoint(key, names): tensor for key, tensor in result.items()}
+    config["target_modules"] = sorted(_adapted(result))
     config["target_parameters"] = None
     return _write(output, config, result)
 
 
-def join_experts(source: str | Path, output: str | Path) -> Path:
+def _adapted(tensors: dict[str, Tensor]) -> set[str]:
+    """The last parts of the adapted modules' names."""
+    return {key.split(".lora_")[0].rpartition(".")[2] for key in tensors if ".lora_" in key}
+
+
+def _in_checkpoint(key: str, names: CheckpointNames) -> str:
+    """An adapter's key with the checkpoint's name of what it adapts."""
+    path, mark, rest = key.removeprefix(PREFIX).partition(".lora_")
+    if not mark:  # a module that is saved whole
+        path, mark, rest = path.rpartition(".")
+    block, _, part = path.rpartition(".")
+    block, _, expert = block.rpartition(".")
+    name = (names.experts.get((block, int(expert), part)) if expert.isdigit() else None) or names.modules.get(path)
+    if name is None:
+        raise ValueError(f"adapter: got {path}, which the base model lacks or stores in another layout")
+    return f"{PREFIX}{name}{mark}{rest}"
+
+
+def join_experts(source: str | Path, output: str | Path, names: CheckpointNames | None = None) -> Path:
     """Write an adapter of fused experts, as PEFT reads it for such a model.
 
     Where gate and up of an expert have different A, the fused one holds both, at twice the rank for both projections.
@@ -79,11 +106,15 @@ def join_experts(source: str | Path, output: str | Path) -> Path:
     Args:
         source: A folder with adapters of single experts.
         output: The folder to write, empty or absent.
+        names: Of the base model's checkpoint; None: Qwen3-MoE's and DeepSeek-V3's.
 
     Raises:
         ValueError: It adapts no single experts, or not all of them alike.
     """
     config, tensors = _read(source)
+    if names is not None:
+        in_memory = _memory_names(names)
+        tensors = {_in_memory(key, in_memory): tensor for key, tensor in tensors.items()}
     blocks: dict[str, dict[tuple[int, str, str], Tensor]] = defaultdict(dict)
     result = {}
     for name, tensor in tensors.items():
@@ -109,14 +140,36 @@ def join_experts(source: str | Path, output: str | Path) -> Path:
             result[f"{block}.{nest}lora_A.weight"] = a.flatten(0, 1)
             result[f"{block}.{nest}lora_B.weight"] = b.permute(1, 2, 0).flatten(1)
     parents = {".".join(block.split(".")[-2:]) for block in blocks}
-    targets = [name for name in config["target_modules"] or () if name not in PROJECTIONS]
-    config["target_modules"] = targets
+    adapted = {key.split(".lora_")[0].rpartition(".")[2] for key in result if ".lora_" in key} - {
+        "experts",
+        "base_layer",
+    }
+    if adapted & set(PROJECTIONS):  # PEFT would take the name for the experts'
+        raise ValueError(
+            f"adapter: got {min(adapted & set(PROJECTIONS))} beside the experts, expected none of that name"
+        )
+    config["target_modules"] = sorted(adapted)
     config["target_parameters"] = [
         f"{parent}.{name}" for parent in sorted(parents) for name in ("gate_up_proj", "down_proj")
     ]
+    if not is_shared and config.get("use_rslora"):
+        raise ValueError("use_rslora: got true with an A of its own for gate and up, expected one A for both")
     if not is_shared:
         config["r"], config["lora_alpha"] = 2 * config["r"], 2 * config["lora_alpha"]
     return _write(output, config, result)
+
+
+def _memory_names(names: CheckpointNames) -> dict[str, str]:
+    single = {name: ".".join((block, str(expert), part)) for (block, expert, part), name in names.experts.items()}
+    return {**{name: module for module, name in names.modules.items()}, **single}
+
+
+def _in_memory(key: str, in_memory: dict[str, str]) -> str:
+    """A key of the checkpoint's names with the name in memory; of those that are the same already, the same."""
+    path, mark, rest = key.removeprefix(PREFIX).partition(".lora_")
+    if not mark:
+        path, mark, rest = path.rpartition(".")
+    return f"{PREFIX}{in_memory.get(path, path)}{mark}{rest}"
 
 
 def _fuse(parts: dict[tuple[int, str, str], Tensor], expert: int, is_shared: bool) -> tuple[Tensor, ...]:
@@ -148,11 +201,14 @@ def _read(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     folder = Path(source)
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"adapter: got {source}, expected a folder with {CONFIG} and {WEIGHTS}")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_object(folder / CONFIG, "adapter")
     for setting in ("rank_pattern", "alpha_pattern"):
         if config.get(setting):
             raise ValueError(f"{setting}: got {config[setting]}, expected one rank and weight for all")
-    return config, load_file(folder / WEIGHTS)
+    try:
+        return config, load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"adapter: the weights in {source} are damaged or cut short ({error})") from None
 
 
 def _write(output: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
