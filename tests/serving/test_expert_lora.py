@@ -11,6 +11,7 @@ from saved_families import FAMILIES, logits, save_base
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from deepseek_cli import export
+from deepseek_cli.main import main
 from deepseek_serving.checkpoint_names import read_names
 from deepseek_serving.expert_adapter import CONFIG, WEIGHTS, join_experts
 from deepseek_serving.expert_lora import build_without_weights, export_expert_lora
@@ -117,6 +118,13 @@ def test_bad_input_is_one_line_and_writes_nothing(mixtral, tmp_path):
     with pytest.raises(ValueError, match="damaged or cut short"):
         export_expert_lora(tmp_path / "one", no)
     assert not no.exists()
+
+
+def test_the_command_tells_it_in_one_line(mixtral, tmp_path, capsys):
+    words = ["export", str(mixtral / "base"), str(tmp_path / "no"), "--to", "expert_lora"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("deepseek-moe export: error: adapter: got ")
 
 
 def test_a_family_that_stores_experts_fused_is_refused():
