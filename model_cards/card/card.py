@@ -88,6 +88,7 @@ def write_card(
     metadata = build_metadata(lineage, name=name, facts=facts, license=license_found, is_made_here=made_here)
     place = repo_id or _place_from(target, facts.path)
     values = describe_run(lineage, name=name, place=place, facts=facts, license=license_found, target=target)
+    values["cleanings"] = cleaning_rows(lineage, None if repo_id else target)
     if template is not None:
         check_template(Path(template), known=set(values) | set(metadata.to_dict()))
     # from_template fills {{ card_data }} itself and gives the template every metadata field; ours come on top.
@@ -168,7 +169,6 @@ def describe_run(
         "architecture": architecture_rows(facts, table),
         "parameters": parameter_rows(facts, table),
         "data": [data_row(stage, row) for stage in stages.values() for row in stage.data],
-        "cleanings": cleaning_rows(lineage, target),
         "stages": [stage_row(stage) for stage in stages.values()],
         "total_time": format_seconds(total_seconds(stages)),
         "energy": energy_estimate(stages),

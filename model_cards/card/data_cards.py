@@ -1,7 +1,7 @@
 """Where a model was trained on text that `deepseek-moe data` cleaned: its sources, licenses, counts and data card.
 
 The figures are those that the training recorded. The card of the data is linked where it still lies near the model's;
-it holds samples of text, so an upload does not take it along.
+it holds samples of text, so an upload does not take it along, and a card for the Hub has no link to it.
 """
 
 import os
@@ -16,12 +16,12 @@ from deepseek_records.lineage import Lineage
 from deepseek_records.summary import Cleaning
 
 
-def cleaning_rows(lineage: Lineage, target: Path) -> list[dict[str, Any]]:
+def cleaning_rows(lineage: Lineage, target: Path | None) -> list[dict[str, Any]]:
     """Return each cleaning that text of the model's stages came from, as ready text.
 
     Args:
         lineage: The model's stages.
-        target: The folder of the model card.
+        target: The folder of the model card; None for one that leaves the machine.
     """
     found: dict[str, tuple[Cleaning, list[str]]] = {}
     for stage in lineage.stages.values():
@@ -33,7 +33,7 @@ def cleaning_rows(lineage: Lineage, target: Path) -> list[dict[str, Any]]:
     return [_row(cleaning, list(dict.fromkeys(names)), target) for cleaning, names in found.values()]
 
 
-def _row(cleaning: Cleaning, names: list[str], target: Path) -> dict[str, Any]:
+def _row(cleaning: Cleaning, names: list[str], target: Path | None) -> dict[str, Any]:
     sources = [
         {
             "name": one.name,
@@ -68,10 +68,10 @@ def _row(cleaning: Cleaning, names: list[str], target: Path) -> dict[str, Any]:
     }
 
 
-def _link(folder: Path, target: Path) -> str:
+def _link(folder: Path, target: Path | None) -> str:
     """The data card as seen from the model's; empty where it is gone or so far away that its path would tell more."""
     card = folder / CARD_FILE
-    if not card.is_file() or not is_cleaning(folder):
+    if target is None or not card.is_file() or not is_cleaning(folder):
         return ""
     relative = Path(os.path.relpath(card.resolve(), target.resolve()))
     return "" if relative.parts[:2] == ("..", "..") else relative.as_posix().replace(" ", "%20")

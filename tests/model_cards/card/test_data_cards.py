@@ -62,5 +62,10 @@ def test_a_card_elsewhere_tells_no_paths(runs, tmp_path_factory):
     assert "[data card]" not in text and "| letters | train | 789 |" in text and str(runs) not in text
 
 
+def test_a_card_for_the_hub_links_nothing_of_this_machine(runs):
+    text = write_card(runs / "pretrain", repo_id="someone/model").read_text()
+    assert "clean/README.md" not in text and "| letters | train | 789 |" in text
+
+
 def test_other_text_has_no_such_section(demo_run):
     assert "cleaned by" not in write_card(demo_run).read_text()
