@@ -97,6 +97,17 @@ def test_a_stopped_run_ends_with_the_same_bytes(sources, whole, tmp_path, monkey
     assert bytes_of(output) == whole
 
 
+def test_whole_parts_are_not_made_again(sources, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        arm("within the third part", output, stop, patch.setattr)
+        clean(sources, output, filters=["repair"], languages=[])
+    made, original = [], passes.make_part
+    monkeypatch.setattr(passes, "make_part", lambda task: made.append(task[0].name) or original(task))
+    clean(sources, output, filters=["repair"], languages=[])
+    assert made == ["part-000002.parquet", "part-000003.parquet"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", STOPS)
 def test_a_killed_run_ends_with_the_same_bytes(sources, whole, tmp_path, moment):
