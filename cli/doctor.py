@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 HELP = "Find what would go wrong in a training without an error message, before it is paid for."
@@ -31,8 +30,9 @@ def run(args: argparse.Namespace) -> int:
         0 if nothing was found, else 3.
     """
     from deepseek_records.doctor import examine, open_subject
+    from deepseek_training.recipes.loading import find_recipe, read_settings
 
-    recipe = None if args.recipe is None else _read_recipe(args.recipe)
+    recipe = None if args.recipe is None else read_settings(find_recipe(args.recipe))
     is_own = recipe is not None and _is_of_a_stage(recipe)
     examination = examine(open_subject(args.model, adapter=args.adapter, recipe=recipe, is_own_stage=is_own))
     if args.json:
@@ -62,18 +62,3 @@ def _is_of_a_stage(recipe: dict[str, Any]) -> bool:
         if needed - {"model"} <= set(recipe) <= {one.name for one in fields}:
             return True
     return False
-
-
-def _read_recipe(name: str) -> dict[str, Any]:
-    import yaml
-
-    from deepseek_training.recipes.loading import find_recipe
-
-    path = Path(find_recipe(name))
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise ValueError(f"recipe: got {path}, expected a YAML file with one 'key: value' per line")
-    return settings

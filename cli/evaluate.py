@@ -194,8 +194,11 @@ def run(args: argparse.Namespace) -> int:
 
         print(format_table(args.table))
         return 0
-    for name in tasks:  # Before the seconds that torch takes to load.
-        find_task(name)
+    asked = {find_task(name).name for name in tasks}  # Before the seconds that torch takes to load.
+    for option, given in (("limit", limit), ("data", parse_data(args.data))):
+        for name in given if isinstance(given, dict) else ():
+            if find_task(name).name not in asked:
+                raise ValueError(f"{option}: got {name}, expected one of the --tasks ({', '.join(sorted(asked))})")
     from deepseek_model_cards.report.report import write_report
 
     if args.dry_run:

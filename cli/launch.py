@@ -27,6 +27,16 @@ _RECIPES = {
     "dpo": "dpo.DpoRecipe",
 }
 
+# Options that not every place has a use for.
+_USED_BY = {
+    "partition": ("slurm",),
+    "time": ("slurm",),
+    "image": ("kubernetes",),
+    "claim": ("kubernetes",),
+    "name": ("slurm", "kubernetes", "ray"),
+    "python": ("local", "slurm", "kubernetes"),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -41,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu", action="store_true", help="train without GPUs, with --processes-per-node")
     parser.add_argument("--processes-per-node", type=int, help="with --cpu")
     parser.add_argument("--engine", choices=ENGINES, default="ddp", help="how the model is divided")
-    parser.add_argument("--time", default="1-00:00:00", help="longest run, [DAYS-]HOURS:MINUTES:SECONDS")
+    parser.add_argument("--time", default="1-00:00:00", help="slurm: longest run, [DAYS-]HOURS:MINUTES:SECONDS")
     parser.add_argument("--restarts", type=int, default=10, help="how often a failed job starts again by itself")
-    parser.add_argument("--name", default="deepseek-moe", help="of the job")
+    parser.add_argument("--name", default="deepseek-moe", help="of the job, but with local")
     parser.add_argument("--partition", default="", help="slurm: partition")
     parser.add_argument("--image", default="", help="kubernetes: container image with this package")
     parser.add_argument("--claim", default="", help="kubernetes: PersistentVolumeClaim that holds the run folder")
@@ -53,11 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the stage's own words and write the file."""
+    from deepseek_records.output_paths import make_file_place
     from deepseek_training.launch.job import Job, check_job, check_recipe_is_shared, render_job
     from deepseek_training.recipes.loading import parse_overrides
 
     if args.cpu != (args.processes_per_node is not None):
         raise ValueError("--processes-per-node: got one of it and --cpu, expected both or neither")
+    _refuse_unused(args)
     python = "python" if args.on in ("kubernetes", "ray") and args.python == sys.executable else args.python
     job = Job(
         stage=args.stage or _find_stage(args.recipe, args.settings),
@@ -82,19 +94,31 @@ def run(args: argparse.Namespace) -> int:
     if args.file is None:
         print(text, end="")
         return 0
-    if args.file.is_dir():
-        raise ValueError(f"--file: got the folder {args.file}, expected a file")
-    args.file.write_text(text, encoding="utf-8")
+    make_file_place(args.file, "--file").write_text(text, encoding="utf-8")
     start = {"local": "bash", "slurm": "sbatch", "kubernetes": "kubectl apply -f", "ray": "python"}[args.on]
     print(f"{args.file}: start it with `{start} {args.file}`")
     return 0
+
+
+def _refuse_unused(args: argparse.Namespace) -> None:
+    """Raise at an option that the file for this place does not hold."""
+    for name, places in _USED_BY.items():
+        value = getattr(args, name)
+        if args.on not in places and value != args.subparser.get_default(name):
+            raise ValueError(
+                f"--{name}: got {value!r} with --on {args.on}, expected it with {' or '.join(places)} only"
+            )
+    if args.cpu and args.gpus_per_node != args.subparser.get_default("gpus_per_node"):
+        raise ValueError(f"--gpus-per-node: got {args.gpus_per_node} with --cpu, expected --processes-per-node alone")
+    if not args.cpu and args.gpus_per_node < 1:
+        raise ValueError(f"--gpus-per-node: got {args.gpus_per_node}, expected at least 1")
 
 
 def _find_stage(recipe: str, settings: list[str]) -> str:
     """The stage of an embedded recipe by its name, of a file by which stage takes it."""
     from deepseek_training.recipes.loading import list_recipes, parse_overrides
 
-    if recipe in list_recipes():
+    if recipe in list_recipes() and recipe.split("-")[0] in _RECIPES:
         return recipe.split("-")[0]
     errors = {}
     for stage in _RECIPES:

@@ -106,19 +106,22 @@ def _config_of_checkpoint(path: Path, settings: dict[str, Any]) -> Any:
         return reader.from_pretrained(path, **settings)
     except OSError as error:
         raise ValueError(f"model: {path / 'config.json'} is refused ({first_line(error)})") from None
+    except ValueError as error:
+        if reader is DeepseekConfig:
+            raise
+        reason = first_line(error).split(". ")[0]  # transformers' is a paragraph
+        raise ValueError(f"model: {path / 'config.json'} is refused ({reason})") from None
 
 
 def _config_of_recipe(name: str, settings: dict[str, Any]) -> Any:
     """The model that a recipe trains: a new one of `pretrain`, else the one that it names."""
     import dataclasses
 
-    import yaml
-
-    from deepseek_training.recipes.loading import find_recipe, load_recipe
+    from deepseek_training.recipes.loading import find_recipe, load_recipe, read_settings
     from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 
-    content = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))
-    if isinstance(content, dict) and isinstance(content.get("model"), str):
+    content = read_settings(find_recipe(name))
+    if isinstance(content.get("model"), str):
         model = settings.pop("model", content["model"])
         return load_config(str(model), settings)
     own = {field.name for field in dataclasses.fields(PretrainRecipe)}

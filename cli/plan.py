@@ -51,16 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     if args.check:
+        _refuse_beside_check(args)
         print(_check())
         return 0
     if args.model is None or args.gpus is None:
         raise ValueError("plan: got no MODEL or no --gpus, expected both (or --check)")
     _check_numbers(args)
-    if args.json is not None and args.json.is_dir():
-        raise ValueError(f"--json: got the folder {args.json}, expected a file")
+    from deepseek_records.output_paths import make_file_place
     from deepseek_training.launch.cluster.report import as_record, describe
 
     plan = _plan(args)
+    if args.json is not None:
+        make_file_place(args.json, "--json")
     print(describe(plan))
     if args.simulate:
         print(_simulate(plan))
@@ -70,22 +72,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_beside_check(args: argparse.Namespace) -> None:
+    """Raise at an option that changes nothing beside --check."""
+    own = ("command", "check", "traceback", "run_command", "subparser", "takes_settings", "settings")
+    for name, value in vars(args).items():
+        if name not in own and value != args.subparser.get_default(name):
+            option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: got {value} beside --check, expected it alone; --check plans nothing")
+
+
 def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("gpus", "tokens", "batch", "length", "micro_batch", "failure_hours", "storage_gb_per_s", "restart_s"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')}: got {value:g}, expected a number above 0")
     if args.engine == "transformers":
-        for name in ("pipeline", "tensor"):
+        for name in ("pipeline", "tensor", "virtual"):
             if getattr(args, name) not in (None, 1):
                 raise ValueError(f"--{name}: got {getattr(args, name)}, expected 1 with --engine transformers")
+    if args.schedule == "dualpipe" and args.virtual not in (None, 1):
+        raise ValueError(f"--virtual: got {args.virtual}, expected 1 with --schedule dualpipe")
 
 
 def _plan(args: argparse.Namespace) -> Any:
     from deepseek_cli.params import load_config
     from deepseek_training.launch.cluster.devices import find_device
     from deepseek_training.launch.cluster.failures import DEVICE_HOURS_PER_FAILURE
-    from deepseek_training.launch.cluster.layout import Layout, check_layout
+    from deepseek_training.launch.cluster.layout import Layout, check_layout, check_values
     from deepseek_training.launch.cluster.report import Run, make_plan
     from deepseek_training.launch.cluster.search import find_layouts
     from deepseek_training.launch.cluster.shape import read_shape
@@ -107,6 +120,7 @@ def _plan(args: argparse.Namespace) -> Any:
         precision=args.precision,
         moment_bytes=args.moment_bytes,
     )
+    check_values(asked, shape)
     if set(_LAYOUT) <= {*given, "virtual"} or "data" in given:
         check_layout(asked, shape)
         if asked.world > args.gpus:

@@ -35,18 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Cut and print what it cost."""
-    import yaml
-
-    from deepseek_training.recipes.loading import build_recipe
+    from deepseek_training.recipes.loading import build_recipe, parse_value
     from deepseek_training.recipes.shrink import ShrinkSettings
 
+    if not args.student:
+        raise ValueError("--set: got nothing, expected at least one KEY=VALUE, such as n_routed_experts=8")
     student = {}
     for word in args.student:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ValueError(f"--set: got {word!r}, expected KEY=VALUE")
-        student[key] = yaml.safe_load(value)
-    given = {name: yaml.safe_load(getattr(args, name)) for name in _OPTIONS if hasattr(args, name)}
+        student[key] = parse_value(f"set {key}", value)
+    words = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
+    given = {name: parse_value(name.replace("_", "-"), word) for name, word in words.items()}
     settings = build_recipe({"model": args.model, "student": student, **given}, ShrinkSettings, source="shrink")
 
     from deepseek_training.stages.shrink import shrink

@@ -104,6 +104,8 @@ class EvalSettings:
             raise ValueError(f"temperature: got {self.temperature}, expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: got {self.top_p}, expected more than 0, at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed}, expected 0 to 2**32 - 1")
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(
                 f"num_samples: got {self.num_samples} with temperature 0, expected 1; greedy completions are all equal"

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -98,6 +99,22 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
     if Path(source).is_dir() and not _has_tokenizer(Path(source)):
         raise FileNotFoundError(f"tokenizer: {source} holds none, expected tokenizer.json or a vocabulary")
     return _load(AutoTokenizer, "tokenizer", source, trust_remote_code=trust_remote_code)
+
+
+def load_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """Return the configuration that lies in a checkpoint.
+
+    Args:
+        name_or_path: A checkpoint folder, a run folder of ours, or a Hub id.
+
+    Raises:
+        FileNotFoundError: A local path is absent or holds no checkpoint.
+        ValueError: ``config.json`` is damaged or refused, or a Hub id cannot be fetched.
+    """
+    source = resolve_checkpoint(name_or_path)
+    _check_json("model", source, ("config.json",))
+    config: PreTrainedConfig = _load(AutoConfig, "model", source)
+    return config
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,9 +15,7 @@ def check_output(path: str | Path, setting: str = "output") -> Path:
         FileExistsError: A file stands there, or in place of a folder above it.
         ValueError: It cannot be looked at, as a name that is too long.
     """
-    path = Path(path)
-    if "\0" in str(path):
-        raise ValueError(f"{setting}: got {_shown(path)}, expected a folder's name without zero bytes")
+    path = _check_name(path, setting, "folder")
     try:
         for folder in (path, *path.parents):
             if folder.is_dir():
@@ -53,6 +51,34 @@ def make_output(path: str | Path, setting: str = "output") -> Path:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ValueError(f"{setting}: got {path}, expected a folder that can be written ({error.strerror})") from None
+    return path
+
+
+def make_file_place(path: str | Path, setting: str) -> Path:
+    """Return the path of a file that can be written, its folder made where it was absent.
+
+    Args:
+        path: The file, which may be there.
+        setting: What named it, for the error.
+
+    Raises:
+        FileExistsError: A file stands in place of a folder above it.
+        ValueError: It is a folder, or cannot be written.
+    """
+    path = _check_name(path, setting, "file")
+    try:
+        if path.is_dir():
+            raise ValueError(f"{setting}: got the folder {path}, expected a file")
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"{setting}: got {_shown(path)}, expected a file's name ({error.strerror})") from None
+    make_output(path.parent, setting)
+    return path
+
+
+def _check_name(path: str | Path, setting: str, kind: str) -> Path:
+    path = Path(path)
+    if "\0" in str(path):
+        raise ValueError(f"{setting}: got {_shown(path)}, expected a {kind}'s name without zero bytes")
     return path
 
 

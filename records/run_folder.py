@@ -40,6 +40,7 @@ from deepseek_records.run_files import (
 from deepseek_records.run_lock import lock_run, unlock_run
 from deepseek_records.summary import Summary
 from deepseek_records.typed_json import from_json, to_json
+from deepseek_records.yaml_text import parse_yaml
 
 __all__ = [
     "ENVIRONMENT_FILE",
@@ -195,8 +196,8 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """The resolved settings as written at the start."""
         try:
-            settings = yaml.safe_load(self._read(RECIPE_FILE)) or {}
-        except yaml.YAMLError as error:
+            settings = parse_yaml(self._read(RECIPE_FILE)) or {}
+        except ValueError as error:
             raise ValueError(f"run: {self.path / RECIPE_FILE}: got no YAML ({error}), expected the settings") from None
         if not isinstance(settings, dict):
             raise ValueError(f"run: {self.path / RECIPE_FILE} holds {type(settings).__name__}, expected settings")

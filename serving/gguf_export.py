@@ -83,9 +83,11 @@ def obstacles_to_gguf(config: dict[str, Any]) -> list[str]:
         "model_type": ("deepseek_moe", "deepseek_v3"),
     }
     found = [f"{key}={config[key]!r}" for key, allowed in wanted.items() if config.get(key, allowed[0]) not in allowed]
+    if "model_type" not in config:
+        found.append("no model_type")
     if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
         found.append(f"rope_parameters={rope or config.get('rope_scaling')}")
-    if config["num_hidden_layers"] in (26, 27) and config.get("q_lora_rank"):
+    if config.get("num_hidden_layers") in (26, 27) and config.get("q_lora_rank"):
         # llama.cpp takes these for DeepSeek-V2-Lite, which has no query latent, and never reads its rank.
         found.append(f"num_hidden_layers={config['num_hidden_layers']} with q_lora_rank={config['q_lora_rank']}")
     if "quantization_config" in config:

@@ -24,13 +24,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deepseek_eval.tasks import bits_per_byte
 from deepseek_eval.tasks.row import Row
 from deepseek_eval.tasks.rows import find_source, read_rows
 from deepseek_eval.tasks.task import ChoiceItem, CompletionItem, DataSet, Figure, Task, TextItem
 from deepseek_records.document_files import SPLITS
+from deepseek_records.yaml_text import parse_yaml
 
 _ABOUT = ("label", "license", "measures")
 # By kind, the settings that it needs and those that it may have.
@@ -110,8 +109,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"tasks: {path} does not exist")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        given = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"tasks: {path} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(given, dict):
         raise ValueError(f"tasks: {path}: got {type(given).__name__}, expected settings")

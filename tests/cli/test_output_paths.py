@@ -12,13 +12,22 @@ from deepseek_records.output_paths import check_output, make_output
 MODEL = str(Path(__file__).resolve().parents[1] / "eval/reference/ours")
 FOREIGN = str(Path(__file__).resolve().parents[1] / "eval/reference/v3")
 STAGES = ("pretrain", "adapt", "sft", "align", "dpo", "grpo")
+ONE_FILE = {
+    "plan": (["plan", "7.7b", "--gpus", "64", "--gpu", "h200"], "--json"),
+    "launch": (["launch", "pretrain-debug", "--output", "out"], "--file"),
+}
 # The words before the output's path.
 COMMANDS = {
     **{
         name: [name, f"{name}-debug", *(["--model", MODEL] if name != "pretrain" else []), "--output"]
         for name in STAGES
     },
-    **{f"{name}, dry": [*words, "--dry-run", "--output"] for name, words in {"demo": ["demo"]}.items()},
+    "data": ["data", "data-debug", "--output"],
+    "distill": ["distill", "distill-debug", "--teacher", MODEL, "--output"],
+    "shrink": ["shrink", MODEL, "--set", "n_routed_experts=4", "--"],
+    "demo, dry": ["demo", "--dry-run", "--output"],
+    "data, dry": ["data", "data-debug", "--dry-run", "--output"],
+    "launch": ["launch", "pretrain-debug", "--output"],
     "demo": ["demo", "--size", "debug", "--output"],
     "evaluate": ["evaluate", MODEL, "--tasks", "mmlu", "--limit", "1", "--output"],
     "evaluate two": ["evaluate", MODEL, FOREIGN, "--tasks", "mmlu", "--limit", "1", "--output"],
@@ -56,10 +65,32 @@ def test_a_file_where_a_folder_is_needed(name, file, capsys):
     assert file.read_text() == "somebody's"
 
 
-@pytest.mark.parametrize("name", ["demo", "evaluate", "card", "export", "bench step", "pretrain"])
+@pytest.mark.parametrize(
+    "name", ["demo", "evaluate", "card", "export", "bench step", "pretrain", "data", "distill", "shrink"]
+)
 @pytest.mark.parametrize("place", ["/proc/nothing/here", "zero\0byte", "x" * 300])
 def test_a_place_that_cannot_be_written(name, place, capsys):
     assert error_of([*COMMANDS[name], place], capsys).startswith("output: got ")
+
+
+@pytest.mark.parametrize("name", ONE_FILE)
+def test_a_place_where_one_file_cannot_be_written(name, tmp_path, file, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, option = ONE_FILE[name]
+    wrong = {
+        str(tmp_path): f"got the folder {tmp_path}, expected a file",
+        str(file / "below"): f"got the file {file}, expected a folder",
+        "/proc/nothing/here": "got /proc/nothing, expected a folder that can be written",
+        "zero\0byte": "got zero\\0byte, expected a file's name without zero bytes",
+        "x" * 300: "expected a file's name (File name too long)",
+    }
+    for place, told in wrong.items():
+        assert main([*words, option, place]) == 2
+        printed = capsys.readouterr()
+        assert f"error: {option}: " in printed.err and told in printed.err and not printed.out, place
+    assert file.read_text() == "somebody's" and list(tmp_path.iterdir()) == [file]
+    assert main([*words, option, str(tmp_path / "a/b/c")]) == 0
+    assert (tmp_path / "a/b/c").read_text()
 
 
 def test_merge_and_a_folder_in_place_of_a_file(tmp_path, file, capsys):

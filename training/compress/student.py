@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 
-from deepseek_records.loading import is_adapter, load_model, resolve_checkpoint
+from deepseek_records.loading import is_adapter, load_config, load_model, resolve_checkpoint
 from deepseek_training.compress.calibration import calibration_blocks
 from deepseek_training.compress.importance import measure_importance
 from deepseek_training.compress.selection import ExpertsBy, choose
@@ -83,7 +83,7 @@ def read_config(name: str) -> PreTrainedConfig:
     source = resolve_checkpoint(name)
     if is_adapter(source) or not Path(source).is_dir():
         return load_model(name).config
-    return AutoConfig.from_pretrained(source)
+    return load_config(source)
 
 
 def refuse_larger(student: int, teacher: int) -> None:

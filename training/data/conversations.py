@@ -90,10 +90,26 @@ def read_template(recipe: SftRecipe | DpoRecipe, tokenizer: Any) -> str:
     if recipe.chat_template is not None:
         if not Path(recipe.chat_template).is_file():
             raise FileNotFoundError(f"chat_template: no file {recipe.chat_template}")
-        return Path(recipe.chat_template).read_text(encoding="utf-8")
+        return _parsed(Path(recipe.chat_template))
     if tokenizer.chat_template is None:
         raise ValueError("chat_template=null: the tokenizer has none; name a file with one")
     return tokenizer.chat_template
+
+
+def _parsed(path: Path) -> str:
+    """The template in a file, after a look at its syntax; what it does is seen when it is first used."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except UnicodeDecodeError:
+        raise ValueError(f"chat_template: {path}: got bytes that are not UTF-8, expected text") from None
+    except TemplateSyntaxError as error:
+        # jinja2 alone does not know transformers' tag {% generation %}.
+        if "generation" not in str(error):
+            raise ValueError(f"chat_template: {path}, line {error.lineno}: {error.message}") from None
+    return text
 
 
 def to_messages(row: dict[str, Any]) -> list[Message]:

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from deepseek_records.yaml_text import parse_yaml
+
 RECIPE_FOLDER = Path(__file__).parent
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 RecipeT = TypeVar("RecipeT")
@@ -36,6 +38,26 @@ def setting(default: Any = dataclasses.MISSING, *, help: str, otherwise: str = "
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return what a recipe's file holds, unchecked.
+
+    Args:
+        path: From `find_recipe`.
+
+    Raises:
+        ValueError: It is not YAML, or no mapping.
+    """
+    try:
+        settings = parse_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"recipe: {path} is not a text file") from None
+    except ValueError as error:
+        raise ValueError(f"recipe: {path} is not YAML ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"recipe: {path} holds no settings; write one 'key: value' a line")
+    return settings
+
+
 def load_recipe(name_or_path: str | Path, recipe_class: type[RecipeT], overrides: Any = ()) -> RecipeT:
     """Return the recipe of that name or file, with overrides applied and every value checked.
 
@@ -50,7 +72,7 @@ def load_recipe(name_or_path: str | Path, recipe_class: type[RecipeT], overrides
         ValueError: Not YAML, an unknown key, a value of another type, or one the recipe's own checks refuse.
     """
     path = find_recipe(name_or_path)
-    settings = _read_yaml(path)
+    settings = read_settings(path)
     if not isinstance(overrides, dict):
         overrides = parse_overrides(list(overrides))
     for key, value in overrides.items():
@@ -157,7 +179,7 @@ def collect_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings given on the command line, for `load_recipe`."""
     given = {key: value for key, value in vars(args).items() if key.startswith("setting_")}
     words = {key.removeprefix("setting_"): value for key, value in given.items()}
-    return {key: _parse_value(key.replace("_", "-"), value) for key, value in words.items()}
+    return {key: parse_value(key.replace("_", "-"), value) for key, value in words.items()}
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -176,14 +198,23 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
             if not rest:
                 raise ValueError(f"override: --{key} has no value")
             value = rest.pop(0)
-        overrides[key.replace("-", "_")] = _parse_value(key, value)
+        overrides[key.replace("-", "_")] = parse_value(key, value)
     return overrides
 
 
-def _parse_value(key: str, value: str) -> Any:
+def parse_value(key: str, value: str) -> Any:
+    """Return the YAML value of an option.
+
+    Args:
+        key: The option, without its dashes before.
+        value: Its word.
+
+    Raises:
+        ValueError: It is not YAML.
+    """
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return parse_yaml(value)
+    except ValueError:
         raise ValueError(f"override: --{key} {value!r} is not a YAML value") from None
 
 
@@ -200,20 +231,6 @@ def _set_nested(settings: dict[str, Any], key: str, value: Any) -> None:
         settings[head] = {**settings[head], **value}
     else:
         settings[head] = value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"recipe: {path} is not a text file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        raise ValueError(f"recipe: {path} is not YAML{where}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"recipe: {path} holds no settings; write one 'key: value' a line")
-    return settings
 
 
 def _nearest(key: str, names: Any) -> str:
@@ -244,14 +261,24 @@ def _check(name: str, value: Any, hint: Any, source: str) -> Any:
     if origin in (list, dict):
         if not isinstance(value, origin):
             raise ValueError(f"{source}: {name}={value!r} must be a {'list' if origin is list else 'mapping'}")
-        return [_check(name, item, arguments[0], source) for item in value] if origin is list else value
+        if origin is list:
+            return [_check(name, item, arguments[0], source) for item in value]
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"{source}: {name}: got the key {key!r}, expected a name")
+        return value
     if hint is float and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             if not math.isnan(float(value)):
                 return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{source}: {name}={value!r} must be {_NAMES[hint]}")
+    raise ValueError(f"{source}: {name}={_shown(value)} must be {_NAMES[hint]}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def _suggest(value: Any, allowed: tuple[Any, ...]) -> str:

@@ -141,7 +141,7 @@ class PretrainRecipe(SplittableSettings):
     data_column: str | None = setting(None, help="Column that holds the text; null: text.")
     tokenizer: str | None = setting(None, help="Folder or Hub id of a tokenizer; null: train one on tokenizer_data.")
     tokenizer_data: list[str] = setting([], help="What a new tokenizer is trained on; empty: the training text.")  # noqa: RUF009
-    vocab_size: int = setting(2048, help="Tokens of a new tokenizer, at least 259.")
+    vocab_size: int = setting(2048, help="Tokens of a new tokenizer, 259 to 10,000,000.")
     preset: str = setting("nano", help="Model size: 154b, 7.7b, nano or debug.")
     model: dict[str, Any] = setting(  # noqa: RUF009
         {},
@@ -152,7 +152,9 @@ class PretrainRecipe(SplittableSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("vocab_size", self.tokenizer is not None or self.vocab_size >= 259, "at least 259")
+        # Above, the tokenizer's own reservation of memory ends the process without a word.
+        is_sound = self.tokenizer is not None or 259 <= self.vocab_size <= 10_000_000
+        self.require("vocab_size", is_sound, "in 259 to 10,000,000")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -17,6 +17,7 @@ from deepseek_records.summary import Summary
 from deepseek_training.data.cleaning.announcement import announce_sources
 from deepseek_training.data.cleaning.contamination import ContaminationIndex
 from deepseek_training.data.cleaning.decisions import decide
+from deepseek_training.data.cleaning.language import known_languages
 from deepseek_training.data.cleaning.passes import examine_all, fit_to_sources, hash_inputs, survey_all
 from deepseek_training.data.cleaning.result import WORK_FOLDER, write_result
 from deepseek_training.recipes.data import DataRecipe
@@ -50,6 +51,10 @@ def clean_data(
     started = time.monotonic()
     settings = recipe_settings(recipe)
     run = RunFolder.check(output, settings) if is_dry and not overwrite else RunFolder(output)
+    for code in recipe.languages:
+        if code not in known_languages():
+            known = ", ".join(sorted(known_languages()))
+            raise ValueError(f"languages: got {code!r}, expected codes of {known}")
     tokenizer = _load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
     sources, trusted = survey_all(recipe)
     index = ContaminationIndex.build(benchmarks if "contamination" in recipe.filters else {})
@@ -58,9 +63,9 @@ def clean_data(
         return None
     run = RunFolder.create(output, settings, command="data", seed=recipe.seed, overwrite=overwrite)
     run.hold_to(**hash_inputs(sources, trusted, benchmarks, tokenizer))
+    context = fit_to_sources(recipe, sources, trusted, index)
     work = run.path / WORK_FOLDER
     work.mkdir(exist_ok=True)
-    context = fit_to_sources(recipe, sources, trusted, index)
     parts = examine_all(sources, context, work, workers)
     decisions = decide(parts, recipe)
     summary = write_result(run.path, parts, decisions, context, sources, tokenizer)

@@ -44,6 +44,7 @@ def shrink(
     started = time.monotonic()
     original = read_config(settings.model)
     config = plan_cut_student(original, settings.student)
+    _check_widths(settings)
     check_context(settings, config)
     tokenizer = load_tokenizer(settings.model)
     corpus = Corpus.load(settings.data, settings.data_column)
@@ -80,3 +81,11 @@ def shrink(
         },
     )
     return run.finish(summary)
+
+
+def _check_widths(settings: ShrinkSettings) -> None:
+    """Refuse widths that torch's grouped products, which measure the result, do not take: rows of 16 bytes or more."""
+    for name in ("hidden_size", "moe_intermediate_size"):
+        width = settings.student.get(name)
+        if isinstance(width, int) and width % 8:
+            raise ValueError(f"student: {name}: got {width}, expected a multiple of 8")

@@ -250,7 +250,7 @@ def test_the_command(tmp_path, capsys):
         (["nowhere/at/all"], "does not exist"),
         (["{model}", "--adapter", "{model}"], "holds no adapter_config.json"),
         (["{model}", "--recipe", "no-such-recipe"], "no file and no embedded recipe"),
-        (["{model}", "--recipe", "{list}"], "expected a YAML file"),
+        (["{model}", "--recipe", "{list}"], "holds no settings"),
         (["{model}", "--recipe", "{words}"], "gradient_accumulation_steps: got 'many', expected a number"),
     ],
 )

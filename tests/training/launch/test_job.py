@@ -82,7 +82,7 @@ def test_a_files_stage_is_found(tmp_path, capsys):
         (["pretrain-debug", "--nodes", "2"], "--nodes: got 2, expected 1 with --on local"),
         (["pretrain-debug", "--on", "kubernetes"], "--image and --claim: got none, expected both"),
         (["pretrain-debug", "--on", "slurm", "--time", "soon"], "--time: got 'soon', expected [DAYS-]HOURS"),
-        (["pretrain-debug", "--name", "A b"], "--name: got 'A b', expected lower-case letters"),
+        (["pretrain-debug", "--on", "slurm", "--name", "A b"], "--name: got 'A b', expected lower-case letters"),
         (["pretrain-debug", "--seeed", "3"], "unknown setting 'seeed'"),
         (["pretrain-debug", "--cpu"], "--processes-per-node: got one of it and --cpu, expected both or neither"),
         (["pretrain-debug", "--engine", "expert_parallel"], "--engine: got expert_parallel, expected"),

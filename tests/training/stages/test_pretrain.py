@@ -154,7 +154,7 @@ def test_gradient_accumulation_gives_the_same_losses(tiny_settings, tmp_path):
         ({"model": {"min_experts_per_tok": 5}}, "min_experts_per_tok"),
         ({"model": {"hiden_size": 9}}, "did you mean hidden_size"),
         ({"preset": "debgu"}, "preset: 'debgu' is not one of"),
-        ({"vocab_size": 100}, "vocab_size=100 must be at least 259"),
+        ({"vocab_size": 100}, "vocab_size=100 must be in 259"),
         ({"experts_implementation": "fussed_moe"}, "did you mean 'fused_moe'"),
         ({"data_column": "body"}, "has no column 'body'"),
     ],

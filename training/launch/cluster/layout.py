@@ -78,8 +78,8 @@ class Layout:
         return f"{text}, EP {self.expert}, ZeRO-{self.zero}, recompute {self.recompute}, {self.schedule}"
 
 
-def check_layout(layout: Layout, shape: ModelShape) -> None:
-    """Raise a `ValueError` in one line where a layout cannot hold this model."""
+def check_values(layout: Layout, shape: ModelShape) -> None:
+    """Raise a `ValueError` in one line at a value that no layout of this model can have, whatever the others are."""
     for name in ("data", "tensor", "pipeline", "virtual", "expert", "micro_batch", "batch", "length"):
         if getattr(layout, name) < 1:
             raise ValueError(f"{_option(name)}: got {getattr(layout, name)}, expected at least 1")
@@ -90,23 +90,28 @@ def check_layout(layout: Layout, shape: ModelShape) -> None:
         raise ValueError(f"--zero: got {layout.zero}, expected 0, 1, 2 or 3")
     if layout.moment_bytes not in (2, 4):
         raise ValueError(f"--moment-bytes: got {layout.moment_bytes}, expected 2 or 4")
-    if layout.zero == 3 and layout.pipeline > 1:
-        raise ValueError(
-            "--zero: got 3 beside --pipeline, expected one of the two (weights are gathered once per pass)"
-        )
     if layout.expert > 1 and not shape.num_experts:
         raise ValueError(f"--expert: got {layout.expert}, expected 1 (the model has no routed experts)")
     if shape.num_experts and shape.num_experts % layout.expert:
         raise ValueError(f"--expert: got {layout.expert}, expected a divisor of {shape.num_experts} experts")
-    if (layout.data * layout.tensor) % layout.expert:
-        raise ValueError(
-            f"--expert: got {layout.expert}, expected a divisor of DP x TP = {layout.data * layout.tensor}"
-        )
     if shape.num_heads % layout.tensor:
         raise ValueError(f"--tensor: got {layout.tensor}, expected a divisor of {shape.num_heads} heads")
     if layout.pipeline * layout.virtual > len(shape.layers):
         parts = layout.pipeline * layout.virtual
         raise ValueError(f"--pipeline: got {parts} parts, expected at most {len(shape.layers)} layers")
+
+
+def check_layout(layout: Layout, shape: ModelShape) -> None:
+    """Raise a `ValueError` in one line where a layout cannot hold this model."""
+    check_values(layout, shape)
+    if layout.zero == 3 and layout.pipeline > 1:
+        raise ValueError(
+            "--zero: got 3 beside --pipeline, expected one of the two (weights are gathered once per pass)"
+        )
+    if (layout.data * layout.tensor) % layout.expert:
+        raise ValueError(
+            f"--expert: got {layout.expert}, expected a divisor of DP x TP = {layout.data * layout.tensor}"
+        )
     if layout.virtual > 1 and layout.pipeline == 1:
         raise ValueError(f"--virtual: got {layout.virtual}, expected 1 without --pipeline")
     if layout.schedule == "dualpipe" and (layout.pipeline < 2 or layout.virtual > 1):
