@@ -1,10 +1,12 @@
 """Samples over time: written every so many steps, shown in the report, and without a trace in the training."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file
 
+from deepseek_cli.main import main
 from deepseek_model_cards.report.report import write_report
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.recipes.loading import build_recipe, load_recipe
@@ -66,3 +68,37 @@ def test_a_resumed_run_writes_no_sample_twice(tmp_path):
 def test_a_wrong_number_is_refused(settings):
     with pytest.raises(ValueError, match="sample_steps"):
         load_recipe("pretrain-debug", PretrainRecipe, settings)
+
+
+# Words beside those of all, and the steps at which samples are due.
+TEXT = "--max-steps 6 --logging-steps 1 --save-steps 0 --eval-steps 0 --warmup-steps 0 --sample-tokens 4"
+STAGES = {
+    "distill": (f"--teacher MODEL --data DATA --sample-prompts [The,A] {TEXT}", {2, 4}),
+    "sft": (f"--model MODEL --sequence-length 128 {TEXT}", {2, 4}),
+}
+CLOCKED = ("second", "memory", "mfu", "time", "samples_per", "steps_per")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_other_stages_train_bit_for_bit_the_same(stage, policy_path, tiny_data, tmp_path):
+    model = shutil.copytree(policy_path, tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())
+    # With dropout a sample that moved the random state would change every later step.
+    (model / "config.json").write_text(json.dumps({**settings, "hidden_dropout": 0.1}))
+    words, steps = STAGES[stage]
+    words = words.replace("MODEL", str(model)).replace("DATA", str(tiny_data)) + " --batch-size 4 --report-to []"
+    for name, every in (("sampled", 2), ("plain", 0)):
+        more = ["--sample-steps", str(every), "--output", str(tmp_path / name)]
+        assert main([stage, f"{stage}-debug", *words.split(), *more]) in (0, 3)
+    sampled, plain = (RunFolder(tmp_path / name) for name in ("sampled", "plain"))
+    weights = [load_file(run.model_path / "model.safetensors") for run in (sampled, plain)]
+    assert all(value.equal(weights[1][key]) for key, value in weights[0].items())
+    rows = [
+        [{key: value for key, value in row.items() if not any(word in key for word in CLOCKED)} for row in run.metrics]
+        for run in (sampled, plain)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) >= 3
+    assert sampled.summary.results == plain.summary.results
+    at = [{one.step for one in run.summary.samples} for run in (sampled, plain)]
+    assert at[0] - at[1] == steps
