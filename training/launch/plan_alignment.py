@@ -142,8 +142,9 @@ def _time_run(
         twin = copy.deepcopy(policy).to(args.device).eval()
         started = time.perf_counter()
         written = twin.generate(input_ids=ids, attention_mask=ids != pad, do_sample=True, pad_token_id=pad, **length)
-        texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
-        reward(prompts=list(rows["prompt"]), completions=texts, is_evaluation=True)
+        answers = written[:, width:].tolist()
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        reward(prompts=list(rows["prompt"]), completions=texts, completion_ids=answers, is_evaluation=True)
         if state is not None:  # a first call may move what it standardizes by
             reward.load_state_dict(state)
         played = (time.perf_counter() - started) / len(rows)

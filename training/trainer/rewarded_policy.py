@@ -67,6 +67,7 @@ def _complete(
 ) -> dict[str, list[Any]]:
     texts: list[str] = []
     lengths: list[float] = []
+    answers: list[list[int]] = []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for start in range(0, len(prompts), recipe.batch_size):
         rows = prompts[start : start + recipe.batch_size]["input_ids"]
@@ -86,9 +87,14 @@ def _complete(
         for row in written.tolist():
             end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
             lengths.append(float(end))
+            answers.append(row[:end])
             texts.append(tokenizer.decode(row[:end], skip_special_tokens=True))
     parts: dict[str, list[Any]] = {}
     scores = reward(
-        prompts=list(prompts["prompt"]), completions=texts, is_evaluation=True, log_extra=parts.__setitem__
+        prompts=list(prompts["prompt"]),
+        completions=texts,
+        completion_ids=answers,
+        is_evaluation=True,
+        log_extra=parts.__setitem__,
     )
     return {"reward": list(scores), **parts, "length_tokens": lengths, "completion": texts}

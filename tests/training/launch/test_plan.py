@@ -70,6 +70,7 @@ def test_the_block_leaves_the_training_as_it_was(tiny_settings, tmp_path, monkey
         ),
         (["sft", "sft-debug"], {"steps": "10 of 8 x 128", "blocks": "conversations"}),
         (["align", "align-debug"], {"steps": "2 updates of 8 prompts", "reward": "0.7 relevance, 0.2 safety"}),
+        (["align", "align-debug", "--repetition-penalty", "5"], {"steps": "2 updates of 8 prompts"}),
         (["align", "align-debug", "--lora-rank", "2"], {"value model": "shares the policy's weights"}),
     ],
 )

@@ -121,7 +121,9 @@ def grpo_command(policy, output, *more):
     return ["grpo", "grpo-debug", "--model", str(policy), "--output", str(output), "--report-to", "[]", *more]
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(["--lora-rank", "2"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "more", [["--repetition-penalty", "5"], pytest.param(["--lora-rank", "2"], marks=pytest.mark.slow)]
+)
 def test_grpo(policy_path, tmp_path, capsys, more):
     settings = ["--learning-rate", "0.01", "--router-replay", "true"]
     command = grpo_command(policy_path, tmp_path / "run", *settings, *more)
