@@ -77,14 +77,14 @@ def test_the_result_loads_without_this_package_and_exports(teacher, tiny_data, t
 
 def test_nothing_to_cut_gives_the_same_files(teacher, tiny_data, tmp_path):
     """The prediction layer that the checkpoint carries too, bit for bit."""
-    assert shrink(teacher, tiny_data, tmp_path / "same") == 0
+    assert shrink(teacher, tiny_data, tmp_path / "same", "--set", "n_routed_experts=8") == 0
     before = load_file(teacher / "model.safetensors")
     after = load_file(tmp_path / "same" / "model" / "model.safetensors")
     assert before.keys() == after.keys() and any(".layers.3." in name for name in before)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-BAD = {
+BAD: dict[str, tuple[list[str], str]] = {
     "not a slice": (
         ["--set", "v_head_dim=16"],
         "not a slice of the teacher: v_head_dim: got 16, expected the teacher's",
@@ -92,12 +92,16 @@ BAD = {
     "larger": (["--set", "hidden_size=128"], "hidden_size: got 128, expected at most the teacher's 64"),
     "two obstacles": (["--set", "vocab_size=9", "q_lora_rank=4"], "q_lora_rank: got 4, expected a number like"),
     "no such setting": (["--set", "experts=4"], "experts: no such setting of deepseek_moe"),
+    "nothing to cut": ([], "--set: got nothing, expected at least one KEY=VALUE"),
     "no value": (["--set", "n_routed_experts"], "--set: got 'n_routed_experts', expected KEY=VALUE"),
     "of no sense": (["--set", "n_routed_experts=none"], "n_routed_experts"),
     "too few tokens": (["--set", "n_routed_experts=4", "--calibration-tokens", "7"], "calibration_tokens: got 7"),
-    "too little text": (["--calibration-tokens", "9000000"], "calibration_tokens: got data of"),
-    "too long blocks": (["--sequence-length", "4096"], "sequence_length"),
-    "no such data": (["--data", "no/such/file.txt"], "no/such/file.txt"),
+    "too little text": (
+        ["--set", "n_routed_experts=4", "--calibration-tokens", "9000000"],
+        "calibration_tokens: got data of",
+    ),
+    "too long blocks": (["--set", "n_routed_experts=4", "--sequence-length", "4096"], "sequence_length"),
+    "no such data": (["--set", "n_routed_experts=4", "--data", "no/such/file.txt"], "no/such/file.txt"),
 }
 
 
@@ -112,6 +116,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, teacher, tiny_data, tmp_
 
 def test_an_occupied_folder_is_left_alone(teacher, tiny_data, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("ten years of work")
-    assert shrink(teacher, tiny_data, tmp_path) == 2
+    assert shrink(teacher, tiny_data, tmp_path, "--set", "n_routed_experts=4") == 2
     assert "thesis.txt" in [path.name for path in tmp_path.iterdir()]
     assert "holds no run of ours" in capsys.readouterr().err
