@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the stage's own words and write the file."""
     from deepseek_records.output_paths import make_file_place
-    from deepseek_training.launch.job import Job, check_job, check_recipe_is_shared, render_job
+    from deepseek_training.launch.job import Job, check_job, recipe_for_nodes, render_job
     from deepseek_training.recipes.loading import parse_overrides
 
     if args.cpu != (args.processes_per_node is not None):
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     python = "python" if args.on in ("kubernetes", "ray") and args.python == sys.executable else args.python
     job = Job(
         stage=args.stage or _find_stage(args.recipe, args.settings),
-        recipe=check_recipe_is_shared(args.recipe),
+        recipe=recipe_for_nodes(args.recipe),
         output=args.output if args.on == "kubernetes" else str(Path(args.output).resolve()),
         settings=tuple(args.settings),
         name=args.name,

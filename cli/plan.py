@@ -121,7 +121,7 @@ def _plan(args: argparse.Namespace) -> Any:
         moment_bytes=args.moment_bytes,
     )
     check_values(asked, shape)
-    if set(_LAYOUT) <= {*given, "virtual"} or "data" in given:
+    if "data" in given:
         check_layout(asked, shape)
         if asked.world > args.gpus:
             raise ValueError(f"--data: got a layout of {asked.world:,} GPUs, expected at most --gpus {args.gpus:,}")

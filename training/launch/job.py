@@ -130,7 +130,7 @@ def _engine_file(job: Job) -> str:
     return f'"$({folder})/{job.engine}.yaml"'
 
 
-def check_recipe_is_shared(recipe: str) -> str:
+def recipe_for_nodes(recipe: str) -> str:
     """Return the recipe's name, or its absolute path, for a node starts in another folder."""
     path = Path(recipe)
     return str(path.resolve()) if path.is_file() else recipe

@@ -76,7 +76,7 @@ def _stage_memory(shape: ModelShape, layout: Layout, stages: list[list[LayerShap
     copies = 2 if layout.schedule == "dualpipe" else 1
     in_flight = _passes_in_flight(layout, place)
     tokens = layout.tokens_per_pass
-    kept = sum(activation_bytes(shape, layer, layout) for layer in layers) * tokens / len(layers) if layers else 0.0
+    kept = sum(activation_bytes(shape, layer, layout) for layer in layers) * tokens
     widest = max((activation_bytes(shape, layer, layout, recompute="none") for layer in layers), default=0.0)
     again = widest * tokens if layout.recompute == "full" else 0.0
     logits = tokens * shape.vocabulary / layout.tensor * (_BF16 + _FP32) if is_last else 0.0
@@ -84,7 +84,7 @@ def _stage_memory(shape: ModelShape, layout: Layout, stages: list[list[LayerShap
         weights=_gathered(shape, layout, ends) if layout.zero == 3 else copies * _BF16 * (common + routed),
         gradients=_FP32 * _split(common, routed, layout, from_stage=2),
         optimizer=(_FP32 + 2 * layout.moment_bytes) * _split(common, routed, layout, from_stage=1),
-        activations=kept * len(layers) * in_flight + again,
+        activations=kept * in_flight + again,
         logits=logits,
         exchange=exchange_bytes(shape, layout),
     )

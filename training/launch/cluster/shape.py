@@ -54,7 +54,6 @@ class ModelShape:
         rest: Parameters of the last norm and what else lies beside the layers.
         experts_per_token: K, the mean where it is dynamic.
         expert_width: F, 0 without experts.
-        dense_width: Rows of pre-activations that dense and shared networks make per token and layer, on average.
         num_heads: Attention heads.
         query_width: Width of one head's query and key.
         value_width: Width of one head's value.
@@ -71,7 +70,6 @@ class ModelShape:
     rest: int
     experts_per_token: float
     expert_width: int
-    dense_width: float
     num_heads: int
     query_width: int
     value_width: int
@@ -150,8 +148,6 @@ def read_shape(config: Any, name: str, experts_per_token: float | None = None) -
         rest=sum(parameter.numel() for parameter in model.parameters()) - beside,
         experts_per_token=chosen,
         expert_width=_expert_width(config) if moe else 0,
-        # A gated network of width F has 3 D F parameters.
-        dense_width=sum(layer.dense for layer in layers) / (3 * config.hidden_size * len(layers)),
         num_heads=config.num_attention_heads,
         query_width=queries,
         value_width=values,
