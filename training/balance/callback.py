@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from deepseek_training.balance.accumulation import StepPasses, length_of
 from deepseek_training.balance.bias_speed import check_bias_speed
+from deepseek_training.balance.class_only import ClassOnly
 from deepseek_training.balance.router_figures import LoadRecord, RouterWindow, router_figures
 from deepseek_training.balance.routing_observer import LayerCounts, RouterLosses, RoutingObserver, has_own_losses
 from modeling_deepseek.families import MoeLayer
@@ -77,7 +78,7 @@ class ExpertBalanceCallback(TrainerCallback):
         self._passes = StepPasses(None)
         self._window: list[LayerCounts] = []
 
-    @classmethod
+    @ClassOnly
     def attach(
         cls,
         trainer: Trainer,

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deepseek_training.balance.callback import TRAINING_KEYS, add_to_log
+from deepseek_training.balance.class_only import ClassOnly
 from deepseek_training.balance.router_replay import RouterReplay
 
 
@@ -19,7 +20,7 @@ class RouterReplayCallback(TrainerCallback):
     def __init__(self) -> None:
         self.replay: RouterReplay | None = None
 
-    @classmethod
+    @ClassOnly
     def attach(cls, trainer: Trainer) -> "RouterReplayCallback":
         """Make a callback, put it before the trackers of a trainer, which get its figure then, and return it.
 

@@ -1,8 +1,7 @@
 """Speed, memory, share of the matmul peak and router figures of a training, in the trainer's own log.
 
 `TrainingFigures` works with any `transformers.Trainer` and any model. Beside an `ExpertBalanceCallback`, pass that one
-to
-it: the router figures are then left to the callback, whose counts are over all ranks.
+to it: the router figures are then left to the callback, whose counts are over all ranks.
 """
 
 import resource
@@ -21,6 +20,7 @@ from deepseek_training.balance.callback import (
     add_to_log,
     warn_of_silent_router,
 )
+from deepseek_training.balance.class_only import ClassOnly
 from deepseek_training.balance.router_figures import RouterWindow, router_figures
 from deepseek_training.balance.routing_observer import RoutingObserver
 from modeling_deepseek import DeepseekConfig
@@ -49,7 +49,7 @@ class TrainingFigures(TrainerCallback):
         self._num_tokens, self._seconds, self._began = 0, 0.0, 0.0
         self._config, self._context_length, self._peak_flops = None, 0, 0.0
 
-    @classmethod
+    @ClassOnly
     def attach(cls, trainer: Trainer, *, balance: ExpertBalanceCallback | None = None) -> "TrainingFigures":
         """Add figures to a trainer, before its trackers, and return them.
 

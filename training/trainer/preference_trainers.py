@@ -41,7 +41,7 @@ class GrpoStageTrainer(ResumedTraining, GRPOTrainer):
         super().__init__(model=model, **kwargs)
         if self.ref_model is not None:  # TRL has read it from a path, which an adapter's model does not have
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(start, strict=False)
-        ExpertBalanceCallback(recipe.bias_update_speed).attach(self)
+        ExpertBalanceCallback.attach(self, recipe.bias_update_speed)
         if recipe.router_replay:
             RouterReplayCallback.attach(self)
 
@@ -145,5 +145,5 @@ def dpo_trainer(
         eval_dataset=encoded[1],
         processing_class=tokenizer,
     )
-    ExpertBalanceCallback(recipe.bias_update_speed).attach(trainer)
+    ExpertBalanceCallback.attach(trainer, recipe.bias_update_speed)
     return trainer

@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from deepseek_training.balance.callback import ExpertBalanceCallback
+from deepseek_training.balance.replay_callback import RouterReplayCallback
+from deepseek_training.balance.training_figures import TrainingFigures
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM, modeling_deepseek
 from modeling_deepseek.auxiliary_loss import router_z_loss, sequence_balance_loss
 from modeling_deepseek.families import find_moe_layers
@@ -285,6 +287,12 @@ def test_attached_it_comes_before_the_trackers(tmp_path):
     callback = ExpertBalanceCallback.attach(trainer)
     trainer.train()
     assert "load_imbalance" in tracker.keys and trainer.callback_handler.callbacks[0] is callback
+
+
+@pytest.mark.parametrize("kind", [ExpertBalanceCallback, TrainingFigures, RouterReplayCallback])
+def test_attach_is_refused_on_an_instance_whose_settings_it_would_drop(kind):
+    with pytest.raises(TypeError, match=rf"{kind.__name__}.attach: got an instance, expected {kind.__name__}.attach"):
+        kind().attach(None)
 
 
 def test_in_the_list_it_comes_behind_them_and_says_so(tmp_path, caplog):

@@ -32,9 +32,16 @@ def dpo_command(policy, pairs, output, *more):
     return ["dpo", "dpo-debug", "--model", str(policy), "--data", str(pairs), "--output", str(output), *small, *more]
 
 
+def assert_bias_moved(policy_path, run):
+    before, after = (load_file(path / "model.safetensors") for path in (policy_path, run.model_path))
+    names = [name for name in before if name.endswith("e_score_correction_bias")]
+    assert names and all(not torch.equal(before[name], after[name]) for name in names)
+
+
 @pytest.mark.parametrize("lora", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_dpo_learns_the_preference(policy_path, pairs, tmp_path, capsys, lora):
-    command = dpo_command(policy_path, pairs, tmp_path / "run", "--lora-rank", str(lora), "--min-accuracy", "0.5")
+    more = ["--lora-rank", str(lora), "--min-accuracy", "0.5", "--bias-update-speed", "0.01"]
+    command = dpo_command(policy_path, pairs, tmp_path / "run", *more)
     assert main(command) == 0
     assert "held-out preference accuracy" in capsys.readouterr().out
     run = RunFolder(tmp_path / "run")
@@ -44,6 +51,7 @@ def test_dpo_learns_the_preference(policy_path, pairs, tmp_path, capsys, lora):
     rows = [row for row in run.metrics if "loss" in row]
     assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "the reference is the model at its start"
     assert any("load_imbalance" in row for row in rows)
+    assert_bias_moved(policy_path, run)
     assert (run.path / "adapter" / "adapter_config.json").is_file() == bool(lora)
     assert main(["card", str(run.path)]) == 0
     assert "aligned by DPO" in (run.path / "README.md").read_text()
@@ -125,7 +133,7 @@ def grpo_command(policy, output, *more):
     "more", [["--repetition-penalty", "5"], pytest.param(["--lora-rank", "2"], marks=pytest.mark.slow)]
 )
 def test_grpo(policy_path, tmp_path, capsys, more):
-    settings = ["--learning-rate", "0.01", "--router-replay", "true"]
+    settings = ["--learning-rate", "0.01", "--router-replay", "true", "--bias-update-speed", "0.01"]
     command = grpo_command(policy_path, tmp_path / "run", *settings, *more)
     assert main(command) == 0
     assert "held-out reward" in capsys.readouterr().out
@@ -138,6 +146,7 @@ def test_grpo(policy_path, tmp_path, capsys, more):
     assert abs(rows[0]["kl"]) < 1e-4, "the reference is the model at its start"
     before, after = (load_file(path / "model.safetensors") for path in (policy_path, run.model_path))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert_bias_moved(policy_path, run)
     assert (run.path / "adapter").is_dir() == ("--lora-rank" in more)
     assert main(["card", str(run.path)]) == 0
     card = (run.path / "README.md").read_text()
