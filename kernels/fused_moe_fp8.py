@@ -1,8 +1,8 @@
 """`fused_moe_fp8`: the experts with FP8 products where that pays, after DeepSeek-V3.
 
 Forward and input gradients multiply in FP8, weight gradients in the operands' own type: on Hopper an FP8 weight
-gradient is slower than a bf16 one. On a CPU the codes are those a GPU would have, so what FP8 costs in accuracy can
-be measured without one. The GPU's kernels are not built yet, and a GPU is refused rather than given something else.
+gradient is slower than a bf16 one. On a CPU the codes are those of a GPU, so what FP8 costs in accuracy can be
+measured without one. A GPU without FP8 products is refused rather than given something else.
 
 T tokens, K slots per token, H hidden, I expert width, E experts.
 """
@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from deepseek_kernels.cpu import fp8_experts
-from deepseek_kernels.cpu.experts import route
 from deepseek_kernels.epilogue import Epilogue, epilogue_text
 from deepseek_kernels.fp8 import FP8
-from deepseek_kernels.fused_moe import _check, _check_biases
+from deepseek_kernels.fused_moe import _check, _check_biases, _runs_triton
+from deepseek_kernels.gpu.device_guard import on_device_of
 from deepseek_kernels.routed_bias import routed_bias
 from deepseek_kernels.slot_order import SlotOrder
+
+try:
+    from deepseek_kernels.gpu import fp8_experts as fp8_experts_gpu
+except ImportError:  # no Triton on this system; the CPU path needs none
+    fp8_experts_gpu = None
 
 # The first GPUs with FP8 products: Ada, then Hopper.
 _LEAST_CAPABILITY = (8, 9)
@@ -69,10 +74,11 @@ def fused_moe_fp8(
         projections = tuple(torch.empty_like(codes, dtype=hidden_states.dtype) for codes in projections)
     _check(hidden_states, *projections, topk_indices, topk_weights)
     _check_biases(*projections, gate_up_bias, down_bias)
-    weights = topk_weights.contiguous()
-    output = _Fp8Experts.apply(
-        hidden_states, gate_up_proj, down_proj, topk_indices, weights, gate_up_bias, text, *scales, block
-    )
+    if _runs_triton(hidden_states):
+        fp8_experts_gpu.check_weights(fp8_experts.Weights(gate_up_proj, down_proj, *scales, block))
+    x, indices, weights = hidden_states.contiguous(), topk_indices.contiguous(), topk_weights.contiguous()
+    bias = None if gate_up_bias is None else gate_up_bias.contiguous()
+    output = _Fp8Experts.apply(x, gate_up_proj, down_proj, indices, weights, bias, text, *scales, block)
     return output if down_bias is None else output + routed_bias(down_bias, topk_indices, weights)
 
 
@@ -86,14 +92,15 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
     if device.type == "cpu":
         return
     where = f"experts_implementation: got fused_moe_fp8 on {device.type}"
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if torch.version.hip is None and capability < _LEAST_CAPABILITY:
-            version = ".".join(map(str, capability))
-            raise ValueError(f"{where}, compute capability {version}, expected 8.9 or later; use fused_moe")
-        if dtype == torch.float32:
-            raise ValueError(f"{where} with float32 weights, expected bfloat16; use fused_moe")
-    raise ValueError(f"{where}, expected cpu: its FP8 kernels are not built yet; use fused_moe")
+    if device.type != "cuda" or torch.version.hip is not None or fp8_experts_gpu is None:
+        where = where if torch.version.hip is None else f"{where} of AMD, whose FP8 is another"
+        raise ValueError(f"{where}, expected cpu, or an NVIDIA GPU with Triton; use fused_moe")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        version = ".".join(map(str, capability))
+        raise ValueError(f"{where}, compute capability {version}, expected 8.9 or later; use fused_moe")
+    if dtype == torch.float32:
+        raise ValueError(f"{where} with float32 weights, expected bfloat16; use fused_moe")
 
 
 def _check_precision(hidden_states: Tensor, epilogue: Epilogue) -> None:
@@ -126,6 +133,11 @@ def _check_scales(
                 wrong(f"{name}_scales", f"shape {tuple(scale.shape)}", f"{wanted} for blocks of {block}")
 
 
+def _module_for(tensor: Tensor) -> Any:
+    """What computes on this tensor's device: three functions of the same names and meanings."""
+    return fp8_experts_gpu if _runs_triton(tensor) else fp8_experts
+
+
 class _Fp8Experts(torch.autograd.Function):
     """Keeps what `fused_moe` keeps: the input, the pre-activation and integers. Weights are rounded anew each time."""
 
@@ -133,8 +145,10 @@ class _Fp8Experts(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, gate_up, down, indices, topk_weights, bias, text, gate_up_scales, down_scales, block = inputs
         weights = fp8_experts.Weights(gate_up, down, gate_up_scales, down_scales, block)
-        order = route(indices, gate_up.shape[0])
-        output, preactivation = fp8_experts.forward(x, weights, order, topk_weights, text, bias)
+        module = _module_for(x)
+        with on_device_of(x):
+            order = module.route(indices, gate_up.shape[0])
+            output, preactivation = module.forward(x, weights, order, topk_weights, text, bias)
         ctx.save_for_backward(
             x, gate_up, down, topk_weights, gate_up_scales, down_scales, preactivation, *order.tensors()
         )
@@ -148,7 +162,8 @@ class _Fp8Experts(torch.autograd.Function):
         weights = fp8_experts.Weights(gate_up, down, gate_up_scales, down_scales, ctx.block)
         is_frozen = gate_up_scales is not None  # whatever the codes say of themselves
         needs = tuple(ctx.needs_input_grad[i] and not (is_frozen and i in (1, 2)) for i in (0, 1, 2, 4, 5))
-        grad_x, grad_gate_up, grad_down, grad_weights, grad_bias = fp8_experts.backward(
-            grad_output, x, weights, SlotOrder(*order), topk_weights, preactivation, ctx.text, needs
-        )
+        with on_device_of(x):
+            grad_x, grad_gate_up, grad_down, grad_weights, grad_bias = _module_for(x).backward(
+                grad_output.contiguous(), x, weights, SlotOrder(*order), topk_weights, preactivation, ctx.text, needs
+            )
         return grad_x, grad_gate_up, grad_down, None, grad_weights, grad_bias, *(None,) * 4

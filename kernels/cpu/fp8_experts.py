@@ -1,8 +1,9 @@
 """The routed experts in FP8 on a CPU: the codes of a GPU's FP8 products, multiplied in float32.
 
-``fused_moe_fp8`` calls `forward` and `backward`. Each operand is rounded to FP8 as ``fp8`` says, and the product of
-what the codes stand for is summed in float32. That is what a tensor core computes, its short accumulator aside. It is
-slower than ``fused_moe``: what it is for is to state accuracy without a GPU.
+``fused_moe_fp8`` calls `route`, `forward` and `backward`. Each operand is rounded to FP8 as ``fp8`` says, and the
+product of what the codes stand for is summed in float32. That is what a tensor core computes, its short accumulator
+aside. It is slower than ``fused_moe``: what it is for is to state accuracy without a GPU, and to be the witness of the
+GPU's kernels.
 
     forward     h = x W1^T and y = a W2^T in FP8         x by token, before the gather; h rounded to x's dtype and kept
     backward    da = dO W2 and dx = dh W1 in FP8         dW1 and dW2 from dh, x, dO, a as they are, without FP8
@@ -16,9 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepseek_kernels.cpu.experts import route
 from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.fp8 import dequantize, rounded_blocks, rounded_rows
 from deepseek_kernels.slot_order import SlotOrder
+
+__all__ = ["Weights", "backward", "forward", "route"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def forward(
         bias: Of the first product. [E, 2I].
     """
     epilogue, dtype = Epilogue.read(activation), hidden_states.dtype
-    x, output = rounded_rows(hidden_states), torch.zeros(hidden_states.shape, dtype=torch.float32)
+    x, output = rounded_rows(hidden_states), torch.zeros_like(hidden_states, dtype=torch.float32)
     kept = hidden_states.new_zeros(order.row_slot.numel(), weights.gate_up.shape[1])
     for expert, rows, tokens, weight in _experts(order, topk_weights):
         h = x[tokens] @ weights.gate_up_of(expert).T
@@ -115,11 +119,11 @@ def backward(
     needs_x, needs_gate_up, needs_down, needs_weights, needs_bias = needs
     epilogue, dtype = Epilogue.read(activation), hidden_states.dtype
     grad_y = rounded_rows(grad_output)
-    grad_x = torch.zeros(hidden_states.shape, dtype=torch.float32) if needs_x else None
+    grad_x = torch.zeros_like(hidden_states, dtype=torch.float32) if needs_x else None
     grad_gate_up = torch.zeros_like(weights.gate_up) if needs_gate_up else None
     grad_down = torch.zeros_like(weights.down) if needs_down else None
-    grad_slots = torch.zeros(topk_weights.numel()) if needs_weights else None
-    grad_bias = torch.zeros(weights.gate_up.shape[:2], dtype=dtype) if needs_bias else None
+    grad_slots = torch.zeros_like(topk_weights, dtype=torch.float32).view(-1) if needs_weights else None
+    grad_bias = hidden_states.new_zeros(weights.gate_up.shape[:2]) if needs_bias else None
     for expert, rows, tokens, weight in _experts(order, topk_weights):
         grad_a = grad_y[tokens] @ weights.down_of(expert)
         h = preactivation[rows].float().requires_grad_()

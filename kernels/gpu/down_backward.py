@@ -215,13 +215,52 @@ def down_backward_kernel(
             grad_ptrs += BLOCK_K
             weight_ptrs += BLOCK_K * WIDTH
 
-    local = tl.arange(0, BLOCK_M)
     scale = tl.load(topk_weights_ptr + slots, mask=is_row, other=0.0).to(ACC)
     # Offsets within the tile fit 32 bits; only the tile's own place needs 64.
-    h_tile_ptr = preactivation_ptr + first * 2 * WIDTH
-    grad_h_tile_ptr = grad_h_ptr + first * 2 * WIDTH
-    scaled_tile_ptr = scaled_ptr + first * WIDTH
-    num_tile_rows = (end - first).to(tl.int32)
+    partial = store_tile(
+        grad_a,
+        scale,
+        preactivation_ptr + first * 2 * WIDTH,
+        grad_h_ptr + first * 2 * WIDTH,
+        scaled_ptr + first * WIDTH,
+        (end - first).to(tl.int32),
+        block_n * BLOCK_N,
+        WIDTH,
+        ACTIVATION,
+        LIMIT,
+        ALPHA,
+        SHIFT,
+        INTERLEAVED,
+        DTYPE,
+        ACC,
+        BLOCK_M,
+        BLOCK_N,
+    )
+    tl.store(partial_ptr + block_n.to(tl.int64) * num_rows + rows, partial, mask=is_row)
+
+
+@triton.jit
+def store_tile(
+    grad_a,
+    scale,
+    h_tile_ptr,
+    grad_h_tile_ptr,
+    scaled_tile_ptr,
+    num_tile_rows,
+    first_column,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write both results of a tile, from the activation's gradient; return the router's part of it for each row."""
+    local = tl.arange(0, BLOCK_M)
     partial = tl.zeros((BLOCK_M,), dtype=ACC)
     # In one piece this needs over 255 registers on sm_90 from 64 columns on, and spills; in quarters or halves it
     # does not.
@@ -247,7 +286,7 @@ def down_backward_kernel(
                 scaled_tile_ptr,
                 local,
                 num_tile_rows,
-                block_n * BLOCK_N + quarter * QUARTER + tl.arange(0, QUARTER),
+                first_column + quarter * QUARTER + tl.arange(0, QUARTER),
                 WIDTH,
                 ACTIVATION,
                 LIMIT,
@@ -266,7 +305,7 @@ def down_backward_kernel(
             scaled_tile_ptr,
             local,
             num_tile_rows,
-            columns,
+            first_column + tl.arange(0, BLOCK_N),
             WIDTH,
             ACTIVATION,
             LIMIT,
@@ -276,7 +315,7 @@ def down_backward_kernel(
             DTYPE,
             ACC,
         )
-    tl.store(partial_ptr + block_n.to(tl.int64) * num_rows + rows, partial, mask=is_row)
+    return partial
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from deepseek_kernels.fp8 import FP8, GROUP
+from deepseek_kernels.fp8 import FP8, GROUP, quantize_blocks
 
 
 def float32_scales(x):
@@ -35,7 +35,21 @@ def rounded(x, scaling):
     return codes.reshape(x.shape[0], -1)[:, : x.shape[1]]
 
 
-def make_layer(T=96, H=256, I=160, E=4, K=2, *, dtype=torch.float32, unused=0.1, seed=0):  # noqa: E741
+def special_rows():
+    """Rows [8, 300] at the edges of what the codes hold."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 300, generator=generator)  # the third group of a row has 44
+    x[1] = 0
+    x[2] *= 1e-30
+    x[3, 7] = 3e38
+    x[4] *= torch.logspace(-30, 30, 300)
+    x[5, 130:] = 448.0
+    x[6, 0] = 449.0  # one step above what fits a scale of 1
+    x[7] = torch.linspace(-(2**-9), 2**-9, 300)
+    return x
+
+
+def make_layer(T=96, H=256, I=160, E=4, K=2, *, dtype=torch.float32, unused=0.1, seed=0, device="cpu"):  # noqa: E741
     """x, gate_up, down, ids, weights; I is no multiple of 128."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(T, H, generator=generator)
@@ -44,8 +58,18 @@ def make_layer(T=96, H=256, I=160, E=4, K=2, *, dtype=torch.float32, unused=0.1,
     ids = torch.randint(0, E, (T, K), generator=generator)
     ids = ids.masked_fill(torch.rand(T, K, generator=generator) < unused, E)
     weights = torch.rand(T, K, generator=generator) + 0.1
-    floats = [t.to(dtype).requires_grad_() for t in (x, gate_up, down)]
-    return [*floats, ids, weights.requires_grad_()]
+    floats = [t.to(device, dtype).requires_grad_() for t in (x, gate_up, down)]
+    return [*floats, ids.to(device), weights.to(device).requires_grad_()]
+
+
+def codes_of(case):
+    """A checkpoint's codes of the same weights, and its scales by the names of `fused_moe_fp8`."""
+    found = []
+    for weights in (case[1], case[2]):
+        pairs = [quantize_blocks(matrix.detach()) for matrix in weights]
+        found.append([torch.stack([pair[i] for pair in pairs]) for i in range(2)])
+    (gate_up, gate_up_scales), (down, down_scales) = found
+    return gate_up.contiguous(), down.contiguous(), {"gate_up_scales": gate_up_scales, "down_scales": down_scales}
 
 
 def gradients(function, case, **settings):

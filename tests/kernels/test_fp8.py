@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fp8_cases import float32_scales, rounded
+from fp8_cases import float32_scales, rounded, special_rows
 
 from deepseek_kernels.fp8 import GROUP, dequantize, power_of_two_scale, quantize_blocks, quantize_rows, rounded_rows
 
@@ -28,19 +28,6 @@ def scale_of(group):
     while amax > 448 * 2.0**exponent:
         exponent += 1
     return 2.0**exponent
-
-
-def special_rows():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 300, generator=generator)  # the third group of a row has 44
-    x[1] = 0
-    x[2] *= 1e-30
-    x[3, 7] = 3e38
-    x[4] *= torch.logspace(-30, 30, 300)
-    x[5, 130:] = 448.0
-    x[6, 0] = 449.0  # one step above what fits a scale of 1
-    x[7] = torch.linspace(-(2**-9), 2**-9, 300)
-    return x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fp8_cases import decibels, floor_of_deepgemm, gradients, make_layer, rounded, whole_rows, whole_tensor
+from fp8_cases import codes_of, decibels, floor_of_deepgemm, gradients, make_layer, rounded, whole_rows, whole_tensor
 from moe_cases import make_ids
 from torch.utils.checkpoint import checkpoint
 
@@ -181,16 +181,6 @@ def test_epilogue_and_biases():
     assert settings["gate_up_bias"].grad.any() and settings["down_bias"].grad.any()
 
 
-def codes_of(case):
-    """A checkpoint's codes and scales of the same weights."""
-    found = []
-    for weights in (case[1], case[2]):
-        pairs = [fp8.quantize_blocks(matrix.detach()) for matrix in weights]
-        found.append([torch.stack([pair[i] for pair in pairs]) for i in range(2)])
-    (gate_up, gate_up_scales), (down, down_scales) = found
-    return gate_up.contiguous(), down.contiguous(), {"gate_up_scales": gate_up_scales, "down_scales": down_scales}
-
-
 def test_codes_of_a_checkpoint_give_the_same_bits_and_are_frozen():
     case = make_layer(T=33, H=256, I=128)
     wanted = gradients(fused_moe_fp8, case)
@@ -276,7 +266,6 @@ def test_kept_for_backward_is_input_preactivation_and_integers():
     [
         ((8, 0), torch.bfloat16, "on cuda, compute capability 8.0, expected 8.9 or later; use fused_moe"),
         ((9, 0), torch.float32, "on cuda with float32 weights, expected bfloat16; use fused_moe"),
-        ((9, 0), torch.bfloat16, "on cuda, expected cpu: its FP8 kernels are not built yet; use fused_moe"),
     ],
 )
 def test_a_gpu_is_refused_in_one_line(capability, dtype, message, monkeypatch):
@@ -284,6 +273,18 @@ def test_a_gpu_is_refused_in_one_line(capability, dtype, message, monkeypatch):
     with pytest.raises(ValueError, match=message) as caught:
         check_device(torch.device("cuda"), dtype)
     assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_with_fp8_products_and_two_bytes_an_element_is_let_through(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    for dtype in (torch.bfloat16, torch.float16):
+        check_device(torch.device("cuda"), dtype)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(ValueError, match="on cuda of AMD, whose FP8 is another, expected cpu, or an NVIDIA GPU"):
+        check_device(torch.device("cuda"), torch.bfloat16)
+    with pytest.raises(ValueError, match="on mps, expected cpu"):
+        monkeypatch.setattr(torch.version, "hip", None)
+        check_device(torch.device("mps"), torch.bfloat16)
 
 
 def test_what_does_not_fit_is_refused():

@@ -16,6 +16,7 @@ FILES = [
     "gpu/test_triton_epilogue.py",
     "gpu/test_production_tiles.py",
     "gpu/test_planted_faults.py",
+    "gpu/test_fp8_kernels.py",
 ]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from triton.backends.compiler import GPUTarget
+from absent_gpu import AbsentGpu
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -34,22 +34,6 @@ SHAPES = [
     (70, 2, 8, 24, 40),  # by 8, not by 16
     (70, 2, 8, 2048, 768),
 ]
-
-
-class AbsentGpu:
-    """What Triton asks its driver before it compiles a launch."""
-
-    def __init__(self, target):
-        self.target = GPUTarget(*target)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return self.target
 
 
 @pytest.fixture(params=["sm_80", "sm_90", "sm_100", "gfx942"])

@@ -1,0 +1,188 @@
+"""The routed experts in FP8 on a GPU: which Triton kernels run, in which order, on what.
+
+``fused_moe_fp8`` calls `route`, `forward` and `backward` for GPU tensors, as it calls those of ``cpu.fp8_experts`` for
+CPU tensors, and what is rounded where is the same in both. Two things differ: the order of sums, and the rows of the
+input's gradient, which are rounded to the layer's dtype before a token's are added up.
+
+    forward    quantize x, W1, W2 -> gate_up -> activate_rows -> grouped_gemm (down) -> combine with weights
+    backward   quantize dO, W2^T -> down_backward -> weight_gradient (down), not in FP8
+               quantize dh, W1^T -> grouped_gemm -> combine; weight_gradient (gate and up), not in FP8
+
+Codes of weights live for one pass: kept, they would take a byte an element, and could be stale after an optimizer's
+step. A group of 128 that a matrix does not fill is filled with zeros.
+
+T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepseek_kernels.cpu.fp8_experts import Weights
+from deepseek_kernels.fp8 import FP8, GROUP
+from deepseek_kernels.gpu.combine import combine
+from deepseek_kernels.gpu.fp8_down_backward import down_backward_fp8
+from deepseek_kernels.gpu.fp8_gate_up import gate_up_fp8
+from deepseek_kernels.gpu.fp8_grouped_gemm import grouped_gemm_fp8
+from deepseek_kernels.gpu.fp8_quantize import activate_rows, quantize_blocks, quantize_halves, quantize_rows
+from deepseek_kernels.gpu.fp8_tiles import choose_fp8_tiles, weight_gradient_tile
+from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, routing_metadata, tiles_of
+from deepseek_kernels.gpu.row_sums import row_sums
+from deepseek_kernels.gpu.weight_gradient import weight_gradient
+from deepseek_kernels.slot_order import SlotOrder
+
+Codes = tuple[Tensor, Tensor]
+
+
+def route(topk_indices: Tensor, num_experts: int) -> RoutingMetadata:
+    """Return the slots sorted by expert, with the tiles of the row kernels.
+
+    Args:
+        topk_indices: [T, K]; negative or at least `num_experts` means unused.
+        num_experts: E.
+    """
+    num_rows = topk_indices.numel()
+    if num_rows >= 2**30 or num_experts >= 2**16:
+        raise ValueError(
+            f"topk_indices: got {num_rows} slots, {num_experts} experts, expected fewer than {2**30} and {2**16}"
+        )
+    tiles = choose_fp8_tiles(topk_indices.device, num_rows, num_experts)
+    return routing_metadata(topk_indices, num_experts, tiles.block_m)
+
+
+def check_weights(weights: Weights) -> None:
+    """Raise a ValueError for codes of a checkpoint whose blocks the kernels do not take.
+
+    Args:
+        weights: Both projections.
+    """
+    width = weights.down.shape[2]
+    if weights.gate_up_scales is None:
+        return
+    if weights.block != (GROUP, GROUP):
+        raise ValueError(f"block: got {weights.block} on a GPU, expected ({GROUP}, {GROUP}); use a CPU")
+    if width % GROUP:
+        raise ValueError(f"down_proj: got {width} columns of FP8 codes on a GPU, expected a multiple of {GROUP}")
+
+
+def gate_up_codes(weights: Weights, *, transpose: bool = False) -> Codes:
+    """Return codes [E, 2 * 128 G_I, 128 G_H] and scales of the first product's weights, or of their transposes.
+
+    Args:
+        weights: Both projections.
+        transpose: Whether for the gradient of the input.
+    """
+    if weights.gate_up_scales is not None:
+        return _own_codes(weights.gate_up, weights.gate_up_scales, transpose)
+    return quantize_blocks(weights.gate_up, parts=2, transpose=transpose)
+
+
+def down_codes(weights: Weights, *, transpose: bool = False) -> Codes:
+    """Return codes [E, 128 G_H, 128 G_I] and scales of the second product's weights, or of their transposes.
+
+    Args:
+        weights: Both projections.
+        transpose: Whether for the gradient of the activation.
+    """
+    if weights.down_scales is not None:
+        return _own_codes(weights.down, weights.down_scales, transpose)
+    return quantize_blocks(weights.down, transpose=transpose)
+
+
+def forward(
+    hidden_states: Tensor,
+    weights: Weights,
+    order: RoutingMetadata,
+    topk_weights: Tensor,
+    activation: str,
+    bias: Tensor | None,
+    codes: tuple[Codes, Codes] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the experts' weighted sum [T, H] and the pre-activation [S, 2I], undefined beyond the used rows.
+
+    Args:
+        hidden_states: [T, H].
+        weights: Both projections.
+        order: From `route`.
+        topk_weights: [T, K].
+        activation: Text of the epilogue.
+        bias: Of the first product. [E, 2I].
+        codes: Of both projections, where they are at hand.
+    """
+    num_experts, hidden, width = weights.down.shape
+    num_slots, dtype = topk_weights.shape[1], hidden_states.dtype
+    tiles = choose_fp8_tiles(hidden_states.device, topk_weights.numel(), num_experts)
+    first = codes[0] if codes else gate_up_codes(weights)
+    x = quantize_rows(hidden_states)
+    preactivation = gate_up_fp8(x, first, order, num_slots, width, dtype, tiles.gate_up, bias)
+    del first, x
+    activated = activate_rows(preactivation, activation, order.expert_start[-1:])
+    second = codes[1] if codes else down_codes(weights)
+    rows = grouped_gemm_fp8(activated, second, order, hidden, dtype, tiles.down)
+    return combine(rows, order.slot_row, num_slots, topk_weights), preactivation
+
+
+def backward(
+    grad_output: Tensor,
+    hidden_states: Tensor,
+    weights: Weights,
+    order: SlotOrder,
+    topk_weights: Tensor,
+    preactivation: Tensor,
+    activation: str,
+    needs: tuple[bool, ...],
+    codes: tuple[Codes, Codes] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of hidden states, both weights, router weights and the first product's bias.
+
+    Args:
+        grad_output: [T, H].
+        hidden_states: [T, H].
+        weights: Both projections.
+        order: As in `forward`.
+        topk_weights: [T, K].
+        preactivation: Second result of `forward`.
+        activation: Text of the epilogue.
+        needs: Which of the five are wanted; the others come back as None.
+        codes: Of the transposes of both projections, where they are at hand.
+    """
+    needs_x, needs_gate_up, needs_down, needs_weights, needs_bias = needs
+    num_experts, hidden, width = weights.down.shape
+    num_slots, dtype, num_rows = topk_weights.shape[1], hidden_states.dtype, topk_weights.numel()
+    tiles = choose_fp8_tiles(hidden_states.device, num_rows, num_experts)
+    weight_tile = weight_gradient_tile(hidden_states, width, num_rows, num_experts)
+    metadata = RoutingMetadata(*order.tensors(), tiles_of(order.expert_start, tiles.block_m))
+    second = codes[1] if codes else down_codes(weights, transpose=True)
+    grad_h, scaled, grad_row_weight = down_backward_fp8(
+        quantize_rows(grad_output), second, preactivation, topk_weights, metadata, activation, tiles.down_backward
+    )
+    del second
+    grad_x = grad_gate_up = grad_down = grad_weights = None
+    grad_bias = row_sums(grad_h, metadata) if needs_bias else None
+    if needs_down:
+        grad_down = weight_gradient(grad_output, scaled, metadata, num_slots, weight_tile, gather="left")
+    del scaled
+    if needs_x:
+        first = codes[0] if codes else gate_up_codes(weights, transpose=True)
+        halves = quantize_halves(grad_h, order.expert_start[-1:])
+        rows = grouped_gemm_fp8(halves, first, metadata, hidden, dtype, tiles.input_gradient)
+        grad_x = combine(rows, metadata.slot_row, num_slots)
+        del rows, halves, first
+    if needs_gate_up:
+        grad_gate_up = weight_gradient(grad_h, hidden_states, metadata, num_slots, weight_tile, gather="right")
+    if needs_weights:
+        slot_row = metadata.slot_row.long()
+        by_slot = grad_row_weight[slot_row.clamp(min=0)] if num_rows else grad_row_weight
+        grad_weights = by_slot.masked_fill(slot_row < 0, 0).to(topk_weights.dtype).view(topk_weights.shape)
+    return grad_x, grad_gate_up, grad_down, grad_weights, grad_bias
+
+
+def _own_codes(codes: Tensor, scales: Tensor, transpose: bool) -> Codes:
+    """A checkpoint's codes and scales, filled up to whole blocks; without a copy where nothing is to be done."""
+    codes, scales = codes.detach().view(torch.uint8), scales.detach().float()
+    if transpose:
+        codes, scales = codes.transpose(1, 2), scales.transpose(1, 2)
+    height, width = codes.shape[1:]
+    if height % GROUP or width % GROUP:
+        codes = F.pad(codes, (0, -width % GROUP, 0, -height % GROUP))
+    return codes.contiguous().view(FP8), scales.contiguous()

@@ -1,0 +1,180 @@
+"""Gather and both up projections in FP8: the pre-activation, rounded, of every row.
+
+The first of the FP8 forward kernels. Codes of x are gathered with their scales by pointer; each step's product of 128
+inner elements is scaled and added to sums in fp32. The activation is left to ``fp8_quantize.activate_rows``: its
+groups of 128 columns are wider than a tile.
+
+S rows, H hidden, I expert width, E experts, G_H and G_I their groups of 128.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from deepseek_kernels.fp8 import GROUP
+from deepseek_kernels.gpu.fp8_quantize import multiply_codes
+from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
+from deepseek_kernels.gpu.tiles import Tile
+from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, narrow
+from deepseek_kernels.gpu.weight_blocks import load_block, weight_operand
+
+
+def gate_up_fp8(
+    x: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor],
+    metadata: RoutingMetadata,
+    num_slots_per_token: int,
+    width: int,
+    dtype: torch.dtype,
+    tile: Tile,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return the pre-activation [S, 2I] in `dtype`.
+
+    Args:
+        x: Codes [T, 128 G_H] and scales [T, G_H].
+        weights: Codes [E, 2 * 128 G_I, 128 G_H] and scales [E, 2 G_I, G_H].
+        metadata: From `routing_metadata` with the tile's `block_m`.
+        num_slots_per_token: K.
+        width: I.
+        dtype: Of the result.
+        tile: Sizes of the tiles.
+        bias: [E, 2I].
+    """
+    (codes, scales), (matrices, weight_scales) = x, weights
+    num_rows, num_experts = metadata.row_slot.numel(), matrices.shape[0]
+    preactivation = codes.new_empty(num_rows, 2 * width, dtype=dtype)
+    tiles = max_tiles(num_rows, num_experts, tile.block_m)
+    operand = weight_operand(matrices, tile, tile.block_n, tile.block_k)
+    if tiles:
+        gate_up_fp8_kernel[(tiles * triton.cdiv(width, tile.block_n),)](
+            codes,
+            scales,
+            operand,
+            weight_scales,
+            bias,
+            preactivation,
+            metadata.row_slot,
+            metadata.expert_start,
+            metadata.tile_start,
+            tiles,
+            **gate_up_fp8_constants(
+                dtype,
+                num_experts,
+                scales.shape[1],
+                width,
+                num_slots_per_token,
+                tile=tile,
+                is_descriptor=isinstance(operand, TensorDescriptor),
+            ),
+            **tile.launch_options,
+            **LAUNCH,
+        )
+    return preactivation
+
+
+def gate_up_fp8_constants(
+    dtype: torch.dtype,
+    num_experts: int,
+    groups: int,
+    width: int,
+    num_slots: int,
+    *,
+    tile: Tile,
+    is_descriptor: bool = False,
+) -> dict[str, Any]:
+    """The kernel's compile-time arguments, for launches and for compile-only checks."""
+    return {
+        "num_experts": num_experts,
+        "GROUPS": groups,
+        "WIDTH": width,
+        "WIDTH_GROUPS": triton.cdiv(width, GROUP),
+        "SLOTS": num_slots,
+        "EXPERTS": triton.next_power_of_2(num_experts),
+        "DESCRIPTOR": is_descriptor,
+        "DTYPE": TRITON_DTYPES[dtype],
+        **tile.constants,
+    }
+
+
+@triton.jit(do_not_specialize=["num_tiles_bound"])
+def gate_up_fp8_kernel(
+    x_ptr,
+    x_scale_ptr,
+    weight_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    preactivation_ptr,
+    row_slot_ptr,
+    expert_start_ptr,
+    tile_start_ptr,
+    num_tiles_bound,
+    num_experts: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One tile of `BLOCK_M` rows of one expert by `BLOCK_N` columns of gate and of up."""
+    expert, first, end, block_n = find_tile(
+        tile_start_ptr,
+        expert_start_ptr,
+        tl.program_id(0),
+        num_tiles_bound,
+        tl.cdiv(WIDTH, BLOCK_N),
+        num_experts,
+        EXPERTS,
+        BLOCK_M,
+        GROUP_M,
+    )
+    if first >= end:
+        return
+    PADDED: tl.constexpr = WIDTH_GROUPS * BLOCK_K
+    rows = first + tl.arange(0, BLOCK_M)
+    inner = tl.arange(0, BLOCK_K)
+    is_row = rows < end
+    # Rows outside the tile are some token's: what they give is not stored.
+    tokens = (tl.load(row_slot_ptr + rows, mask=is_row, other=0) // SLOTS).to(tl.int64)
+    x_ptrs = x_ptr + tokens[:, None] * (GROUPS * BLOCK_K) + inner[None, :]
+    x_scale_ptrs = x_scale_ptr + tokens * GROUPS
+    first_column = block_n * BLOCK_N
+    gate_scale_ptr = weight_scale_ptr + (expert * 2 * WIDTH_GROUPS + first_column // BLOCK_K) * GROUPS
+    up_scale_ptr = gate_scale_ptr + WIDTH_GROUPS * GROUPS
+    weight_rows = expert * 2 * PADDED + first_column + tl.arange(0, BLOCK_N)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for group in range(0, GROUPS):
+        x_scale = tl.load(x_scale_ptrs + group)
+        gate_scale = tl.load(gate_scale_ptr + group)
+        up_scale = tl.load(up_scale_ptr + group)
+        x = tl.load(x_ptrs + group * BLOCK_K)
+        if DESCRIPTOR:
+            gate_weight = load_block(weight_ptr, expert, first_column, group * BLOCK_K, BLOCK_N, BLOCK_K).T
+            up_weight = load_block(weight_ptr, expert, first_column + PADDED, group * BLOCK_K, BLOCK_N, BLOCK_K).T
+        else:
+            weight_ptrs = weight_ptr + weight_rows[None, :] * (GROUPS * BLOCK_K) + group * BLOCK_K + inner[:, None]
+            gate_weight = tl.load(weight_ptrs)
+            up_weight = tl.load(weight_ptrs + PADDED * GROUPS * BLOCK_K)
+        gate += multiply_codes(x, gate_weight) * (x_scale * gate_scale)[:, None]
+        up += multiply_codes(x, up_weight) * (x_scale * up_scale)[:, None]
+    columns = first_column + tl.arange(0, BLOCK_N)
+    is_column = columns < WIDTH
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + expert * 2 * WIDTH + columns
+        gate += tl.load(bias_ptrs, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias_ptrs + WIDTH, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    h_ptrs = preactivation_ptr + rows[:, None] * (2 * WIDTH) + columns[None, :]
+    is_output = is_row[:, None] & is_column[None, :]
+    tl.store(h_ptrs, narrow(gate, DTYPE), mask=is_output)
+    tl.store(h_ptrs + WIDTH, narrow(up, DTYPE), mask=is_output)
