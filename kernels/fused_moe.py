@@ -22,13 +22,8 @@ from deepseek_kernels.gpu.device_guard import on_device_of
 from deepseek_kernels.lora import LoraFactors, check_factors, fused_moe_lora
 from deepseek_kernels.routed_bias import routed_bias
 from deepseek_kernels.slot_order import SlotOrder
-
-try:
-    from deepseek_kernels.gpu import experts as fused_moe_gpu
-    from deepseek_kernels.gpu.triton_numerics import IS_INTERPRETED
-except ImportError:  # no Triton on this system; the CPU path needs none
-    fused_moe_gpu = None
-    IS_INTERPRETED = False
+from deepseek_kernels.triton_path import experts_gpu as fused_moe_gpu
+from deepseek_kernels.triton_path import runs_triton
 
 MAX_SLOTS = 64
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -215,11 +210,6 @@ def _check_biases(gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, do
                 raise ValueError(f"{name}: got {what} {got}, expected {fits}")
 
 
-def _runs_triton(tensor: Tensor) -> bool:
-    """Whether Triton computes this: on a GPU, or on a CPU in a process started with TRITON_INTERPRET=1."""
-    return fused_moe_gpu is not None and (tensor.is_cuda or IS_INTERPRETED)
-
-
 def _forward(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -234,7 +224,7 @@ def _forward(
     num_rows, num_experts, dtype = topk_indices.numel(), gate_up_proj.shape[0], hidden_states.dtype
     inputs = (hidden_states, gate_up_proj.to(dtype), down_proj.to(dtype))
     bias = None if gate_up_bias is None else gate_up_bias.to(dtype).contiguous()
-    if _runs_triton(hidden_states):
+    if runs_triton(hidden_states):
         with on_device_of(hidden_states):
             return fused_moe_gpu.forward(*inputs, topk_indices, topk_weights, activation, keep, bias)
     order = fused_moe_cpu.route(topk_indices, num_experts) if keep or num_rows > decode.MAX_ROWS else None
@@ -291,7 +281,7 @@ def _backward_op(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    module, dtype = fused_moe_gpu if _runs_triton(hidden_states) else fused_moe_cpu, hidden_states.dtype
+    module, dtype = fused_moe_gpu if runs_triton(hidden_states) else fused_moe_cpu, hidden_states.dtype
     with on_device_of(hidden_states):
         grad_x, grad_gate_up, grad_down, grad_weights, grad_bias = module.backward(
             grad_output,

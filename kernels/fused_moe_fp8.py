@@ -15,10 +15,11 @@ from torch import Tensor
 from deepseek_kernels.cpu import fp8_experts
 from deepseek_kernels.epilogue import Epilogue, epilogue_text
 from deepseek_kernels.fp8 import FP8
-from deepseek_kernels.fused_moe import _check, _check_biases, _runs_triton
+from deepseek_kernels.fused_moe import _check, _check_biases
 from deepseek_kernels.gpu.device_guard import on_device_of
 from deepseek_kernels.routed_bias import routed_bias
 from deepseek_kernels.slot_order import SlotOrder
+from deepseek_kernels.triton_path import runs_triton
 
 try:
     from deepseek_kernels.gpu import fp8_experts as fp8_experts_gpu
@@ -74,7 +75,7 @@ def fused_moe_fp8(
         projections = tuple(torch.empty_like(codes, dtype=hidden_states.dtype) for codes in projections)
     _check(hidden_states, *projections, topk_indices, topk_weights)
     _check_biases(*projections, gate_up_bias, down_bias)
-    if _runs_triton(hidden_states):
+    if runs_triton(hidden_states):
         fp8_experts_gpu.check_weights(fp8_experts.Weights(gate_up_proj, down_proj, *scales, block))
     x, indices, weights = hidden_states.contiguous(), topk_indices.contiguous(), topk_weights.contiguous()
     bias = None if gate_up_bias is None else gate_up_bias.contiguous()
@@ -135,7 +136,7 @@ def _check_scales(
 
 def _module_for(tensor: Tensor) -> Any:
     """What computes on this tensor's device: three functions of the same names and meanings."""
-    return fp8_experts_gpu if _runs_triton(tensor) else fp8_experts
+    return fp8_experts_gpu if runs_triton(tensor) else fp8_experts
 
 
 class _Fp8Experts(torch.autograd.Function):

@@ -19,7 +19,9 @@ from deepseek_kernels.cpu import decode
 from deepseek_kernels.cpu import experts as experts_cpu
 from deepseek_kernels.cpu.low_rank import Adapters, LowRank, in_pefts_order
 from deepseek_kernels.four_bit import PackedMatrices
+from deepseek_kernels.gpu.device_guard import on_device_of
 from deepseek_kernels.slot_order import SlotOrder
+from deepseek_kernels.triton_path import adapters_gpu, experts_gpu, runs_triton
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,21 @@ def _adapters(
     return Adapters(*pair)
 
 
+def _adapters_gpu(
+    factors: Sequence[Tensor], scalings: Sequence[float], rows: Sequence[Tensor], num_experts: int
+) -> Any:
+    """The same for Triton's kernels, which keep the rows with the scaling."""
+    pairs = zip(factors[::2], factors[1::2], scalings, rows, strict=True)
+    return adapters_gpu.Adapters(
+        *(adapters_gpu.Adapter(*one, num_experts) if one[0].numel() else None for one in pairs)
+    )
+
+
+def _runs_triton(hidden_states: Tensor, gate_up_proj: Tensor | PackedMatrices) -> bool:
+    """Packed matrices are unpacked by the loop over experts only."""
+    return runs_triton(hidden_states) and not isinstance(gate_up_proj, PackedMatrices)
+
+
 def _forward(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -149,10 +166,17 @@ def _forward(
     num_rows, num_experts, dtype = topk_indices.numel(), gate_up_proj.shape[0], hidden_states.dtype
     inputs = (hidden_states, gate_up_proj.to(dtype), down_proj.to(dtype))
     bias = None if gate_up_bias is None else gate_up_bias.to(dtype)
-    order = experts_cpu.route(topk_indices, num_experts)
     rows = [hidden_states.new_empty(num_rows, a.shape[0] // num_experts) for a in (gate_up_a, down_a)]
-    factors = (gate_up_a, gate_up_b, down_a, down_b)
-    adapters = _adapters(factors, (gate_up_scaling, down_scaling), rows, order.expert_start, dtype)
+    factors, scalings = (gate_up_a, gate_up_b, down_a, down_b), (gate_up_scaling, down_scaling)
+    if _runs_triton(hidden_states, gate_up_proj):
+        pair = _adapters_gpu(factors, scalings, rows, num_experts)
+        with on_device_of(hidden_states):
+            output, kept, metadata = experts_gpu.forward(
+                *inputs, topk_indices, topk_weights, activation, keep, bias, pair
+            )
+        return output, kept, *_kept(rows, metadata, keep, topk_indices)
+    order = experts_cpu.route(topk_indices, num_experts)
+    adapters = _adapters(factors, scalings, rows, order.expert_start, dtype)
     if num_rows <= decode.MAX_ROWS:
         row_slot = order.row_slot if keep else None
         output, kept = decode.forward(*inputs, topk_indices, topk_weights, activation, row_slot, bias, adapters)
@@ -160,8 +184,15 @@ def _forward(
         output, kept = experts_cpu.forward(
             *inputs, order, topk_weights, activation, keep, bias, adapters.for_many_rows()
         )
-    kept_order = order.tensors() if keep else SlotOrder.none_like(topk_indices)
-    return output, kept, *(one if keep else one.new_empty(0) for one in rows), *kept_order
+    return output, kept, *_kept(rows, order, keep, topk_indices)
+
+
+def _kept(
+    rows: Sequence[Tensor], order: SlotOrder | None, keep: bool, indices: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the backward pass needs beside the pre-activation: rows of both ranks and the order, or five of nothing."""
+    first, second = rows if keep else (one.new_empty(0) for one in rows)
+    return first, second, *(order.tensors() if keep and order is not None else SlotOrder.none_like(indices))
 
 
 _forward_op = torch.library.custom_op("deepseek_kernels::fused_moe_lora", _forward, mutates_args=())
@@ -214,18 +245,23 @@ def _backward_op(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = hidden_states.dtype
+    operands = (grad_output, hidden_states, gate_up_proj.to(dtype), down_proj.to(dtype), SlotOrder(*order))
+    wanted = [needs[0], False, False, needs[1], False]
+    if _runs_triton(hidden_states, gate_up_proj):
+        with on_device_of(hidden_states):
+            pair = _adapters_gpu(factors, scalings, rows, order[2].numel() - 1)
+            grad_x, _, _, grad_weights, _ = experts_gpu.backward(
+                *operands, topk_weights, preactivation, activation, wanted, pair
+            )
+        of_factors = [
+            torch.empty_like(factors[2 * i + j]) if one is None else (one.grad_a, one.grad_b)[j]
+            for i, one in enumerate(pair)
+            for j in range(2)
+        ]
+        return grad_x, grad_weights, *of_factors
     adapters = _adapters(factors, scalings, rows, order[2], dtype).for_many_rows()
     grad_x, _, _, grad_weights, _ = experts_cpu.backward(
-        grad_output,
-        hidden_states,
-        gate_up_proj.to(dtype),
-        down_proj.to(dtype),
-        SlotOrder(*order),
-        topk_weights,
-        preactivation,
-        activation,
-        [needs[0], False, False, needs[1], False],
-        adapters,
+        *operands, topk_weights, preactivation, activation, wanted, adapters
     )
     grads: list[Tensor] = []
     for i, adapter in enumerate(adapters):

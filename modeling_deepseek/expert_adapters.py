@@ -59,7 +59,7 @@ def reason_for_folding(wrapper: Any) -> str | None:
             return f"the experts are stored as {parameter.dtype}"
         if parameter.requires_grad:
             return "the experts' own weights train as well"
-        if parameter.device.type not in ("cpu", "meta"):
+        if parameter.device.type not in ("cpu", "meta", "cuda"):
             return f"its factors have no kernels on {parameter.device.type}"
     bias = experts._parameters.get("gate_up_proj_bias")
     if bias is not None and bias.requires_grad:

@@ -234,7 +234,7 @@ def compile_for(compilation: Compilation, target: tuple[Any, ...], dtype: str = 
             signature[name] = _POINTERS.get(name, f"*{dtype}")
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
-        if name.endswith("_ptr"):
+        if name.endswith("_ptr") and name not in compilation.constants:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(compilation.function, signature, compilation.constants, attributes)
     options = {**compilation.options, **LAUNCH}

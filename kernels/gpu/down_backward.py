@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek_kernels.epilogue import Epilogue
+from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_arguments, step_constants
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
 from deepseek_kernels.gpu.triton_epilogue import backward_tile, epilogue_constants, gated_slopes, through_clamp
@@ -36,6 +37,7 @@ def down_backward(
     metadata: RoutingMetadata,
     activation: str,
     tile: Tile,
+    low_rank: LowRankStep | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the pre-activation's gradient [S, 2I], the scaled activation [S, I] and the router weights' gradient.
 
@@ -47,6 +49,7 @@ def down_backward(
         metadata: From `routing_metadata` with the tile's `block_m`.
         activation: Text of the epilogue.
         tile: Sizes of the tiles.
+        low_rank: What an adapter adds to da; its factor is [E, r, I].
 
     Returns:
         The third is [S] by row, in fp32 (fp64 for fp64), undefined beyond the used rows.
@@ -82,7 +85,8 @@ def down_backward(
                 activation=activation,
                 tile=tile,
                 is_descriptor=weights is not down_proj,
-            ),
+            )
+            | step_arguments(low_rank),
             **tile.launch_options,
             **LAUNCH,
         )
@@ -99,6 +103,7 @@ def down_backward_constants(
     activation: str,
     tile: Tile,
     is_descriptor: bool = False,
+    rank: int = 0,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
@@ -113,6 +118,7 @@ def down_backward_constants(
         "ACC": accumulator(dtype),
         "PRECISION": matmul_precision(dtype),
         **tile.constants,
+        **step_constants(rank),
     }
 
 
@@ -158,6 +164,8 @@ def down_backward_kernel(
     tile_start_ptr,
     num_tiles_bound,
     num_rows,
+    low_ptr,
+    factor_ptr,
     num_experts: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -176,6 +184,8 @@ def down_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """One tile of `BLOCK_M` rows of one expert by `BLOCK_N` columns of the expert's width."""
     expert, first, end, block_n = find_tile(
@@ -214,6 +224,23 @@ def down_backward_kernel(
             grad_a = multiply(grad, weight, grad_a, ACC, PRECISION)
             grad_ptrs += BLOCK_K
             weight_ptrs += BLOCK_K * WIDTH
+    if RANK > 0:
+        grad_a = add_low_rank(
+            grad_a,
+            low_ptr,
+            factor_ptr,
+            expert,
+            first,
+            is_row,
+            columns,
+            is_column,
+            WIDTH,
+            False,
+            RANK,
+            BLOCK_R,
+            ACC,
+            PRECISION,
+        )
 
     scale = tl.load(topk_weights_ptr + slots, mask=is_row, other=0.0).to(ACC)
     # Offsets within the tile fit 32 bits; only the tile's own place needs 64.

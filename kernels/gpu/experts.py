@@ -6,11 +6,14 @@ tests run them. Nothing here asks the device for a value, so a call never waits 
     forward    routing_metadata -> gate_up -> grouped_gemm (down) -> combine with weights
     backward   down_backward -> weight_gradient (down), grouped_gemm -> combine, weight_gradient (gate and up)
 
+Around the products run those of low-rank adapters, if there are any (``adapters.py``).
+
 T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts.
 """
 
 from torch import Tensor
 
+from deepseek_kernels.gpu.adapters import NO_ADAPTERS, Adapters, Call
 from deepseek_kernels.gpu.combine import combine
 from deepseek_kernels.gpu.decode import MAX_TOKENS, decode
 from deepseek_kernels.gpu.down_backward import down_backward
@@ -32,6 +35,7 @@ def forward(
     activation: str,
     keep_preactivation: bool,
     gate_up_bias: Tensor | None = None,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Tensor, Tensor, RoutingMetadata | None]:
     """Return the output [T, H], the pre-activation [S, 2I] (empty unless kept) and the sorted order.
 
@@ -44,11 +48,13 @@ def forward(
         activation: Text of the epilogue.
         keep_preactivation: Whether there will be a backward pass.
         gate_up_bias: [E, 2I].
+        adapters: Of both projections.
     """
     _check_sizes(topk_indices, gate_up_proj)
     num_slots = topk_indices.shape[1]
     inputs = (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights)
-    is_small = hidden_states.shape[0] <= MAX_TOKENS
+    # `decode` knows no adapters.
+    is_small = hidden_states.shape[0] <= MAX_TOKENS and not any(adapters)
     if is_small and not keep_preactivation:
         if hidden_states.shape[0] == 0:
             return hidden_states.clone(), hidden_states.new_empty(0, gate_up_proj.shape[1]), None
@@ -57,6 +63,9 @@ def forward(
     metadata = routing_metadata(topk_indices, gate_up_proj.shape[0], tiles.block_m)
     if is_small and hidden_states.shape[0] > 0:
         return *decode(*inputs, activation, metadata, gate_up_bias), metadata
+    step = None
+    if adapters.gate_up is not None:
+        step = adapters.gate_up.forward(hidden_states, Call(metadata, num_slots, tiles), is_by_token=True)
     activated, preactivation = gate_up(
         hidden_states,
         gate_up_proj,
@@ -66,8 +75,12 @@ def forward(
         keep_preactivation,
         tiles.gate_up,
         gate_up_bias,
+        step,
     )
-    rows = grouped_gemm(activated, down_proj, metadata, tiles.down, transpose=True)
+    step = None
+    if adapters.down is not None:
+        step = adapters.down.forward(activated, Call(metadata, num_slots, tiles), is_by_token=False)
+    rows = grouped_gemm(activated, down_proj, metadata, tiles.down, transpose=True, low_rank=step)
     return combine(rows, metadata.slot_row, num_slots, topk_weights), preactivation, metadata
 
 
@@ -81,6 +94,7 @@ def backward(
     preactivation: Tensor,
     activation: str,
     needs: list[bool],
+    adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of hidden states, both weights, router weights and the first product's bias.
 
@@ -94,22 +108,33 @@ def backward(
         preactivation: Second result of `forward`.
         activation: Text of the epilogue.
         needs: Which of the five gradients are wanted; the others come back empty.
+        adapters: Of both projections, as the forward pass left them; their gradients are filled.
     """
     needs_x, needs_gate_up, needs_down, needs_weights, needs_bias = needs
     num_slots = topk_weights.shape[1]
     tiles = tiles_for(hidden_states, down_proj, order.row_slot.numel())
     # Tuning may have changed the tiles since the forward pass.
     metadata = RoutingMetadata(*order.tensors(), tiles_of(order.expert_start, tiles.block_m))
+    call, step = Call(metadata, num_slots, tiles), None
+    if adapters.down is not None:
+        step = adapters.down.backward(grad_output, call, is_by_token=True)
     grad_h, scaled, grad_row_weight = down_backward(
-        grad_output, down_proj, preactivation, topk_weights, metadata, activation, tiles.down_backward
+        grad_output, down_proj, preactivation, topk_weights, metadata, activation, tiles.down_backward, step
     )
+    if adapters.down is not None and step is not None:
+        adapters.down.fill_gradients(step, grad_output, scaled, call, gather="grad_out", row_weights=topk_weights)
     grad_x = grad_gate_up = grad_down = grad_weights = None
     grad_bias = row_sums(grad_h, metadata) if needs_bias else None
     if needs_down:
         grad_down = weight_gradient(grad_output, scaled, metadata, num_slots, tiles.weight_gradient, gather="left")
     del scaled
+    step = None
+    if adapters.gate_up is not None:
+        step = adapters.gate_up.backward(grad_h, call, is_by_token=False)
+        adapters.gate_up.fill_gradients(step, grad_h, hidden_states, call, gather="x")
     if needs_x:
-        rows = grouped_gemm(grad_h, gate_up_proj, metadata, tiles.input_gradient, transpose=False)
+        tile = tiles.input_gradient
+        rows = grouped_gemm(grad_h, gate_up_proj, metadata, tile, transpose=False, low_rank=step)
         grad_x = combine(rows, metadata.slot_row, num_slots)
         del rows
     if needs_gate_up:

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_kernels.epilogue import Epilogue
+from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_arguments, step_constants
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
 from deepseek_kernels.gpu.triton_epilogue import epilogue_constants, forward_tile, gated
@@ -32,6 +33,7 @@ def gate_up(
     keep_preactivation: bool,
     tile: Tile,
     bias: Tensor | None = None,
+    low_rank: LowRankStep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the activated rows [S, I] and the pre-activation [S, 2I] (empty unless kept).
 
@@ -44,6 +46,7 @@ def gate_up(
         keep_preactivation: Whether to write h.
         tile: Sizes of the tiles.
         bias: [E, 2I].
+        low_rank: What an adapter adds before the activation; its factor is [E, 2I, r].
     """
     num_rows, (num_experts, double_width, hidden) = metadata.row_slot.numel(), gate_up_proj.shape
     width = double_width // 2
@@ -76,7 +79,8 @@ def gate_up(
                 keep_preactivation=keep_preactivation,
                 tile=tile,
                 is_descriptor=isinstance(weights, TensorDescriptor),
-            ),
+            )
+            | step_arguments(low_rank),
             **tile.launch_options,
             **LAUNCH,
         )
@@ -94,6 +98,7 @@ def gate_up_constants(
     keep_preactivation: bool,
     tile: Tile,
     is_descriptor: bool = False,
+    rank: int = 0,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
@@ -109,6 +114,7 @@ def gate_up_constants(
         "ACC": accumulator(dtype),
         "PRECISION": matmul_precision(dtype),
         **tile.constants,
+        **step_constants(rank),
     }
 
 
@@ -146,6 +152,8 @@ def gate_up_kernel(
     expert_start_ptr,
     tile_start_ptr,
     num_tiles_bound,
+    low_ptr,
+    factor_ptr,
     num_experts: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -165,6 +173,8 @@ def gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """One tile of `BLOCK_M` rows of one expert by `BLOCK_N` columns of gate and of up."""
     expert, first, end, block_n = find_tile(
@@ -222,6 +232,39 @@ def gate_up_kernel(
             x_ptrs += BLOCK_K
             gate_ptrs += BLOCK_K
             up_ptrs += BLOCK_K
+    if RANK > 0:
+        gate = add_low_rank(
+            gate,
+            low_ptr,
+            factor_ptr,
+            expert,
+            first,
+            is_row,
+            places,
+            is_column,
+            2 * WIDTH,
+            True,
+            RANK,
+            BLOCK_R,
+            ACC,
+            PRECISION,
+        )
+        up = add_low_rank(
+            up,
+            low_ptr,
+            factor_ptr,
+            expert,
+            first,
+            is_row,
+            places + UP,
+            is_column,
+            2 * WIDTH,
+            True,
+            RANK,
+            BLOCK_R,
+            ACC,
+            PRECISION,
+        )
     is_output = is_row[:, None] & is_column[None, :]
     # Rounded whether kept or not: the forward pass gives the same bits with gradients and without.
     gate = narrow(gate, DTYPE)

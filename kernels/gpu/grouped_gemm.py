@@ -14,13 +14,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_arguments, step_constants
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
 from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, multiply, narrow
 from deepseek_kernels.gpu.weight_blocks import load_block, weight_operand
 
 
-def grouped_gemm(rows: Tensor, weights: Tensor, metadata: RoutingMetadata, tile: Tile, *, transpose: bool) -> Tensor:
+def grouped_gemm(
+    rows: Tensor,
+    weights: Tensor,
+    metadata: RoutingMetadata,
+    tile: Tile,
+    *,
+    transpose: bool,
+    low_rank: LowRankStep | None = None,
+) -> Tensor:
     """Return ``rows[r] @ weights[e]`` for every row r of expert e.
 
     Args:
@@ -29,6 +38,7 @@ def grouped_gemm(rows: Tensor, weights: Tensor, metadata: RoutingMetadata, tile:
         metadata: From `routing_metadata` with the tile's `block_m`.
         tile: Sizes of the tiles.
         transpose: Whether the weights are stored output first.
+        low_rank: What an adapter adds to the result; its factor is stored like the weights.
     """
     num_rows, inner = rows.shape
     num_experts, columns = weights.shape[0], weights.shape[1 if transpose else 2]
@@ -53,7 +63,8 @@ def grouped_gemm(rows: Tensor, weights: Tensor, metadata: RoutingMetadata, tile:
                 transpose=transpose,
                 tile=tile,
                 has_descriptors=has_descriptors,
-            ),
+            )
+            | step_arguments(low_rank),
             **tile.launch_options,
             **LAUNCH,
         )
@@ -69,6 +80,7 @@ def grouped_gemm_constants(
     transpose: bool,
     tile: Tile,
     has_descriptors: bool = False,
+    rank: int = 0,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
@@ -82,6 +94,7 @@ def grouped_gemm_constants(
         "ACC": accumulator(dtype),
         "PRECISION": matmul_precision(dtype),
         **tile.constants,
+        **step_constants(rank),
     }
 
 
@@ -106,6 +119,8 @@ def grouped_gemm_kernel(
     expert_start_ptr,
     tile_start_ptr,
     num_tiles_bound,
+    low_ptr,
+    factor_ptr,
     num_experts: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -119,6 +134,8 @@ def grouped_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """One tile of `BLOCK_M` rows of one expert by `BLOCK_N` columns."""
     expert, first, end, block_n = find_tile(
@@ -161,5 +178,22 @@ def grouped_gemm_kernel(
             output = multiply(values, weight, output, ACC, PRECISION)
             row_ptrs += BLOCK_K
             weight_ptrs += BLOCK_K if TRANSPOSE else BLOCK_K * COLUMNS
+    if RANK > 0:
+        output = add_low_rank(
+            output,
+            low_ptr,
+            factor_ptr,
+            expert,
+            first,
+            is_row,
+            columns,
+            is_column,
+            COLUMNS,
+            TRANSPOSE,
+            RANK,
+            BLOCK_R,
+            ACC,
+            PRECISION,
+        )
     output_ptrs = output_ptr + rows[:, None] * COLUMNS + columns[None, :]
     tl.store(output_ptrs, narrow(output, DTYPE), mask=is_row[:, None] & is_column[None, :])
