@@ -43,6 +43,8 @@ BASE = {
     "align": {**REWARDED, "model": "{model}", "learning_rate": 0.01},
     "grpo": {**REWARDED, "model": "{model}", "learning_rate": 0.01, "num_generations": 2, "save_steps": 0},
 }
+# Long answers of the likeliest tokens, among which some come again.
+REPEATING = {"response_length": 24, "temperature": 0.05}
 # Another value, where doubling a number, turning a switch or adding to nothing does not do; with what it needs beside.
 OTHER = {
     "*": {
@@ -69,12 +71,12 @@ OTHER = {
         "prompt_template": {"prompt_template": "Q: {prompt}\nA:"},
         "prompts": {"prompts": "dialogues_zh", "prompt_sources": []},
         "prompt_sources": {"prompt_sources": ["taskmaster"]},
-        "prompt_column": {"prompt_column": "answer"},
+        "prompt_column": {"prompt_column": "source"},
         "reward_model": {"reward_model": "{judge}"},
         "value_model": {"value_model": "{judge}"},
         "weights": {"weights": [0.1, 0.1, 0.8]},
         "gate_threshold": {"gate_threshold": None},
-        "repetition_penalty": {"repetition_penalty": 5.0},
+        "repetition_penalty": {"repetition_penalty": 5.0, **REPEATING},
         "is_standardized": {"is_standardized": True},
         "min_gain_stderr": {"min_gain_stderr": None},
         "missing_eos_penalty": {"missing_eos_penalty": 9.0},
@@ -121,8 +123,9 @@ OTHER = {
     "dpo": {
         "data": {"data": "{more_pairs}"},
         "prompt_column": {"prompt_column": "chosen"},
-        "chosen_column": {"chosen_column": "rejected"},
-        "rejected_column": {"rejected_column": "chosen"},
+        "chosen_column": {"chosen_column": "rejected", "rejected_column": "chosen"},
+        "rejected_column": {"chosen_column": "rejected", "rejected_column": "chosen"},
+        "sequence_length": {"sequence_length": 24},
         "num_eval_pairs": {"num_eval_pairs": 2},
         "min_accuracy": {"min_accuracy": None},
     },
@@ -134,6 +137,7 @@ BESIDE = {
     "lora_targets": {"lora_rank": 2},
     "cliprange": {"num_ppo_epochs": 4},
     "cliprange_value": {"num_ppo_epochs": 4},
+    "repetition_penalty": REPEATING,
 }
 # Of memory alone: less is kept for the backward pass.
 OF_MEMORY = ("gradient_checkpointing",)
