@@ -85,7 +85,9 @@ model.save_pretrained(again)
 """
 
 
-@pytest.mark.parametrize("settings", [{}, EXTENDED], ids=["default", "extended"])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({}, id="default", marks=pytest.mark.slow), pytest.param(EXTENDED, id="extended")]
+)
 def test_loads_in_a_clean_process_without_the_package(tiny, input_ids, tmp_path, settings, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     torch.manual_seed(0)

@@ -111,7 +111,7 @@ def test_weights_biases_shares_and_counters(tmp_path, wholes, family, arguments)
     [("ours", {}), ("ours", {"num_nextn_predict_layers": 1, "mtp_loss_coef": 2.0}), ("stock", {})],
     ids=["ours", "mtp", "stock"],
 )
-@pytest.mark.parametrize("num_rows", [10, 14])
+@pytest.mark.parametrize("num_rows", [14, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_shorter_last_accumulation_of_an_epoch(tmp_path, num_rows, family, settings):
     """Eight rows as four passes, then two or six as one or three; twice, so that a whole step follows a short one."""
     options = {"family": family, "num_rows": num_rows, "settings": settings, "max_steps": 4, "learning_rate": 0.02}

@@ -17,6 +17,8 @@ from deepseek_training.recipes.loading import build_recipe
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
+pytestmark = pytest.mark.xdist_group("distill")  # one run for all
+
 
 @pytest.fixture(scope="module")
 def teacher(tiny_data, tmp_path_factory):
@@ -67,9 +69,9 @@ BAD = {
     "too little data": ({"calibration_tokens": 10**6}, "calibration_tokens: got data of"),
     "no such teacher": ({"teacher": "no/such/folder"}, "no/such/folder"),
     "k above the vocabulary": ({"cache": "cache", "cache_top_k": 301}, "cache_top_k: got 301, expected at most"),
-    "beta without effect": ({"beta": 0.5}, "beta=0.5 must be null with divergence=forward_kl"),
-    "a cache without effect": ({"cache": "cache", "distill_weight": 0.0}, "must be null with distill_weight=0"),
-    "settings of a model that is there": ({"start": "there"}, "must be empty with start=there"),
+    "beta without effect": ({"beta": 0.5}, "beta: got 0.5, expected null with divergence=forward_kl"),
+    "a cache without effect": ({"cache": "cache", "distill_weight": 0.0}, "expected null with distill_weight=0"),
+    "settings of a model that is there": ({"start": "there"}, "expected empty with start=there"),
 }
 
 

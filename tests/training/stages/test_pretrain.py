@@ -12,6 +12,8 @@ from deepseek_training.stages.pretrain import PretrainRecipe, pretrain
 from deepseek_training.trainer import run_start, stage_trainer
 from deepseek_training.trainer.checkpoints import MARKER_FILE
 
+pytestmark = pytest.mark.xdist_group("pretrain")  # one run for all
+
 # Figures of time and memory differ from run to run; everything else in the log must not.
 CLOCKED = {"tokens_per_second", "peak_memory_gib", "mfu"}
 
@@ -92,7 +94,8 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("step", [3, 6, 12])  # before the first checkpoint, between two, after the last step
+# Between two checkpoints; before the first, and after the last step.
+@pytest.mark.parametrize("step", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 12))])
 def test_an_interrupted_run_ends_like_a_whole_one(finished, tiny_settings, tmp_path, monkeypatch, caplog, step):
     recipe = build_recipe(tiny_settings, PretrainRecipe)
     with monkeypatch.context() as patch:
@@ -136,6 +139,7 @@ def test_a_checkpoint_cut_short_is_passed_over(finished, tiny_settings, tmp_path
     assert_same_run(finished[0], run)
 
 
+@pytest.mark.slow  # tests/training/balance/test_invariances.py compares whole runs, with routers
 def test_gradient_accumulation_gives_the_same_losses(tiny_settings, tmp_path):
     whole = {**tiny_settings, "max_steps": 6, "model": {"router_bias_update_speed": 0.01}}  # no dropout: other draws
     split = {**whole, "batch_size": 2, "gradient_accumulation_steps": 2}
@@ -149,13 +153,13 @@ def test_gradient_accumulation_gives_the_same_losses(tiny_settings, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sequence_length": 4096}, "sequence_length=4096 must be at most the model's context"),
+        ({"sequence_length": 4096}, "sequence_length: got 4096, expected at most the model's context"),
         ({"model": {"num_experts_per_tok": 9}}, "num_experts_per_tok"),
         ({"model": {"min_experts_per_tok": 5}}, "min_experts_per_tok"),
         ({"model": {"hiden_size": 9}}, "did you mean hidden_size"),
-        ({"preset": "debgu"}, "preset: 'debgu' is not one of"),
-        ({"vocab_size": 100}, "vocab_size=100 must be in 259"),
-        ({"experts_implementation": "fussed_moe"}, "did you mean 'fused_moe'"),
+        ({"preset": "debgu"}, "preset: got 'debgu', expected one of"),
+        ({"vocab_size": 100}, "vocab_size: got 100, expected in 259"),
+        ({"experts_implementation": "fussed_moe"}, "did you mean fused_moe"),
         ({"data_column": "body"}, "has no column 'body'"),
     ],
 )

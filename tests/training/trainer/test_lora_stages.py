@@ -16,6 +16,8 @@ from deepseek_training.data.texts import load_texts
 from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.trainer.lora import with_lora
 
+pytestmark = pytest.mark.xdist_group("lora_stages")  # one run for all
+
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 FAMILIES = {
     "mixtral": (MixtralConfig(vocab_size=400, num_key_value_heads=2, num_local_experts=4, **SMALL), "experts"),
@@ -141,8 +143,8 @@ def test_adapt(policy_path, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--lora-rank", "-1"], "lora_rank=-1"),
-        (["--lora-alpha", "8"], "lora_alpha=8.0 must be null with lora_rank=0"),
+        (["--lora-rank", "-1"], "lora_rank: got -1"),
+        (["--lora-alpha", "8"], "lora_alpha: got 8.0, expected null with lora_rank=0"),
         (["--lora-rank", "2", "--lora-targets", "[no_such_proj]"], "lora_targets: got ['no_such_proj']"),
     ],
 )
