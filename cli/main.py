@@ -7,7 +7,6 @@ file ends in one line on stderr and exit code 2, a full disk or another failure 
 """
 
 import argparse
-import difflib
 import errno
 import importlib
 import os
@@ -18,6 +17,7 @@ from importlib import metadata
 from typing import NoReturn
 
 from deepseek_records.exit_codes import BAD_INPUT, FAILED, RunFailedError
+from deepseek_records.nearest_name import did_you_mean
 from deepseek_records.output_paths import check_output
 from deepseek_records.stop_signals import Interrupted, close_standard_output, how_to_go_on, stop_signals
 
@@ -172,8 +172,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     args.settings = unknown if args.takes_settings else []
     if unknown and not args.takes_settings:
         command = args.subparser
-        near = difflib.get_close_matches(unknown[0], command._option_string_actions, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; see {command.prog} --help"
+        hint = did_you_mean(unknown[0], command._option_string_actions, otherwise=f"; see {command.prog} --help")
         command.exit(2, f"{command.prog}: error: unknown argument {unknown[0]}{hint}\n")
     return args
 

@@ -113,9 +113,9 @@ def score_samples(
     if task.kind != "program":
         raise ValueError(f"samples: task {task.name} is not answered by programs")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: must be at least 1, or none for all")
+        raise ValueError(f"limit: got {limit}, expected at least 1, or none for all")
     if any(value < 1 for value in k or ()):
-        raise ValueError(f"k={min(k)}: must be at least 1")
+        raise ValueError(f"k: got {min(k)}, expected at least 1")
     questions = read_questions(task, EvalSettings(tasks=(task.name,), data_path=data_path))
     task, every = questions.task, questions.items
     items = every[:limit]

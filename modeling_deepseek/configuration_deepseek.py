@@ -136,7 +136,7 @@ class DeepseekConfig(DeepseekV3Config):
             128
         """
         if name not in PRESETS:
-            raise ValueError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
+            raise ValueError(f"preset: got {name!r}, expected one of {', '.join(PRESETS)}")
         known = set(cls().to_dict()) | set(cls.attribute_map) | _SETTINGS_OF_TRANSFORMERS
         for key in overrides.keys() - known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -6,12 +6,13 @@ is left out of the JSON.
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from deepseek_records.nearest_name import did_you_mean
 
 Record = TypeVar("Record")
 _SCALARS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
@@ -61,8 +62,7 @@ def from_json(kind: type[Record], value: Any, where: str) -> Record:
     fields = {field.name: field for field in dataclasses.fields(cast(Any, kind))}
     for name in value:
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, fields)
             raise ValueError(f"{where}: got the unknown key {name!r}, expected one of {', '.join(fields)}{hint}")
     for name, field in fields.items():
         if name not in value and field.default is field.default_factory is dataclasses.MISSING:

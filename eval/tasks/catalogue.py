@@ -1,6 +1,5 @@
 """The benchmarks by name. Adding one is a file beside this one and a line here."""
 
-import difflib
 from pathlib import Path
 
 from deepseek_eval.tasks import (
@@ -19,6 +18,7 @@ from deepseek_eval.tasks import (
 )
 from deepseek_eval.tasks.own_task import load_task
 from deepseek_eval.tasks.task import Task
+from deepseek_records.nearest_name import did_you_mean
 
 _ALL = (
     *(mmlu.TASK, mmlu.HENDRYCKS_TASK, humaneval.TASK, mbpp.TASK),
@@ -46,6 +46,5 @@ def find_task(name: str) -> Task:
         return task
     if name in TASKS:
         return TASKS[name]
-    nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    raise ValueError(f"tasks: unknown task {name!r}; {hint}known are {', '.join(sorted(TASKS))}")
+    hint = did_you_mean(name, TASKS, cutoff=0.4)
+    raise ValueError(f"tasks: got {name!r}, expected one of {', '.join(sorted(TASKS))}{hint}")

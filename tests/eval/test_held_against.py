@@ -154,7 +154,7 @@ def test_two_runs_compare(finished, tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("bqb=somewhere", "unknown task 'bqb'; did you mean bbq"),
+        ("bqb=somewhere", "tasks: got 'bqb', expected one of"),
         ("bbq=", "expected a folder or task=source pairs"),
         ("bbq=nowhere", "nowhere does not exist and is not a Hub id"),
         (f"winobias={REFERENCE}", "holds neither winobias.jsonl"),

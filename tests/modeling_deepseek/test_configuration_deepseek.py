@@ -70,7 +70,7 @@ def test_presets_take_overrides_and_name_the_nearest_setting():
     assert DeepseekConfig.from_preset("nano", vocab_size=300, num_experts=8).n_routed_experts == 8
     with pytest.raises(ValueError, match="did you mean vocab_size"):
         DeepseekConfig.from_preset("nano", vocabsize=300)
-    with pytest.raises(ValueError, match="preset: 'huge' is not one of 154b"):
+    with pytest.raises(ValueError, match="preset: got 'huge', expected one of 154b"):
         DeepseekConfig.from_preset("huge")
 
 

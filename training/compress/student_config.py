@@ -5,7 +5,6 @@ layers; what computes otherwise, or is larger, is not a slice of it.
 """
 
 import copy
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from deepseek_records.nearest_name import did_you_mean
 from deepseek_training.compress.stock_experts import plan_cut
 from modeling_deepseek import DeepseekConfig
 
@@ -75,10 +75,7 @@ def student_config(teacher: PreTrainedConfig, settings: Mapping[str, Any]) -> Pr
     """
     known = set(teacher.to_dict()) | set(teacher.attribute_map)
     for key in settings.keys() - known:
-        near = difflib.get_close_matches(key, known, n=1)
-        raise ValueError(
-            f"{key}: no such setting of {teacher.model_type}" + (f"; did you mean {near[0]}?" * bool(near))
-        )
+        raise ValueError(f"{key}: no such setting of {teacher.model_type}{did_you_mean(key, known)}")
     values = dict(settings)
     if is_ours(teacher):
         values = {**_following(teacher, settings), **values}

@@ -115,7 +115,7 @@ def load_texts(
         ValueError: Empty, not text, no such column, no such split, or a Hub id without network.
     """
     if split not in SPLITS:
-        raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
+        raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
     return select_split(list(read_rows(name_or_path, split, column=column, is_chat=is_chat)), split, name_or_path)
 
 

@@ -61,7 +61,7 @@ def train_tokenizer(
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
-            f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE} (every byte and 3 special tokens)"
+            f"vocab_size: got {vocab_size}, expected at least {MIN_VOCAB_SIZE} (every byte and 3 special tokens)"
         )
     tokenizer = Tokenizer(models.BPE())  # and no normalizer: it would change the user's text
     # digits one by one, as DeepSeek-V3 does in threes: numbers stay comparable across lengths

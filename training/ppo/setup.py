@@ -11,23 +11,20 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from deepseek_training.ppo.settings import PPOConfig
+from deepseek_training.recipes.bounds import require_at_least
 
 _AT_LEAST = {
-    "response_length": 1,
-    "num_mini_batches": 1,
-    "num_ppo_epochs": 1,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "local_rollout_forward_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "total_episodes": 1,
-    "kl_coef": 0,
-    "cliprange": 0,
-    "cliprange_value": 0,
-    "vf_coef": 0,
-    "max_grad_norm": 0,
-    "learning_rate": 0,
-    "missing_eos_penalty": 0,
+    0: ("kl_coef", "cliprange", "cliprange_value", "vf_coef", "max_grad_norm", "learning_rate", "missing_eos_penalty"),
+    1: (
+        "response_length",
+        "num_mini_batches",
+        "num_ppo_epochs",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "local_rollout_forward_batch_size",
+        "gradient_accumulation_steps",
+        "total_episodes",
+    ),
 }
 
 
@@ -50,10 +47,7 @@ def check_settings(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, config: 
         raise ValueError(
             f"tokenizer: its {len(tokenizer)} tokens are more than the model's {config.get_text_config().vocab_size}"
         )
-    for name, least in _AT_LEAST.items():
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name}: got {value}, expected {least} or more")
+    require_at_least(args, _AT_LEAST)
     for name in ("gamma", "lam"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{name}: got {getattr(args, name)}, expected 0 to 1")
@@ -75,17 +69,17 @@ def _check_batches(args: PPOConfig) -> None:
     local_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if local_batch % args.num_mini_batches:
         raise ValueError(
-            f"num_mini_batches={args.num_mini_batches}: it must divide the batch of {local_batch} prompts per process"
+            f"num_mini_batches: got {args.num_mini_batches}, expected a divisor of {local_batch} prompts per process"
         )
     per_mini_batch = args.gradient_accumulation_steps / args.num_mini_batches
     if per_mini_batch > 1 and not per_mini_batch.is_integer():
         raise ValueError(
-            f"num_mini_batches={args.num_mini_batches}: gradient_accumulation_steps="
-            f"{args.gradient_accumulation_steps} must be a multiple of it, or at most as large"
+            f"num_mini_batches: got {args.num_mini_batches}, expected a divisor of gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps}, or a number at least as large"
         )
     mini_batch = local_batch // args.num_mini_batches
     if args.whiten_rewards and mini_batch < 8:
-        raise ValueError(f"whiten_rewards=True: a mini-batch of {mini_batch} is too small, expected 8 or more")
+        raise ValueError(f"whiten_rewards: got True with a mini-batch of {mini_batch}, expected one of 8 or more")
 
 
 def check_prompts(args: PPOConfig, config: PretrainedConfig, train: Dataset, held_out: Dataset | None) -> None:

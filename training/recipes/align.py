@@ -52,7 +52,9 @@ class AlignRecipe(RewardedSettings):
         super().__post_init__()
         require_at_least(self, _AT_LEAST)
         if self.batch_size % self.num_mini_batches:
-            raise ValueError(f"num_mini_batches={self.num_mini_batches}: must divide batch_size={self.batch_size}")
+            raise ValueError(
+                f"num_mini_batches: got {self.num_mini_batches}, expected a divisor of batch_size={self.batch_size}"
+            )
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam: got {self.lam}, expected 0 to 1")
         if self.lora_rank and self.value_model is not None:

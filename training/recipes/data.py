@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from deepseek_training.recipes.bounds import BoundedSettings
 from deepseek_training.recipes.loading import build_recipe, setting
 
 FILTERS = ("repair", "language", "boilerplate", "quality", "toxicity", "contamination", "personal_data", "duplicates")
@@ -27,7 +28,7 @@ class SourceSettings:
 
 
 @dataclasses.dataclass(kw_only=True)
-class DataRecipe:
+class DataRecipe(BoundedSettings):
     """The settings of `data`."""
 
     seed: int = setting(0, help="Seed of the permutations that find near-duplicates.")
@@ -119,17 +120,6 @@ class DataRecipe:
             embedded: Every task that there is.
         """
         return list(dict.fromkeys([*embedded, *self.benchmark_data])) if self.benchmarks is None else self.benchmarks
-
-    def require(self, name: str, holds: bool, allowed: str) -> None:
-        """Raise a one-line ValueError unless the setting holds.
-
-        Args:
-            name: The setting.
-            holds: Whether its value is allowed.
-            allowed: What is.
-        """
-        if not holds:
-            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {allowed}")
 
     def _check_names(self, setting_name: str, known: tuple[str, ...]) -> None:
         for name in getattr(self, setting_name):

@@ -8,7 +8,6 @@ string, so a float field takes strings that spell a number.
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from deepseek_records.nearest_name import did_you_mean
 from deepseek_records.yaml_text import parse_yaml
 
 RECIPE_FOLDER = Path(__file__).parent
@@ -95,7 +95,7 @@ def build_recipe(settings: dict[str, Any], recipe_class: type[RecipeT], *, sourc
     hints = typing.get_type_hints(recipe_class)
     for key in settings:
         if key not in fields:
-            raise ValueError(f"{source}: unknown setting '{key}'{_nearest(key, fields)}")
+            raise ValueError(f"{source}: got the unknown setting '{key}'{_nearest(key, fields)}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in settings:
@@ -234,8 +234,7 @@ def _set_nested(settings: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _nearest(key: str, names: Any) -> str:
-    close = difflib.get_close_matches(str(key), list(names), n=1, cutoff=0.4)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"
+    return did_you_mean(key, names, cutoff=0.4, otherwise=f"; known: {', '.join(names)}")
 
 
 def _check_field(field: Any, value: Any, hint: Any, source: str) -> Any:
@@ -256,11 +255,13 @@ def _check(name: str, value: Any, hint: Any, source: str) -> Any:
     if origin is typing.Literal:
         if value not in arguments:
             allowed = ", ".join(map(str, arguments))
-            raise ValueError(f"{source}: {name}={value!r} is not one of {allowed}{_suggest(value, arguments)}")
+            raise ValueError(
+                f"{source}: {name}: got {value!r}, expected one of {allowed}{did_you_mean(value, arguments)}"
+            )
         return value
     if origin in (list, dict):
         if not isinstance(value, origin):
-            raise ValueError(f"{source}: {name}={value!r} must be a {'list' if origin is list else 'mapping'}")
+            raise ValueError(f"{source}: {name}: got {value!r}, expected a {'list' if origin is list else 'mapping'}")
         if origin is list:
             return [_check(name, item, arguments[0], source) for item in value]
         for key in value:
@@ -273,14 +274,9 @@ def _check(name: str, value: Any, hint: Any, source: str) -> Any:
                 return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{source}: {name}={_shown(value)} must be {_NAMES[hint]}")
+    raise ValueError(f"{source}: {name}: got {_shown(value)}, expected {_NAMES[hint]}")
 
 
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:76]} ..."
-
-
-def _suggest(value: Any, allowed: tuple[Any, ...]) -> str:
-    close = difflib.get_close_matches(str(value), map(str, allowed), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""

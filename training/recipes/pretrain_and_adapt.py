@@ -8,11 +8,12 @@ import dataclasses
 import math
 from typing import Any, ClassVar, Literal
 
+from deepseek_training.recipes.bounds import BoundedSettings
 from deepseek_training.recipes.loading import setting
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrainerSettings:
+class TrainerSettings(BoundedSettings):
     """What both stages ask of the trainer."""
 
     seed: int = setting(0, help="Seed of initialization, data order and dropout.")
@@ -80,17 +81,6 @@ class TrainerSettings:
         # A resumed run starts a new logging window, so a checkpoint inside one would change the logged means.
         steps = self.logging_steps
         self.require("save_steps", self.save_steps % steps == 0, f"a multiple of logging_steps={steps}")
-
-    def require(self, name: str, holds: bool, allowed: str) -> None:
-        """Raise a one-line ValueError unless the setting holds.
-
-        Args:
-            name: The setting.
-            holds: Whether its value is allowed.
-            allowed: What is.
-        """
-        if not holds:
-            raise ValueError(f"{name}={getattr(self, name)!r} must be {allowed}")
 
 
 @dataclasses.dataclass(kw_only=True)

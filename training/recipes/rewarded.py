@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any
 
+from deepseek_training.recipes.bounds import require_at_least
 from deepseek_training.recipes.loading import setting
 
 _AT_LEAST = {
@@ -11,20 +11,6 @@ _AT_LEAST = {
     1: ("max_prompt_tokens", "num_eval_samples", "num_updates", "batch_size", "response_length"),
     8: ("num_eval_prompts",),
 }
-
-
-def require_at_least(recipe: Any, bounds: dict[int, tuple[str, ...]]) -> None:
-    """Raise a one-line ValueError unless each setting is finite and not below its bound; null is allowed.
-
-    Args:
-        recipe: The settings.
-        bounds: Names by bound.
-    """
-    for least, names in bounds.items():
-        for name in names:
-            value = getattr(recipe, name)
-            if value is not None and not least <= value < math.inf:
-                raise ValueError(f"{name}: got {value}, expected {least} or more")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -87,4 +73,4 @@ class RewardedSettings:
         if self.reward_model is not None and (self.weights != [0.7, 0.2, 0.1] or self.gate_threshold not in (None, 1)):
             raise ValueError("reward_model: got weights or gate_threshold with it, expected one of the two rewards")
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
-            raise ValueError(f"prompt_template={self.prompt_template!r}: it must hold {{prompt}}")
+            raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected a text that holds {{prompt}}")

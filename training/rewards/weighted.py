@@ -56,9 +56,7 @@ class WeightedReward:
         if len(rewards) != len(weights) or not rewards:
             raise ValueError(f"weights: {len(weights)} given for {len(rewards)} rewards, expected one for each")
         if any(not math.isfinite(weight) or weight < 0 for weight in weights) or sum(weights) <= 0:
-            raise ValueError(
-                f"weights={list(weights)}: none may be negative or infinite, and their sum must be above 0"
-            )
+            raise ValueError(f"weights: got {list(weights)}, expected finite numbers of at least 0 with a sum above 0")
         self.__name__ = "weighted_reward"
         self.rewards = list(rewards)
         self.weights = [weight / sum(weights) for weight in weights]

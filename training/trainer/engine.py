@@ -34,7 +34,7 @@ def launch_config(name: str) -> Path:
     path = LAUNCH_FOLDER / f"{name}.yaml"
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in LAUNCH_FOLDER.glob("*.yaml")))
-        raise ValueError(f"launch configuration: {name!r} is not one of {names}")
+        raise ValueError(f"launch configuration: got {name!r}, expected one of {names}")
     return path
 
 

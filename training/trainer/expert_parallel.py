@@ -47,12 +47,10 @@ def check_expert_parallel(config: PreTrainedConfig, size: int, num_processes: in
         size: Processes that share one set of experts.
         num_processes: Of the training.
     """
-    found = f"expert_parallel_size={size}"
+    got = f"expert_parallel_size: got {size}"
     if num_processes % size:
-        raise ValueError(f"{found} must divide the number of processes, {num_processes}")
+        raise ValueError(f"{got}, expected a divisor of the number of processes, {num_processes}")
     if config.num_experts % size:
-        raise ValueError(f"{found} must divide the model's number of experts, {config.num_experts}")
+        raise ValueError(f"{got}, expected a divisor of the model's number of experts, {config.num_experts}")
     if config.tie_word_embeddings:
-        raise ValueError(
-            f"{found} needs tie_word_embeddings=False: transformers trains a tied embedding wrongly there"
-        )
+        raise ValueError(f"{got}, expected 1 with tied embeddings, which transformers trains wrongly there")

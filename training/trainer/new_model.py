@@ -90,6 +90,6 @@ def check_context(recipe: TrainerSettings | ShrinkSettings, config: PreTrainedCo
     """Raise a one-line ValueError if the blocks do not fit the model's context."""
     if recipe.sequence_length > config.max_position_embeddings:
         raise ValueError(
-            f"sequence_length={recipe.sequence_length} must be at most the model's context "
+            f"sequence_length: got {recipe.sequence_length}, expected at most the model's context "
             f"(max_position_embeddings={config.max_position_embeddings})"
         )

@@ -87,7 +87,7 @@ def _check(ks: list[int], predictions: list[list[str]]) -> None:
     """Before any program runs: refuse what has no answer, and name the k that will be left out."""
     for k in ks:
         if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 1:
-            raise ValueError(f"k={k!r}: must be at least 1, and a whole number")
+            raise ValueError(f"k: got {k!r}, expected a whole number of at least 1")
     if not predictions:
         raise ValueError("predictions: no problem, expected at least one")
     sizes = [len(candidates) for candidates in predictions]

@@ -100,9 +100,9 @@ def test_a_problem_without_samples_is_refused(pass_at_k):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "k=0: must be at least 1"),
-        ({"k": [1, -2]}, "k=-2: must be at least 1"),
-        ({"k": [1.5]}, "k=1.5: must be at least 1, and a whole number"),
+        ({"k": 0}, "k: got 0, expected a whole number"),
+        ({"k": [1, -2]}, "k: got -2, expected a whole number"),
+        ({"k": [1.5]}, "k: got 1.5, expected a whole number of at least 1"),
         ({"predictions": [], "references": []}, "predictions: no problem"),
     ],
 )

@@ -143,7 +143,7 @@ def test_missing_files_and_empty_folders(tmp_path):
     (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a whole `datasets` directory"):
         load_texts(tmp_path)
-    with pytest.raises(ValueError, match="is not one of train"):
+    with pytest.raises(ValueError, match="expected one of train"):
         load_texts("books", "dev")
 
 

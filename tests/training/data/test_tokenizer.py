@@ -60,5 +60,5 @@ def test_chat_template(tokenizer):
 
 
 def test_too_small_a_vocabulary_is_refused():
-    with pytest.raises(ValueError, match=f"vocab_size=258 must be at least {MIN_VOCAB_SIZE}"):
+    with pytest.raises(ValueError, match=f"vocab_size: got 258, expected at least {MIN_VOCAB_SIZE}"):
         train_tokenizer(CORPUS, 258)

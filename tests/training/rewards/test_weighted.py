@@ -123,9 +123,9 @@ def test_logs_each_part():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(weights=[-0.1]), "none may be negative"),
-        (dict(weights=[0.0]), "sum must be above 0"),
-        (dict(weights=[math.nan]), "none may be negative or infinite"),
+        (dict(weights=[-0.1]), "expected finite numbers of at least 0"),
+        (dict(weights=[0.0]), "with a sum above 0"),
+        (dict(weights=[math.nan]), "expected finite numbers of at least 0"),
         (dict(weights=[0.5, 0.5]), "2 given for 1 rewards"),
         (dict(weights=[1], gate="safety"), "expected x"),
         (dict(weights=[1], gate="x", gate_threshold=0), "gate_threshold: got 0"),

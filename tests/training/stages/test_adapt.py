@@ -73,8 +73,8 @@ def test_a_model_that_is_not_ours_is_adapted(settings, tmp_path):
     ("change", "error", "message"),
     [
         ({"model": "no/such/folder"}, (ValueError, FileNotFoundError), "no/such/folder"),
-        ({"replay_share": 1.0}, ValueError, "replay_share=1.0 must be in [0, 1)"),
-        ({"data": "books", "general_data": "books"}, ValueError, "must be another data set"),
+        ({"replay_share": 1.0}, ValueError, "replay_share: got 1.0, expected in [0, 1)"),
+        ({"data": "books", "general_data": "books"}, ValueError, "expected another data set"),
     ],
 )
 def test_bad_settings_fail_in_one_line(settings, tmp_path, change, error, message):

@@ -29,8 +29,8 @@ from deepseek_training.ppo.trainer import RewardError
         (lambda: {"train": rows([5], [6], [7], [8, 99])}, "prompt 3 has token 99, the model knows 0 to 28"),
         (lambda: {"train": rows([5], [6], [5] * 60, [7])}, "60 tokens, with response_length=6 more .* context of 64"),
         (lambda: {"held_out": rows([5] * 60)}, "eval_dataset: prompt 0 has 60 tokens"),
-        (lambda: {"num_mini_batches": 2, "gradient_accumulation_steps": 3}, "num_mini_batches=2"),
-        (lambda: {"num_mini_batches": 3}, "num_mini_batches=3: it must divide the batch of 4"),
+        (lambda: {"num_mini_batches": 2, "gradient_accumulation_steps": 3}, "num_mini_batches: got 2"),
+        (lambda: {"num_mini_batches": 3}, "num_mini_batches: got 3, expected a divisor of 4 prompts"),
         (lambda: {"num_mini_batches": 0}, "num_mini_batches: got 0, expected 1 or more"),
         (lambda: {"response_length": 0}, "response_length: got 0, expected 1 or more"),
         (lambda: {"num_ppo_epochs": 0}, "num_ppo_epochs: got 0, expected 1 or more"),
@@ -39,7 +39,7 @@ from deepseek_training.ppo.trainer import RewardError
         (lambda: {"temperature": 0.0}, "temperature: got 0.0, expected above 0"),
         (lambda: {"lam": 1.5}, "lam: got 1.5, expected 0 to 1"),
         (lambda: {"kl_estimator": "k2"}, "kl_estimator: got 'k2', expected 'k1' or 'k3'"),
-        (lambda: {"whiten_rewards": True}, "whiten_rewards=True: a mini-batch of 4 is too small"),
+        (lambda: {"whiten_rewards": True}, "whiten_rewards: got True with a mini-batch of 4"),
     ],
 )
 def test_bad_input_is_one_line_before_training(change, message, tmp_path):

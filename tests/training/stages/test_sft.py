@@ -124,8 +124,8 @@ def test_the_loss_is_of_the_answers_only(make_recipe, base_path):
         ({"prompt_column": "question"}, "no column 'question'"),
         ({"sequence_length": 8}, "leaves no room for an answer"),
         ({"chat_template": "gone.jinja"}, r"no file gone\.jinja"),
-        ({"max_steps": 0}, "max_steps=0 must be at least 1"),
-        ({"num_eval_conversations": 1}, "num_eval_conversations=1"),
+        ({"max_steps": 0}, "max_steps: got 0, expected at least 1"),
+        ({"num_eval_conversations": 1}, "num_eval_conversations: got 1"),
     ],
 )
 def test_bad_settings_are_one_line(make_recipe, change, message, tmp_path):
