@@ -11,6 +11,7 @@ the next one overwrites. The paths of `fused_moe` index a stack by expert, so th
 E experts, M outputs, N inputs.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,13 +94,20 @@ class FourBitFormat:
             dtype: Of the weights; NF4 keeps its scales in bfloat16, so as not to spend a tenth of the memory on them.
             device: Where.
         """
+        codes, scales = self.shapes(shape)
+        dtypes = (torch.uint8, torch.bfloat16) if self.name == "nf4" else (torch.int32, dtype)
+        return torch.empty(codes, dtype=dtypes[0], device=device), torch.empty(scales, dtype=dtypes[1], device=device)
+
+    def shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of codes and scales.
+
+        Args:
+            shape: [E, M, N].
+        """
         num_experts, height, width = shape
         if self.name == "nf4":
-            codes = torch.empty(num_experts, height * width // 2, dtype=torch.uint8, device=device)
-            count = height * width // self.group_size
-            return codes, torch.empty(num_experts, count, dtype=torch.bfloat16, device=device)
-        codes = torch.empty(num_experts, height, width // 8, dtype=torch.int32, device=device)
-        return codes, torch.empty(num_experts, height, width // self.group_size, dtype=dtype, device=device)
+            return (num_experts, height * width // 2), (num_experts, height * width // self.group_size)
+        return (num_experts, height, width // 8), (num_experts, height, width // self.group_size)
 
     def quantize_into(self, matrix: Tensor, codes: Tensor, scales: Tensor) -> None:
         """Write one expert's codes and scales.
@@ -162,7 +170,6 @@ class PackedMatrices:
     ) -> None:
         self.codes, self.scales, self.shape, self.format, self.dtype = codes, scales, shape, fmt, dtype
         self.requires_grad = False
-        self._table = _byte_table(fmt.name, codes.device)
         self._buffer: Tensor | None = None
 
     @property
@@ -173,6 +180,10 @@ class PackedMatrices:
     def dim(self) -> int:
         """Return 3, as a tensor would."""
         return len(self.shape)
+
+    def is_contiguous(self) -> bool:
+        """Whether codes and scales lie one after another."""
+        return self.codes.is_contiguous() and self.scales.is_contiguous()
 
     def to(self, dtype: torch.dtype) -> "PackedMatrices":
         """Return the same, to be read in another type.
@@ -198,14 +209,15 @@ class PackedMatrices:
         if self._buffer is None:
             self._buffer = torch.empty(height * width // 2, 2, dtype=torch.float32, device=self.device)
         pairs = self.codes[expert].view(torch.uint8).flatten()
-        values = torch.index_select(self._table, 0, pairs.int(), out=self._buffer)
+        values = torch.index_select(_byte_table(self.format.name, self.device), 0, pairs.int(), out=self._buffer)
         groups = values.view(-1, self.format.group_size)
         groups.mul_(self.scales[expert].float().view(-1, 1))
         return groups.view(height, width).to(self.dtype)
 
 
+@functools.lru_cache(maxsize=64)
 def _byte_table(name: str, device: torch.device) -> Tensor:
-    """The two values of each byte, [256, 2]."""
+    """The two values of each byte, [256, 2]; made once per device, for making it waits for a GPU."""
     byte = torch.arange(256, device=device)
     if name == "nf4":
         return torch.tensor(NF4, device=device)[torch.stack([byte >> 4, byte & 15], dim=1)]

@@ -142,11 +142,6 @@ def _adapters_gpu(
     )
 
 
-def _runs_triton(hidden_states: Tensor, gate_up_proj: Tensor | PackedMatrices) -> bool:
-    """Packed matrices are unpacked by the loop over experts only."""
-    return runs_triton(hidden_states) and not isinstance(gate_up_proj, PackedMatrices)
-
-
 def _forward(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -168,7 +163,7 @@ def _forward(
     bias = None if gate_up_bias is None else gate_up_bias.to(dtype)
     rows = [hidden_states.new_empty(num_rows, a.shape[0] // num_experts) for a in (gate_up_a, down_a)]
     factors, scalings = (gate_up_a, gate_up_b, down_a, down_b), (gate_up_scaling, down_scaling)
-    if _runs_triton(hidden_states, gate_up_proj):
+    if runs_triton(hidden_states):
         pair = _adapters_gpu(factors, scalings, rows, num_experts)
         with on_device_of(hidden_states):
             output, kept, metadata = experts_gpu.forward(
@@ -247,7 +242,7 @@ def _backward_op(
     dtype = hidden_states.dtype
     operands = (grad_output, hidden_states, gate_up_proj.to(dtype), down_proj.to(dtype), SlotOrder(*order))
     wanted = [needs[0], False, False, needs[1], False]
-    if _runs_triton(hidden_states, gate_up_proj):
+    if runs_triton(hidden_states):
         with on_device_of(hidden_states):
             pair = _adapters_gpu(factors, scalings, rows, order[2].numel() - 1)
             grad_x, _, _, grad_weights, _ = experts_gpu.backward(

@@ -16,9 +16,8 @@ from .experts_form import find_epilogue
 from .families import find_moe_layers
 
 try:
-    from deepseek_kernels.epilogue import epilogue_text
     from deepseek_kernels.four_bit import FourBitFormat, PackedMatrices
-    from deepseek_kernels.lora import check_factors, fused_moe_lora
+    from deepseek_kernels.fused_moe_four_bit import fused_moe_four_bit
 except ImportError:
     FourBitFormat = PackedMatrices = None  # type: ignore[assignment, misc]
 
@@ -156,7 +155,7 @@ def run_in_four_bits(experts: nn.Module) -> None:
 def four_bit_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Return the experts' output, a matrix at a time out of its 4 bits.
+    """Return the experts' output, computed from codes.
 
     Args:
         self: An experts module from `quantize_experts`.
@@ -168,13 +167,8 @@ def four_bit_experts_forward(
     if torch.is_autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
     gate_up, down = (self.four_bit.matrices(name, dtype) for name in PROJECTIONS)
-    lora = lora_arguments(self)
-    factors = (lora.get("gate_up_lora"), lora.get("down_lora"))
-    check_factors(gate_up, down, None, *factors)
-    operands = (hidden_states.to(dtype).contiguous(), gate_up, down, top_k_index.contiguous())
-    output = fused_moe_lora(
-        (*operands, top_k_weights.contiguous()), *factors, epilogue_text(find_epilogue(self)), None
-    )
+    operands = (hidden_states.to(dtype), gate_up, down, top_k_index, top_k_weights)
+    output = fused_moe_four_bit(*operands, activation=find_epilogue(self), **lora_arguments(self))
     return output.to(hidden_states.dtype)
 
 
@@ -227,10 +221,8 @@ def _check(experts: nn.Module, fmt: Any) -> None:
     find_epilogue(experts)
     for projection in PROJECTIONS:
         parameter = experts._parameters[projection]
-        if parameter.device.type not in ("cpu", "meta"):
-            raise ValueError(
-                f"model: got {name} on {parameter.device}, expected a CPU: 4-bit experts have no GPU kernels"
-            )
+        if parameter.device.type not in ("cpu", "cuda", "meta"):
+            raise ValueError(f"model: got {name} on {parameter.device}, expected 4-bit experts on a CPU or a GPU")
         fmt.check(projection, tuple(parameter.shape))
 
 

@@ -6,17 +6,23 @@ tests run them. Nothing here asks the device for a value, so a call never waits 
     forward    routing_metadata -> gate_up -> grouped_gemm (down) -> combine with weights
     backward   down_backward -> weight_gradient (down), grouped_gemm -> combine, weight_gradient (gate and up)
 
-Around the products run those of low-rank adapters, if there are any (``adapters.py``).
+Around the products run those of low-rank adapters, if there are any (``adapters.py``). The projections may be in 4
+bits: without adapters few rows are multiplied by the codes themselves (``four_bit_experts.py``), else kernels get a
+dense copy that is let go of right after (`dense`).
 
 T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts.
 """
 
 from torch import Tensor
 
+from deepseek_kernels.four_bit import PackedMatrices
 from deepseek_kernels.gpu.adapters import NO_ADAPTERS, Adapters, Call
 from deepseek_kernels.gpu.combine import combine
 from deepseek_kernels.gpu.decode import MAX_TOKENS, decode
 from deepseek_kernels.gpu.down_backward import down_backward
+from deepseek_kernels.gpu.four_bit_dequantize import dense
+from deepseek_kernels.gpu.four_bit_experts import packed_tiles
+from deepseek_kernels.gpu.four_bit_products import four_bit_gate_up, four_bit_gemm
 from deepseek_kernels.gpu.gate_up import gate_up
 from deepseek_kernels.gpu.grouped_gemm import grouped_gemm
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, routing_metadata, tiles_of
@@ -28,8 +34,8 @@ from deepseek_kernels.slot_order import SlotOrder
 
 def forward(
     hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | PackedMatrices,
+    down_proj: Tensor | PackedMatrices,
     topk_indices: Tensor,
     topk_weights: Tensor,
     activation: str,
@@ -51,44 +57,44 @@ def forward(
         adapters: Of both projections.
     """
     _check_sizes(topk_indices, gate_up_proj)
-    num_slots = topk_indices.shape[1]
+    num_tokens, num_slots, has_adapters = hidden_states.shape[0], topk_indices.shape[1], any(adapters)
+    if num_tokens == 0 and not keep_preactivation and not has_adapters:
+        return hidden_states.clone(), hidden_states.new_empty(0, gate_up_proj.shape[1]), None
     inputs = (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights)
-    # `decode` knows no adapters.
-    is_small = hidden_states.shape[0] <= MAX_TOKENS and not any(adapters)
+    # `decode` knows neither adapters nor codes.
+    is_small = 0 < num_tokens <= MAX_TOKENS and not has_adapters and all(isinstance(one, Tensor) for one in inputs)
     if is_small and not keep_preactivation:
-        if hidden_states.shape[0] == 0:
-            return hidden_states.clone(), hidden_states.new_empty(0, gate_up_proj.shape[1]), None
         return *decode(*inputs, activation, bias=gate_up_bias), None
+    packed = None if has_adapters else packed_tiles(*inputs[:4])
     tiles = tiles_for(hidden_states, down_proj, topk_indices.numel())
-    metadata = routing_metadata(topk_indices, gate_up_proj.shape[0], tiles.block_m)
-    if is_small and hidden_states.shape[0] > 0:
+    metadata = routing_metadata(topk_indices, gate_up_proj.shape[0], (packed or tiles).block_m)
+    if is_small:
         return *decode(*inputs, activation, metadata, gate_up_bias), metadata
+    settings = (metadata, num_slots, activation, keep_preactivation)
+    if packed is not None:
+        activated, preactivation = four_bit_gate_up(*inputs[:2], *settings, packed.gate_up, gate_up_bias)
+        rows = four_bit_gemm(activated, down_proj, metadata, packed.down)
+        return combine(rows, metadata.slot_row, num_slots, topk_weights), preactivation, metadata
     step = None
     if adapters.gate_up is not None:
         step = adapters.gate_up.forward(hidden_states, Call(metadata, num_slots, tiles), is_by_token=True)
-    activated, preactivation = gate_up(
-        hidden_states,
-        gate_up_proj,
-        metadata,
-        num_slots,
-        activation,
-        keep_preactivation,
-        tiles.gate_up,
-        gate_up_bias,
-        step,
-    )
+    stack = dense(gate_up_proj, metadata.expert_start)
+    activated, preactivation = gate_up(hidden_states, stack, *settings, tiles.gate_up, gate_up_bias, step)
+    del stack  # a copy of what is in 4 bits: gone before the next is made
     step = None
     if adapters.down is not None:
         step = adapters.down.forward(activated, Call(metadata, num_slots, tiles), is_by_token=False)
-    rows = grouped_gemm(activated, down_proj, metadata, tiles.down, transpose=True, low_rank=step)
+    stack = dense(down_proj, metadata.expert_start)
+    rows = grouped_gemm(activated, stack, metadata, tiles.down, transpose=True, low_rank=step)
+    del stack
     return combine(rows, metadata.slot_row, num_slots, topk_weights), preactivation, metadata
 
 
 def backward(
     grad_output: Tensor,
     hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | PackedMatrices,
+    down_proj: Tensor | PackedMatrices,
     order: SlotOrder,
     topk_weights: Tensor,
     preactivation: Tensor,
@@ -118,9 +124,11 @@ def backward(
     call, step = Call(metadata, num_slots, tiles), None
     if adapters.down is not None:
         step = adapters.down.backward(grad_output, call, is_by_token=True)
+    stack = dense(down_proj, metadata.expert_start)
     grad_h, scaled, grad_row_weight = down_backward(
-        grad_output, down_proj, preactivation, topk_weights, metadata, activation, tiles.down_backward, step
+        grad_output, stack, preactivation, topk_weights, metadata, activation, tiles.down_backward, step
     )
+    del stack
     if adapters.down is not None and step is not None:
         adapters.down.fill_gradients(step, grad_output, scaled, call, gather="grad_out", row_weights=topk_weights)
     grad_x = grad_gate_up = grad_down = grad_weights = None
@@ -133,10 +141,10 @@ def backward(
         step = adapters.gate_up.backward(grad_h, call, is_by_token=False)
         adapters.gate_up.fill_gradients(step, grad_h, hidden_states, call, gather="x")
     if needs_x:
-        tile = tiles.input_gradient
-        rows = grouped_gemm(grad_h, gate_up_proj, metadata, tile, transpose=False, low_rank=step)
+        stack = dense(gate_up_proj, metadata.expert_start)
+        rows = grouped_gemm(grad_h, stack, metadata, tiles.input_gradient, transpose=False, low_rank=step)
         grad_x = combine(rows, metadata.slot_row, num_slots)
-        del rows
+        del rows, stack
     if needs_gate_up:
         grad_gate_up = weight_gradient(
             grad_h, hidden_states, metadata, num_slots, tiles.weight_gradient, gather="right"
@@ -150,7 +158,7 @@ def backward(
     return tuple(s.new_empty(0) if g is None else g for s, g in zip(sources, grads, strict=True))
 
 
-def _check_sizes(topk_indices: Tensor, gate_up_proj: Tensor) -> None:
+def _check_sizes(topk_indices: Tensor, gate_up_proj: Tensor | PackedMatrices) -> None:
     """Slots are numbered in 32 bits, and experts along a grid axis of 16."""
     if topk_indices.numel() >= 2**31:
         raise ValueError(f"topk_indices: got {topk_indices.numel()} slots, expected fewer than {2**31}")
@@ -158,7 +166,7 @@ def _check_sizes(topk_indices: Tensor, gate_up_proj: Tensor) -> None:
         raise ValueError(f"gate_up_proj: got {gate_up_proj.shape[0]} experts, expected fewer than {2**16}")
 
 
-def tiles_for(hidden_states: Tensor, down_proj: Tensor, num_rows: int) -> Tiles:
+def tiles_for(hidden_states: Tensor, down_proj: Tensor | PackedMatrices, num_rows: int) -> Tiles:
     """Return the tiles of a call.
 
     Args:

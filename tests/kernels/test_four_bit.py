@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from four_bit_cases import pack, unpacked
 from test_lora import SHAPES, TOLERANCE, assert_near, make
 
 from deepseek_kernels.cpu import staged
-from deepseek_kernels.four_bit import GROUP_SIZES, NF4, FourBitFormat, PackedMatrices, quantize_int4, quantize_nf4
+from deepseek_kernels.four_bit import GROUP_SIZES, NF4, FourBitFormat, quantize_int4, quantize_nf4
 from deepseek_kernels.fused_moe import fused_moe
 from deepseek_kernels.lora import LoraFactors, fused_moe_lora
 
@@ -14,17 +15,6 @@ def matrix(dtype=torch.float32, shape=(24, 64)):
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values[0], values[1, 3] = 0, 40.0  # A group of zeros, and an outlier.
     return values.to(dtype)
-
-
-def pack(stack, fmt):
-    codes, scales = fmt.empty(tuple(stack.shape), stack.dtype, stack.device)
-    for expert in range(stack.shape[0]):
-        fmt.quantize_into(stack[expert], codes[expert], scales[expert])
-    return PackedMatrices(codes, scales, tuple(stack.shape), fmt, stack.dtype)
-
-
-def unpacked(packed):
-    return torch.stack([packed[expert].clone() for expert in range(packed.shape[0])])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
