@@ -28,7 +28,7 @@ from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.gpu import combine, decode, down_backward, gate_up, grouped_gemm, routing_metadata, row_sums
 from deepseek_kernels.gpu import weight_gradient as weight_gradient_file
 from deepseek_kernels.gpu.tiles import SAFE, SHIPPED, TARGETS, Tiles
-from deepseek_kernels.gpu.triton_epilogue import backward_tile, epilogue_constants, forward_tile
+from deepseek_kernels.gpu.triton_epilogue import backward_tile, forward_tile
 from deepseek_kernels.gpu.triton_numerics import LAUNCH
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, "gfx942": 65536}
@@ -192,26 +192,27 @@ def small_kernels(dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
     Args:
         dtype: Of the activations.
     """
-    meta, bins = routing_metadata, triton.next_power_of_2(NUM_EXPERTS + 1)
-    warps = {"num_warps": 4}
-    block = meta.SLOT_BLOCK
-    decode_constants = _without_options(decode.decode_constants(dtype, HIDDEN, WIDTH))
-    combine_constants = _without_options(combine.combine_constants(dtype, SLOTS, HIDDEN, 1024, has_weights=True))
-    experts = {"num_experts": NUM_EXPERTS}
-    decode_settings = {**epilogue_constants(EPILOGUES[""].text), "bias_ptr": None, "KEEP": False, "SLOTS": SLOTS}
-    sums_constants = _without_options(row_sums.row_sums_constants(dtype, 2 * WIDTH))
-    for function, constants in (
-        (meta.count_slots_kernel, {"BINS": bins, "BLOCK": block, **experts}),
-        (meta.sum_blocks_kernel, {"BINS": bins, "BLOCK": meta.PREFIX_BLOCK}),
-        (meta.sum_experts_kernel, {"BINS": NUM_EXPERTS, "BLOCK_M": 128, **experts}),
-        (meta.count_tiles_kernel, {"BINS": NUM_EXPERTS, "BLOCK_M": 128, **experts}),
-        (meta.place_slots_kernel, {"BINS": bins, "BLOCK": block, **experts}),
-        (combine.combine_kernel, combine_constants),
-        (decode.decode_gate_up_kernel, {**decode_settings, **experts, **decode_constants}),
-        (decode.decode_down_kernel, decode_constants),
-        (row_sums.row_sums_kernel, sums_constants),
+    meta, (few, many) = routing_metadata, routing_metadata.CHUNKS
+    decode_shape = (dtype, NUM_EXPERTS, HIDDEN, WIDTH, SLOTS)
+    decode_constants = decode.decode_gate_up_constants(*decode_shape, activation=EPILOGUES[""].text)
+    sums = combine.combine_constants(dtype, SLOTS, HIDDEN, 1024)
+    gradients = {**combine.combine_constants(dtype, SLOTS, HIDDEN, 1024, parts=6), "weights_ptr": None}
+    for function, label, constants in (
+        (meta.count_slots_kernel, "", meta.count_constants(NUM_EXPERTS, few)),
+        (meta.count_slots_kernel, "many", meta.count_constants(NUM_EXPERTS, many)),
+        (meta.place_slots_kernel, "one chunk", {**meta.place_constants(NUM_EXPERTS, few, 128), "counts_ptr": None}),
+        (meta.place_slots_kernel, "", meta.place_constants(NUM_EXPERTS, few, 128)),
+        (meta.place_slots_kernel, "many", meta.place_constants(NUM_EXPERTS, many, 128)),
+        (meta.count_tiles_kernel, "", meta.tile_constants(NUM_EXPERTS, 128)),
+        (combine.combine_kernel, "", {**sums, "partial_ptr": None, "grad_weights_ptr": None}),
+        (combine.combine_kernel, "gradients", gradients),
+        (decode.decode_gate_up_kernel, "", {**decode_constants, "bias_ptr": None, "sorted_row_ptr": None}),
+        (decode.decode_down_kernel, "", decode.decode_down_constants(*decode_shape)),
+        (row_sums.row_sums_kernel, "", row_sums.row_sums_constants(dtype, 2 * WIDTH)),
     ):
-        yield Compilation(function.__name__.removesuffix("_kernel"), "", False, function, constants, warps)
+        warps = {"num_warps": constants.get("num_warps", 4)}
+        name = function.__name__.removesuffix("_kernel")
+        yield Compilation(name, label, False, function, _without_options(constants), warps)
 
 
 def compile_for(compilation: Compilation, target: tuple[Any, ...], dtype: str = "bf16") -> Usage:
@@ -227,10 +228,11 @@ def compile_for(compilation: Compilation, target: tuple[Any, ...], dtype: str = 
     for position, name in enumerate(names):
         if name in compilation.constants:
             signature[name] = "constexpr"
-        elif name in compilation.blocks:
+            continue
+        if name in compilation.blocks:
             signature[name] = f"tensordesc<{dtype}[1, {', '.join(map(str, compilation.blocks[name]))}]>"
             continue
-        elif name.endswith("_ptr"):
+        if name.endswith("_ptr"):
             signature[name] = _POINTERS.get(name, f"*{dtype}")
         else:
             signature[name] = "fp32" if name == "scale" else "i32"

@@ -34,6 +34,7 @@ from deepseek_cli.benchmarks.kernel_timing import Mark, interleave
 from deepseek_cli.benchmarks.kernels import _Layer
 from deepseek_kernels.expert_loop import largest_tile_error
 from deepseek_kernels.gpu import experts as fused_moe_gpu
+from deepseek_kernels.gpu import launch as launch_file
 from deepseek_kernels.gpu import tune
 from deepseek_kernels.gpu.combine import combine
 from deepseek_kernels.gpu.routing_metadata import routing_metadata
@@ -204,6 +205,7 @@ def _compile_instead_of_launching() -> None:
         return original(self, *arguments, grid=grid, warmup=True, **settings)
 
     JITFunction.run = compile_only
+    launch_file.is_left_to_triton = True
     fused_moe_gpu.choose_tiles = lambda device, hidden, width, bucket, dtype: SHIPPED["sm_90", 0, 0, bucket]
 
 

@@ -1,5 +1,7 @@
 """The sum over a token's rows: with router weights in the forward pass, without in the backward pass.
 
+In the backward pass the same programs bring the router weights' gradient from rows into the order of the slots.
+
 A gather by the token, not a scatter by the row: each output element is summed by one program in slot order, so repeat
 runs agree bit for bit and nothing has to be zeroed first.
 
@@ -13,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, narrow
+from deepseek_kernels.gpu.launch import launch
+from deepseek_kernels.gpu.triton_numerics import TRITON_DTYPES, accumulator, narrow
 
 _MAX_BLOCK = 1024
 
@@ -31,26 +34,69 @@ def combine(rows: Tensor, slot_row: Tensor, num_slots: int, topk_weights: Tensor
     output = rows.new_empty(num_tokens, hidden)
     block = min(_MAX_BLOCK, triton.next_power_of_2(hidden))
     if num_tokens:
-        combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
-            rows,
-            slot_row,
-            rows if topk_weights is None else topk_weights,
-            output,
-            **combine_constants(rows.dtype, num_slots, hidden, block, has_weights=topk_weights is not None),
-            **LAUNCH,
+        launch(
+            combine_kernel,
+            (num_tokens, triton.cdiv(hidden, block)),
+            (rows, slot_row, topk_weights, output, None, None, slot_row.numel()),
+            combine_constants,
+            rows.dtype,
+            num_slots,
+            hidden,
+            block,
         )
     return output
 
 
+def combine_gradients(
+    rows: Tensor | None, slot_row: Tensor, topk_weights: Tensor, partial: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of hidden states [T, H] and of router weights [T, K]; each None where its source is.
+
+    Args:
+        rows: Gradient of the input by row. [S, H].
+        slot_row: Row of each slot, -1 if unused. [S] int32.
+        topk_weights: [T, K].
+        partial: Third result of ``down_backward``: the router weights' gradient by row, in parts. [P, S].
+    """
+    num_tokens, num_slots = topk_weights.shape
+    hidden = 1 if rows is None else rows.shape[1]
+    grad_x = None if rows is None else rows.new_empty(num_tokens, hidden)
+    grad_weights = None if partial is None else torch.empty_like(topk_weights)
+    source = partial if rows is None else rows
+    if num_tokens and source is not None:
+        block = min(_MAX_BLOCK, triton.next_power_of_2(hidden))
+        launch(
+            combine_kernel,
+            (num_tokens, triton.cdiv(hidden, block)),
+            (rows, slot_row, None, grad_x, partial, grad_weights, slot_row.numel()),
+            combine_constants,
+            source.dtype,
+            num_slots,
+            hidden,
+            block,
+            parts=0 if partial is None else partial.shape[0],
+            weights_dtype=topk_weights.dtype,
+        )
+    return grad_x, grad_weights
+
+
 def combine_constants(
-    dtype: torch.dtype, num_slots: int, hidden: int, block: int, *, has_weights: bool
+    dtype: torch.dtype,
+    num_slots: int,
+    hidden: int,
+    block: int,
+    *,
+    parts: int = 0,
+    weights_dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
         "SLOTS": num_slots,
+        "ALL_SLOTS": triton.next_power_of_2(num_slots),
+        "PARTS": parts,
         "HIDDEN": hidden,
-        "HAS_WEIGHTS": has_weights,
         "DTYPE": TRITON_DTYPES[dtype],
+        "WEIGHTS_DTYPE": TRITON_DTYPES[weights_dtype],
         "ACC": accumulator(dtype),
         "BLOCK": block,
         "num_warps": 4,
@@ -73,31 +119,67 @@ def combine_reference(rows: Tensor, slot_row: Tensor, num_slots: int, topk_weigh
     return gathered.view(-1, num_slots, rows.shape[1]).sum(1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def combine_kernel(
     rows_ptr,
     slot_row_ptr,
     weights_ptr,
     output_ptr,
+    partial_ptr,
+    grad_weights_ptr,
+    num_rows,
     SLOTS: tl.constexpr,
+    ALL_SLOTS: tl.constexpr,
+    PARTS: tl.constexpr,
     HIDDEN: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
     DTYPE: tl.constexpr,
+    WEIGHTS_DTYPE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One token by one block of columns."""
     token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_column = columns < HIDDEN
-    total = tl.zeros((BLOCK,), dtype=ACC)
-    for k in range(0, SLOTS):
-        row = tl.load(slot_row_ptr + token * SLOTS + k).to(tl.int64)
-        width = tl.where(row >= 0, HIDDEN, 0)
-        values = tl.load(rows_ptr + row * HIDDEN + columns, mask=columns < width, other=0.0).to(ACC)
-        if HAS_WEIGHTS:
-            # An unused slot's weight may be anything, NaN included.
-            weight = tl.load(weights_ptr + token * SLOTS + k).to(ACC)
-            values *= tl.where(row >= 0, weight, 0.0)
-        total += values
-    tl.store(output_ptr + token * HIDDEN + columns, narrow(total, DTYPE), mask=is_column)
+    if partial_ptr is not None:
+        slots = tl.arange(0, ALL_SLOTS)
+        mine = slots < tl.where(tl.program_id(1) == 0, SLOTS, 0)
+        row_of_slot = tl.load(slot_row_ptr + token * SLOTS + slots, mask=mine, other=-1)
+        sums = _sum_parts(partial_ptr + row_of_slot, row_of_slot >= 0, num_rows, PARTS, ALL_SLOTS, ACC)
+        tl.store(grad_weights_ptr + token * SLOTS + slots, narrow(sums, WEIGHTS_DTYPE), mask=mine)
+    if rows_ptr is not None:
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        is_column = columns < HIDDEN
+        total = tl.zeros((BLOCK,), dtype=ACC)
+        for k in range(0, SLOTS):
+            row = tl.load(slot_row_ptr + token * SLOTS + k).to(tl.int64)
+            width = tl.where(row >= 0, HIDDEN, 0)
+            values = tl.load(rows_ptr + row * HIDDEN + columns, mask=columns < width, other=0.0).to(ACC)
+            if weights_ptr is not None:
+                # An unused slot's weight may be anything, NaN included.
+                weight = tl.load(weights_ptr + token * SLOTS + k).to(ACC)
+                values *= tl.where(row >= 0, weight, 0.0)
+            total += values
+        tl.store(output_ptr + token * HIDDEN + columns, narrow(total, DTYPE), mask=is_column)
+
+
+@triton.jit
+def _sum_parts(pointers, mask, stride, PARTS: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr):
+    """The sum of `PARTS` numbers `stride` apart, in the order of torch's ``sum(0)`` on a GPU: by four, then across."""
+    a = tl.zeros((SIZE,), dtype=ACC)
+    b = tl.zeros((SIZE,), dtype=ACC)
+    c = tl.zeros((SIZE,), dtype=ACC)
+    d = tl.zeros((SIZE,), dtype=ACC)
+    stride = stride.to(tl.int64)
+    REST: tl.constexpr = PARTS % 4
+    for _ in range(0, PARTS // 4):
+        a += tl.load(pointers, mask=mask, other=0.0)
+        b += tl.load(pointers + stride, mask=mask, other=0.0)
+        c += tl.load(pointers + 2 * stride, mask=mask, other=0.0)
+        d += tl.load(pointers + 3 * stride, mask=mask, other=0.0)
+        pointers += 4 * stride
+    if REST > 0:
+        a += tl.load(pointers, mask=mask, other=0.0)
+    if REST > 1:
+        b += tl.load(pointers + stride, mask=mask, other=0.0)
+    if REST > 2:
+        c += tl.load(pointers + 2 * stride, mask=mask, other=0.0)
+    return a + b + c + d

@@ -3,7 +3,7 @@
 The first backward kernel. Per row r with token t, expert e and router weight s, and ``a = act(gate) * up``:
 
     da = grad_output[t] @ W_down[e]                   the product; rows of grad_output gathered by pointer
-    grad_s = <da, a>                                  partial sums per column block, summed afterwards
+    grad_s = <da, a>                                  partial sums per column block, summed by `combine_gradients`
     scaled_a = s * a                                  what the gradient of W_down multiplies
     grad_gate = s * da * up * act'(gate);  grad_up = s * da * act(gate)
 
@@ -21,11 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek_kernels.epilogue import Epilogue
-from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_arguments, step_constants
+from deepseek_kernels.gpu.launch import launch
+from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_constants, step_operands
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
 from deepseek_kernels.gpu.triton_epilogue import backward_tile, epilogue_constants, gated_slopes, through_clamp
-from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, multiply, narrow
+from deepseek_kernels.gpu.triton_numerics import TRITON_DTYPES, accumulator, multiply, narrow
 from deepseek_kernels.gpu.weight_blocks import load_block, load_rows, weight_operand
 
 
@@ -52,7 +53,8 @@ def down_backward(
         low_rank: What an adapter adds to da; its factor is [E, r, I].
 
     Returns:
-        The third is [S] by row, in fp32 (fp64 for fp64), undefined beyond the used rows.
+        The third is [P, S], to be summed over P (`combine_gradients` does), in fp32 (fp64 for fp64), undefined beyond
+        the used rows.
     """
     num_rows, (num_experts, hidden, width) = metadata.row_slot.numel(), down_proj.shape
     tile = backward_tile(tile, activation)
@@ -63,34 +65,25 @@ def down_backward(
     tiles = max_tiles(num_rows, num_experts, tile.block_m)
     weights = weight_operand(down_proj, tile, tile.block_k, tile.block_n)
     if tiles:
-        down_backward_kernel[(tiles * blocks,)](
-            grad_output,
-            weights,
-            preactivation,
-            topk_weights,
-            grad_h,
-            scaled,
-            partial,
-            metadata.row_slot,
-            metadata.expert_start,
-            metadata.tile_start,
-            tiles,
-            num_rows,
-            **down_backward_constants(
-                grad_output.dtype,
-                num_experts,
-                hidden,
-                width,
-                topk_weights.shape[1],
-                activation=activation,
-                tile=tile,
-                is_descriptor=weights is not down_proj,
-            )
-            | step_arguments(low_rank),
-            **tile.launch_options,
-            **LAUNCH,
+        order = (metadata.row_slot, metadata.expert_start, metadata.tile_start)
+        inputs = (grad_output, weights, preactivation, topk_weights)
+        launch(
+            down_backward_kernel,
+            (tiles * blocks,),
+            (*inputs, grad_h, scaled, partial, *order, tiles, num_rows, *step_operands(low_rank)),
+            down_backward_constants,
+            grad_output.dtype,
+            num_experts,
+            hidden,
+            width,
+            topk_weights.shape[1],
+            activation=activation,
+            tile=tile,
+            is_descriptor=weights is not down_proj,
+            rank=0 if low_rank is None else low_rank.rank,
+            precision=matmul_precision(grad_output.dtype),
         )
-    return grad_h, scaled, partial.sum(0)
+    return grad_h, scaled, partial
 
 
 def down_backward_constants(
@@ -104,6 +97,7 @@ def down_backward_constants(
     tile: Tile,
     is_descriptor: bool = False,
     rank: int = 0,
+    precision: str | None = None,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
@@ -116,7 +110,7 @@ def down_backward_constants(
         "DESCRIPTOR": is_descriptor,
         "DTYPE": TRITON_DTYPES[dtype],
         "ACC": accumulator(dtype),
-        "PRECISION": matmul_precision(dtype),
+        "PRECISION": precision or matmul_precision(dtype),
         **tile.constants,
         **step_constants(rank),
     }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepseek_kernels.four_bit import PackedMatrices
 from deepseek_kernels.gpu.adapters import NO_ADAPTERS, Adapters, Call
-from deepseek_kernels.gpu.combine import combine
+from deepseek_kernels.gpu.combine import combine, combine_gradients
 from deepseek_kernels.gpu.decode import MAX_TOKENS, decode
 from deepseek_kernels.gpu.down_backward import down_backward
 from deepseek_kernels.gpu.four_bit_dequantize import dense
@@ -125,13 +125,13 @@ def backward(
     if adapters.down is not None:
         step = adapters.down.backward(grad_output, call, is_by_token=True)
     stack = dense(down_proj, metadata.expert_start)
-    grad_h, scaled, grad_row_weight = down_backward(
+    grad_h, scaled, partial = down_backward(
         grad_output, stack, preactivation, topk_weights, metadata, activation, tiles.down_backward, step
     )
     del stack
     if adapters.down is not None and step is not None:
         adapters.down.fill_gradients(step, grad_output, scaled, call, gather="grad_out", row_weights=topk_weights)
-    grad_x = grad_gate_up = grad_down = grad_weights = None
+    grad_gate_up = grad_down = rows = None
     grad_bias = row_sums(grad_h, metadata) if needs_bias else None
     if needs_down:
         grad_down = weight_gradient(grad_output, scaled, metadata, num_slots, tiles.weight_gradient, gather="left")
@@ -143,16 +143,13 @@ def backward(
     if needs_x:
         stack = dense(gate_up_proj, metadata.expert_start)
         rows = grouped_gemm(grad_h, stack, metadata, tiles.input_gradient, transpose=False, low_rank=step)
-        grad_x = combine(rows, metadata.slot_row, num_slots)
-        del rows, stack
+        del stack
+    grad_x, grad_weights = combine_gradients(rows, metadata.slot_row, topk_weights, partial if needs_weights else None)
+    del rows, partial
     if needs_gate_up:
         grad_gate_up = weight_gradient(
             grad_h, hidden_states, metadata, num_slots, tiles.weight_gradient, gather="right"
         )
-    if needs_weights:
-        slot_row = metadata.slot_row.long()
-        by_slot = grad_row_weight[slot_row.clamp(min=0)] if slot_row.numel() else grad_row_weight
-        grad_weights = by_slot.masked_fill(slot_row < 0, 0).to(topk_weights.dtype).view(topk_weights.shape)
     sources = (hidden_states, gate_up_proj, down_proj, topk_weights, hidden_states)
     grads = (grad_x, grad_gate_up, grad_down, grad_weights, grad_bias)
     return tuple(s.new_empty(0) if g is None else g for s, g in zip(sources, grads, strict=True))

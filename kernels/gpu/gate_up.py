@@ -16,11 +16,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_kernels.epilogue import Epilogue
-from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_arguments, step_constants
+from deepseek_kernels.gpu.launch import launch
+from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_constants, step_operands
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
 from deepseek_kernels.gpu.triton_epilogue import epilogue_constants, forward_tile, gated
-from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, multiply, narrow
+from deepseek_kernels.gpu.triton_numerics import TRITON_DTYPES, accumulator, multiply, narrow
 from deepseek_kernels.gpu.weight_blocks import load_block, load_rows, weight_operand
 
 
@@ -59,30 +60,23 @@ def gate_up(
     tile = forward_tile(tile, activation)
     weights = weight_operand(matrices, tile, tile.block_n, tile.block_k)
     if tiles:
-        gate_up_kernel[(tiles * triton.cdiv(width, tile.block_n),)](
-            hidden_states,
-            weights,
-            bias,
-            activated,
-            preactivation,
-            metadata.row_slot,
-            metadata.expert_start,
-            metadata.tile_start,
-            tiles,
-            **gate_up_constants(
-                hidden_states.dtype,
-                num_experts,
-                hidden,
-                width,
-                num_slots_per_token,
-                activation=activation,
-                keep_preactivation=keep_preactivation,
-                tile=tile,
-                is_descriptor=isinstance(weights, TensorDescriptor),
-            )
-            | step_arguments(low_rank),
-            **tile.launch_options,
-            **LAUNCH,
+        order = (metadata.row_slot, metadata.expert_start, metadata.tile_start)
+        launch(
+            gate_up_kernel,
+            (tiles * triton.cdiv(width, tile.block_n),),
+            (hidden_states, weights, bias, activated, preactivation, *order, tiles, *step_operands(low_rank)),
+            gate_up_constants,
+            hidden_states.dtype,
+            num_experts,
+            hidden,
+            width,
+            num_slots_per_token,
+            activation=activation,
+            keep_preactivation=keep_preactivation,
+            tile=tile,
+            is_descriptor=isinstance(weights, TensorDescriptor),
+            rank=0 if low_rank is None else low_rank.rank,
+            precision=matmul_precision(hidden_states.dtype),
         )
     return activated, preactivation
 
@@ -99,6 +93,7 @@ def gate_up_constants(
     tile: Tile,
     is_descriptor: bool = False,
     rank: int = 0,
+    precision: str | None = None,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
@@ -112,7 +107,7 @@ def gate_up_constants(
         "DESCRIPTOR": is_descriptor,
         "DTYPE": TRITON_DTYPES[dtype],
         "ACC": accumulator(dtype),
-        "PRECISION": matmul_precision(dtype),
+        "PRECISION": precision or matmul_precision(dtype),
         **tile.constants,
         **step_constants(rank),
     }

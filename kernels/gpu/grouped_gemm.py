@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_arguments, step_constants
+from deepseek_kernels.gpu.launch import launch
+from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_constants, step_operands
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
-from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, multiply, narrow
+from deepseek_kernels.gpu.triton_numerics import TRITON_DTYPES, accumulator, multiply, narrow
 from deepseek_kernels.gpu.weight_blocks import load_block, weight_operand
 
 
@@ -49,24 +50,21 @@ def grouped_gemm(
         operands = [weight_operand(rows.unsqueeze(0), tile, tile.block_m, tile.block_k)]
         operands.append(weight_operand(weights, tile, *block))
         has_descriptors = all(isinstance(operand, TensorDescriptor) for operand in operands)
-        grouped_gemm_kernel[(tiles * triton.cdiv(columns, tile.block_n),)](
-            *(operands if has_descriptors else (rows, weights)),
-            output,
-            metadata.expert_start,
-            metadata.tile_start,
-            tiles,
-            **grouped_gemm_constants(
-                rows.dtype,
-                num_experts,
-                columns,
-                inner,
-                transpose=transpose,
-                tile=tile,
-                has_descriptors=has_descriptors,
-            )
-            | step_arguments(low_rank),
-            **tile.launch_options,
-            **LAUNCH,
+        operands = operands if has_descriptors else [rows, weights]
+        launch(
+            grouped_gemm_kernel,
+            (tiles * triton.cdiv(columns, tile.block_n),),
+            (*operands, output, metadata.expert_start, metadata.tile_start, tiles, *step_operands(low_rank)),
+            grouped_gemm_constants,
+            rows.dtype,
+            num_experts,
+            columns,
+            inner,
+            transpose=transpose,
+            tile=tile,
+            has_descriptors=has_descriptors,
+            rank=0 if low_rank is None else low_rank.rank,
+            precision=matmul_precision(rows.dtype),
         )
     return output
 
@@ -81,6 +79,7 @@ def grouped_gemm_constants(
     tile: Tile,
     has_descriptors: bool = False,
     rank: int = 0,
+    precision: str | None = None,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
@@ -92,7 +91,7 @@ def grouped_gemm_constants(
         "DESCRIPTORS": has_descriptors,
         "DTYPE": TRITON_DTYPES[dtype],
         "ACC": accumulator(dtype),
-        "PRECISION": matmul_precision(dtype),
+        "PRECISION": precision or matmul_precision(dtype),
         **tile.constants,
         **step_constants(rank),
     }

@@ -57,15 +57,13 @@ def step_constants(rank: int) -> dict[str, Any]:
     return {"RANK": rank, "BLOCK_R": rank_block(rank), **pointers}
 
 
-def step_arguments(step: LowRankStep | None) -> dict[str, Any]:
-    """Return all arguments of the step for a launch.
+def step_operands(step: LowRankStep | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the step's pointers for a launch.
 
     Args:
         step: None for no step.
     """
-    if step is None:
-        return step_constants(0)
-    return {"low_ptr": step.rows, "factor_ptr": step.factor, **step_constants(step.rank)}
+    return (None, None) if step is None else (step.rows, step.factor)
 
 
 @triton.jit

@@ -1,29 +1,34 @@
 """Which rows each expert gets: a stable sort of the slots by expert, on the device, without asking the host.
 
 Every grouped kernel reads the result. A slot is one (token, choice) pair, number ``t * K + k``; a row is a slot's
-place once the used slots are sorted by expert. Surprising: nothing here depends on the order in which blocks run. Each
-block counts its own slots, a prefix sum over blocks gives it its own stretch of every expert's rows, and within the
-block per slot's rank is the number of earlier slots with the same expert, so the result equals a stable argsort.
+place once the used slots are sorted by expert. Surprising: nothing here depends on the order in which programs run.
+Each adds up the slots of all chunks before its own, which gives it its own stretch of every expert's rows; a slot's
+rank there is the number of earlier slots with the same expert, so the result equals a stable argsort.
 
-    ids      [2 0 | 0 9 | 2 0]  E=3, blocks of two, 9 is unused
-    counts    e0: 1 1 1   e2: 1 0 1                    count_slots
-    first     e0: 0 1 2   e2: 0 1 1  totals 3 0 2      sum_blocks
-    start    [0 3 3 5]                                 sum_experts
-    row       3 0   1 -   4 2                          place_slots
+    ids      [2 0 | 0 9 | 2 0]  E=3, chunks of two, 9 is unused
+    counts    e0: 1 1 1   e2: 1 0 1                    count_slots, left out where one chunk holds all slots
+    first     e0: 0 1 2   e2: 0 1 1  totals 3 0 2      place_slots from here on
+    start    [0 3 3 5]
+    row       3 0   1 -   4 2
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek_kernels.gpu.triton_numerics import LAUNCH
+from deepseek_kernels.gpu.launch import launch
 from deepseek_kernels.slot_order import SlotOrder
 
+# Slots that are compared with one another; that are counted at once; that one program has, of few and of many: every
+# program reads the counts of all.
 SLOT_BLOCK = 128
-PREFIX_BLOCK = 1024
+COUNT_BLOCK = 1024
+CHUNKS = (1024, 8192)
+_MANY_SLOTS = 2**19
 
 
 @dataclass
@@ -49,47 +54,53 @@ def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
 
 
 def routing_metadata(topk_indices: Tensor, num_experts: int, block_m: int) -> RoutingMetadata:
-    """Sort the slots by expert with four small kernels.
+    """Sort the slots by expert: one small kernel for up to 1024 of them, two for more.
 
     Args:
         topk_indices: [T, K] int32 or int64; negative or at least `num_experts` means unused.
         num_experts: E.
         block_m: Rows a tile.
     """
-    num_slots, device = topk_indices.numel(), topk_indices.device
-    num_blocks = max(1, triton.cdiv(num_slots, SLOT_BLOCK))
-    bins = triton.next_power_of_2(num_experts + 1)
-
-    def integers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
-    block_first, totals = integers(num_blocks, bins), integers(bins)
+    num_slots = topk_indices.numel()
+    chunk = CHUNKS[num_slots > _MANY_SLOTS]
+    num_chunks = max(1, -(-num_slots // chunk))
     order = SlotOrder.empty_like(topk_indices, num_slots, num_experts)
-    metadata = RoutingMetadata(*order.tensors(), integers(num_experts + 1))
-    count_slots_kernel[(num_blocks,)](topk_indices, block_first, num_slots, num_experts, bins, SLOT_BLOCK, **LAUNCH)
-    sum_blocks_kernel[(num_experts,)](block_first, totals, num_blocks, bins, PREFIX_BLOCK, **LAUNCH)
-    sum_experts_kernel[(1,)](
-        totals,
-        metadata.expert_start,
-        metadata.tile_start,
+    metadata = RoutingMetadata(*order.tensors(), torch.empty_like(order.expert_start))
+    counts = None
+    if num_chunks > 1:
+        bins = count_constants(num_experts, chunk)["BINS"]
+        counts = topk_indices.new_empty(num_chunks, bins, dtype=torch.int32)
+        operands = (topk_indices, counts, num_slots)
+        launch(count_slots_kernel, (num_chunks,), operands, count_constants, num_experts, chunk)
+    starts, orders = (metadata.expert_start, metadata.tile_start), (metadata.row_slot, metadata.slot_row)
+    launch(
+        place_slots_kernel,
+        (num_chunks,),
+        (topk_indices, counts, *starts, *orders, num_slots, num_chunks),
+        place_constants,
         num_experts,
-        triton.next_power_of_2(num_experts),
+        chunk,
         block_m,
-        **LAUNCH,
-    )
-    place_slots_kernel[(num_blocks,)](
-        topk_indices,
-        block_first,
-        metadata.expert_start,
-        metadata.row_slot,
-        metadata.slot_row,
-        num_slots,
-        num_experts,
-        bins,
-        SLOT_BLOCK,
-        **LAUNCH,
     )
     return metadata
+
+
+def count_constants(num_experts: int, chunk: int) -> dict[str, Any]:
+    """The first kernel's compile-time arguments, for launches and for compile-only checks."""
+    return {
+        "num_experts": num_experts,
+        "BINS": max(2, triton.next_power_of_2(num_experts)),
+        "CHUNK": chunk,
+        "COUNT_BLOCK": COUNT_BLOCK,
+        "num_warps": 8,
+    }
+
+
+def place_constants(num_experts: int, chunk: int, block_m: int) -> dict[str, Any]:
+    """The second kernel's compile-time arguments, for launches and for compile-only checks."""
+    constants = count_constants(num_experts, chunk)
+    rows = max(1, min(16, 4096 // constants["BINS"]))
+    return {**constants, "SLOT_BLOCK": SLOT_BLOCK, "ROWS": rows, "BLOCK_M": block_m}
 
 
 def tiles_of(expert_start: Tensor, block_m: int) -> Tensor:
@@ -100,10 +111,13 @@ def tiles_of(expert_start: Tensor, block_m: int) -> Tensor:
         block_m: Rows a tile.
     """
     num_experts, tile_start = expert_start.numel() - 1, torch.empty_like(expert_start)
-    count_tiles_kernel[(1,)](
-        expert_start, tile_start, num_experts, BINS=triton.next_power_of_2(num_experts), BLOCK_M=block_m, **LAUNCH
-    )
+    launch(count_tiles_kernel, (1,), (expert_start, tile_start), tile_constants, num_experts, block_m)
     return tile_start
+
+
+def tile_constants(num_experts: int, block_m: int) -> dict[str, Any]:
+    """The compile-time arguments of `count_tiles_kernel`."""
+    return {"num_experts": num_experts, "BINS": triton.next_power_of_2(num_experts), "BLOCK_M": block_m}
 
 
 def routing_metadata_reference(topk_indices: Tensor, num_experts: int, block_m: int) -> RoutingMetadata:
@@ -133,42 +147,93 @@ def _load_ids(ids_ptr, slots, num_slots, num_experts):
     return tl.where((ids < 0) | (ids > num_experts), num_experts, ids).to(tl.int32)
 
 
+@triton.jit
+def _count_slots(ids_ptr, chunk, num_slots, num_experts, BINS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """One chunk's number of slots per expert."""
+    begin = chunk.to(tl.int64) * CHUNK
+    counts = tl.zeros((BINS,), dtype=tl.int32)
+    for first in range(begin, min(begin + CHUNK, num_slots), BLOCK):
+        ids = _load_ids(ids_ptr, first + tl.arange(0, BLOCK), num_slots, num_experts)
+        counts += tl.histogram(ids, BINS, mask=ids < num_experts)
+    return counts
+
+
 @triton.jit(do_not_specialize=["num_slots"])
 def count_slots_kernel(
-    ids_ptr, counts_ptr, num_slots, num_experts: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+    ids_ptr,
+    counts_ptr,
+    num_slots,
+    num_experts: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr,
 ):
-    """Write one block's number of slots per expert to ``counts[block, :]``."""
-    block = tl.program_id(0).to(tl.int64)
-    ids = _load_ids(ids_ptr, block * BLOCK + tl.arange(0, BLOCK), num_slots, num_experts)
-    tl.store(counts_ptr + block * BINS + tl.arange(0, BINS), tl.histogram(ids, BINS))
-
-
-@triton.jit(do_not_specialize=["num_blocks"])
-def sum_blocks_kernel(counts_ptr, totals_ptr, num_blocks, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """Turn one expert's counts per block into their exclusive prefix sum, in place, and write the total."""
-    expert = tl.program_id(0)
-    carried = 0
-    for first in range(0, num_blocks, BLOCK):
-        blocks = first + tl.arange(0, BLOCK)
-        pointers = counts_ptr + blocks.to(tl.int64) * BINS + expert
-        counts = tl.load(pointers, mask=blocks < num_blocks, other=0)
-        tl.store(pointers, carried + tl.cumsum(counts, 0) - counts, mask=blocks < num_blocks)
-        carried += tl.sum(counts, 0)
-    tl.store(totals_ptr + expert, carried)
+    """Write one chunk's number of slots per expert to ``counts[chunk, :]``."""
+    chunk = tl.program_id(0)
+    counts = _count_slots(ids_ptr, chunk, num_slots, num_experts, BINS, CHUNK, COUNT_BLOCK)
+    tl.store(counts_ptr + chunk.to(tl.int64) * BINS + tl.arange(0, BINS), counts)
 
 
 @triton.jit
-def sum_experts_kernel(
-    totals_ptr, expert_start_ptr, tile_start_ptr, num_experts: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr
+def _sum_chunks(counts_ptr, chunk, num_chunks, BINS: tl.constexpr, ROWS: tl.constexpr):
+    """Slots per expert of all chunks, and of those before `chunk`."""
+    totals = tl.zeros((ROWS, BINS), dtype=tl.int32)
+    earlier = tl.zeros((ROWS, BINS), dtype=tl.int32)
+    for first in range(0, num_chunks, ROWS):
+        chunks = first + tl.arange(0, ROWS)
+        pointers = counts_ptr + chunks.to(tl.int64)[:, None] * BINS + tl.arange(0, BINS)[None, :]
+        counts = tl.load(pointers, mask=(chunks < num_chunks)[:, None], other=0)
+        totals += counts
+        earlier += tl.where((chunks < chunk)[:, None], counts, 0)
+    return tl.sum(totals, 0), tl.sum(earlier, 0)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_chunks"])
+def place_slots_kernel(
+    ids_ptr,
+    counts_ptr,
+    expert_start_ptr,
+    tile_start_ptr,
+    row_slot_ptr,
+    slot_row_ptr,
+    num_slots,
+    num_chunks,
+    num_experts: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr,
+    SLOT_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """Write each expert's first row and first tile, with the ends behind the last."""
-    experts = tl.arange(0, BINS)
-    totals = tl.load(totals_ptr + experts, mask=experts < num_experts, other=0)
-    tiles = (totals + BLOCK_M - 1) // BLOCK_M
-    tl.store(expert_start_ptr, 0)
-    tl.store(tile_start_ptr, 0)
-    tl.store(expert_start_ptr + 1 + experts, tl.cumsum(totals, 0), mask=experts < num_experts)
-    tl.store(tile_start_ptr + 1 + experts, tl.cumsum(tiles, 0), mask=experts < num_experts)
+    """Give every slot of a chunk its row: expert's start + chunk's first + rank within the chunk."""
+    chunk = tl.program_id(0)
+    experts, places = tl.arange(0, BINS), tl.arange(0, SLOT_BLOCK)
+    if counts_ptr is None:
+        totals = _count_slots(ids_ptr, chunk, num_slots, num_experts, BINS, CHUNK, COUNT_BLOCK)
+        earlier = tl.zeros((BINS,), dtype=tl.int32)
+    else:
+        totals, earlier = _sum_chunks(counts_ptr, chunk, num_chunks, BINS, ROWS)
+    ends = tl.cumsum(totals, 0)
+    if chunk == 0:
+        is_expert = experts < num_experts
+        tl.store(expert_start_ptr, 0)
+        tl.store(tile_start_ptr, 0)
+        tl.store(expert_start_ptr + 1 + experts, ends, mask=is_expert)
+        tl.store(tile_start_ptr + 1 + experts, tl.cumsum((totals + BLOCK_M - 1) // BLOCK_M, 0), mask=is_expert)
+    starts = ends - totals + earlier
+    begin = chunk.to(tl.int64) * CHUNK
+    for first in range(begin, min(begin + CHUNK, num_slots), SLOT_BLOCK):
+        slots = first + places
+        ids = _load_ids(ids_ptr, slots, num_slots, num_experts)
+        # The same ids laid out along the other axis, read again: a transposition in registers costs more.
+        others = _load_ids(ids_ptr, first + places, num_slots, num_experts)
+        is_earlier = (ids[:, None] == others[None, :]) & (places[:, None] > places[None, :])
+        is_used = ids < num_experts
+        row = tl.gather(starts, tl.where(is_used, ids, 0), 0) + tl.sum(is_earlier.to(tl.int32), 1)
+        tl.store(row_slot_ptr + row, slots.to(tl.int32), mask=is_used)
+        tl.store(slot_row_ptr + slots, tl.where(is_used, row, -1), mask=slots < num_slots)
+        starts += tl.histogram(ids, BINS, mask=is_used)
 
 
 @triton.jit
@@ -182,34 +247,6 @@ def count_tiles_kernel(
     end = tl.load(expert_start_ptr + 1 + experts, mask=is_expert, other=0)
     tl.store(tile_start_ptr, 0)
     tl.store(tile_start_ptr + 1 + experts, tl.cumsum((end - first + BLOCK_M - 1) // BLOCK_M, 0), mask=is_expert)
-
-
-@triton.jit(do_not_specialize=["num_slots"])
-def place_slots_kernel(
-    ids_ptr,
-    block_first_ptr,
-    expert_start_ptr,
-    row_slot_ptr,
-    slot_row_ptr,
-    num_slots,
-    num_experts: tl.constexpr,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Give every slot of a block its row: expert's start + block's first + rank within the block."""
-    block = tl.program_id(0).to(tl.int64)
-    places = tl.arange(0, BLOCK)
-    slots = block * BLOCK + places
-    ids = _load_ids(ids_ptr, slots, num_slots, num_experts)
-    # The same ids laid out along the other axis, read again: a transposition in registers costs more.
-    others = _load_ids(ids_ptr, block * BLOCK + places, num_slots, num_experts)
-    is_earlier = (ids[:, None] == others[None, :]) & (places[:, None] > places[None, :])
-    rank = tl.sum(is_earlier.to(tl.int32), 1)
-    is_used = (slots < num_slots) & (ids < num_experts)
-    first = tl.load(block_first_ptr + block * BINS + ids, mask=is_used, other=0)
-    row = tl.load(expert_start_ptr + ids, mask=is_used, other=0) + first + rank
-    tl.store(row_slot_ptr + row, slots.to(tl.int32), mask=is_used)
-    tl.store(slot_row_ptr + slots, tl.where(is_used, row, -1), mask=slots < num_slots)
 
 
 @triton.jit

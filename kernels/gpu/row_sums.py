@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_kernels.gpu.launch import launch
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata
-from deepseek_kernels.gpu.triton_numerics import IS_INTERPRETED, LAUNCH, TRITON_DTYPES, accumulator, narrow
+from deepseek_kernels.gpu.triton_numerics import IS_INTERPRETED, TRITON_DTYPES, accumulator, narrow
 
 BLOCK_ROWS, BLOCK_COLUMNS = (16, 16) if IS_INTERPRETED else (64, 64)
 
@@ -28,9 +29,8 @@ def row_sums(rows: Tensor, metadata: RoutingMetadata) -> Tensor:
     """
     num_experts, columns = metadata.expert_start.numel() - 1, rows.shape[1]
     sums = rows.new_empty(num_experts, columns)
-    row_sums_kernel[(triton.cdiv(columns, BLOCK_COLUMNS), num_experts)](
-        rows, sums, metadata.expert_start, **row_sums_constants(rows.dtype, columns), **LAUNCH
-    )
+    grid = (triton.cdiv(columns, BLOCK_COLUMNS), num_experts)
+    launch(row_sums_kernel, grid, (rows, sums, metadata.expert_start), row_sums_constants, rows.dtype, columns)
     return sums
 
 

@@ -5,6 +5,7 @@ written so that NaN passes the clamps.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import triton
@@ -34,6 +35,7 @@ def epilogue_constants(activation: str) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache(maxsize=256)
 def forward_tile(tile: Tile, activation: str) -> Tile:
     """Return the tile for ``gate_up``: interleaved columns are stored by twos, and spill where a block is wide.
 
@@ -46,6 +48,7 @@ def forward_tile(tile: Tile, activation: str) -> Tile:
     return tile
 
 
+@functools.lru_cache(maxsize=256)
 def backward_tile(tile: Tile, activation: str) -> Tile:
     """Return the tile for ``down_backward``: whatever is not plain takes registers that a wide block does not have.
 

@@ -204,10 +204,14 @@ def _kernel(name: str, inputs: _Inputs, num_slots: int, tile: Tile) -> Callable[
     if name == "input_gradient":
         return lambda: (grouped_gemm(inputs.preactivation, inputs.gate_up_proj, metadata, tile, transpose=False),)
     if name == "down_backward":
-        return lambda: down_backward(
-            inputs.x, inputs.down_proj, inputs.preactivation, inputs.weights, metadata, "silu", tile
-        )
+        return lambda: _down_backward(inputs, metadata, tile)
     return lambda: _both_weight_gradients(inputs, metadata, num_slots, tile)
+
+
+def _down_backward(inputs: _Inputs, metadata: RoutingMetadata, tile: Tile) -> tuple[Tensor, ...]:
+    operands = (inputs.x, inputs.down_proj, inputs.preactivation, inputs.weights)
+    grad_h, scaled, partial = down_backward(*operands, metadata, "silu", tile)
+    return grad_h, scaled, partial.sum(0)  # of as many parts as the tile makes
 
 
 def _both_weight_gradients(

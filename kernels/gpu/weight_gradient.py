@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_kernels.gpu.launch import launch
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
-from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, multiply, narrow
+from deepseek_kernels.gpu.triton_numerics import TRITON_DTYPES, accumulator, multiply, narrow
 
 
 def weight_gradient(
@@ -35,21 +36,31 @@ def weight_gradient(
     num_experts = metadata.expert_start.numel() - 1
     gradient = left.new_empty(num_experts, left.shape[1], right.shape[1])
     tiles = triton.cdiv(left.shape[1], tile.block_m) * triton.cdiv(right.shape[1], tile.block_n)
-    weight_gradient_kernel[(tiles, num_experts)](
-        left,
-        right,
-        gradient,
-        metadata.row_slot,
-        metadata.expert_start,
-        **weight_gradient_constants(left.dtype, left.shape[1], right.shape[1], num_slots, gather=gather, tile=tile),
-        **tile.launch_options,
-        **LAUNCH,
+    launch(
+        weight_gradient_kernel,
+        (tiles, num_experts),
+        (left, right, gradient, metadata.row_slot, metadata.expert_start),
+        weight_gradient_constants,
+        left.dtype,
+        left.shape[1],
+        right.shape[1],
+        num_slots,
+        gather=gather,
+        tile=tile,
+        precision=matmul_precision(left.dtype),
     )
     return gradient
 
 
 def weight_gradient_constants(
-    dtype: torch.dtype, height: int, width: int, num_slots: int, *, gather: str, tile: Tile
+    dtype: torch.dtype,
+    height: int,
+    width: int,
+    num_slots: int,
+    *,
+    gather: str,
+    tile: Tile,
+    precision: str | None = None,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
@@ -59,7 +70,7 @@ def weight_gradient_constants(
         "GATHER_LEFT": gather == "left",
         "DTYPE": TRITON_DTYPES[dtype],
         "ACC": accumulator(dtype),
-        "PRECISION": matmul_precision(dtype),
+        "PRECISION": precision or matmul_precision(dtype),
         **tile.constants,
     }
 

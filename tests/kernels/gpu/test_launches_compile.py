@@ -11,11 +11,12 @@ pytest.importorskip("triton")
 
 import triton
 from absent_gpu import AbsentGpu
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from deepseek_cli.benchmarks import compile_check
-from deepseek_kernels.gpu import combine, tiles
+from deepseek_kernels.gpu import combine, launch, tiles
 from deepseek_kernels.gpu import experts as fused_moe_gpu
 
 # T, K, E, H, I
@@ -54,11 +55,8 @@ def launches(request, monkeypatch):
         return tiles.SHIPPED[request.param, tiles.ANY, tiles.ANY, bucket].for_dtype(dtype)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(launch, "is_left_to_triton", True)
     monkeypatch.setattr(fused_moe_gpu, "choose_tiles", choose)
-    zeros = torch.zeros  # What no kernel has written must still be an index.
-    # Kernels that are compiled only write nothing: what they would fill has to be zero all the same.
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: zeros(*a, **k))
-    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     driver.set_active(AbsentGpu(target))
     yield made
     driver._active = None
@@ -87,15 +85,64 @@ def compiled_names(monkeypatch):
         return tiles.SHIPPED["sm_90", tiles.ANY, tiles.ANY, bucket].for_dtype(dtype)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(launch, "is_left_to_triton", True)
     monkeypatch.setattr(fused_moe_gpu, "choose_tiles", choose)
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", count)
-    zeros = torch.zeros
-    # Kernels that are compiled only write nothing: what they would fill has to be zero all the same.
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: zeros(*a, **k))
-    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     driver.set_active(AbsentGpu(tiles.TARGETS["sm_90"]))
     yield made
     driver._active = None
+
+
+class LaunchesOfTorch(TorchDispatchMode):
+    """What torch would launch on a GPU by itself: every operator but those that only allocate or look otherwise."""
+
+    FREE = ("empty", "empty_like", "new_empty", "detach", "alias", "view", "unsqueeze")
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        name = function.overloadpacket.__name__
+        if name not in self.FREE:
+            self.names.append(name)
+        return function(*arguments, **(settings or {}))
+
+
+@pytest.fixture
+def launched_names(monkeypatch, compiled_names):
+    """The names of what is launched, Triton's kernels and torch's, one per launch; nothing is compiled."""
+    names, compile_only = [], JITFunction.run
+
+    def note(self, *arguments, **settings):
+        names.append(self.__name__)
+        return compile_only(self, *arguments, **settings)
+
+    monkeypatch.setattr(JITFunction, "run", note)
+    with LaunchesOfTorch(names):
+        yield names
+
+
+# Up to 4 tokens; up to 1024 slots, which one kernel sorts; more.
+@pytest.mark.parametrize(("T", "wanted"), [(4, [2, 3, 6]), (128, [4, 4, 6]), (200, [5, 5, 6]), (1500, [5, 5, 6])])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_launches_of_a_layer(launched_names, T, wanted, dtype):
+    """Forward without gradients, forward with them, backward: each costs the host some microseconds."""
+    x, gate_up, down = (torch.empty(size, dtype=dtype) for size in ((T, 64), (16, 64, 64), (16, 64, 32)))
+    ids, weights = torch.empty(T, 8, dtype=torch.int64), torch.empty(T, 8, dtype=dtype)
+    operands, counts = (x, gate_up, down), []
+
+    def count(function, *arguments):
+        launched_names.clear()
+        result = function(*arguments)
+        counts.append(len(launched_names))
+        return result
+
+    count(fused_moe_gpu.forward, *operands, ids, weights, "silu", False)
+    _, kept, metadata = count(fused_moe_gpu.forward, *operands, ids, weights, "silu", True)
+    needs = [True] * 4 + [False]
+    count(fused_moe_gpu.backward, x, *operands, metadata, weights, kept, "silu", needs)
+    assert counts == wanted, launched_names
 
 
 def test_two_hundred_lengths_of_a_batch_compile_fifteen_kernels(compiled_names):
