@@ -79,7 +79,9 @@ def fused_moe_fp8(
         fp8_experts_gpu.check_weights(fp8_experts.Weights(gate_up_proj, down_proj, *scales, block))
     x, indices, weights = hidden_states.contiguous(), topk_indices.contiguous(), topk_weights.contiguous()
     bias = None if gate_up_bias is None else gate_up_bias.contiguous()
-    output = _Fp8Experts.apply(x, gate_up_proj, down_proj, indices, weights, bias, text, *scales, block)
+    floats = (x, gate_up_proj, down_proj, weights, *(() if bias is None else (bias,)))
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in floats)
+    output = _Fp8Experts.apply(x, gate_up_proj, down_proj, indices, weights, bias, text, *scales, block, keep)
     return output if down_bias is None else output + routed_bias(down_bias, topk_indices, weights)
 
 
@@ -144,12 +146,12 @@ class _Fp8Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, gate_up, down, indices, topk_weights, bias, text, gate_up_scales, down_scales, block = inputs
+        x, gate_up, down, indices, topk_weights, bias, text, gate_up_scales, down_scales, block, keep = inputs
         weights = fp8_experts.Weights(gate_up, down, gate_up_scales, down_scales, block)
         module = _module_for(x)
         with on_device_of(x):
             order = module.route(indices, gate_up.shape[0])
-            output, preactivation = module.forward(x, weights, order, topk_weights, text, bias)
+            output, preactivation = module.forward(x, weights, order, topk_weights, text, bias, keep)
         ctx.save_for_backward(
             x, gate_up, down, topk_weights, gate_up_scales, down_scales, preactivation, *order.tensors()
         )
@@ -167,4 +169,4 @@ class _Fp8Experts(torch.autograd.Function):
             grad_x, grad_gate_up, grad_down, grad_weights, grad_bias = _module_for(x).backward(
                 grad_output.contiguous(), x, weights, SlotOrder(*order), topk_weights, preactivation, ctx.text, needs
             )
-        return grad_x, grad_gate_up, grad_down, None, grad_weights, grad_bias, *(None,) * 4
+        return grad_x, grad_gate_up, grad_down, None, grad_weights, grad_bias, *(None,) * 5

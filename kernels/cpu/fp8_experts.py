@@ -71,6 +71,7 @@ def forward(
     topk_weights: Tensor,
     activation: str,
     bias: Tensor | None,
+    keep_preactivation: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return the experts' weighted sum [T, H] and the pre-activation [S, 2I] of every used row.
 
@@ -81,6 +82,7 @@ def forward(
         topk_weights: [T, K].
         activation: Text of the epilogue.
         bias: Of the first product. [E, 2I].
+        keep_preactivation: Whether there will be a backward pass; without one it comes back empty.
     """
     epilogue, dtype = Epilogue.read(activation), hidden_states.dtype
     x, output = rounded_rows(hidden_states), torch.zeros_like(hidden_states, dtype=torch.float32)
@@ -91,7 +93,7 @@ def forward(
         a = epilogue.apply(kept[rows].float())
         y = (rounded_rows(a) @ weights.down_of(expert).T).to(dtype)
         output.index_add_(0, tokens, y.float() * weight)
-    return output.to(dtype), kept
+    return output.to(dtype), kept if keep_preactivation else kept[:0]
 
 
 def backward(

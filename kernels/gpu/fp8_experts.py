@@ -4,7 +4,7 @@
 CPU tensors, and what is rounded where is the same in both. Two things differ: the order of sums, and the rows of the
 input's gradient, which are rounded to the layer's dtype before a token's are added up.
 
-    forward    quantize x, W1, W2 -> gate_up -> activate_rows -> grouped_gemm (down) -> combine with weights
+    forward    quantize x, W1, W2 -> gate_up with activation -> grouped_gemm (down) -> combine with weights
     backward   quantize dO, W2^T -> down_backward -> weight_gradient (down), not in FP8
                quantize dh, W1^T -> grouped_gemm -> combine; weight_gradient (gate and up), not in FP8
 
@@ -24,7 +24,7 @@ from deepseek_kernels.gpu.combine import combine
 from deepseek_kernels.gpu.fp8_down_backward import down_backward_fp8
 from deepseek_kernels.gpu.fp8_gate_up import gate_up_fp8
 from deepseek_kernels.gpu.fp8_grouped_gemm import grouped_gemm_fp8
-from deepseek_kernels.gpu.fp8_quantize import activate_rows, quantize_blocks, quantize_halves, quantize_rows
+from deepseek_kernels.gpu.fp8_quantize import quantize_blocks, quantize_halves, quantize_rows
 from deepseek_kernels.gpu.fp8_tiles import choose_fp8_tiles, weight_gradient_tile
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, routing_metadata, tiles_of
 from deepseek_kernels.gpu.row_sums import row_sums
@@ -96,6 +96,7 @@ def forward(
     topk_weights: Tensor,
     activation: str,
     bias: Tensor | None,
+    keep_preactivation: bool = True,
     codes: tuple[Codes, Codes] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the experts' weighted sum [T, H] and the pre-activation [S, 2I], undefined beyond the used rows.
@@ -107,6 +108,7 @@ def forward(
         topk_weights: [T, K].
         activation: Text of the epilogue.
         bias: Of the first product. [E, 2I].
+        keep_preactivation: Whether there will be a backward pass; without one it may be empty.
         codes: Of both projections, where they are at hand.
     """
     num_experts, hidden, width = weights.down.shape
@@ -114,9 +116,19 @@ def forward(
     tiles = choose_fp8_tiles(hidden_states.device, topk_weights.numel(), num_experts)
     first = codes[0] if codes else gate_up_codes(weights)
     x = quantize_rows(hidden_states)
-    preactivation = gate_up_fp8(x, first, order, num_slots, width, dtype, tiles.gate_up, bias)
+    activated, preactivation = gate_up_fp8(
+        x,
+        first,
+        order,
+        num_slots,
+        width,
+        dtype,
+        tiles.gate_up,
+        activation=activation,
+        keep_preactivation=keep_preactivation,
+        bias=bias,
+    )
     del first, x
-    activated = activate_rows(preactivation, activation, order.expert_start[-1:])
     second = codes[1] if codes else down_codes(weights)
     rows = grouped_gemm_fp8(activated, second, order, hidden, dtype, tiles.down)
     return combine(rows, order.slot_row, num_slots, topk_weights), preactivation

@@ -1,8 +1,8 @@
-"""Gather and both up projections in FP8: the pre-activation, rounded, of every row.
+"""Gather, both up projections in FP8, the activation and its codes: the first of the FP8 forward kernels.
 
-The first of the FP8 forward kernels. Codes of x are gathered with their scales by pointer; each step's product of 128
-inner elements is scaled and added to sums in fp32. The activation is left to ``fp8_quantize.activate_rows``: its
-groups of 128 columns are wider than a tile.
+Codes of x are gathered with their scales by pointer; each step's product of 128 inner elements is scaled and added to
+sums in fp32. A tile of 128 columns of gate and of up holds whole groups of the activation and writes their codes. A
+narrower one, which may have more rows, leaves that to ``fp8_quantize.activate_rows``, which reads h again.
 
 S rows, H hidden, I expert width, E experts, G_H and G_I their groups of 128.
 """
@@ -16,9 +16,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_kernels.fp8 import GROUP
-from deepseek_kernels.gpu.fp8_quantize import multiply_codes
+from deepseek_kernels.gpu.fp8_quantize import activate_rows, empty_codes, multiply_codes, store_group
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile
+from deepseek_kernels.gpu.triton_epilogue import epilogue_constants, gated
 from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, narrow
 from deepseek_kernels.gpu.weight_blocks import load_block, weight_operand
 
@@ -31,9 +32,12 @@ def gate_up_fp8(
     width: int,
     dtype: torch.dtype,
     tile: Tile,
+    *,
+    activation: str,
+    keep_preactivation: bool,
     bias: Tensor | None = None,
-) -> Tensor:
-    """Return the pre-activation [S, 2I] in `dtype`.
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return the activated rows, codes [S, 128 G_I] and scales [S, G_I], and the pre-activation [S, 2I] in `dtype`.
 
     Args:
         x: Codes [T, 128 G_H] and scales [T, G_H].
@@ -43,11 +47,16 @@ def gate_up_fp8(
         width: I.
         dtype: Of the result.
         tile: Sizes of the tiles.
+        activation: Text of the epilogue.
+        keep_preactivation: Whether h is wanted; it is empty otherwise, if the tile needs none.
         bias: [E, 2I].
     """
     (codes, scales), (matrices, weight_scales) = x, weights
     num_rows, num_experts = metadata.row_slot.numel(), matrices.shape[0]
-    preactivation = codes.new_empty(num_rows, 2 * width, dtype=dtype)
+    is_whole = tile.block_n == GROUP
+    keep = keep_preactivation or not is_whole
+    preactivation = codes.new_empty(num_rows if keep else 0, 2 * width, dtype=dtype)
+    activated = empty_codes(codes, num_rows if is_whole else 0, triton.cdiv(width, GROUP))
     tiles = max_tiles(num_rows, num_experts, tile.block_m)
     operand = weight_operand(matrices, tile, tile.block_n, tile.block_k)
     if tiles:
@@ -58,6 +67,7 @@ def gate_up_fp8(
             weight_scales,
             bias,
             preactivation,
+            *activated,
             metadata.row_slot,
             metadata.expert_start,
             metadata.tile_start,
@@ -68,13 +78,17 @@ def gate_up_fp8(
                 scales.shape[1],
                 width,
                 num_slots_per_token,
+                activation=activation,
+                keep_preactivation=keep,
                 tile=tile,
                 is_descriptor=isinstance(operand, TensorDescriptor),
             ),
             **tile.launch_options,
             **LAUNCH,
         )
-    return preactivation
+    if not is_whole:
+        activated = activate_rows(preactivation, activation, metadata.expert_start[-1:])
+    return activated, preactivation
 
 
 def gate_up_fp8_constants(
@@ -84,10 +98,14 @@ def gate_up_fp8_constants(
     width: int,
     num_slots: int,
     *,
+    activation: str,
+    keep_preactivation: bool,
     tile: Tile,
     is_descriptor: bool = False,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
+    constants = epilogue_constants(activation)
+    del constants["INTERLEAVED"]
     return {
         "num_experts": num_experts,
         "GROUPS": groups,
@@ -95,6 +113,8 @@ def gate_up_fp8_constants(
         "WIDTH_GROUPS": triton.cdiv(width, GROUP),
         "SLOTS": num_slots,
         "EXPERTS": triton.next_power_of_2(num_experts),
+        **constants,
+        "KEEP": keep_preactivation,
         "DESCRIPTOR": is_descriptor,
         "DTYPE": TRITON_DTYPES[dtype],
         **tile.constants,
@@ -109,6 +129,8 @@ def gate_up_fp8_kernel(
     weight_scale_ptr,
     bias_ptr,
     preactivation_ptr,
+    codes_ptr,
+    scales_ptr,
     row_slot_ptr,
     expert_start_ptr,
     tile_start_ptr,
@@ -119,6 +141,11 @@ def gate_up_fp8_kernel(
     WIDTH_GROUPS: tl.constexpr,
     SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    SHIFT: tl.constexpr,
+    KEEP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -174,7 +201,15 @@ def gate_up_fp8_kernel(
         bias_ptrs = bias_ptr + expert * 2 * WIDTH + columns
         gate += tl.load(bias_ptrs, mask=is_column, other=0.0).to(tl.float32)[None, :]
         up += tl.load(bias_ptrs + WIDTH, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    h_ptrs = preactivation_ptr + rows[:, None] * (2 * WIDTH) + columns[None, :]
-    is_output = is_row[:, None] & is_column[None, :]
-    tl.store(h_ptrs, narrow(gate, DTYPE), mask=is_output)
-    tl.store(h_ptrs + WIDTH, narrow(up, DTYPE), mask=is_output)
+    # Rounded whether kept or not: the forward pass gives the same bits with gradients and without.
+    gate = narrow(gate, DTYPE)
+    up = narrow(up, DTYPE)
+    if KEEP:
+        h_ptrs = preactivation_ptr + rows[:, None] * (2 * WIDTH) + columns[None, :]
+        is_output = is_row[:, None] & is_column[None, :]
+        tl.store(h_ptrs, gate, mask=is_output)
+        tl.store(h_ptrs + WIDTH, up, mask=is_output)
+    if BLOCK_N == BLOCK_K:
+        activated = gated(gate, up, ACTIVATION, LIMIT, ALPHA, SHIFT, tl.float32)
+        activated = tl.where(is_column[None, :], activated, 0.0)
+        store_group(codes_ptr, scales_ptr, rows, is_row, block_n, activated, WIDTH_GROUPS, BLOCK_K)

@@ -33,7 +33,7 @@ def quantize_rows(x: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor
     """
     rows, columns = x.shape
     groups = triton.cdiv(columns, GROUP)
-    codes, scales = _empty_codes(x, rows, groups)
+    codes, scales = empty_codes(x, rows, groups)
     if rows:
         quantize_rows_kernel[(triton.cdiv(rows, _ROWS), groups)](
             x, codes, scales, used, rows, columns, groups, BLOCK_R=_ROWS, GROUP=GROUP, num_warps=4, **LAUNCH
@@ -63,7 +63,7 @@ def activate_rows(preactivation: Tensor, activation: str, used: Tensor) -> tuple
     """
     rows, width = preactivation.shape[0], preactivation.shape[1] // 2
     groups = triton.cdiv(width, GROUP)
-    codes, scales = _empty_codes(preactivation, rows, groups)
+    codes, scales = empty_codes(preactivation, rows, groups)
     if rows:
         activate_rows_kernel[(triton.cdiv(rows, _ROWS), groups)](
             preactivation,
@@ -118,7 +118,14 @@ def quantize_blocks(weights: Tensor, *, parts: int = 1, transpose: bool = False)
     return codes, scales
 
 
-def _empty_codes(x: Tensor, rows: int, groups: int) -> tuple[Tensor, Tensor]:
+def empty_codes(x: Tensor, rows: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Return codes [R, 128 G] and scales [R, G] that are still to be written.
+
+    Args:
+        x: Any tensor on the right device.
+        rows: R.
+        groups: G.
+    """
     return x.new_empty(rows, groups * GROUP, dtype=FP8), x.new_empty(rows, groups, dtype=torch.float32)
 
 

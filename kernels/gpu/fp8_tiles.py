@@ -31,7 +31,7 @@ class Fp8Tiles:
 
 # Fits 99 KiB of shared memory: Ada, and Blackwell's cards for workstations.
 SAFE = Fp8Tiles(
-    gate_up=Tile(64, 64, GROUP, 4, 2),
+    gate_up=Tile(64, 32, GROUP, 4, 3),
     down=Tile(64, 64, GROUP, 4, 3),
     down_backward=Tile(64, 64, GROUP, 4, 2),
     input_gradient=Tile(64, 64, GROUP, 4, 3),
@@ -43,7 +43,7 @@ FEW_ROWS = Fp8Tiles(
     input_gradient=Tile(16, 64, GROUP, 4, 4),
 )
 SOME_ROWS = Fp8Tiles(
-    gate_up=Tile(64, 64, GROUP, 4, 3, uses_descriptor=True),
+    gate_up=Tile(64, GROUP, GROUP, 8, 3, uses_descriptor=True),
     down=Tile(64, 128, GROUP, 4, 4, uses_descriptor=True),
     down_backward=Tile(64, 64, GROUP, 4, 4, uses_descriptor=True),
     input_gradient=Tile(64, 128, GROUP, 4, 4, uses_descriptor=True),

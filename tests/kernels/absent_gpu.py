@@ -10,7 +10,8 @@ class AbsentGpu:
         self.target = GPUTarget(*target)
 
     def get_current_device(self):
-        return 0
+        """A name for each target: Triton keeps what it compiled by device, and would not for another one."""
+        return self.target.arch
 
     def get_current_stream(self, device):
         return 0

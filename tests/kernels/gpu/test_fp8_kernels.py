@@ -5,7 +5,7 @@ and a tile, so that every loop over groups has two steps and the last of each is
 """
 
 import os
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 from fp8_cases import codes_of, gradients, make_layer, special_rows
+from fp8_witness import witness
 from moe_cases import make_ids
 
 from deepseek_kernels import fp8, fused_moe_fp8
 from deepseek_kernels.cpu import fp8_experts as fp8_experts_cpu
 from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.gpu import fp8_experts, fp8_quantize
-from deepseek_kernels.slot_order import SlotOrder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A GPU refuses float32; in the interpreter it shows that nothing but the order of sums differs.
@@ -106,20 +106,6 @@ def test_activated_rows(epilogue):
     assert differs.float().mean() < 0.005 and not codes[:, 140:].view(torch.uint8).any()
 
 
-def route(ids, num_experts):
-    return SlotOrder(*(t.to(ids.device) for t in fp8_experts_cpu.route(ids.cpu(), num_experts).tensors()))
-
-
-WITNESS = SimpleNamespace(route=route, forward=fp8_experts_cpu.forward, backward=fp8_experts_cpu.backward)
-
-
-def witness(case, function=fused_moe_fp8.fused_moe_fp8, **settings):
-    """Output and gradients by the CPU path, wherever the tensors are."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_moe_fp8, "_module_for", lambda tensor: WITNESS)
-        return gradients(function, case, **settings)
-
-
 def assert_close(got, wanted, dtype):
     for name, one, other in zip(NAMES, got, wanted, strict=True):
         error, size = (one.double() - other.double()).norm(), other.double().norm()
@@ -181,6 +167,26 @@ def test_epilogue_and_biases():
     assert_close(got, wanted, EXACT)
     for one, other in zip(grads, wanted_grads, strict=True):
         assert (one - other).norm() <= 2 * RMS[EXACT] * other.norm()
+
+
+def test_codes_of_the_activation_from_the_first_kernel_or_from_a_pass_of_their_own(monkeypatch):
+    """A tile of whole groups writes them itself, and then h only for a backward pass; the bits of y are the same."""
+    made, sizes, original = [], {}, fp8_experts.choose_fp8_tiles
+
+    def choose(*arguments):
+        tiles = original(*arguments)
+        return replace(tiles, gate_up=replace(tiles.gate_up, **sizes))
+
+    monkeypatch.setattr(fp8_experts, "choose_fp8_tiles", choose)
+    case = [t.detach() for t in make_layer(**SHAPE, dtype=EXACT, device=DEVICE)]
+    order, weights = fp8_experts.route(case[3], SHAPE["E"]), fp8_experts_cpu.Weights(*case[1:3])
+    for columns, keep in ((64, True), (128, True), (128, False)):
+        sizes["block_n"] = columns
+        made.append(fp8_experts.forward(case[0], weights, order, case[4], "silu", None, keep))
+    used = int(order.expert_start[-1])
+    assert torch.equal(made[2][0], made[1][0]) and made[2][1].numel() == 0
+    for one, other in zip(made[0], made[1], strict=True):
+        assert (one[:used] - other[:used]).norm() <= RMS[EXACT] * other[:used].norm()
 
 
 def frozen_case(H, scale=1.0):
