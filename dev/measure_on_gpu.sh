@@ -100,6 +100,8 @@ step "${LAYER_SECONDS:-150}" "layer tests" "$folder/tests.txt" "${pytest[@]}" $t
     $tests/test_triton_kernels.py $tests/test_tune.py
 if [ "${DRY_RUN:-0}" != 1 ]; then # every shape compiles kernels of its own
     step 90 "forty random layers" "$folder/tests.txt" "${pytest[@]}" "tests/kernels/test_fuzz.py::test_layer["{0..39}"]"
+    step 60 "lora tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_lora_on_device.py
+    step 60 "lora" "$folder/bench.txt" "$python" -m deepseek_cli.benchmarks.lora_on_gpu --output "$scratch"
 fi
 if [ "${DRY_RUN:-0}" != 1 ] && [ "${COUNTERS:-1}" = 1 ] && command -v ncu > /dev/null; then
     step 45 "counters" "$folder/counters.txt" ncu --clock-control none --section SpeedOfLight --section Occupancy \

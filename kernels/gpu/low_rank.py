@@ -16,13 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_kernels.gpu.launch import launch
 from deepseek_kernels.gpu.low_rank_step import rank_block
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, Tiles, matmul_precision
-from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, accumulator, multiply, narrow
+from deepseek_kernels.gpu.triton_numerics import TRITON_DTYPES, accumulator, multiply, narrow
 from deepseek_kernels.gpu.weight_blocks import load_rows
 
 _MAX_WIDE = 128
+_MAX_RANK = 64  # Above, the wide operand is read again.
 _NUM_WARPS = 4
 
 
@@ -33,7 +35,9 @@ def rows_tile(tiles: Tiles, rank: int) -> Tile:
         tiles: Of the call.
         rank: The factor's r.
     """
-    return replace(tiles.down, block_n=rank_block(rank), num_warps=_NUM_WARPS, max_registers=0, uses_descriptor=False)
+    return replace(
+        tiles.down, block_n=rank_block(rank, _MAX_RANK), num_warps=_NUM_WARPS, max_registers=0, uses_descriptor=False
+    )
 
 
 def gradient_tile(tiles: Tiles, rank: int) -> Tile:
@@ -44,7 +48,7 @@ def gradient_tile(tiles: Tiles, rank: int) -> Tile:
         rank: The factor's r.
     """
     wide = min(tiles.weight_gradient.block_m, _MAX_WIDE)
-    return replace(tiles.weight_gradient, block_m=wide, block_n=rank_block(rank), num_warps=_NUM_WARPS)
+    return replace(tiles.weight_gradient, block_m=wide, block_n=rank_block(rank, _MAX_RANK), num_warps=_NUM_WARPS)
 
 
 def low_rank_rows(
@@ -77,27 +81,21 @@ def low_rank_rows(
     output = values.new_empty(num_rows, rank) if out is None else out
     tiles = max_tiles(num_rows, num_experts, tile.block_m)
     if tiles:
-        low_rank_rows_kernel[(tiles * triton.cdiv(rank, tile.block_n),)](
-            values,
-            factor,
-            output,
-            metadata.row_slot,
-            metadata.expert_start,
-            metadata.tile_start,
-            tiles,
-            **low_rank_rows_constants(
-                values.dtype,
-                num_experts,
-                inner,
-                rank,
-                num_slots,
-                scaling=scaling,
-                transpose=transpose,
-                is_by_token=is_by_token,
-                tile=tile,
-            ),
-            **tile.launch_options,
-            **LAUNCH,
+        launch(
+            low_rank_rows_kernel,
+            (tiles * triton.cdiv(rank, tile.block_n),),
+            (values, factor, output, metadata.row_slot, metadata.expert_start, metadata.tile_start, tiles),
+            low_rank_rows_constants,
+            values.dtype,
+            num_experts,
+            inner,
+            rank,
+            num_slots,
+            scaling=scaling,
+            transpose=transpose,
+            is_by_token=is_by_token,
+            tile=tile,
+            precision=matmul_precision(values.dtype),
         )
     return output
 
@@ -113,6 +111,7 @@ def low_rank_rows_constants(
     transpose: bool,
     is_by_token: bool,
     tile: Tile,
+    precision: str | None = None,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
@@ -126,7 +125,7 @@ def low_rank_rows_constants(
         "GATHER": is_by_token,
         "DTYPE": TRITON_DTYPES[dtype],
         "ACC": accumulator(dtype),
-        "PRECISION": matmul_precision(dtype),
+        "PRECISION": precision or matmul_precision(dtype),
         **tile.constants,
     }
 
@@ -158,26 +157,21 @@ def factor_gradient(
     """
     num_experts, gradient = metadata.expert_start.numel() - 1, factor.new_empty(factor.shape)
     blocks = triton.cdiv(wide.shape[1], tile.block_m) * triton.cdiv(thin.shape[1], tile.block_n)
-    factor_gradient_kernel[(num_experts, blocks)](
-        wide,
-        thin,
-        row_weights,
-        gradient,
-        metadata.row_slot,
-        metadata.expert_start,
-        **factor_gradient_constants(
-            wide.dtype,
-            factor.dtype,
-            num_experts,
-            wide.shape[1],
-            thin.shape[1],
-            num_slots,
-            is_b=is_b,
-            is_by_token=is_by_token,
-            tile=tile,
-        ),
-        **tile.launch_options,
-        **LAUNCH,
+    launch(
+        factor_gradient_kernel,
+        (num_experts, blocks),
+        (wide, thin, row_weights, gradient, metadata.row_slot, metadata.expert_start),
+        factor_gradient_constants,
+        wide.dtype,
+        factor.dtype,
+        num_experts,
+        wide.shape[1],
+        thin.shape[1],
+        num_slots,
+        is_b=is_b,
+        is_by_token=is_by_token,
+        tile=tile,
+        precision=matmul_precision(wide.dtype),
     )
     return gradient
 
@@ -193,6 +187,7 @@ def factor_gradient_constants(
     is_b: bool,
     is_by_token: bool,
     tile: Tile,
+    precision: str | None = None,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     return {
@@ -207,7 +202,7 @@ def factor_gradient_constants(
         "DTYPE": TRITON_DTYPES[dtype],
         "OUT_DTYPE": TRITON_DTYPES[factor_dtype],
         "ACC": accumulator(dtype),
-        "PRECISION": matmul_precision(dtype),
+        "PRECISION": precision or matmul_precision(dtype),
         **tile.constants,
     }
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from deepseek_kernels.gpu.triton_numerics import multiply
 
-# A tensor core multiplies 16 elements at least; above 64, one step after the other.
-_LEAST, _MOST = 16, 64
+# A tensor core multiplies 16 elements at least. Beside accumulators that fill the registers there is room for 32.
+_LEAST, _MOST = 16, 32
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,14 @@ class LowRankStep:
         return self.rows.shape[1]
 
 
-def rank_block(rank: int) -> int:
+def rank_block(rank: int, most: int = _MOST) -> int:
     """Return how many elements of the rank a program takes at once.
 
     Args:
         rank: The inner size r.
+        most: A power of two.
     """
-    return min(_MOST, max(_LEAST, triton.next_power_of_2(rank)))
+    return min(most, max(_LEAST, triton.next_power_of_2(rank)))
 
 
 def step_constants(rank: int) -> dict[str, Any]:
