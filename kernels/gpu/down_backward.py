@@ -287,9 +287,9 @@ def store_tile(
     # does not.
     QUARTER: tl.constexpr = BLOCK_N // 4
     if BLOCK_N >= 32:
-        left, right = _halves(grad_a, BLOCK_M, BLOCK_N)
-        first_quarter, second_quarter = _halves(left, BLOCK_M, BLOCK_N // 2)
-        third_quarter, fourth_quarter = _halves(right, BLOCK_M, BLOCK_N // 2)
+        left, right = column_halves(grad_a, BLOCK_M, BLOCK_N)
+        first_quarter, second_quarter = column_halves(left, BLOCK_M, BLOCK_N // 2)
+        third_quarter, fourth_quarter = column_halves(right, BLOCK_M, BLOCK_N // 2)
         for quarter in tl.static_range(4):
             if quarter == 0:
                 piece = first_quarter
@@ -340,7 +340,7 @@ def store_tile(
 
 
 @triton.jit
-def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def column_halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 

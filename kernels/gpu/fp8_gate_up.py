@@ -2,7 +2,8 @@
 
 Codes of x are gathered with their scales by pointer; each step's product of 128 inner elements is scaled and added to
 sums in fp32. A tile of 128 columns of gate and of up holds whole groups of the activation and writes their codes. A
-narrower one, which may have more rows, leaves that to ``fp8_quantize.activate_rows``, which reads h again.
+narrower one, which may have more rows, leaves that to ``fp8_quantize.activate_rows``, which reads h again; its rows of
+gate and of up come in one block by one descriptor, and one product of twice the width reads those of x once.
 
 S rows, H hidden, I expert width, E experts, G_H and G_I their groups of 128.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_kernels.fp8 import GROUP
+from deepseek_kernels.gpu.down_backward import column_halves
 from deepseek_kernels.gpu.fp8_quantize import activate_rows, empty_codes, multiply_codes, store_group
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile
@@ -59,6 +61,9 @@ def gate_up_fp8(
     activated = empty_codes(codes, num_rows if is_whole else 0, triton.cdiv(width, GROUP))
     tiles = max_tiles(num_rows, num_experts, tile.block_m)
     operand = weight_operand(matrices, tile, tile.block_n, tile.block_k)
+    if isinstance(operand, TensorDescriptor) and not is_whole:
+        halves = matrices.view(num_experts, 2, -1, matrices.shape[2])
+        operand = TensorDescriptor.from_tensor(halves, [1, 2, tile.block_n, tile.block_k])
     if tiles:
         gate_up_fp8_kernel[(tiles * triton.cdiv(width, tile.block_n),)](
             codes,
@@ -186,15 +191,20 @@ def gate_up_fp8_kernel(
         gate_scale = tl.load(gate_scale_ptr + group)
         up_scale = tl.load(up_scale_ptr + group)
         x = tl.load(x_ptrs + group * BLOCK_K)
-        if DESCRIPTOR:
+        if DESCRIPTOR and BLOCK_N < BLOCK_K:
+            both = weight_ptr.load([expert.to(tl.int32), 0, first_column, group * BLOCK_K])
+            joined = multiply_codes(x, both.reshape(2 * BLOCK_N, BLOCK_K).T)
+            gate_part, up_part = column_halves(joined, BLOCK_M, 2 * BLOCK_N)
+        elif DESCRIPTOR:
             gate_weight = load_block(weight_ptr, expert, first_column, group * BLOCK_K, BLOCK_N, BLOCK_K).T
             up_weight = load_block(weight_ptr, expert, first_column + PADDED, group * BLOCK_K, BLOCK_N, BLOCK_K).T
+            gate_part, up_part = multiply_codes(x, gate_weight), multiply_codes(x, up_weight)
         else:
             weight_ptrs = weight_ptr + weight_rows[None, :] * (GROUPS * BLOCK_K) + group * BLOCK_K + inner[:, None]
-            gate_weight = tl.load(weight_ptrs)
-            up_weight = tl.load(weight_ptrs + PADDED * GROUPS * BLOCK_K)
-        gate += multiply_codes(x, gate_weight) * (x_scale * gate_scale)[:, None]
-        up += multiply_codes(x, up_weight) * (x_scale * up_scale)[:, None]
+            gate_part = multiply_codes(x, tl.load(weight_ptrs))
+            up_part = multiply_codes(x, tl.load(weight_ptrs + PADDED * GROUPS * BLOCK_K))
+        gate += gate_part * (x_scale * gate_scale)[:, None]
+        up += up_part * (x_scale * up_scale)[:, None]
     columns = first_column + tl.arange(0, BLOCK_N)
     is_column = columns < WIDTH
     if bias_ptr is not None:

@@ -59,7 +59,7 @@ _LARGE = (FEW_ROWS, SOME_ROWS, MANY_ROWS)
 SHIPPED = {"sm_90": _LARGE, "sm_100": _LARGE, "sm_80": (FEW_ROWS, SAFE, SAFE)}
 # In the interpreter: small, and every loop over groups, tiles and columns still has several steps.
 INTERPRETED = Fp8Tiles(
-    gate_up=Tile(16, 64, GROUP, 1, 1),
+    gate_up=Tile(16, 64, GROUP, 1, 1, uses_descriptor=True),
     down=Tile(16, 64, GROUP, 1, 1, uses_descriptor=True),
     down_backward=Tile(16, 64, GROUP, 1, 1, group_m=2),
     input_gradient=Tile(16, 128, GROUP, 1, 1),

@@ -16,7 +16,7 @@ if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
 
 from fp8_cases import codes_of, gradients, make_layer, special_rows
 from fp8_witness import witness
-from moe_cases import make_ids
+from moe_cases import make_ids, runs_descriptors
 
 from deepseek_kernels import fp8, fused_moe_fp8
 from deepseek_kernels.cpu import fp8_experts as fp8_experts_cpu
@@ -180,13 +180,21 @@ def test_codes_of_the_activation_from_the_first_kernel_or_from_a_pass_of_their_o
     monkeypatch.setattr(fp8_experts, "choose_fp8_tiles", choose)
     case = [t.detach() for t in make_layer(**SHAPE, dtype=EXACT, device=DEVICE)]
     order, weights = fp8_experts.route(case[3], SHAPE["E"]), fp8_experts_cpu.Weights(*case[1:3])
-    for columns, keep in ((64, True), (128, True), (128, False)):
-        sizes["block_n"] = columns
+    by_descriptor = runs_descriptors()
+    for columns, is_descriptor, keep in (
+        (128, by_descriptor, False),
+        (128, by_descriptor, True),
+        (128, False, True),
+        (64, False, True),
+        (64, by_descriptor, True),
+    ):
+        sizes |= {"block_n": columns, "uses_descriptor": is_descriptor}
         made.append(fp8_experts.forward(case[0], weights, order, case[4], "silu", None, keep))
     used = int(order.expert_start[-1])
-    assert torch.equal(made[2][0], made[1][0]) and made[2][1].numel() == 0
-    for one, other in zip(made[0], made[1], strict=True):
-        assert (one[:used] - other[:used]).norm() <= RMS[EXACT] * other[:used].norm()
+    assert torch.equal(made[0][0], made[1][0]) and made[0][1].numel() == 0
+    for both in made[2:]:
+        for one, other in zip(both, made[1], strict=True):
+            assert (one[:used] - other[:used]).norm() <= RMS[EXACT] * other[:used].norm()
 
 
 def frozen_case(H, scale=1.0):
