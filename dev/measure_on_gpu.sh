@@ -4,7 +4,7 @@
 #   bash dev/measure_on_gpu.sh [FOLDER]
 #
 # Run from the repository root with torch, triton and pytest. No step stops the ones after it, each has a time limit, and
-# what it measured until then is kept. FOLDER (default: $OUT, else runs/gpu) gets at most ten files:
+# what it measured until then is kept. FOLDER (default: $OUT, else runs/gpu) gets at most eleven files:
 #
 #   summary.txt     one line per step, the machine, the end of every table
 #   tests.txt       what failed, in full
@@ -12,6 +12,7 @@
 #   bench.txt       the same as tables
 #   variants.json   every product alone, with the shipped tile and with others
 #   profile.txt     time per kernel of a training step
+#   host_cost.txt   the host's and the GPU's time per call, from 1 to 4,096 tokens
 #   layers.json     whole steps with the shipped tiles and with the ones before, in turn
 #   counters.txt    Nsight Compute, if it is there
 #   memcheck.txt    compute-sanitizer, if it is there
@@ -89,6 +90,7 @@ if [ "${DRY_RUN:-0}" != 1 ]; then
     step 60 "variants" "$folder/bench.txt" "$python" -m deepseek_cli.benchmarks.kernel_variants --output "$folder"
 fi
 step 30 "profile" "$folder/profile.txt" "$python" -m deepseek_cli.benchmarks.kernel_profile
+step 30 "host" "$folder/host_cost.txt" "$python" -m deepseek_cli.benchmarks.host_cost
 step 95 "production tiles and device" "$folder/tests.txt" "${pytest[@]}" \
     $tests/test_on_device.py $tests/test_production_tiles.py $tests/test_planted_faults.py \
     --junit-xml "$folder/tests.xml"

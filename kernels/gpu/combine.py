@@ -8,6 +8,7 @@ runs agree bit for bit and nothing has to be zeroed first.
 T tokens, K slots per token, S = T*K rows, H hidden.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek_kernels.gpu.launch import launch
+from deepseek_kernels.gpu.launch import ceil_div, launch
 from deepseek_kernels.gpu.triton_numerics import TRITON_DTYPES, accumulator, narrow
 
 _MAX_BLOCK = 1024
@@ -32,11 +33,11 @@ def combine(rows: Tensor, slot_row: Tensor, num_slots: int, topk_weights: Tensor
     """
     num_tokens, hidden = slot_row.numel() // num_slots, rows.shape[1]
     output = rows.new_empty(num_tokens, hidden)
-    block = min(_MAX_BLOCK, triton.next_power_of_2(hidden))
+    block = _block(hidden)
     if num_tokens:
         launch(
             combine_kernel,
-            (num_tokens, triton.cdiv(hidden, block)),
+            (num_tokens, ceil_div(hidden, block)),
             (rows, slot_row, topk_weights, output, None, None, slot_row.numel()),
             combine_constants,
             rows.dtype,
@@ -64,10 +65,10 @@ def combine_gradients(
     grad_weights = None if partial is None else torch.empty_like(topk_weights)
     source = partial if rows is None else rows
     if num_tokens and source is not None:
-        block = min(_MAX_BLOCK, triton.next_power_of_2(hidden))
+        block = _block(hidden)
         launch(
             combine_kernel,
-            (num_tokens, triton.cdiv(hidden, block)),
+            (num_tokens, ceil_div(hidden, block)),
             (rows, slot_row, None, grad_x, partial, grad_weights, slot_row.numel()),
             combine_constants,
             source.dtype,
@@ -78,6 +79,11 @@ def combine_gradients(
             weights_dtype=topk_weights.dtype,
         )
     return grad_x, grad_weights
+
+
+@functools.cache
+def _block(hidden: int) -> int:
+    return min(_MAX_BLOCK, triton.next_power_of_2(hidden))
 
 
 def combine_constants(

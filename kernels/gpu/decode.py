@@ -8,6 +8,7 @@ bits as one without; then the pre-activation is written in the order of the sort
 T tokens, S slots, H hidden, I expert width, E experts.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek_kernels.gpu.launch import launch
+from deepseek_kernels.gpu.launch import ceil_div, launch
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata
 from deepseek_kernels.gpu.triton_epilogue import epilogue_constants, gated
 from deepseek_kernels.gpu.triton_numerics import TRITON_DTYPES, accumulator, narrow
@@ -57,7 +58,7 @@ def decode(
     sorted_row = None if metadata is None else metadata.slot_row
     launch(
         decode_gate_up_kernel,
-        (num_rows, triton.cdiv(width, BLOCK_N)),
+        (num_rows, ceil_div(width, BLOCK_N)),
         (hidden_states, gate_up_proj, bias, topk_indices, activated, preactivation, sorted_row),
         decode_gate_up_constants,
         *shape,
@@ -66,7 +67,7 @@ def decode(
     columns = decode_down_columns(num_slots)
     launch(
         decode_down_kernel,
-        (hidden_states.shape[0], triton.cdiv(hidden, columns)),
+        (hidden_states.shape[0], ceil_div(hidden, columns)),
         (activated, down_proj, topk_indices, topk_weights, output),
         decode_down_constants,
         *shape,
@@ -74,6 +75,7 @@ def decode(
     return output, preactivation
 
 
+@functools.cache
 def decode_down_columns(num_slots: int) -> int:
     """Columns of a program of the second kernel, which loads the weights of several slots at once."""
     return BLOCK_N // min(_GROUP, triton.next_power_of_2(num_slots))

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek_kernels.epilogue import Epilogue
-from deepseek_kernels.gpu.launch import launch
+from deepseek_kernels.gpu.launch import ceil_div, launch
 from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_constants, step_operands
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
@@ -58,7 +58,7 @@ def down_backward(
     """
     num_rows, (num_experts, hidden, width) = metadata.row_slot.numel(), down_proj.shape
     tile = backward_tile(tile, activation)
-    blocks = triton.cdiv(width, tile.block_n)
+    blocks = ceil_div(width, tile.block_n)
     grad_h, scaled = torch.empty_like(preactivation), preactivation.new_empty(num_rows, width)
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     partial = preactivation.new_empty(blocks, num_rows, dtype=wide)

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_kernels.epilogue import Epilogue
-from deepseek_kernels.gpu.launch import launch
+from deepseek_kernels.gpu.launch import ceil_div, launch
 from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_constants, step_operands
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
@@ -63,7 +63,7 @@ def gate_up(
         order = (metadata.row_slot, metadata.expert_start, metadata.tile_start)
         launch(
             gate_up_kernel,
-            (tiles * triton.cdiv(width, tile.block_n),),
+            (tiles * ceil_div(width, tile.block_n),),
             (hidden_states, weights, bias, activated, preactivation, *order, tiles, *step_operands(low_rank)),
             gate_up_constants,
             hidden_states.dtype,

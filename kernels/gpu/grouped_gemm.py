@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deepseek_kernels.gpu.launch import launch
+from deepseek_kernels.gpu.launch import ceil_div, launch
 from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_constants, step_operands
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
@@ -53,7 +53,7 @@ def grouped_gemm(
         operands = operands if has_descriptors else [rows, weights]
         launch(
             grouped_gemm_kernel,
-            (tiles * triton.cdiv(columns, tile.block_n),),
+            (tiles * ceil_div(columns, tile.block_n),),
             (*operands, output, metadata.expert_start, metadata.tile_start, tiles, *step_operands(low_rank)),
             grouped_gemm_constants,
             rows.dtype,

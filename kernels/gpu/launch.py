@@ -36,6 +36,16 @@ class _Launch:
         self.compiled: Any = None
 
 
+def ceil_div(size: int, block: int) -> int:
+    """Return how many blocks cover a size; Triton's own function takes the host microseconds.
+
+    Args:
+        size: To be covered.
+        block: Of one block.
+    """
+    return -(-size // block)
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],

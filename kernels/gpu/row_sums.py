@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek_kernels.gpu.launch import launch
+from deepseek_kernels.gpu.launch import ceil_div, launch
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata
 from deepseek_kernels.gpu.triton_numerics import IS_INTERPRETED, TRITON_DTYPES, accumulator, narrow
 
@@ -29,7 +29,7 @@ def row_sums(rows: Tensor, metadata: RoutingMetadata) -> Tensor:
     """
     num_experts, columns = metadata.expert_start.numel() - 1, rows.shape[1]
     sums = rows.new_empty(num_experts, columns)
-    grid = (triton.cdiv(columns, BLOCK_COLUMNS), num_experts)
+    grid = (ceil_div(columns, BLOCK_COLUMNS), num_experts)
     launch(row_sums_kernel, grid, (rows, sums, metadata.expert_start), row_sums_constants, rows.dtype, columns)
     return sums
 

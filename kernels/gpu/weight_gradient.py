@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek_kernels.gpu.launch import launch
+from deepseek_kernels.gpu.launch import ceil_div, launch
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata
 from deepseek_kernels.gpu.tiles import Tile, matmul_precision
 from deepseek_kernels.gpu.triton_numerics import TRITON_DTYPES, accumulator, multiply, narrow
@@ -35,7 +35,7 @@ def weight_gradient(
     """
     num_experts = metadata.expert_start.numel() - 1
     gradient = left.new_empty(num_experts, left.shape[1], right.shape[1])
-    tiles = triton.cdiv(left.shape[1], tile.block_m) * triton.cdiv(right.shape[1], tile.block_n)
+    tiles = ceil_div(left.shape[1], tile.block_m) * ceil_div(right.shape[1], tile.block_n)
     launch(
         weight_gradient_kernel,
         (tiles, num_experts),

@@ -11,6 +11,9 @@ from moe_cases import gradients, make_case
 
 from deepseek_kernels.expert_loop import TILE_TOLERANCE, expert_loop, largest_tile_error
 from deepseek_kernels.fused_moe import fused_moe
+from deepseek_kernels.gpu import launch
+from deepseek_kernels.gpu.combine import combine_gradients
+from deepseek_kernels.gpu.routing_metadata import routing_metadata, routing_metadata_reference
 
 pytestmark = pytest.mark.gpu
 LEAVES = (0, 1, 2, 4)
@@ -47,8 +50,9 @@ def test_twenty_runs_are_bit_equal(T, is_disturbed):
     torch.cuda.synchronize()
 
 
-def test_a_training_step_in_a_cuda_graph():
-    case, fresh = case_of(), case_of(seed=1)
+@pytest.mark.parametrize("T", [3, 100, 1500])
+def test_a_training_step_in_a_cuda_graph(T):
+    case, fresh = case_of(T=T), case_of(T=T, seed=1)
     leaves = [case[i] for i in LEAVES]
     grad = torch.randn_like(case[0])
 
@@ -71,6 +75,55 @@ def test_a_training_step_in_a_cuda_graph():
     graph.replay()
     wanted = step()
     assert all(torch.equal(one, other) for one, other in zip(captured, wanted, strict=True))
+
+
+def test_decoding_in_a_cuda_graph():
+    case, fresh = ([t.detach() for t in case_of(T=2, seed=seed)] for seed in (0, 1))
+    fused_moe(*case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fused_moe(*case)
+    for tensor, other in zip(case, fresh, strict=True):
+        tensor.copy_(other)
+    graph.replay()
+    assert torch.equal(captured, fused_moe(*fresh))
+
+
+@pytest.mark.parametrize("T", [3, 100, 1500])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_launching_again_gives_what_triton_launches(monkeypatch, dtype, T):
+    """Also for operands off 16 bytes, and for router weights of another type than before."""
+    for offset, router in ((0, torch.float32), (0, torch.bfloat16), (1, torch.float32)):
+        results = []
+        for by_triton in (True, False, False):
+            case = case_of(dtype, T=T)
+            case[4] = case[4].detach().to(router).requires_grad_()
+            room = torch.empty(case[0].numel() + 8, dtype=dtype, device="cuda")[offset : offset + case[0].numel()]
+            case[0] = room.view(case[0].shape).copy_(case[0].detach()).requires_grad_()
+            monkeypatch.setattr(launch, "is_left_to_triton", by_triton)
+            results.append(gradients(fused_moe, case))
+        for again in results[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(again, results[0], strict=True))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 6, 8, 11, 24])
+@pytest.mark.parametrize("T", [5, 3000])
+def test_partial_sums_are_added_in_torchs_order(parts, T):
+    """So that the router's gradient keeps the bits it had when torch added them."""
+    partial = torch.randn(parts, T * 4, device="cuda")
+    slot_row = torch.randperm(T * 4, device="cuda").int()
+    got = combine_gradients(None, slot_row, torch.empty(T, 4, device="cuda"), partial)[1]
+    assert torch.equal(got, partial.sum(0)[slot_row.long()].view(T, 4))
+
+
+@pytest.mark.parametrize(("T", "K", "E"), [(128, 8, 128), (129, 8, 128), (5000, 12, 384), (100_000, 8, 128)])
+def test_many_slots_are_sorted_stably(T, K, E):
+    ids = torch.randint(0, E + 2, (T, K), device="cuda")
+    got, wanted = routing_metadata(ids, E, 128), routing_metadata_reference(ids.clamp(max=E), E, 128)
+    used = int(wanted.expert_start[-1])
+    assert torch.equal(got.row_slot[:used], wanted.row_slot[:used])
+    for name in ("slot_row", "expert_start", "tile_start"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
 
 
 def test_inductor():

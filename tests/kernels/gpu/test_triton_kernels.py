@@ -20,6 +20,7 @@ from deepseek_kernels.gpu import combine as combine_file  # noqa: E402
 from deepseek_kernels.gpu import down_backward as down_backward_file  # noqa: E402
 from deepseek_kernels.gpu import gate_up as gate_up_file  # noqa: E402
 from deepseek_kernels.gpu import grouped_gemm as grouped_gemm_file  # noqa: E402
+from deepseek_kernels.gpu import routing_metadata as routing_metadata_file  # noqa: E402
 from deepseek_kernels.gpu import weight_gradient as weight_gradient_file  # noqa: E402
 from deepseek_kernels.gpu.routing_metadata import routing_metadata, routing_metadata_reference  # noqa: E402
 from deepseek_kernels.gpu.tiles import INTERPRETED, SAFE  # noqa: E402
@@ -42,6 +43,13 @@ def test_metadata_equals_a_stable_sort(T, K, E, block_m, pattern):
     assert torch.equal(got.row_slot[:used], want.row_slot[:used])
     for name in ("slot_row", "expert_start", "tile_start"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
+
+
+# Three chunks of 1024 slots, and two of 8192 where there are many.
+@pytest.mark.parametrize(("T", "few"), [(700, 2**19), (2800, 0)])
+def test_metadata_of_several_chunks_equals_a_stable_sort(monkeypatch, T, few):
+    monkeypatch.setattr(routing_metadata_file, "_MANY_SLOTS", few)
+    test_metadata_equals_a_stable_sort(T, 3, 6, 16, "some_unused")
 
 
 def test_metadata_treats_negative_ids_as_unused():
@@ -99,6 +107,21 @@ def test_combine_ignores_weights_of_unused_slots():
     assert combine_file.combine(rows, slot_row, 2, weights).tolist() == [[2.0] * 3]
 
 
+@pytest.mark.parametrize("parts", [1, 4, 6, 11])
+@pytest.mark.parametrize("has_rows", [True, False])
+def test_combine_gradients(parts, has_rows):
+    case = make_case(torch.float64, T=9, **ODD, device=DEVICE)
+    slot_row = rows_of(case)[0].slot_row
+    rows = torch.randn(27, 35, dtype=torch.float64, device=DEVICE) if has_rows else None
+    partial = torch.randn(parts, 27, dtype=torch.float64, device=DEVICE)
+    grad_x, grad_weights = combine_file.combine_gradients(rows, slot_row, case[4].detach(), partial)
+    wanted = torch.where(slot_row >= 0, partial.sum(0)[slot_row.clamp(min=0)], 0)
+    close(grad_weights, wanted.view(9, 3))
+    assert (grad_x is None) == (rows is None)
+    if has_rows:
+        close(grad_x, combine_file.combine_reference(rows, slot_row, 3))
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_down_backward(activation):
     # I = 37: two column blocks of 32, so that partial sums of the router's gradient are added up.
@@ -126,6 +149,18 @@ def test_weight_gradient(gather):
     got = weight_gradient_file.weight_gradient(left, right, metadata, 3, TILES.weight_gradient, gather=gather)
     left, right = (left[tokens], right) if gather == "left" else (left, right[tokens])
     close(got, weight_gradient_file.weight_gradient_reference(left, right, experts, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("K", [1, 5])
+def test_decoding_equals_slot_after_slot_bit_for_bit(dtype, K):
+    x, gate_up, down, ids, weights = (t.detach() for t in make_case(dtype, T=2, H=40, I=19, K=K, device=DEVICE))
+    one, alone = torch.ones(1, 1, device=DEVICE), []
+    for token, k in ((t, k) for t in range(2) for k in range(K)):
+        alone.append(fused_moe(x[token : token + 1], gate_up, down, ids[token : token + 1, k : k + 1], one))
+    slot_row = torch.where(ids.flatten() < 6, torch.arange(2 * K, device=DEVICE), -1).int()
+    wanted = combine_file.combine(torch.cat(alone), slot_row, K, weights)
+    assert torch.equal(fused_moe(x, gate_up, down, ids, weights), wanted)
 
 
 @pytest.mark.parametrize("T,H,dtype", [(0, 20, torch.float32), (1, 260, torch.float32), (4, 20, torch.bfloat16)])
