@@ -162,7 +162,7 @@ def _message_for_users(error: Exception) -> tuple[int, str] | None:
 def _read_version() -> str:
     try:
         return metadata.version("deepseek-moe")
-    except metadata.PackageNotFoundError:  # run from a source tree, as kernels/measure_on_gpu.sh can
+    except metadata.PackageNotFoundError:  # run from a source tree, as dev/measure_on_gpu.sh can
         return "(not installed)"
 
 

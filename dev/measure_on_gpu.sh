@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 400 seconds: the benchmark, tiles and profiles, then correctness.
+# What needs a GPU, in three parts of under nine minutes each, or several of them one after another.
 #
-#   bash dev/measure_on_gpu.sh [FOLDER]
+#   bash dev/measure_on_gpu.sh [FOLDER] [PART ...]
+#
+#   check      correctness on the device, then the fused layer beside its peers
+#   compare    each product with other tiles, LoRA, FP8, 4 bits and the host's share beside what they replace
+#   profile    time per kernel, Nsight Compute, compute-sanitizer, the slow layer tests and forty random layers
 #
 # Run from the repository root with torch, triton and pytest. No step stops the ones after it, each has a time limit, and
-# what it measured until then is kept. FOLDER (default: $OUT, else runs/gpu) gets at most eleven files:
+# what it measured until then is kept. All steps together end after LIMIT seconds (default 520). Without parts: all
+# three. FOLDER (default: $OUT, else runs/gpu) gets at most eight files:
 #
 #   summary.txt     one line per step, the machine, the end of every table
 #   tests.txt       what failed, in full
+#   tables.txt      every table
 #   bench.json      the fused layer beside its peers: milliseconds, standard errors, TFLOP/s, memory
-#   bench.txt       the same as tables
-#   variants.json   every product alone, with the shipped tile and with others
-#   profile.txt     time per kernel of a training step
-#   host_cost.txt   the host's and the GPU's time per call, from 1 to 4,096 tokens
-#   layers.json     whole steps with the shipped tiles and with the ones before, in turn
-#   counters.txt    Nsight Compute, if it is there
+#   results.json    what the other steps measured, by step
+#   profile.txt     time per kernel of a training step; Nsight Compute, if it is there
 #   memcheck.txt    compute-sanitizer, if it is there
 #   tests.xml       every test with its time
 #
@@ -22,8 +24,16 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 begun=$SECONDS
-limit=${LIMIT:-395}
+limit=${LIMIT:-520}
 folder=$(realpath -m "${1:-${OUT:-runs/gpu}}")
+parts=" ${*:2} "
+[ "$#" -gt 1 ] || parts=" check compare profile "
+for part in $parts; do
+    [[ " check compare profile " == *" $part "* ]] || {
+        echo "part: got $part, expected check, compare or profile" >&2
+        exit 2
+    }
+done
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$folder"
@@ -80,41 +90,62 @@ CODE
 describe 2>&1 | tee -a "$folder/summary.txt"
 
 tests=tests/kernels/gpu
-if [ "${DRY_RUN:-0}" != 1 ]; then # what the timings need, so that none of them waits for the compiler
-    step 60 "compiled ahead" "$folder/bench.txt" "$python" -m deepseek_cli.benchmarks.kernel_variants --compile-only
+is_dry=${DRY_RUN:-0}
+does() { [[ $parts == *" $1 "* ]]; }
+# timed SECONDS MODULE: what a module of the benchmarks measures, into results/MODULE.json
+timed() {
+    step "$1" "$2" "$folder/tables.txt" "$python" -m "deepseek_cli.benchmarks.$2" --output "$scratch/results"
+}
+mkdir -p "$scratch/results"
+
+if does check; then
+    step 110 "on the device" "$folder/tests.txt" "${pytest[@]}" $tests/test_*on_device.py \
+        $tests/test_production_tiles.py $tests/test_planted_faults.py --junit-xml "$folder/tests.xml"
+    step 60 "other operators" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_lora.py $tests/test_fp8_kernels.py \
+        $tests/test_four_bit_kernels.py $tests/test_triton_epilogue.py -m "not slow"
 fi
-step 100 "benchmark" "$folder/bench.txt" "$python" -m deepseek_cli.main bench kernels --grid "$grid" --seconds 0.6 \
-    --output "$scratch/bench" --overwrite
-cp "$scratch/bench/results.json" "$folder/bench.json" 2> /dev/null
-if [ "${DRY_RUN:-0}" != 1 ]; then
-    step 60 "variants" "$folder/bench.txt" "$python" -m deepseek_cli.benchmarks.kernel_variants --output "$folder"
+if [ "$is_dry" != 1 ] && { does check || does compare; }; then # so that no timing waits for the compiler
+    step 60 "compiled ahead" "$folder/tables.txt" "$python" -m deepseek_cli.benchmarks.kernel_variants --compile-only
 fi
-step 30 "profile" "$folder/profile.txt" "$python" -m deepseek_cli.benchmarks.kernel_profile
-step 30 "host" "$folder/host_cost.txt" "$python" -m deepseek_cli.benchmarks.host_cost
-step 95 "production tiles and device" "$folder/tests.txt" "${pytest[@]}" \
-    $tests/test_on_device.py $tests/test_production_tiles.py $tests/test_planted_faults.py \
-    --junit-xml "$folder/tests.xml"
-if [ "${DRY_RUN:-0}" != 1 ] && command -v compute-sanitizer > /dev/null; then
-    step 45 "memcheck" "$folder/memcheck.txt" compute-sanitizer --tool memcheck --target-processes all \
-        "$python" -m pytest -p no:cacheprovider -q $tests/test_production_tiles.py -k "test_a_tile_of_every_kernel"
+if does check; then
+    step 100 "benchmark" "$folder/tables.txt" "$python" -m deepseek_cli.main bench kernels --grid "$grid" \
+        --seconds 0.6 --output "$scratch/bench" --overwrite
+    cp "$scratch/bench/results.json" "$folder/bench.json" 2> /dev/null
 fi
-step "${LAYER_SECONDS:-150}" "layer tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_layer.py \
-    $tests/test_triton_kernels.py $tests/test_tune.py
-if [ "${DRY_RUN:-0}" != 1 ]; then # every shape compiles kernels of its own
+if does compare && [ "$is_dry" != 1 ]; then
+    timed 45 host_cost
+    timed 60 lora_on_gpu
+    timed 75 fp8_on_gpu
+    timed 60 four_bit_on_gpu
+    timed 60 kernel_variants
+fi
+if does profile; then
+    step 30 "profile" "$folder/profile.txt" "$python" -m deepseek_cli.benchmarks.kernel_profile
+    step "${LAYER_SECONDS:-150}" "layer tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_layer.py \
+        $tests/test_triton_kernels.py $tests/test_tune.py
+fi
+if does profile && [ "$is_dry" != 1 ]; then
+    # Every shape compiles kernels of its own.
     step 90 "forty random layers" "$folder/tests.txt" "${pytest[@]}" "tests/kernels/test_fuzz.py::test_layer["{0..39}"]"
-    step 60 "lora tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_lora_on_device.py
-    step 60 "lora" "$folder/bench.txt" "$python" -m deepseek_cli.benchmarks.lora_on_gpu --output "$scratch"
-fi
-if [ "${DRY_RUN:-0}" != 1 ] && [ "${COUNTERS:-1}" = 1 ] && command -v ncu > /dev/null; then
-    step 45 "counters" "$folder/counters.txt" ncu --clock-control none --section SpeedOfLight --section Occupancy \
-        --section WarpStateStats --section LaunchStats --kernel-name-base function \
+    command -v compute-sanitizer > /dev/null && step 45 "memcheck" "$folder/memcheck.txt" \
+        compute-sanitizer --tool memcheck --target-processes all "$python" -m pytest -p no:cacheprovider -q \
+        $tests/test_production_tiles.py -k "test_a_tile_of_every_kernel"
+    command -v ncu > /dev/null && step 45 "counters" "$folder/profile.txt" ncu --clock-control none \
+        --section SpeedOfLight --section Occupancy --section WarpStateStats --section LaunchStats \
+        --kernel-name-base function \
         --kernel-name 'regex:gate_up|grouped_gemm|down_backward|weight_gradient|combine' --launch-count 8 \
         "$python" -m deepseek_cli.benchmarks.kernel_profile --once
 fi
+"$python" - "$scratch/results" "$folder/results.json" << 'CODE'
+import json, pathlib, sys
+found = {path.stem: json.loads(path.read_text()) for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json"))}
+if found:
+    pathlib.Path(sys.argv[2]).write_text(json.dumps(found, indent=1))
+CODE
 {
     grep -aE "passed|failed|FAILED|ERROR" "$folder/tests.txt" | tail -40
     grep -a "ERROR SUMMARY" "$folder/memcheck.txt"
-    tail -60 "$folder/bench.txt"
+    tail -80 "$folder/tables.txt"
     head -60 "$folder/profile.txt"
 } 2> /dev/null | tee -a "$folder/summary.txt"
 say "done"

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "dev" / "versions.yaml"
 ENVIRONMENTS = ROOT / "build" / "versions"
 # Two workers with one thread each, as `make test`.
-_PYTEST = ["-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "-W", "error::FutureWarning"]
+_PYTEST = ["-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "-W", "error::FutureWarning"]
 # What PEFT 0.21.2 and TRL's own defaults cause.
 _THEIRS = ("`is_gradient_checkpointing` is deprecated", "`gradient_checkpointing` is deprecated")
 
