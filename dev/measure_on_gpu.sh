@@ -9,7 +9,7 @@
 #
 # Run from the repository root with torch, triton and pytest. No step stops the ones after it, each has a time limit, and
 # what it measured until then is kept. All steps together end after LIMIT seconds (default 520). Without parts: all
-# three. FOLDER (default: $OUT, else runs/gpu) gets at most eight files:
+# three. ONLY='lora|fp8' runs the steps with such a name. FOLDER (default: $OUT, else runs/gpu) gets at most eight files:
 #
 #   summary.txt     one line per step, the machine, the end of every table
 #   tests.txt       what failed, in full
@@ -64,6 +64,7 @@ say() { echo "[$((SECONDS - begun)) s] $*" | tee -a "$folder/summary.txt"; }
 step() {
     local seconds=$1 name=$2 log=$3 status=0 left=$((limit - (SECONDS - begun)))
     shift 3
+    [[ $name =~ ${ONLY:-.} ]] || return 0
     [ "$left" -lt "$seconds" ] && seconds=$left
     if [ "$seconds" -lt 8 ]; then
         say "$name: left out, no time"
