@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, default=Path("."))
     parser.add_argument("--seconds", type=float, default=0.8, help="for each shape and mode")
-    parser.add_argument("--milliseconds", type=int, default=30, help="for each kernel alone")
+    parser.add_argument("--milliseconds", type=int, default=20, help="for each kernel alone")
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and end")
     args = parser.parse_args()
     compile_in_parallel()

@@ -115,8 +115,7 @@ def test_patterns(rows, pattern, guarded_buffers):
     assert_tiles_equal_witness(lambda: case_of(rows, pattern=pattern))
 
 
-@pytest.mark.parametrize("H,I", [(520, 264), (511, 257), (128, 1), (1, 128)])
-@pytest.mark.parametrize("rows", [40, 130])
+@pytest.mark.parametrize("rows,H,I", [(40, 520, 264), (130, 520, 264), (130, 511, 257), (130, 128, 1), (40, 1, 128)])
 def test_neighbors_of_the_tile(rows, H, I, guarded_buffers):  # noqa: E741
     assert_tiles_equal_witness(lambda: case_of(rows, H, I))
 

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.xdist_group("sample_log")  # one run for all
 
 pytestmark = pytest.mark.xdist_group("sample_log")  # one run for all
 
+pytestmark = pytest.mark.xdist_group("sample_log")  # one run for all
+
 PROMPTS = ["Once upon", "The old man"]
 SETTINGS = {"max_steps": 6, "save_steps": 0, "eval_steps": 0, "sample_prompts": PROMPTS}
 
