@@ -24,7 +24,7 @@ from deepseek_kernels.triton_path import runs_triton
 try:
     from deepseek_kernels.gpu import fp8_experts as fp8_experts_gpu
 except ImportError:  # no Triton on this system; the CPU path needs none
-    fp8_experts_gpu = None
+    fp8_experts_gpu = None  # type: ignore[assignment]
 
 # The first GPUs with FP8 products: Ada, then Hopper.
 _LEAST_CAPABILITY = (8, 9)

@@ -76,7 +76,7 @@ def kernels(layer: Layer, tiles: Fp8Tiles) -> dict[str, tuple[int, Callable[[], 
     h = _random_rows(x, num_tokens * num_slots, 2 * width)
     activated, halves = activate_rows(h, ACTIVATION, used), quantize_halves(h, used)
     a, y = h[:, :width].contiguous(), _random_rows(x, num_tokens * num_slots, hidden)
-    form = {"activation": ACTIVATION, "keep_preactivation": True}
+    form: dict[str, Any] = {"activation": ACTIVATION, "keep_preactivation": True}
     old = SHIPPED["sm_90", 0, 0, 2]
     of_bf16 = routing_metadata(layer.indices, num_experts, old.block_m)
     gathered = (of_bf16, num_slots, old.weight_gradient)
