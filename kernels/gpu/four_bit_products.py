@@ -99,8 +99,7 @@ def four_bit_gate_up_constants(
         keep_preactivation=keep_preactivation,
         tile=tile,
     )
-    del constants["DESCRIPTOR"]
-    return {**constants, **code_constants(packed)}
+    return {**_known_to(four_bit_gate_up_kernel, constants), **code_constants(packed)}
 
 
 def four_bit_gemm(rows: Tensor, weights: PackedMatrices, metadata: RoutingMetadata, tile: Tile) -> Tensor:
@@ -135,8 +134,12 @@ def four_bit_gemm(rows: Tensor, weights: PackedMatrices, metadata: RoutingMetada
 def four_bit_gemm_constants(dtype: torch.dtype, packed: PackedMatrices, *, tile: Tile) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     constants = grouped_gemm_constants(dtype, *packed.shape, transpose=True, tile=tile)
-    del constants["TRANSPOSE"], constants["DESCRIPTORS"]
-    return {**constants, **code_constants(packed)}
+    return {**_known_to(four_bit_gemm_kernel, constants), **code_constants(packed)}
+
+
+def _known_to(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of the dense kernel that this one has as well: descriptors and adapters it knows none."""
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
 @triton.jit(do_not_specialize=["num_tiles_bound"])
