@@ -23,7 +23,6 @@ from torch import Tensor
 from deepseek_kernels.four_bit import NF4, PackedMatrices
 from deepseek_kernels.gpu.triton_numerics import IS_INTERPRETED, narrow
 
-CODES_PER_WORD = 8
 # The PTX finds a value by setting bits in the table's address.
 _TABLE_ALIGNMENT = 64
 # Exponents in which the last four bits of the fraction count ones: what is left is to take `_OFFSET` off.
@@ -69,13 +68,14 @@ def fits_products(packed: PackedMatrices, dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2 and packed.shape[2] % group == 0 and group & (group - 1) == 0
 
 
-def code_constants(packed: PackedMatrices) -> dict[str, Any]:
+def code_constants(form: str, group_size: int) -> dict[str, Any]:
     """Return the compile-time arguments that say how a stack is stored.
 
     Args:
-        packed: A stack [E, M, N].
+        form: ``nf4`` or ``int4``.
+        group_size: Weights that share a scale.
     """
-    return {"NF4": packed.format.name == "nf4", "GROUP": packed.format.group_size, "PTX": has_ptx()}
+    return {"NF4": form == "nf4", "GROUP": group_size, "PTX": has_ptx()}
 
 
 def has_ptx() -> bool:

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek_kernels.four_bit import PackedMatrices
-from deepseek_kernels.gpu.four_bit_codes import CODES_PER_WORD, value_table, words_of
-from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, narrow
+from deepseek_kernels.gpu.four_bit_codes import value_table, words_of
+from deepseek_kernels.gpu.launch import launch
+from deepseek_kernels.gpu.triton_numerics import TRITON_DTYPES, narrow
 
 BLOCK = 1024
 
@@ -33,26 +34,26 @@ def dense(weights: Tensor | PackedMatrices, expert_start: Tensor | None = None) 
         return weights
     output = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
     words = words_of(weights)
-    dequantize_kernel[(triton.cdiv(words.shape[1], BLOCK), words.shape[0])](
-        words,
-        weights.scales,
-        value_table(weights.device),
-        expert_start,
-        output,
-        **dequantize_constants(weights),
-        **LAUNCH,
+    launch(
+        dequantize_kernel,
+        (triton.cdiv(words.shape[1], BLOCK), words.shape[0]),
+        (words, weights.scales, value_table(weights.device), expert_start, output),
+        dequantize_constants,
+        weights.dtype,
+        words.shape[1],
+        weights.format.name,
+        weights.format.group_size,
     )
     return output
 
 
-def dequantize_constants(weights: PackedMatrices) -> dict[str, Any]:
+def dequantize_constants(dtype: torch.dtype, num_words: int, form: str, group_size: int) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
-    _, height, width = weights.shape
     return {
-        "WORDS": height * width // CODES_PER_WORD,
-        "NF4": weights.format.name == "nf4",
-        "GROUP": weights.format.group_size,
-        "DTYPE": TRITON_DTYPES[weights.dtype],
+        "WORDS": num_words,
+        "NF4": form == "nf4",
+        "GROUP": group_size,
+        "DTYPE": TRITON_DTYPES[dtype],
         "BLOCK": BLOCK,
         "num_warps": 4,
     }

@@ -15,6 +15,7 @@ from deepseek_kernels.four_bit import PackedMatrices
 from deepseek_kernels.gpu.decode import MAX_TOKENS
 from deepseek_kernels.gpu.four_bit_codes import fits_products
 from deepseek_kernels.gpu.tiles import Tile, row_bucket
+from deepseek_kernels.gpu.triton_numerics import IS_INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,6 @@ def packed_tiles(
     bucket = row_bucket(topk_indices.numel(), gate_up_proj.shape[0])
     if bucket >= len(by_rows) or not (fits_products(gate_up_proj, dtype) and fits_products(down_proj, dtype)):
         return None
-    if gate_up_proj.device.type == "cpu":
+    if IS_INTERPRETED:
         return INTERPRETED
     return DECODING if hidden_states.shape[0] <= MAX_TOKENS else by_rows[bucket]

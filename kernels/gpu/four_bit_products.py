@@ -9,7 +9,6 @@ S rows, H hidden, I expert width, E experts.
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,10 +17,11 @@ from deepseek_kernels.four_bit import PackedMatrices
 from deepseek_kernels.gpu.four_bit_codes import by_place, code_constants, load_weights, value_table, words_of
 from deepseek_kernels.gpu.gate_up import gate_up_constants
 from deepseek_kernels.gpu.grouped_gemm import grouped_gemm_constants
+from deepseek_kernels.gpu.launch import launch
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
 from deepseek_kernels.gpu.tiles import Tile
 from deepseek_kernels.gpu.triton_epilogue import gated
-from deepseek_kernels.gpu.triton_numerics import LAUNCH, multiply, narrow
+from deepseek_kernels.gpu.triton_numerics import multiply, narrow
 
 
 def four_bit_gate_up(
@@ -46,60 +46,37 @@ def four_bit_gate_up(
         tile: Sizes of the tiles.
         bias: [E, 2I].
     """
-    num_rows, (num_experts, double_width, _) = metadata.row_slot.numel(), gate_up_proj.shape
+    num_rows, (num_experts, double_width, hidden) = metadata.row_slot.numel(), gate_up_proj.shape
     width = double_width // 2
     activated = hidden_states.new_empty(num_rows, width)
     preactivation = hidden_states.new_empty(num_rows if keep_preactivation else 0, double_width)
     tiles = max_tiles(num_rows, num_experts, tile.block_m)
     if tiles:
-        four_bit_gate_up_kernel[(tiles * triton.cdiv(width, tile.block_n),)](
-            hidden_states,
-            words_of(gate_up_proj),
-            gate_up_proj.scales,
-            value_table(gate_up_proj.device),
-            bias,
-            activated,
-            preactivation,
-            metadata.row_slot,
-            metadata.expert_start,
-            metadata.tile_start,
-            tiles,
-            **four_bit_gate_up_constants(
-                hidden_states.dtype,
-                gate_up_proj,
-                num_slots_per_token,
-                activation=activation,
-                keep_preactivation=keep_preactivation,
-                tile=tile,
-            ),
-            **tile.launch_options,
-            **LAUNCH,
+        stack = (words_of(gate_up_proj), gate_up_proj.scales, value_table(gate_up_proj.device))
+        order = (metadata.row_slot, metadata.expert_start, metadata.tile_start)
+        launch(
+            four_bit_gate_up_kernel,
+            (tiles * triton.cdiv(width, tile.block_n),),
+            (hidden_states, *stack, bias, activated, preactivation, *order, tiles),
+            four_bit_gate_up_constants,
+            hidden_states.dtype,
+            num_experts,
+            hidden,
+            width,
+            num_slots_per_token,
+            form=gate_up_proj.format.name,
+            group_size=gate_up_proj.format.group_size,
+            activation=activation,
+            keep_preactivation=keep_preactivation,
+            tile=tile,
         )
     return activated, preactivation
 
 
-def four_bit_gate_up_constants(
-    dtype: torch.dtype,
-    packed: PackedMatrices,
-    num_slots: int,
-    *,
-    activation: str,
-    keep_preactivation: bool,
-    tile: Tile,
-) -> dict[str, Any]:
+def four_bit_gate_up_constants(*shape: Any, form: str, group_size: int, **settings: Any) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
-    num_experts, double_width, hidden = packed.shape
-    constants = gate_up_constants(
-        dtype,
-        num_experts,
-        hidden,
-        double_width // 2,
-        num_slots,
-        activation=activation,
-        keep_preactivation=keep_preactivation,
-        tile=tile,
-    )
-    return {**_known_to(four_bit_gate_up_kernel, constants), **code_constants(packed)}
+    constants = gate_up_constants(*shape, **settings)
+    return {**_known_to(four_bit_gate_up_kernel, constants), **code_constants(form, group_size)}
 
 
 def four_bit_gemm(rows: Tensor, weights: PackedMatrices, metadata: RoutingMetadata, tile: Tile) -> Tensor:
@@ -115,26 +92,25 @@ def four_bit_gemm(rows: Tensor, weights: PackedMatrices, metadata: RoutingMetada
     output = rows.new_empty(num_rows, columns)
     tiles = max_tiles(num_rows, num_experts, tile.block_m)
     if tiles:
-        four_bit_gemm_kernel[(tiles * triton.cdiv(columns, tile.block_n),)](
-            rows,
-            words_of(weights),
-            weights.scales,
-            value_table(weights.device),
-            output,
-            metadata.expert_start,
-            metadata.tile_start,
-            tiles,
-            **four_bit_gemm_constants(rows.dtype, weights, tile=tile),
-            **tile.launch_options,
-            **LAUNCH,
+        stack = (words_of(weights), weights.scales, value_table(weights.device))
+        launch(
+            four_bit_gemm_kernel,
+            (tiles * triton.cdiv(columns, tile.block_n),),
+            (rows, *stack, output, metadata.expert_start, metadata.tile_start, tiles),
+            four_bit_gemm_constants,
+            rows.dtype,
+            *weights.shape,
+            form=weights.format.name,
+            group_size=weights.format.group_size,
+            tile=tile,
         )
     return output
 
 
-def four_bit_gemm_constants(dtype: torch.dtype, packed: PackedMatrices, *, tile: Tile) -> dict[str, Any]:
+def four_bit_gemm_constants(*shape: Any, form: str, group_size: int, tile: Tile) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
-    constants = grouped_gemm_constants(dtype, *packed.shape, transpose=True, tile=tile)
-    return {**_known_to(four_bit_gemm_kernel, constants), **code_constants(packed)}
+    constants = grouped_gemm_constants(*shape, transpose=True, tile=tile)
+    return {**_known_to(four_bit_gemm_kernel, constants), **code_constants(form, group_size)}
 
 
 def _known_to(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
