@@ -33,8 +33,8 @@ FAULTS = {
     ),
     "another_experts_tile": (
         "gate_up",
-        "expert * 2 * WIDTH + columns",
-        "(expert ^ (block_n == 1)) * 2 * WIDTH + columns",
+        "weight_rows = expert * 2 * WIDTH",
+        "weight_rows = (expert ^ (block_n == 1)) * 2 * WIDTH",
     ),
     "another_experts_block": (
         "gate_up",
@@ -72,7 +72,7 @@ FAULTS = {
         "block_n.to(tl.int64) * num_rows",
         "(block_n * 0).to(tl.int64) * num_rows",
     ),
-    "gate_and_up_swapped": ("down_backward", "narrow(grad_a * activated, DTYPE)", "narrow(grad_a * up, DTYPE)"),
+    "gate_and_up_swapped": ("down_backward", "through_clamp(grad_a * activated,", "through_clamp(grad_a * up,"),
 }
 QUICK = ["a_zero_tile"]
 # In the lines that run where the weights come by pointer.
@@ -98,10 +98,19 @@ def case_of_two_experts():
     return case
 
 
+def source_of(file):
+    return Path(fused_moe_gpu.__file__).with_name(f"{file}.py").read_text()
+
+
+def test_the_lines_to_break_are_there():
+    """The faults themselves are planted in the slow run only."""
+    assert [name for name, (file, old, _) in FAULTS.items() if old not in source_of(file)] == []
+
+
 def plant(name, folder, monkeypatch):
     """Put a copy of the kernel's file with the fault in place of the kernel."""
     file, old, new = FAULTS[name]
-    source = Path(fused_moe_gpu.__file__).with_name(f"{file}.py").read_text()
+    source = source_of(file)
     assert old in source, f"{name}: the line to break is not there any more"
     path = folder / f"{name}.py"
     path.write_text(source.replace(old, new))
