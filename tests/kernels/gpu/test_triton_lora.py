@@ -12,11 +12,14 @@ pytest.importorskip("triton")
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from lora_cases import BOTH, DOWN, GATE_UP, leaves_of, make_lora_case, names_of, reference, run, step
+from lora_cases import BOTH, DOWN, GATE_UP, leaves_of, loop_reference, make_lora_case, names_of, reference, run, step
 from moe_cases import assert_close
 
 from deepseek_kernels.cpu import experts as experts_cpu
 from deepseek_kernels.epilogue import Epilogue
+from deepseek_kernels.expert_loop import TILE_TOLERANCE, largest_tile_error
+from deepseek_kernels.gpu import experts
+from deepseek_kernels.gpu.tiles import SHIPPED
 from deepseek_kernels.lora import LoraFactors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,6 +147,17 @@ def test_compiled_in_one_graph(monkeypatch):
     output = compiled(case)
     got = [output.detach(), *torch.autograd.grad(output, leaves_of(case), case["grad"])]
     assert all(torch.equal(one, other) for one, other in zip(got, step(plain), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("r", [8, 64])
+def test_tiles_of_production(r, monkeypatch):
+    """Under the interpreter those of an H100: two experts with a whole tile of rows and a part of one each."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(experts, "choose_tiles", lambda *arguments: SHIPPED["sm_90", 0, 0, 2])
+    case = case_of(torch.bfloat16, T=140, H=264, I=136, E=2, K=2, r=r, pattern="any")
+    for name, got, wanted in zip(names_of(case), step(case), loop_reference(case), strict=True):
+        assert largest_tile_error(got, wanted) <= TILE_TOLERANCE[torch.bfloat16], name
 
 
 @pytest.mark.slow
