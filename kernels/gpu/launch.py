@@ -3,7 +3,8 @@
 ``kernel[grid](*arguments)`` binds, types and hashes some twenty arguments on every call, which takes the host longer
 than a small layer takes a GPU. `launch` has it done once per kind of arguments and keeps the compiled kernel that
 Triton returns. From then on it launches that, ``compiled[grid](*arguments)`` with the compile-time arguments included,
-as Triton's tutorial on the fused softmax does. Whatever might compile another kernel is part of the key: device, types
+as Triton's tutorial on the fused softmax does, and with addresses in place of tensors: of each of these the launcher
+would ask the driver whether it is on the GPU. Whatever might compile another kernel is part of the key: device, types
 and compile-time arguments. Operands off 16 bytes are left to Triton, and so is everything under the interpreter and on
 AMD, where sizes matter as well.
 """
@@ -66,13 +67,16 @@ def launch(
         shape: For `constants_of`, hashable.
         settings: For `constants_of`, hashable; always the same names in the same order for one kernel.
     """
-    addresses, types = 0, []
+    addresses, values, types = 0, [], []
     for operand in operands:
         if isinstance(operand, Tensor):
-            addresses |= operand.data_ptr()
+            address = operand.data_ptr()
+            addresses |= address
+            values.append(address)
             types.append(operand.dtype)
             device = operand.device
         else:
+            values.append(operand)
             types.append(type(operand))
     key = (id(kernel), device, *types, *shape, *settings.values())
     known = _known.get(key)
@@ -82,7 +86,7 @@ def launch(
         options = settings["tile"].launch_options if "tile" in settings else {}
         known = _known[key] = _Launch(kernel, len(operands), {**constants_of(*shape, **settings), **options})
     if known.compiled is not None and not is_left_to_triton and addresses % _ALIGNMENT == 0:
-        known.compiled[(*grid, 1, 1)[:3]](*operands, *known.constants)
+        known.compiled[(*grid, 1, 1)[:3]](*values, *known.constants)
         return
     compiled = kernel[grid](*operands, **known.settings)
     if addresses % _ALIGNMENT == 0 and not is_left_to_triton:

@@ -88,7 +88,12 @@ class Tiles:
         """
         if dtype.itemsize <= 2:
             return self
-        return Tiles(**{f.name: _cut(f.name, getattr(self, f.name), dtype.itemsize) for f in dataclasses.fields(self)})
+        return _cut_all(self, dtype.itemsize)
+
+
+@functools.lru_cache(maxsize=256)
+def _cut_all(tiles: Tiles, itemsize: int) -> Tiles:
+    return Tiles(**{f.name: _cut(f.name, getattr(tiles, f.name), itemsize) for f in dataclasses.fields(tiles)})
 
 
 def _cut(name: str, tile: Tile, itemsize: int) -> Tile:
@@ -239,7 +244,12 @@ def device_name(device: torch.device) -> str:
     Args:
         device: Where the tensors are.
     """
-    return INTERPRETER if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return INTERPRETER if device.type == "cpu" else _name_of_gpu(device.index or 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _name_of_gpu(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 def device_family(device: torch.device) -> str | None:

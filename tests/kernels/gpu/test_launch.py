@@ -73,10 +73,6 @@ def of(dtype=torch.bfloat16, *, T=3, K=2, H=32, offset=0):
     return rows, torch.zeros(T * K, dtype=torch.int32), torch.zeros(T, K)
 
 
-def described(arguments):
-    return [(one.shape, one.dtype) if isinstance(one, torch.Tensor) else one for one in arguments]
-
-
 def test_the_second_launch_gives_what_the_first_gave(launched):
     rows, slot_row, weights = of()
     for _ in range(2):
@@ -84,8 +80,9 @@ def test_the_second_launch_gives_what_the_first_gave(launched):
     (first, *one), (second, *other) = launched
     assert (first, second) == ("triton", "again")
     assert one[0] == other[0] == (3, 1, 1)
-    assert described(one[1]) == described(other[1])
-    assert all(a is b for a, b in zip(one[1][:3], other[1][:3], strict=True))
+    addresses, again = ([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in how[1]] for how in (one, other))
+    output = 3  # made anew each time
+    assert again[:output] == addresses[:output] and again[output + 1 :] == addresses[output + 1 :]
 
 
 def test_another_kind_of_launch_is_left_to_triton_first(launched):
