@@ -121,7 +121,7 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype = torch.bfloat16) ->
             for expert in range(shape[0]):
                 stack[expert] = matrices[expert]
             module._parameters[name] = nn.Parameter(stack, requires_grad=False)
-        del module.four_bit, module.forward
+        del module.four_bit, module.forward, module._apply
         for handle in module.__dict__.pop("_four_bit_hooks"):
             handle.remove()
     vars(model.config).pop("quantization_config", None)
@@ -146,6 +146,7 @@ def run_in_four_bits(experts: nn.Module) -> None:
         experts: With `four_bit` and placeholders.
     """
     experts.forward = MethodType(four_bit_experts_forward, experts)
+    experts._apply = MethodType(_apply_without_placeholders, experts)
     experts._four_bit_hooks = [
         experts.register_state_dict_post_hook(_without_placeholders),
         experts.register_load_state_dict_post_hook(_expects_no_placeholders),
@@ -170,6 +171,16 @@ def four_bit_experts_forward(
     operands = (hidden_states.to(dtype), gate_up, down, top_k_index, top_k_weights)
     output = fused_moe_four_bit(*operands, activation=find_epilogue(self), **lora_arguments(self))
     return output.to(hidden_states.dtype)
+
+
+def _apply_without_placeholders(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """Move or cast a module with placeholders as single numbers: torch would give each its whole shape in memory."""
+    shown = {name: self._parameters.pop(name) for name in PROJECTIONS}
+    type(self)._apply(self, fn, recurse)
+    for name, parameter in shown.items():
+        number = fn(parameter.data.as_strided((1,), (1,)))
+        self._parameters[name] = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
+    return self
 
 
 def find_format(bits: int, format: str, group_size: int | None) -> Any:

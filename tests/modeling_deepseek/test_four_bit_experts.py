@@ -90,6 +90,16 @@ def test_loading_holds_one_projection_at_a_time(tmp_path, monkeypatch):
     assert len(most) == 4 and max(most) <= 1
 
 
+@pytest.mark.parametrize("wrap", [adapt, lambda model: model])
+def test_moving_and_casting_makes_nothing_dense(wrap):
+    model = wrap(quantize_experts(build(), group_size=32))
+    for moved in (model.to(torch.bfloat16), model.to("meta")):
+        shown = [p for name, p in moved.named_parameters() if "experts" in name and p.dim() == 3]
+        assert len(shown) == 4 and all(p.stride() == (0, 0, 0) and not p.requires_grad for p in shown)
+        assert {p.dtype for p in shown} == {torch.bfloat16}
+    assert {p.device.type for p in shown} == {"meta"}
+
+
 def test_merging_into_4_bits_is_refused(tmp_path):
     model = adapt(quantize_experts(build(), group_size=32))
     for merge in (model.merge_adapter, model.merge_and_unload):

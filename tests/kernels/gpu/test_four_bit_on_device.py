@@ -19,6 +19,7 @@ from deepseek_kernels.gpu.four_bit_products import four_bit_gemm
 from deepseek_kernels.gpu.routing_metadata import routing_metadata
 
 pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
 H, I, E, K = 2048, 768, 16, 4  # noqa: E741
 FORMS = [("int4", 128), ("int4", 32), ("nf4", 64)]
 # Tokens, so that an expert has a row, four, fifty and a thousand on average: each set of tiles, and dense copies.
@@ -26,16 +27,16 @@ TOKENS = [3, 16, 200, 4000]
 
 
 def make(name, group, T, *, dtype=torch.bfloat16, hidden=H, width=I):
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+        return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
 
     fmt = FourBitFormat.of(4, name, group)
     stacks = [normal(E, 2 * width, hidden) / hidden**0.5, normal(E, hidden, width) / width**0.5]
-    ids = torch.randint(0, E + 1, (T, K), generator=generator, device="cuda")
+    ids = torch.randint(0, E + 1, (T, K), generator=generator, device=DEVICE)
     ids[ids == 1] = E  # an expert without rows, and unused slots
-    weights = torch.rand(T, K, generator=generator, device="cuda")
+    weights = torch.rand(T, K, generator=generator, device=DEVICE)
     return [normal(T, hidden), *(pack(stack, fmt) for stack in stacks), ids, weights]
 
 
@@ -51,11 +52,11 @@ def step(case):
 def test_a_product_with_the_identity_gives_every_weight_bit_for_bit(name, group, dtype):
     """Every code and every scale through the inner loop, with each set of tiles."""
     width = 256
-    stack = torch.randn(2, 512, width, generator=torch.Generator("cuda").manual_seed(0), device="cuda").to(dtype)
+    stack = torch.randn(2, 512, width, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE).to(dtype)
     packed = pack(stack, FourBitFormat.of(4, name, group))
     assert torch.equal(dense(packed), unpacked(packed))
-    ids = torch.arange(2, device="cuda").repeat_interleave(width).unsqueeze(1)
-    identity = torch.eye(width, device="cuda", dtype=dtype).repeat(2, 1)
+    ids = torch.arange(2, device=DEVICE).repeat_interleave(width).unsqueeze(1)
+    identity = torch.eye(width, device=DEVICE, dtype=dtype).repeat(2, 1)
     for tiles in (DECODING, *BY_ROWS[name]):
         metadata = routing_metadata(ids, 2, tiles.block_m)
         got = four_bit_gemm(identity, packed, metadata, tiles.down)
@@ -134,3 +135,15 @@ def test_weights_take_055_bytes_and_one_projection_at_a_time_is_dense(name, grou
     torch.cuda.reset_peak_memory_stats()
     fused_moe_four_bit(*operands[0], *operands[1])
     assert torch.cuda.max_memory_allocated() - before <= largest / 8, "few rows make no copy"
+
+
+def test_a_model_moved_to_the_gpu():
+    """Quantized on the CPU, moved without anything dense, and run there; then the same on the weights read back."""
+    modeling = pytest.importorskip("modeling_deepseek")
+    config = modeling.DeepseekConfig.from_preset("debug", vocab_size=61)
+    model = modeling.quantize_experts(modeling.DeepseekForCausalLM(config).to(torch.bfloat16)).to(DEVICE)
+    ids = torch.arange(48, device=DEVICE).view(2, 24)
+    with torch.no_grad():
+        got = model(input_ids=ids).logits
+        wanted = modeling.dequantize_experts(model)(input_ids=ids).logits
+    assert (got - wanted).float().norm() <= 2e-2 * wanted.float().norm()
