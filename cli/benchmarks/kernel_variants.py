@@ -219,7 +219,7 @@ def _compile_layer(cell: Cell, name: str) -> None:
     if not cell.is_decode:
         _, kept, metadata = fused_moe_gpu.forward(*operands, inputs.indices, inputs.weights, "silu", True)
         assert metadata is not None  # what is kept is sorted
-        needs = [True, True, True, False, False]  # The fourth reads indices that no kernel has written.
+        needs = [True] * 4 + [False]
         fused_moe_gpu.backward(inputs.x, *operands, metadata, inputs.weights, kept, "silu", needs)
 
 
