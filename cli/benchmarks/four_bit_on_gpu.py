@@ -361,7 +361,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, default=Path("."))
-    parser.add_argument("--seconds", type=float, default=0.6, help="for each number of tokens")
+    parser.add_argument("--seconds", type=float, default=0.4, help="for each number of tokens")
     args = parser.parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
     shape, begun = Shape(), time.time()

@@ -25,6 +25,9 @@ class PackedTiles:
     gate_up: Tile
     down: Tile
 
+    def __post_init__(self) -> None:
+        assert self.gate_up.block_m == self.down.block_m  # one map of tiles for both
+
     @property
     def block_m(self) -> int:
         """Rows a tile."""
