@@ -132,16 +132,6 @@ def _adapters(
     return Adapters(*pair)
 
 
-def _adapters_gpu(
-    factors: Sequence[Tensor], scalings: Sequence[float], rows: Sequence[Tensor], num_experts: int
-) -> Any:
-    """The same for Triton's kernels, which keep the rows with the scaling."""
-    pairs = zip(factors[::2], factors[1::2], scalings, rows, strict=True)
-    return adapters_gpu.Adapters(
-        *(adapters_gpu.Adapter(*one, num_experts) if one[0].numel() else None for one in pairs)
-    )
-
-
 def _forward(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -164,8 +154,8 @@ def _forward(
     rows = [hidden_states.new_empty(num_rows, a.shape[0] // num_experts) for a in (gate_up_a, down_a)]
     factors, scalings = (gate_up_a, gate_up_b, down_a, down_b), (gate_up_scaling, down_scaling)
     if runs_triton(hidden_states):
-        pair = _adapters_gpu(factors, scalings, rows, num_experts)
         with on_device_of(hidden_states):
+            pair = adapters_gpu.make_adapters(factors, scalings, rows, num_experts)
             output, kept, metadata = experts_gpu.forward(
                 *inputs, topk_indices, topk_weights, activation, keep, bias, pair
             )
@@ -244,28 +234,22 @@ def _backward_op(
     wanted = [needs[0], False, False, needs[1], False]
     if runs_triton(hidden_states):
         with on_device_of(hidden_states):
-            pair = _adapters_gpu(factors, scalings, rows, order[2].numel() - 1)
+            pair = adapters_gpu.make_adapters(factors, scalings, rows, order[2].numel() - 1, needs[2:])
             grad_x, _, _, grad_weights, _ = experts_gpu.backward(
                 *operands, topk_weights, preactivation, activation, wanted, pair
             )
-        of_factors = [
-            torch.empty_like(factors[2 * i + j]) if one is None else (one.grad_a, one.grad_b)[j]
-            for i, one in enumerate(pair)
-            for j in range(2)
-        ]
-        return grad_x, grad_weights, *of_factors
+        found = [grad for one in pair for grad in ((None, None) if one is None else (one.grad_a, one.grad_b))]
+        return grad_x, grad_weights, *(hidden_states.new_empty(0) if grad is None else grad for grad in found)
     adapters = _adapters(factors, scalings, rows, order[2], dtype).for_many_rows()
     grad_x, _, _, grad_weights, _ = experts_cpu.backward(
         *operands, topk_weights, preactivation, activation, wanted, adapters
     )
     grads: list[Tensor] = []
     for i, adapter in enumerate(adapters):
-        a, b = factors[2 * i : 2 * i + 2]
-        if adapter is None:
-            grads += [torch.empty_like(a), torch.empty_like(b)]
-        else:
-            grads.append(adapter.grad_a.view(a.shape).to(a.dtype))
-            grads.append(in_pefts_order(adapter.grad_b, b.dtype))
+        (a, b), (needs_a, needs_b) = factors[2 * i : 2 * i + 2], needs[2 * i + 2 : 2 * i + 4]
+        nothing = a.new_empty(0)
+        grads.append(adapter.grad_a.view(a.shape).to(a.dtype) if adapter is not None and needs_a else nothing)
+        grads.append(in_pefts_order(adapter.grad_b, b.dtype) if adapter is not None and needs_b else nothing)
     return grad_x, grad_weights, *grads
 
 
@@ -284,9 +268,11 @@ def _(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    wanted = zip((hidden_states, topk_weights), needs, strict=True)
-    first = [torch.empty_like(tensor) if need else tensor.new_empty(0) for tensor, need in wanted]
-    return (*first, *(torch.empty_like(factor) for factor in factors))
+    wanted = zip((hidden_states, topk_weights, *factors), needs, strict=True)
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else tensor.new_empty(0)
+        for tensor, need in wanted
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -306,8 +292,8 @@ def _backward(
         return (None,) * 14
     hidden_states, topk_weights, *rest = ctx.saved_tensors
     matrices = ctx.packed or rest[10:]
-    needs = [ctx.needs_input_grad[i] for i in (0, 4)]
-    x, weights, *factors = run(
+    needs = [ctx.needs_input_grad[i] for i in (0, 4, 5, 6, 7, 8)]
+    grads = run(
         grad_output.contiguous(),
         hidden_states,
         *matrices,
@@ -320,20 +306,8 @@ def _backward(
         ctx.activation,
         needs,
     )
-    wanted = [grad if ctx.needs_input_grad[5 + i] else None for i, grad in enumerate(factors)]
-    return (
-        x if needs[0] else None,
-        None,
-        None,
-        None,
-        weights if needs[1] else None,
-        *wanted,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+    x, weights, *factors = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return x, None, None, None, weights, *factors, None, None, None, None, None
 
 
 class _Eager(torch.autograd.Function):

@@ -37,7 +37,7 @@ from deepseek_kernels.expert_loop import largest_tile_error
 from deepseek_kernels.fused_moe import fused_moe
 from deepseek_kernels.gpu import experts as experts_gpu
 from deepseek_kernels.gpu import launch as launch_file
-from deepseek_kernels.gpu.adapters import Adapter, Adapters
+from deepseek_kernels.gpu.adapters import NO_ADAPTERS, make_adapters
 from deepseek_kernels.gpu.tiles import SHIPPED
 from deepseek_kernels.lora import LoraFactors
 
@@ -221,16 +221,16 @@ def _compile(shape: Shape, bucket: int, kind: str, part: int) -> None:
     E, H, I, r, K = shape.E, shape.H, shape.I, shape.r, shape.K  # noqa: E741
     x, gate_up, down = (torch.empty(n, dtype=torch.bfloat16) for n in ((64, H), (E, 2 * I, H), (E, H, I)))
     ids, weights, text = torch.zeros(64, K, dtype=torch.int64), torch.ones(64, K), "silu"
-    factors = [(x.new_empty(E * r, N), x.new_empty(M, r * E)) for N, M in ((H, 2 * I), (I, H))]
-    adapters = Adapters(*(Adapter(a, b, 2.0, x.new_empty(64 * K, r), E) for a, b in factors))
-    pair = (adapters,) if kind == "lora" else ()
+    factors = [x.new_empty(size) for N, M in ((H, 2 * I), (I, H)) for size in ((E * r, N), (M, r * E))]
+    rows = [x.new_empty(64 * K, r) for _ in range(2)]
+    pair = make_adapters(factors, (2.0, 2.0), rows, E) if kind == "lora" else NO_ADAPTERS
     if part == 0:
-        experts_gpu.forward(x, gate_up, down, ids, weights, text, True, None, *pair)
+        experts_gpu.forward(x, gate_up, down, ids, weights, text, True, None, pair)
         return
     order = experts_gpu.routing_metadata(ids, E, SHIPPED["sm_90", 0, 0, bucket].block_m)
     kept, needs_weights = x.new_empty(64 * K, 2 * I), kind == "full"
     needs = [True, needs_weights, needs_weights, False, False]
-    experts_gpu.backward(x, x, gate_up, down, order, weights, kept, text, needs, *pair)
+    experts_gpu.backward(x, x, gate_up, down, order, weights, kept, text, needs, pair)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

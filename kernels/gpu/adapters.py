@@ -14,20 +14,24 @@ The down projection's dy is w times the output's gradient. Its kernel multiplies
 T tokens, K slots per token, S rows, r rank, N inputs and M outputs of the adapted matrix, E experts.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepseek_kernels.gpu.low_rank import factor_gradient, gradient_tile, low_rank_rows, rows_tile
+from deepseek_kernels.gpu.factor_gradients import NO_PRODUCT, Product, factor_gradients
+from deepseek_kernels.gpu.low_rank import low_rank_rows, rows_tile
 from deepseek_kernels.gpu.low_rank_step import LowRankStep
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata
 from deepseek_kernels.gpu.tiles import Tiles
+from deepseek_kernels.gpu.transpose_pair import transpose_pair
+
+NOTHING = (NO_PRODUCT, NO_PRODUCT)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What the thin products of one call share.
 
     Attributes:
@@ -41,27 +45,33 @@ class Call:
     tiles: Tiles
 
 
-@dataclass
+@dataclass(eq=False)
 class Adapter:
     """The adapter of one projection, with what the backward pass needs of the forward pass.
 
     Attributes:
-        a: [E * r, N].
+        a: [E * r, N], contiguous.
         b: [M, r * E], as PEFT keeps it: the expert runs fastest.
+        by_expert: `b` as [E, M, r] in the dtype of the rows.
         scaling: Of the product.
         low: ``scaling * x A^T`` of every row, [S, r]; the forward pass fills it.
-        num_experts: E.
-        grad_a: Like `a`; `fill_gradients` makes it.
+        needs_a: Whether the gradient of `a` is wanted.
+        needs_b: Whether that of `b` is.
+        through: ``scaling * dy B`` of every row, [S, r]; `backward` makes it.
+        grad_a: Like `a`; `Adapters.fill_gradients` makes it where wanted.
         grad_b: Like `b`.
     """
 
     a: Tensor
     b: Tensor
+    by_expert: Tensor
     scaling: float
     low: Tensor
-    num_experts: int
-    grad_a: Tensor = field(init=False)
-    grad_b: Tensor = field(init=False)
+    needs_a: bool = True
+    needs_b: bool = True
+    through: Tensor | None = None
+    grad_a: Tensor | None = None
+    grad_b: Tensor | None = None
 
     def forward(self, x: Tensor, call: Call, *, is_by_token: bool) -> LowRankStep:
         """Fill `low` and return the step of the forward product.
@@ -71,87 +81,44 @@ class Adapter:
             call: With the sorted order.
             is_by_token: Whether `x` lies by token.
         """
-        self._rows(x, self._a_by_expert(x.dtype), call, transpose=True, is_by_token=is_by_token, out=self.low)
-        return LowRankStep(self.low, self._b_by_expert(x.dtype))
+        self._rows(x, self.a, self.low, call, transpose=True, is_by_token=is_by_token)
+        return LowRankStep(self.low, self.by_expert)
 
     def backward(self, grad_out: Tensor, call: Call, *, is_by_token: bool) -> LowRankStep:
-        """Return the step of the input's gradient.
+        """Fill `through` and return the step of the input's gradient.
 
         Args:
             grad_out: [S, M] by row, or [T, M] by token.
             call: With the sorted order.
             is_by_token: Whether `grad_out` lies by token.
         """
-        factor = self._b_by_expert(grad_out.dtype)
-        through = self._rows(grad_out, factor, call, transpose=False, is_by_token=is_by_token)
-        return LowRankStep(through, self._a_by_expert(grad_out.dtype))
+        through = self.through = torch.empty_like(self.low)
+        self._rows(grad_out, self.by_expert, through, call, transpose=False, is_by_token=is_by_token)
+        return LowRankStep(through, self.a)
 
-    def fill_gradients(
-        self,
-        step: LowRankStep,
-        grad_out: Tensor,
-        x: Tensor,
-        call: Call,
-        *,
-        gather: str,
-        row_weights: Tensor | None = None,
-    ) -> None:
-        """Compute `grad_a` and `grad_b`; zeros for experts without rows.
+    def products(self, grad_out: Tensor, x: Tensor | None) -> tuple[Product, Product]:
+        """Return what sums to the gradients of `b`, by expert, and of `a`.
 
         Args:
-            step: From `backward`.
-            grad_out: As there.
-            x: As in `forward`.
-            call: With the sorted order.
-            gather: ``grad_out`` or ``x``: which of the two lies by token.
-            row_weights: [T, K], where `grad_out` lacks the router weights.
+            grad_out: As in `backward`.
+            x: As in `forward`, multiplied by whatever `grad_out` was before `through` was made of it; None if the
+                gradient of `a` is not wanted.
         """
-        sorted_order = (call.metadata, call.num_slots, gradient_tile(call.tiles, step.rank))
-        is_by_token = gather == "grad_out"
-        self.grad_b = factor_gradient(
-            grad_out,
-            self.low,
-            *sorted_order,
-            factor=self.b,
-            is_b=True,
-            is_by_token=is_by_token,
-            row_weights=row_weights,
-        )
-        self.grad_a = factor_gradient(
-            x, step.rows, *sorted_order, factor=self.a, is_b=False, is_by_token=not is_by_token
-        )
+        of_b = of_a = NO_PRODUCT
+        if self.needs_b:
+            of_b = Product(grad_out, self.low, torch.empty_like(self.by_expert, dtype=self.b.dtype))
+        if self.needs_a:
+            self.grad_a = torch.empty_like(self.a)
+            of_a = Product(x, self.through, self.grad_a)
+        return of_b, of_a
 
     def _rows(
-        self,
-        values: Tensor,
-        factor: Tensor,
-        call: Call,
-        *,
-        transpose: bool,
-        is_by_token: bool,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        return low_rank_rows(
-            values,
-            factor,
-            call.metadata,
-            call.num_slots,
-            rows_tile(call.tiles, self.low.shape[1]),
-            scaling=self.scaling,
-            transpose=transpose,
-            is_by_token=is_by_token,
-            out=out,
-        )
-
-    def _a_by_expert(self, dtype: torch.dtype) -> Tensor:
-        """[E, r, N]."""
-        return self.a.to(dtype).contiguous().view(self.num_experts, -1, self.a.shape[1])
-
-    def _b_by_expert(self, dtype: torch.dtype) -> Tensor:
-        """[E, M, r]: read as PEFT keeps it, every element of an expert would cost a sector of its own."""
-        height, num_experts = self.b.shape[0], self.num_experts
-        by_expert = torch.empty(num_experts, height, self.low.shape[1], dtype=dtype, device=self.b.device)
-        return by_expert.copy_(self.b.reshape(height, -1, num_experts).permute(2, 0, 1))
+        self, values: Tensor, factor: Tensor, out: Tensor, call: Call, *, transpose: bool, is_by_token: bool
+    ) -> None:
+        metadata, num_slots, tiles = call
+        tile = rows_tile(tiles.down, out.shape[1])
+        settings = {"scaling": self.scaling, "transpose": transpose, "is_by_token": is_by_token}
+        low_rank_rows(values, factor, out, metadata, num_slots, tile, **settings)
 
 
 class Adapters(NamedTuple):
@@ -159,6 +126,77 @@ class Adapters(NamedTuple):
 
     gate_up: Adapter | None = None
     down: Adapter | None = None
+
+    @property
+    def need_scaled_rows(self) -> bool:
+        """Whether the gradient of the down projection's A is wanted."""
+        return self.down is not None and self.down.needs_a
+
+    def fill_gradients(
+        self,
+        grad_output: Tensor,
+        scaled: Tensor | None,
+        grad_h: Tensor,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        call: Call,
+    ) -> None:
+        """Compute `grad_a` and `grad_b` of both where wanted, by one kernel; zeros for experts without rows.
+
+        Args:
+            grad_output: [T, H].
+            scaled: The activated rows times their router weights, [S, I]; None unless `need_scaled_rows`.
+            grad_h: [S, 2I].
+            hidden_states: [T, H].
+            topk_weights: [T, K].
+            call: With the sorted order.
+        """
+        gate_up, down = self
+        b_down, a_down = NOTHING if down is None else down.products(grad_output, scaled)
+        b_gate_up, a_gate_up = NOTHING if gate_up is None else gate_up.products(grad_h, hidden_states)
+        products = (b_down, a_down, b_gate_up, a_gate_up)
+        factor_gradients(products, topk_weights, call.metadata, call.tiles.weight_gradient)
+        by_expert = (b_gate_up.gradient, b_down.gradient)
+        targets = (_like_b(gate_up, by_expert[0]), _like_b(down, by_expert[1]))
+        transpose_pair(by_expert, targets, call.metadata.expert_start.shape[0] - 1, is_by_expert=True)
+        if gate_up is not None:
+            gate_up.grad_b = targets[0]
+        if down is not None:
+            down.grad_b = targets[1]
+
+
+def _like_b(adapter: Adapter | None, gradient: Tensor | None) -> Tensor | None:
+    return None if adapter is None or gradient is None else torch.empty_like(adapter.b)
+
+
+def make_adapters(
+    factors: Sequence[Tensor],
+    scalings: Sequence[float],
+    rows: Sequence[Tensor],
+    num_experts: int,
+    needs: Sequence[bool] = (True,) * 4,
+) -> Adapters:
+    """Return the adapters of factors as PEFT stores them; both factors B are put in order by one kernel.
+
+    Args:
+        factors: A and B of the first projection, then of the second; without elements where there is none.
+        scalings: Of both.
+        rows: What `Adapter.low` will be; its dtype is that of the products.
+        num_experts: E.
+        needs: Whose gradients are wanted, in the order of the factors.
+    """
+    a, b, other_a, other_b = (one.contiguous() if one.numel() else None for one in factors)
+    if a is None and other_a is None:
+        return NO_ADAPTERS
+    by_expert = None if b is None else torch.empty_like(b, dtype=rows[0].dtype)
+    other_by_expert = None if other_b is None else torch.empty_like(other_b, dtype=rows[1].dtype)
+    transpose_pair((b, other_b), (by_expert, other_by_expert), num_experts, is_by_expert=False)
+    gate_up = down = None
+    if a is not None and b is not None and by_expert is not None:
+        gate_up = Adapter(a, b, by_expert, scalings[0], rows[0], needs[0], needs[1])
+    if other_a is not None and other_b is not None and other_by_expert is not None:
+        down = Adapter(other_a, other_b, other_by_expert, scalings[1], rows[1], needs[2], needs[3])
+    return Adapters(gate_up, down)
 
 
 NO_ADAPTERS = Adapters()

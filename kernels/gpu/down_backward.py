@@ -39,7 +39,8 @@ def down_backward(
     activation: str,
     tile: Tile,
     low_rank: LowRankStep | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needs_scaled: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return the pre-activation's gradient [S, 2I], the scaled activation [S, I] and the router weights' gradient.
 
     Args:
@@ -51,6 +52,7 @@ def down_backward(
         activation: Text of the epilogue.
         tile: Sizes of the tiles.
         low_rank: What an adapter adds to da; its factor is [E, r, I].
+        needs_scaled: Whether the second result is wanted; it is None otherwise.
 
     Returns:
         The third is [P, S], to be summed over P (`combine_gradients` does), in fp32 (fp64 for fp64), undefined beyond
@@ -59,7 +61,8 @@ def down_backward(
     num_rows, (num_experts, hidden, width) = metadata.row_slot.numel(), down_proj.shape
     tile = backward_tile(tile, activation)
     blocks = ceil_div(width, tile.block_n)
-    grad_h, scaled = torch.empty_like(preactivation), preactivation.new_empty(num_rows, width)
+    grad_h = torch.empty_like(preactivation)
+    scaled = preactivation.new_empty(num_rows, width) if needs_scaled else None
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     partial = preactivation.new_empty(blocks, num_rows, dtype=wide)
     tiles = max_tiles(num_rows, num_experts, tile.block_m)
@@ -238,12 +241,13 @@ def down_backward_kernel(
 
     scale = tl.load(topk_weights_ptr + slots, mask=is_row, other=0.0).to(ACC)
     # Offsets within the tile fit 32 bits; only the tile's own place needs 64.
+    scaled_tile_ptr = None if scaled_ptr is None else scaled_ptr + first * WIDTH
     partial = store_tile(
         grad_a,
         scale,
         preactivation_ptr + first * 2 * WIDTH,
         grad_h_ptr + first * 2 * WIDTH,
-        scaled_ptr + first * WIDTH,
+        scaled_tile_ptr,
         (end - first).to(tl.int32),
         block_n * BLOCK_N,
         WIDTH,
@@ -364,7 +368,7 @@ def _store_columns(
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Write both results for some columns of a tile and return their part of the router's gradient per row."""
+    """Write the results for some columns of a tile and return their part of the router's gradient per row."""
     mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
     if INTERLEAVED:
         places, UP = 2 * columns, 1
@@ -378,6 +382,7 @@ def _store_columns(
     grad_a *= scale[:, None]
     tl.store(grad_h_ptr + offsets, narrow(grad_a * up * slope, DTYPE), mask=mask)
     tl.store(grad_h_ptr + offsets + UP, narrow(through_clamp(grad_a * activated, whole_up, LIMIT), DTYPE), mask=mask)
-    scaled = scale[:, None] * activated * up
-    tl.store(scaled_ptr + rows[:, None] * WIDTH + columns[None, :], narrow(scaled, DTYPE), mask=mask)
+    if scaled_ptr is not None:
+        scaled = scale[:, None] * activated * up
+        tl.store(scaled_ptr + rows[:, None] * WIDTH + columns[None, :], narrow(scaled, DTYPE), mask=mask)
     return partial

@@ -57,7 +57,7 @@ def forward(
         adapters: Of both projections.
     """
     _check_sizes(topk_indices, gate_up_proj)
-    num_tokens, num_slots, has_adapters = hidden_states.shape[0], topk_indices.shape[1], any(adapters)
+    num_tokens, num_slots, has_adapters = hidden_states.shape[0], topk_indices.shape[1], adapters is not NO_ADAPTERS
     if num_tokens == 0 and not keep_preactivation and not has_adapters:
         return hidden_states.clone(), hidden_states.new_empty(0, gate_up_proj.shape[1]), None
     inputs = (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights)
@@ -117,29 +117,29 @@ def backward(
         adapters: Of both projections, as the forward pass left them; their gradients are filled.
     """
     needs_x, needs_gate_up, needs_down, needs_weights, needs_bias = needs
-    num_slots = topk_weights.shape[1]
+    num_slots, has_adapters = topk_weights.shape[1], adapters is not NO_ADAPTERS
     tiles = tiles_for(hidden_states, down_proj, order.row_slot.numel())
     # Tuning may have changed the tiles since the forward pass.
     metadata = RoutingMetadata(*order.tensors(), tiles_of(order.expert_start, tiles.block_m))
     call, step = Call(metadata, num_slots, tiles), None
+    needs_scaled = needs_down or adapters.need_scaled_rows
     if adapters.down is not None:
         step = adapters.down.backward(grad_output, call, is_by_token=True)
     stack = dense(down_proj, metadata.expert_start)
     grad_h, scaled, partial = down_backward(
-        grad_output, stack, preactivation, topk_weights, metadata, activation, tiles.down_backward, step
+        grad_output, stack, preactivation, topk_weights, metadata, activation, tiles.down_backward, step, needs_scaled
     )
     del stack
-    if adapters.down is not None and step is not None:
-        adapters.down.fill_gradients(step, grad_output, scaled, call, gather="grad_out", row_weights=topk_weights)
     grad_gate_up = grad_down = rows = None
     grad_bias = row_sums(grad_h, metadata) if needs_bias else None
-    if needs_down:
+    if needs_down and scaled is not None:
         grad_down = weight_gradient(grad_output, scaled, metadata, num_slots, tiles.weight_gradient, gather="left")
-    del scaled
     step = None
-    if adapters.gate_up is not None:
+    if adapters.gate_up is not None and (needs_x or adapters.gate_up.needs_a):
         step = adapters.gate_up.backward(grad_h, call, is_by_token=False)
-        adapters.gate_up.fill_gradients(step, grad_h, hidden_states, call, gather="x")
+    if has_adapters:
+        adapters.fill_gradients(grad_output, scaled, grad_h, hidden_states, topk_weights, call)
+    del scaled
     if needs_x:
         stack = dense(gate_up_proj, metadata.expert_start)
         rows = grouped_gemm(grad_h, stack, metadata, tiles.input_gradient, transpose=False, low_rank=step)

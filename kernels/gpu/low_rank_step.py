@@ -7,26 +7,25 @@ operands.
 S rows, r rank, E experts.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek_kernels.gpu.triton_numerics import multiply
+from deepseek_kernels.gpu.triton_numerics import multiply, narrow
 
 # A tensor core multiplies 16 elements at least. Beside accumulators that fill the registers there is room for 32.
 _LEAST, _MOST = 16, 32
 
 
-@dataclass(frozen=True)
-class LowRankStep:
+class LowRankStep(NamedTuple):
     """The operands of the step.
 
     Attributes:
         rows: Of every row, scaling included. [S, r].
-        factor: Stored like the weights of the product, with r as the inner size: [E, r, N] or [E, N, r].
+        factor: Stored like the weights of the product, with r as the inner size: [E, r, N] or [E, N, r]; axes may be
+            joined, and it may have another dtype than the rows, to which it is rounded as it is read.
     """
 
     rows: Tensor
@@ -99,5 +98,5 @@ def add_low_rank(
         else:
             factor_ptrs = factor_ptr + ranks[:, None] * COLUMNS + columns[None, :]
         factor = tl.load(factor_ptrs, mask=is_rank[:, None] & is_column[None, :], other=0.0)
-        total = multiply(low, factor, total, ACC, PRECISION)
+        total = multiply(low, narrow(factor, low.dtype), total, ACC, PRECISION)
     return total

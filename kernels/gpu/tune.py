@@ -211,6 +211,7 @@ def _kernel(name: str, inputs: _Inputs, num_slots: int, tile: Tile) -> Callable[
 def _down_backward(inputs: _Inputs, metadata: RoutingMetadata, tile: Tile) -> tuple[Tensor, ...]:
     operands = (inputs.x, inputs.down_proj, inputs.preactivation, inputs.weights)
     grad_h, scaled, partial = down_backward(*operands, metadata, "silu", tile)
+    assert scaled is not None
     return grad_h, scaled, partial.sum(0)  # of as many parts as the tile makes
 
 

@@ -17,8 +17,8 @@ from triton.runtime.jit import JITFunction
 
 from deepseek_cli.benchmarks import compile_check
 from deepseek_kernels.epilogue import Epilogue
-from deepseek_kernels.gpu import combine, experts, launch, low_rank, tiles
-from deepseek_kernels.gpu.adapters import Adapter, Adapters
+from deepseek_kernels.gpu import combine, experts, factor_gradients, launch, low_rank, tiles
+from deepseek_kernels.gpu.adapters import make_adapters
 from deepseek_kernels.gpu.low_rank_step import step_constants
 
 PLAIN, CLAMPED = Epilogue(), Epilogue(limit=7.0, alpha=1.702, shift=1.0)
@@ -66,9 +66,9 @@ def run_layer(
     x, gate_up, down = (torch.zeros(n, dtype=dtype) for n in ((T, H), (E, 2 * I, H), (E, H, I)))
     ids, weights = torch.zeros(T, K, dtype=torch.int64), torch.zeros(T, K)
     sizes = ((H, 2 * I), (I, H))
-    factors = [[torch.zeros(n, dtype=factor_dtype) for n in ((E * r, N), (M, r * E))] for N, M in sizes]
-    pair = Adapters(*(Adapter(a, b, 2.0, x.new_zeros(T * K, r), E) for a, b in factors))
-    operands = (x, gate_up, down)
+    factors = [torch.zeros(n, dtype=factor_dtype) for N, M in sizes for n in ((E * r, N), (M, r * E))]
+    rows, operands = [x.new_zeros(T * K, r) for _ in range(2)], (x, gate_up, down)
+    pair = make_adapters(factors, (2.0, 2.0), rows, E)
     _, kept, order = experts.forward(*operands, ids, weights, epilogue.text, True, None, pair)
     needs = [True, False, False, True, False]
     experts.backward(x, *operands, order, weights, kept, epilogue.text, needs, pair)
@@ -76,7 +76,8 @@ def run_layer(
 
 def check(made, gpu, limited=MOST_SPILLED, free=0):
     names = [name for name, _ in made]
-    assert names.count("low_rank_rows_kernel") == names.count("factor_gradient_kernel") == 4
+    assert names.count("low_rank_rows_kernel") == 4 and names.count("factor_gradients_kernel") == 1
+    assert names.count("transpose_pair_kernel") == 2
     assert names.count("grouped_gemm_kernel") == 2 and "weight_gradient_kernel" not in names
     target = tiles.TARGETS[gpu]
     usage_of = compile_check._amd_usage if target[0] == "hip" else compile_check._nvidia_usage
@@ -96,16 +97,15 @@ def compile_by_hand(function, constants, tile):
 def test_the_thin_products_multiply_on_tensor_cores():
     """Two of eight, at the sizes of production."""
     chosen = tiles.SHIPPED["sm_90", 0, 0, 2]
-    tile = low_rank.rows_tile(chosen, 16)
+    tile = low_rank.rows_tile(chosen.down, 16)
     constants = low_rank.low_rank_rows_constants(
         torch.bfloat16, 128, 2048, 16, 8, scaling=2.0, transpose=True, is_by_token=True, tile=tile
     )
     rows = compile_by_hand(low_rank.low_rank_rows_kernel, constants, tile)
-    tile = low_rank.gradient_tile(chosen, 16)
-    constants = low_rank.factor_gradient_constants(
-        torch.bfloat16, torch.float32, 128, 1536, 16, 8, is_b=True, is_by_token=False, tile=tile
-    )
-    gradient = compile_by_hand(low_rank.factor_gradient_kernel, {**constants, "topk_weights_ptr": None}, tile)
+    tile = factor_gradients.gradient_tile(chosen.weight_gradient, 16)
+    sizes = ((2048, 16), (768, 16), (1536, 16), (2048, 16))
+    constants = factor_gradients.factor_gradients_constants(torch.bfloat16, (torch.float32,) * 4, sizes, 8, tile=tile)
+    gradient = compile_by_hand(factor_gradients.factor_gradients_kernel, constants, tile)
     for usage in (rows, gradient):
         assert usage.has_matrix_instruction and usage.spills == 0 and usage.registers <= 128
 

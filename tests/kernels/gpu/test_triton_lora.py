@@ -116,6 +116,19 @@ def test_frozen_input_and_router():
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("trained", [[1, 3], [0], [2]], ids=["b_alone", "a_of_gate_up", "a_of_down"])
+def test_frozen_factors(trained):
+    """Gradients of the others alone, by the same sums."""
+    case = case_of(torch.float64, T=2, E=3, H=16, I=8)
+    wanted = step(case)[3:]
+    factors = [t for name in BOTH for t in (case[f"{name}_lora"].a, case[f"{name}_lora"].b)]
+    leaves = [t.detach().requires_grad_(i in trained) for i, t in enumerate(factors)]
+    for i, name in enumerate(BOTH):
+        case[f"{name}_lora"] = LoraFactors(*leaves[2 * i : 2 * i + 2], case[f"{name}_lora"].scaling)
+    got = torch.autograd.grad(run(case), [leaves[i] for i in trained], case["grad"])
+    assert all(torch.equal(one, wanted[i]) for one, i in zip(got, trained, strict=True))
+
+
 def test_factors_that_are_not_contiguous():
     case = case_of(torch.float64, T=3)
     wanted = step(case)
