@@ -173,7 +173,8 @@ class Bench:
         if variant.form == "bf16":
             return 0.0
         stacks = [dense(one) for one in self.layers[variant.form][0]]
-        return largest_tile_error(self.run(variant, 0, x, ids, weights), fused_moe(x, *stacks, ids, weights))
+        wanted = fused_moe(x, stacks[0], stacks[1], ids, weights)
+        return largest_tile_error(self.run(variant, 0, x, ids, weights), wanted)
 
 
 def _tiles(variant: Variant, x: Tensor, gate_up: Any, down: Any, ids: Tensor) -> PackedTiles | None:
@@ -192,7 +193,7 @@ def make_steps(bench: Bench, num_tokens: int, variants: list[Variant]) -> dict[s
         variants: What is timed.
     """
     inputs = [bench.inputs(num_tokens) for _ in range(NUM_CALLS)]
-    steps = {}
+    steps: dict[str, Callable[[Mark], object]] = {}
     for variant in variants:
 
         def calls(variant: Variant = variant) -> None:
@@ -227,7 +228,7 @@ def make_training_steps(bench: Bench, num_tokens: int, variants: list[Variant]) 
     """
     x, ids, weights = bench.inputs(num_tokens)
     x.requires_grad_()
-    grad, steps = torch.randn_like(x), {}
+    grad, steps = torch.randn_like(x), dict[str, Callable[[Mark], object]]()
     for variant in variants:
 
         def step(mark: Mark, variant: Variant = variant) -> None:

@@ -77,6 +77,7 @@ def _direct_backward(layer: _Layer, implementation: Experts) -> Callable[[Mark],
     operands = (layer.x, experts.gate_up_proj.detach(), experts.down_proj.detach())
     with torch.no_grad():
         _, kept, order = experts_gpu.forward(*operands, indices, weights, "silu", True)
+    assert order is not None  # what is kept is sorted
     needs = [True] * 4 + [False]
 
     def step(mark: Mark) -> None:

@@ -72,7 +72,9 @@ def forward(
         return *decode(*inputs, activation, metadata, gate_up_bias), metadata
     settings = (metadata, num_slots, activation, keep_preactivation)
     if packed is not None:
-        activated, preactivation = four_bit_gate_up(*inputs[:2], *settings, packed.gate_up, gate_up_bias)
+        activated, preactivation = four_bit_gate_up(
+            hidden_states, gate_up_proj, *settings, packed.gate_up, gate_up_bias
+        )
         rows = four_bit_gemm(activated, down_proj, metadata, packed.down)
         return combine(rows, metadata.slot_row, num_slots, topk_weights), preactivation, metadata
     step = None
