@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 import modeling_deepseek.fused_experts as fused_experts
 from modeling_deepseek.fused_fp8 import fused_moe_fp8_experts_forward
@@ -101,7 +102,8 @@ def run(experts, forward, dtype, rounded_to=None):
 
 
 def test_how_many_are_refused():
-    assert len(CLASSES) - len(REFUSED) >= 62 and {name for _, name in CLASSES} >= REFUSED.keys()
+    least = 62 if Version(transformers.__version__) >= Version("5.23") else 52  # older releases have fewer classes
+    assert len(CLASSES) - len(REFUSED) >= least and {name for _, name in CLASSES} >= REFUSED.keys()
 
 
 @pytest.mark.slow
