@@ -19,18 +19,6 @@ from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 pytestmark = pytest.mark.xdist_group("distill")  # one run for all
 
-pytestmark = pytest.mark.xdist_group("distill")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("distill")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("distill")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("distill")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("distill")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("distill")  # one run for all
-
 
 @pytest.fixture(scope="module")
 def teacher(tiny_data, tmp_path_factory):

@@ -16,18 +16,6 @@ from deepseek_training.trainer.sample_log import SAMPLES_FILE, drop_samples_afte
 
 pytestmark = pytest.mark.xdist_group("sample_log")  # one run for all
 
-pytestmark = pytest.mark.xdist_group("sample_log")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("sample_log")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("sample_log")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("sample_log")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("sample_log")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("sample_log")  # one run for all
-
 PROMPTS = ["Once upon", "The old man"]
 SETTINGS = {"max_steps": 6, "save_steps": 0, "eval_steps": 0, "sample_prompts": PROMPTS}
 

@@ -21,18 +21,6 @@ from deepseek_training.data.texts import load_texts
 
 pytestmark = pytest.mark.xdist_group("cleaning_resumed")  # one run for all
 
-pytestmark = pytest.mark.xdist_group("cleaning_resumed")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("cleaning_resumed")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("cleaning_resumed")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("cleaning_resumed")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("cleaning_resumed")  # one run for all
-
-pytestmark = pytest.mark.xdist_group("cleaning_resumed")  # one run for all
-
 # Where and when a run was started is no part of what it makes.
 OF_THE_START = {"environment.json", "summary.json"}
 # In the first pass and in the second; the other moments take as long.
