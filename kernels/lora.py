@@ -94,12 +94,14 @@ def fused_moe_lora(
         gate_up_bias: [E, 2I].
     """
     x = operands[0]
-    nothing = x.new_empty(0, 0)
-    factors = [t for one in (gate_up, down) for t in ((nothing, nothing) if one is None else (one.a, one.b))]
-    scalings = [0.0 if one is None else float(one.scaling) for one in (gate_up, down)]
+    if gate_up is None or down is None:
+        nothing = x.new_empty(0, 0)
+        none = LoraFactors(nothing, nothing, 0.0)
+        gate_up, down = gate_up or none, down or none
+    factors = (gate_up.a, gate_up.b, down.a, down.b)
+    scalings = (float(gate_up.scaling), float(down.scaling))
     inputs: tuple[Any, ...] = (*operands, *factors, *scalings, activation, gate_up_bias)
-    floats = (x, operands[4], *factors)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
+    keep = torch.is_grad_enabled() and any([t.requires_grad for t in (x, operands[4], *factors)])
     is_packed = isinstance(operands[1], PackedMatrices)  # no operator takes those
     if not is_packed and (torch.compiler.is_compiling() or x.is_meta or torch._C._len_torch_dispatch_stack()):
         return _forward_op(*inputs, keep)[0]

@@ -45,14 +45,14 @@ class Call(NamedTuple):
     tiles: Tiles
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Adapter:
     """The adapter of one projection, with what the backward pass needs of the forward pass.
 
     Attributes:
         a: [E * r, N], contiguous.
         b: [M, r * E], as PEFT keeps it: the expert runs fastest.
-        by_expert: `b` as [E, M, r] in the dtype of the rows.
+        by_expert: `b` as [E, M, r] in the dtype of the rows; `Adapters.fill_gradients` writes over it.
         scaling: Of the product.
         low: ``scaling * x A^T`` of every row, [S, r]; the forward pass fills it.
         needs_a: Whether the gradient of `a` is wanted.
@@ -106,7 +106,10 @@ class Adapter:
         """
         of_b = of_a = NO_PRODUCT
         if self.needs_b:
-            of_b = Product(grad_out, self.low, torch.empty_like(self.by_expert, dtype=self.b.dtype))
+            # The rows have been multiplied by the factor: its memory takes the gradient where it fits.
+            fits = self.by_expert.dtype == self.b.dtype
+            by_expert = self.by_expert if fits else torch.empty_like(self.b)
+            of_b = Product(grad_out, self.low, by_expert)
         if self.needs_a:
             self.grad_a = torch.empty_like(self.a)
             of_a = Product(x, self.through, self.grad_a)
@@ -116,9 +119,17 @@ class Adapter:
         self, values: Tensor, factor: Tensor, out: Tensor, call: Call, *, transpose: bool, is_by_token: bool
     ) -> None:
         metadata, num_slots, tiles = call
-        tile = rows_tile(tiles.down, out.shape[1])
-        settings = {"scaling": self.scaling, "transpose": transpose, "is_by_token": is_by_token}
-        low_rank_rows(values, factor, out, metadata, num_slots, tile, **settings)
+        low_rank_rows(
+            values,
+            factor,
+            out,
+            metadata,
+            num_slots,
+            rows_tile(tiles.down, out.shape[1]),
+            scaling=self.scaling,
+            transpose=transpose,
+            is_by_token=is_by_token,
+        )
 
 
 class Adapters(NamedTuple):

@@ -76,32 +76,41 @@ def factor_gradients(
         metadata: From `routing_metadata`.
         weight_gradient: The tile of the weights' gradients.
     """
-    wanted = [one if one.gradient is not None else NO_PRODUCT for one in products]
-    sizes = tuple((0, 0) if n.wide is None or n.thin is None else (n.wide.shape[1], n.thin.shape[1]) for n in wanted)
-    tile = gradient_tile(weight_gradient, max(rank for _, rank in sizes))
-    blocks = sum(ceil_div(wide, tile.block_m) * ceil_div(rank, tile.block_n) for wide, rank in sizes)
-    if not blocks:
+    operands: list[Tensor | None] = []
+    sizes: list[int] = []
+    for wide, thin, gradient in products:
+        if wide is None or thin is None or gradient is None:
+            operands += NO_PRODUCT
+            sizes += (0, 0)
+        else:
+            operands += (wide, thin, gradient)
+            sizes += (wide.shape[1], thin.shape[1])
+            dtype = wide.dtype
+    rank = max(sizes[1::2])
+    if not rank:
         return
-    first = next(one for one in wanted if one.gradient is not None)
-    assert first.wide is not None
+    tile, blocks = gradient_tile(weight_gradient, rank), 0
+    for i in (0, 2, 4, 6):
+        blocks += ceil_div(sizes[i], tile.block_m) * ceil_div(sizes[i + 1], tile.block_n)
+    gradients = operands[2::3]
     launch(
         factor_gradients_kernel,
         (metadata.expert_start.shape[0] - 1, blocks),
-        (*(operand for one in wanted for operand in one), topk_weights, metadata.row_slot, metadata.expert_start),
+        (*operands, topk_weights, metadata.row_slot, metadata.expert_start),
         factor_gradients_constants,
-        first.wide.dtype,
-        tuple(None if one.gradient is None else one.gradient.dtype for one in wanted),
-        sizes,
+        dtype,
+        tuple([None if one is None else one.dtype for one in gradients]),
+        tuple(sizes),
         topk_weights.shape[1],
         tile=tile,
-        precision=matmul_precision(first.wide.dtype),
+        precision=matmul_precision(dtype),
     )
 
 
 def factor_gradients_constants(
     dtype: torch.dtype,
     gradient_dtypes: tuple[torch.dtype | None, ...],
-    sizes: tuple[tuple[int, int], ...],
+    sizes: tuple[int, ...],
     num_slots: int,
     *,
     tile: Tile,
@@ -110,7 +119,7 @@ def factor_gradients_constants(
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     names = ("B_DOWN", "A_DOWN", "B_GATE_UP", "A_GATE_UP")
     constants: dict[str, Any] = {}
-    for name, gradient_dtype, (wide, rank) in zip(names, gradient_dtypes, sizes, strict=True):
+    for name, gradient_dtype, wide, rank in zip(names, gradient_dtypes, sizes[::2], sizes[1::2], strict=True):
         constants |= {f"{name}_WIDE": wide, f"{name}_RANK": rank}
         constants[f"{name}_DTYPE"] = None if gradient_dtype is None else TRITON_DTYPES[gradient_dtype]
     return {

@@ -103,7 +103,7 @@ def test_the_thin_products_multiply_on_tensor_cores():
     )
     rows = compile_by_hand(low_rank.low_rank_rows_kernel, constants, tile)
     tile = factor_gradients.gradient_tile(chosen.weight_gradient, 16)
-    sizes = ((2048, 16), (768, 16), (1536, 16), (2048, 16))
+    sizes = (2048, 16, 768, 16, 1536, 16, 2048, 16)
     constants = factor_gradients.factor_gradients_constants(torch.bfloat16, (torch.float32,) * 4, sizes, 8, tile=tile)
     gradient = compile_by_hand(factor_gradients.factor_gradients_kernel, constants, tile)
     for usage in (rows, gradient):
