@@ -83,7 +83,7 @@ def check(made, gpu, tiles):
         ("sm_90", "MANY_ROWS"),
         *(pytest.param("sm_90", name, marks=slow) for name in ("SOME_ROWS", "FEW_ROWS")),
         *(pytest.param("sm_89", name, marks=slow) for name in ("SAFE", "FEW_ROWS")),
-        *(pytest.param("sm_100", name, marks=slow) for name in ("MANY_ROWS", "SOME_ROWS", "FEW_ROWS")),
+        *(pytest.param("sm_100", name, marks=slow) for name in ("MANY_ROWS_SM_100", "SOME_ROWS", "FEW_ROWS")),
     ],
 )
 def test_every_launch(launches, gpu, tiles):
