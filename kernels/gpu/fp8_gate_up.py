@@ -77,6 +77,7 @@ def gate_up_fp8(
             metadata.expert_start,
             metadata.tile_start,
             tiles,
+            width,
             **gate_up_fp8_constants(
                 dtype,
                 num_experts,
@@ -126,7 +127,7 @@ def gate_up_fp8_constants(
     }
 
 
-@triton.jit(do_not_specialize=["num_tiles_bound"])
+@triton.jit(do_not_specialize=["num_tiles_bound", "width"])
 def gate_up_fp8_kernel(
     x_ptr,
     x_scale_ptr,
@@ -140,6 +141,7 @@ def gate_up_fp8_kernel(
     expert_start_ptr,
     tile_start_ptr,
     num_tiles_bound,
+    width,
     num_experts: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -221,5 +223,6 @@ def gate_up_fp8_kernel(
         tl.store(h_ptrs + WIDTH, up, mask=is_output)
     if BLOCK_N == BLOCK_K:
         activated = gated(gate, up, ACTIVATION, LIMIT, ALPHA, SHIFT, tl.float32)
-        activated = tl.where(is_column[None, :], activated, 0.0)
+        # Not `is_column`: see `bound`.
+        activated = tl.where((columns < width)[None, :], activated, 0.0)
         store_group(codes_ptr, scales_ptr, rows, is_row, block_n, activated, WIDTH_GROUPS, BLOCK_K)

@@ -5,7 +5,8 @@ blocks of 128 x 128, as they are stored or transposed. What they write is padded
 the kernels that multiply need no masks along the inner dimension and may take any operand by descriptor.
 
 Surprising: the scale is found from the bits of the largest magnitude. Compared as integers, NaN is above infinity and
-infinity above every number, so that neither is lost, as it would be to the hardware's maximum.
+infinity above every number, so that neither is lost, as it would be to the hardware's maximum. And no size is known
+when a kernel is compiled that says which columns are beyond the matrix: see `bound`.
 
 R rows, C columns, G = ceil(C / 128) groups, E experts, I expert width.
 """
@@ -22,6 +23,8 @@ from deepseek_kernels.gpu.triton_epilogue import epilogue_constants, gated
 from deepseek_kernels.gpu.triton_numerics import INTERPRETED, IS_INTERPRETED, LAUNCH
 
 _ROWS = 8 if IS_INTERPRETED else 32
+# Of two bytes each, what one load takes, and its codes, what one store takes.
+EVEN = 16
 
 
 def quantize_rows(x: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -36,7 +39,18 @@ def quantize_rows(x: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor
     codes, scales = empty_codes(x, rows, groups)
     if rows:
         quantize_rows_kernel[(triton.cdiv(rows, _ROWS), groups)](
-            x, codes, scales, used, rows, columns, groups, BLOCK_R=_ROWS, GROUP=GROUP, num_warps=4, **LAUNCH
+            x,
+            codes,
+            scales,
+            used,
+            rows,
+            columns,
+            groups,
+            EVEN=columns % EVEN == 0,
+            BLOCK_R=_ROWS,
+            GROUP=GROUP,
+            num_warps=4,
+            **LAUNCH,
         )
     return codes, scales
 
@@ -70,6 +84,7 @@ def activate_rows(preactivation: Tensor, activation: str, used: Tensor) -> tuple
             codes,
             scales,
             used,
+            width,
             **activate_rows_constants(width, activation),
             num_warps=4,
             **LAUNCH,
@@ -81,7 +96,8 @@ def activate_rows_constants(width: int, activation: str) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     constants = epilogue_constants(activation)
     del constants["INTERLEAVED"]
-    return {"WIDTH": width, "GROUPS": triton.cdiv(width, GROUP), "BLOCK_R": _ROWS, "GROUP": GROUP, **constants}
+    sizes = {"WIDTH": width, "GROUPS": triton.cdiv(width, GROUP), "EVEN": width % EVEN == 0}
+    return {**sizes, "BLOCK_R": _ROWS, "GROUP": GROUP, **constants}
 
 
 def quantize_blocks(weights: Tensor, *, parts: int = 1, transpose: bool = False) -> tuple[Tensor, Tensor]:
@@ -111,6 +127,7 @@ def quantize_blocks(weights: Tensor, *, parts: int = 1, transpose: bool = False)
         groups,
         PARTS=parts,
         TRANSPOSE=transpose,
+        EVEN=columns % EVEN == 0,
         GROUP=GROUP,
         num_warps=8,
         **LAUNCH,
@@ -127,6 +144,17 @@ def empty_codes(x: Tensor, rows: int, groups: int) -> tuple[Tensor, Tensor]:
         groups: G.
     """
     return x.new_empty(rows, groups * GROUP, dtype=FP8), x.new_empty(rows, groups, dtype=torch.float32)
+
+
+@triton.jit
+def bound(size, EVEN: tl.constexpr):
+    """`size`, an argument that is not specialized, as the bound of a mask; `EVEN` says that 16 divides it.
+
+    Were it known when the kernel is compiled, so would the zeros beyond it be, and ptxas 12.8 (of Triton 3.6) leaves
+    half a register unwritten where one pair of constant codes goes to several places: the codes beyond I were bytes of
+    an address, NaN among them.
+    """
+    return size // 16 * 16 if EVEN else size
 
 
 @triton.jit
@@ -182,7 +210,7 @@ def store_group(codes_ptr, scales_ptr, rows, is_row, group, x, GROUPS, GROUP: tl
     tl.store(scales_ptr + rows * GROUPS + group, scales, mask=is_row)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "columns"])
 def quantize_rows_kernel(
     x_ptr,
     codes_ptr,
@@ -191,10 +219,12 @@ def quantize_rows_kernel(
     num_rows,
     columns,
     groups,
+    EVEN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """One group of `BLOCK_R` rows."""
+    columns = bound(columns, EVEN)
     if used_ptr is not None:
         num_rows = tl.load(used_ptr)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -208,14 +238,16 @@ def quantize_rows_kernel(
     store_group(codes_ptr, scales_ptr, rows, is_row, group, x, groups, GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def activate_rows_kernel(
     h_ptr,
     codes_ptr,
     scales_ptr,
     used_ptr,
+    width,
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
+    EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -231,7 +263,7 @@ def activate_rows_kernel(
     group = tl.program_id(1)
     is_row = rows < num_rows
     columns = group * GROUP + tl.arange(0, GROUP)
-    mask = is_row[:, None] & (columns < WIDTH)[None, :]
+    mask = is_row[:, None] & (columns < bound(width, EVEN))[None, :]
     h_ptrs = h_ptr + rows[:, None] * (2 * WIDTH) + columns[None, :]
     gate = tl.load(h_ptrs, mask=mask, other=0.0)
     up = tl.load(h_ptrs + WIDTH, mask=mask, other=0.0)
@@ -239,7 +271,7 @@ def activate_rows_kernel(
     store_group(codes_ptr, scales_ptr, rows, is_row, group, tl.where(mask, activated, 0.0), GROUPS, GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns"])
 def quantize_blocks_kernel(
     weights_ptr,
     codes_ptr,
@@ -250,9 +282,11 @@ def quantize_blocks_kernel(
     groups,
     PARTS: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    EVEN: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """One block of one part of one expert's matrix."""
+    columns = bound(columns, EVEN)
     block = tl.program_id(0) % (row_groups * groups)
     part = (tl.program_id(0) // (row_groups * groups)).to(tl.int64)
     row_group, group = block // groups, block % groups

@@ -4,6 +4,8 @@ Every product must multiply codes and keep its registers out of memory: what a s
 the sums it is added to, and a tile with more columns would spill.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -110,6 +112,18 @@ def test_odd_shapes(launches, shape):
     made = launches("sm_90", fp8_tiles.MANY_ROWS)
     run_layer(**shape)
     check(made, "sm_90", fp8_tiles.MANY_ROWS)
+
+
+@pytest.mark.parametrize(
+    "tiles,H,I", [("FEW_ROWS", 16, 5), *(pytest.param("SOME_ROWS", *s, marks=slow) for s in ((16, 64), (1, 1)))]
+)
+def test_no_codes_are_known_at_compile_time(launches, tiles, H, I):  # noqa: E741
+    """Of a pair of constant codes that goes to several places ptxas 12.8 leaves one unwritten."""
+    made = launches("sm_90", getattr(fp8_tiles, tiles))
+    run_layer(7, H, I, E=3)
+    conversions = [re.findall(r"e4m3x2\.f32\s+%rs\d+, (%r\d+), (%r\d+);", one.asm["ptx"]) for _, one in made]
+    assert sum(map(len, conversions)) >= 64
+    assert not any(high == low for pairs in conversions for high, low in pairs)
 
 
 def test_another_number_of_tokens_compiles_nothing(launches):

@@ -21,7 +21,7 @@ from moe_cases import make_ids, runs_descriptors
 from deepseek_kernels import fp8, fused_moe_fp8
 from deepseek_kernels.cpu import fp8_experts as fp8_experts_cpu
 from deepseek_kernels.epilogue import Epilogue
-from deepseek_kernels.gpu import fp8_experts, fp8_quantize
+from deepseek_kernels.gpu import fp8_experts, fp8_quantize, fp8_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A GPU refuses float32; in the interpreter it shows that nothing but the order of sums differs.
@@ -143,6 +143,23 @@ def test_two_bytes_an_element():
 @pytest.mark.parametrize("sizes", [(16, 5), *(pytest.param(s, marks=slow) for s in ((256, 128), (300, 7)))])
 def test_sizes_off_the_group(sizes):
     assert_equals_witness(H=sizes[0], I=sizes[1])
+
+
+ODD_SIZES = (1, 5, 16, 17, 31, 64, 100, 127, 129)
+
+
+@pytest.mark.parametrize(
+    "tiles,H,I",
+    [
+        ("FEW_ROWS", 17, 5),
+        *(pytest.param("FEW_ROWS", H, I, marks=slow) for H in ODD_SIZES for I in ODD_SIZES),  # noqa: E741
+        *(pytest.param(t, *s, marks=slow) for t in ("SOME_ROWS", "MANY_ROWS") for s in ((1, 1), (16, 5), (129, 100))),
+    ],
+)
+def test_production_tiles_at_odd_sizes(tiles, H, I, monkeypatch):  # noqa: E741
+    """What is beyond a matrix and within its group is zeros, never what a buffer was filled with."""
+    monkeypatch.setattr(fp8_experts, "choose_fp8_tiles", lambda *arguments: getattr(fp8_tiles, tiles))
+    assert_equals_witness(torch.bfloat16, H=H, I=I)
 
 
 def test_no_tokens():
