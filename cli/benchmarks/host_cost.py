@@ -62,7 +62,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     for _ in range(_WARM_UPS):
         step(_ignore)
-    host, busy = _host_us(step, device), _device_us(step, device)
+    host, busy = host_us(step, device), device_us(step, device)
     step_us = _step_us(step, device)
     return [
         {"T": cell.T, "implementation": name, "part": part, "host_us": host[i], "device_us": busy[i]}
@@ -88,8 +88,13 @@ def _direct_backward(layer: _Layer, implementation: Experts) -> Callable[[Mark],
     return step
 
 
-def _host_us(step: Callable[[Mark], object], device: str) -> list[float]:
-    """Median microseconds per part between call and return."""
+def host_us(step: Callable[[Mark], object], device: str) -> list[float]:
+    """Return the median microseconds of each part between call and return, on an idle stream.
+
+    Args:
+        step: Marks the ends of its parts.
+        device: ``cpu`` or ``cuda``.
+    """
     samples: list[list[float]] = []
     marks: list[float] = []
     for _ in range(_CALLS):
@@ -100,10 +105,15 @@ def _host_us(step: Callable[[Mark], object], device: str) -> list[float]:
     return [statistics.median(part) for part in zip(*samples, strict=True)]
 
 
-def _device_us(step: Callable[[Mark], object], device: str) -> list[float]:
-    """Median microseconds per part on the device, which is kept busy until all is launched."""
+def device_us(step: Callable[[Mark], object], device: str) -> list[float]:
+    """Return the median microseconds of each part on the device, which is kept busy until all is launched.
+
+    Args:
+        step: Marks the ends of its parts.
+        device: ``cpu`` or ``cuda``.
+    """
     if device == "cpu":
-        return _host_us(step, device)
+        return host_us(step, device)
     samples: list[list[float]] = []
     marks: list[list[Any]] = []
 

@@ -10,7 +10,8 @@ Four steps, forward and backward, on the same weights and routing, in turn withi
     fold     PEFT's way: ``W + scaling B A`` is built, then the step of ``full``, then the factors' gradients
 
 Before anything is timed the gradients of ``lora`` are held against those of ``fold``. Writes ``lora_on_gpu.json``
-after every batch size, and prints a table and the time of each kernel of a LoRA step. Processes of their own compile
+after every batch size, and prints a table, what the fewest tokens take host and device (``host_cost``), and the time of
+each kernel of a LoRA step. Processes of their own compile
 ahead, as in ``kernel_variants``; ``--compile-only`` ends after that.
 
 T tokens, K slots per token, H hidden, I expert width, E experts, r rank.
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from triton.runtime.jit import JITFunction
 
+from deepseek_cli.benchmarks.host_cost import device_us, host_us
 from deepseek_cli.benchmarks.kernel_memory import peak_memory
 from deepseek_cli.benchmarks.kernel_timing import Mark, interleave
 from deepseek_kernels.expert_loop import largest_tile_error
@@ -157,6 +159,20 @@ def measure(layer: Layer, num_tokens: int, seconds: float) -> dict[str, Any]:
     return row
 
 
+def measure_parts(layer: Layer, num_tokens: int) -> dict[str, dict[str, list[float]]]:
+    """Return what forward and backward of each kind take the host and the device, in microseconds.
+
+    Args:
+        layer: With its factors.
+        num_tokens: T.
+    """
+    steps = layer.steps(num_tokens)
+    return {
+        kind: {"host_us": host_us(step, layer.device), "device_us": device_us(step, layer.device)}
+        for kind, step in steps.items()
+    }
+
+
 def format_row(row: dict[str, Any]) -> str:
     """Return one row of the table.
 
@@ -195,7 +211,9 @@ def compile_ahead(shape: Shape) -> None:
     """
     begun, context = time.time(), multiprocessing.get_context("spawn")
     buckets = {_bucket(shape, num_tokens) for num_tokens in shape.tokens}
-    jobs = [(shape, bucket, kind, part) for bucket in sorted(buckets) for kind in ("full", "lora") for part in (0, 1)]
+    # The forward pass of frozen experts is that of full training.
+    parts = [("full", 0), ("full", 1), ("frozen", 1), ("lora", 0), ("lora", 1)]
+    jobs = [(shape, bucket, *part) for bucket in sorted(buckets) for part in parts]
     workers = [context.Process(target=_compile, args=job) for job in jobs]
     for worker in workers:
         worker.start()
@@ -264,6 +282,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(format_row(rows[-1]), flush=True)
         figures = {"device": name, "torch": torch.__version__, "shape": vars(shape), "rows": rows}
         (args.output / FILE).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        if num_tokens == shape.tokens[0]:
+            rows[-1]["parts"] = measure_parts(layer, num_tokens)
+    (args.output / FILE).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    print("kind: host us, device us, forward and backward at the fewest tokens")
+    for kind, part in rows[0]["parts"].items():
+        print(kind, *(f"{us:.0f}" for name in ("host_us", "device_us") for us in part[name]), flush=True)
     worst = max(row["error"] for row in rows)
     if worst > _TOLERANCE:
         print(f"lora is off by {worst:.1e} of a block, expected at most {_TOLERANCE:.0e}: the times mean nothing")

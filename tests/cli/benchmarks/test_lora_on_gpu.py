@@ -21,6 +21,7 @@ def test_every_kind_is_right_and_timed(tmp_path):
     rows = json.loads((tmp_path / FILE).read_text())["rows"]
     assert [row["T"] for row in rows] == [20, 40]
     assert all(row[kind]["ms"] > 0 for row in rows for kind in KINDS)
+    assert all(len(part) == 2 and min(part) > 0 for kind in KINDS for part in rows[0]["parts"][kind].values())
     # The fold rounds weight and factors together, so they are near but not equal.
     assert all(0 < row["error"] < 3e-2 for row in rows)
     assert "the times mean nothing" not in done.stdout
