@@ -36,8 +36,7 @@ VARIANTS: dict[str, tuple[Tile, ...]] = {
         MANY_ROWS.gate_up,
         Tile(64, 64, GROUP, 4, 4, uses_descriptor=True),
         Tile(64, 64, GROUP, 4, 3, group_m=16, uses_descriptor=True),
-        Tile(64, 64, GROUP, 4, 3, group_m=32, uses_descriptor=True),
-        Tile(64, 128, GROUP, 4, 3, uses_descriptor=True),
+        Tile(64, 64, GROUP, 4, 3, max_registers=168, uses_descriptor=True),
         Tile(128, 64, GROUP, 8, 4, uses_descriptor=True),
     ),
     "down": (
@@ -46,7 +45,6 @@ VARIANTS: dict[str, tuple[Tile, ...]] = {
         Tile(64, 128, GROUP, 4, 3, group_m=16, uses_descriptor=True),
         Tile(64, 128, GROUP, 4, 3, group_m=32, uses_descriptor=True),
         Tile(64, 64, GROUP, 4, 4, uses_descriptor=True),
-        Tile(128, 128, GROUP, 8, 3, uses_descriptor=True),
     ),
     "input_gradient": (
         MANY_ROWS.input_gradient,
