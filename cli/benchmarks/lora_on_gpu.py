@@ -10,9 +10,9 @@ Four steps, forward and backward, on the same weights and routing, in turn withi
     fold     PEFT's way: ``W + scaling B A`` is built, then the step of ``full``, then the factors' gradients
 
 Before anything is timed the gradients of ``lora`` are held against those of ``fold``. Writes ``lora_on_gpu.json``
-after every batch size, and prints a table, what the fewest tokens take host and device (``host_cost``), and the time of
-each kernel of a LoRA step. Processes of their own compile
-ahead, as in ``kernel_variants``; ``--compile-only`` ends after that.
+after every batch size, and prints a table, what a step of the fewest tokens takes host and device (``host_cost``), and
+the time of each kernel of a LoRA step. Processes of their own compile ahead, as in ``kernel_variants``;
+``--compile-only`` ends after that.
 
 T tokens, K slots per token, H hidden, I expert width, E experts, r rank.
 """
