@@ -49,9 +49,19 @@ class FourBitWeights(nn.Module):
             name: Of the projection.
             stack: [E, M, N].
         """
-        codes, scales = self._buffers[f"{PROJECTIONS[name]}_codes"], self._buffers[f"{PROJECTIONS[name]}_scales"]
         for expert in range(stack.shape[0]):
-            self.format.quantize_into(stack[expert], codes[expert], scales[expert])
+            self.fill_expert(name, expert, stack[expert])
+
+    def fill_expert(self, name: str, expert: int, matrix: Tensor) -> None:
+        """Quantize one expert's matrix of a projection.
+
+        Args:
+            name: Of the projection.
+            expert: Its place.
+            matrix: [M, N].
+        """
+        codes, scales = (self.get_buffer(f"{PROJECTIONS[name]}_{part}") for part in ("codes", "scales"))
+        self.format.quantize_into(matrix, codes[expert], scales[expert])
 
     def matrices(self, name: str, dtype: torch.dtype) -> Any:
         """Return a projection to be read expert by expert.
@@ -89,16 +99,43 @@ def quantize_experts(model: nn.Module, bits: int = 4, format: str = "nf4", group
     fmt = find_format(bits, format, group_size)
     modules = packable_experts(model, fmt)
     for experts in modules:
-        shapes = {name: tuple(experts._parameters[name].shape) for name in PROJECTIONS}
-        first = experts._parameters["down_proj"]
-        experts.four_bit = FourBitWeights(fmt, shapes, first.dtype, first.device)
+        weights = begin_four_bits(experts, fmt)
         for name in PROJECTIONS:
-            experts.four_bit.fill(name, experts._parameters[name].data)
-            experts._parameters[name] = placeholder(shapes[name], first.dtype, first.device)
+            weights.fill(name, experts._parameters[name].data)
+            _let_go(experts, name)
         run_in_four_bits(experts)
     settings = {"quant_method": METHOD, "bits": bits, "format": fmt.name, "group_size": fmt.group_size}
     model.config.quantization_config = settings
     return model
+
+
+def begin_four_bits(experts: nn.Module, fmt: Any) -> FourBitWeights:
+    """Return the place for a module's codes and scales, still to be filled; it computes as before.
+
+    Args:
+        experts: From `packable_experts`.
+        fmt: From `find_format`.
+    """
+    shapes = {name: tuple(experts._parameters[name].shape) for name in PROJECTIONS}
+    first = experts._parameters["down_proj"]
+    experts.four_bit = FourBitWeights(fmt, shapes, first.dtype, first.device)
+    return experts.four_bit
+
+
+def end_four_bits(experts: nn.Module) -> None:
+    """Let go of a module's ordinary weights and have it compute by its codes.
+
+    Args:
+        experts: With `four_bit` filled.
+    """
+    for name in PROJECTIONS:
+        _let_go(experts, name)
+    run_in_four_bits(experts)
+
+
+def _let_go(experts: nn.Module, name: str) -> None:
+    weight = experts._parameters[name]
+    experts._parameters[name] = placeholder(tuple(weight.shape), weight.dtype, weight.device)
 
 
 def dequantize_experts(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:

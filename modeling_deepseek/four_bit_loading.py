@@ -24,6 +24,7 @@ from .four_bit_experts import (
     placeholder,
     run_in_four_bits,
 )
+from .packed_checkpoint import LAYOUT, packed_converters
 
 
 class FourBitExpertsConfig(QuantizationConfigMixin):
@@ -33,13 +34,22 @@ class FourBitExpertsConfig(QuantizationConfigMixin):
         bits: 4.
         format: ``nf4`` or ``int4``.
         group_size: Weights per scale; None: 64 for nf4, 128 for int4.
+        layout: None for stacks of experts as they are in memory; ``pack-quantized`` for experts one by one.
         kwargs: What `from_dict` passes of a saved configuration.
     """
 
-    def __init__(self, bits: int = 4, format: str = "nf4", group_size: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        bits: int = 4,
+        format: str = "nf4",
+        group_size: int | None = None,
+        layout: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         fmt = find_format(bits, format, group_size)
         self.quant_method = METHOD
         self.bits, self.format, self.group_size = bits, fmt.name, fmt.group_size
+        self.layout = layout
 
 
 class FourBitExpertsQuantizer(HfQuantizer):
@@ -68,6 +78,19 @@ class FourBitExpertsQuantizer(HfQuantizer):
                     dtype = weights.dtype if self.pre_quantized else experts._parameters[name].dtype
                     experts._parameters[name] = placeholder(shape, dtype, scales.device)
                 run_in_four_bits(experts)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Return the conversions by which experts that lie one by one become stacks of codes and scales.
+
+        Args:
+            weight_conversions: The model's own.
+            model: That is loaded.
+        """
+        if self.quantization_config.layout != LAYOUT:
+            return super().update_weight_conversions(weight_conversions, model)
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, r"\.weight_shape$"}
+        return packed_converters(weight_conversions)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Return whether this is a projection of experts that are put into 4 bits.

@@ -24,8 +24,15 @@ from transformers import (
 
 from deepseek_records.json_files import read_object
 from deepseek_records.kept_mtp import keep_mtp
-from modeling_deepseek import DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel
+from modeling_deepseek import (
+    DeepseekConfig,
+    DeepseekForCausalLM,
+    DeepseekForSequenceClassification,
+    DeepseekModel,
+    FourBitExpertsConfig,
+)
 from modeling_deepseek.checkpoint_check import check_index
+from modeling_deepseek.packed_checkpoint import packed_settings
 
 _CONFIG_FILES = ("config.json", "adapter_config.json")
 # The classes that load DeepSeek-V3's own checkpoints in the Auto classes' place.
@@ -67,6 +74,11 @@ def load_model(
     _check_quantization(source)
     check_index(source)
     auto_class = _choose_class(auto_class, source)
+    packed = packed_settings(source)
+    if packed is not None:  # transformers would make such experts dense
+        config_class = DeepseekConfig if auto_class in _OWN_CLASSES.values() else AutoConfig
+        options["config"] = options.get("config") or _load(config_class, "model", source)
+        options["config"].quantization_config = FourBitExpertsConfig(**packed).to_dict()
     model, found = _load(
         auto_class, "model", source, trust_remote_code=trust_remote_code, output_loading_info=True, **options
     )
