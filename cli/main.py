@@ -28,6 +28,7 @@ SUBCOMMANDS = (
     "adapt",
     "distill",
     "shrink",
+    "quantize",
     "sft",
     "align",
     "grpo",

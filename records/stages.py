@@ -21,7 +21,19 @@ from deepseek_records.run_folder import (
 from deepseek_records.summary import Check, DataUse, Result, Sample, Summary
 
 MODEL_MARKS = ("config.json", "adapter_config.json")
-STAGE_ORDER = ("tokenizer", "pretrain", "shrink", "adapt", "distill", "sft", "dpo", "align", "grpo", "evaluate")
+STAGE_ORDER = (
+    "tokenizer",
+    "pretrain",
+    "shrink",
+    "adapt",
+    "distill",
+    "sft",
+    "dpo",
+    "align",
+    "grpo",
+    "quantize",
+    "evaluate",
+)
 
 
 @dataclass(frozen=True)

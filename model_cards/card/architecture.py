@@ -25,6 +25,7 @@ _DONE = {
     "train": "trained with transformers' Trainer",
     "shrink": "cut out of a larger model",
     "distill": "distilled from a teacher",
+    "quantize": "quantized: its routed experts are in 4 bits, by AWQ",
 }
 
 

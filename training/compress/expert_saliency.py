@@ -84,12 +84,12 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tens
     names = ("hidden_states", "top_k_index", "top_k_weights")
     values = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
     if len(values) != len(names) or any(not isinstance(value, torch.Tensor) for value in values):
-        raise ValueError("shrink: got experts that are called otherwise, expected (hidden, indices, weights)")
+        raise ValueError("experts: got some that are called otherwise, expected (hidden, indices, weights)")
     hidden, indices, weights = values
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if indices.shape != weights.shape or len(indices) != len(hidden):
         raise ValueError(
-            f"shrink: got indices {tuple(indices.shape)} and weights {tuple(weights.shape)} of {len(hidden)} tokens, "
+            f"experts: got indices {tuple(indices.shape)} and weights {tuple(weights.shape)} of {len(hidden)} tokens, "
             "expected [tokens, slots] of both"
         )
     return hidden, indices, weights

@@ -1,9 +1,14 @@
-"""What `distill` writes into its summary: results, checks, and how much of the way to the teacher was made."""
+"""What `distill` and `quantize` write into their summaries: results, checks, and how far the model has moved."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from deepseek_records.summary import Check, Result
+from deepseek_training.compress.awq import LayerReport
+from deepseek_training.compress.divergence import Comparison
 from deepseek_training.recipes.distill import DistillRecipe
+from deepseek_training.recipes.quantize import QuantizeSettings
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from deepseek_training.trainer.outcome import bits_rows
 
@@ -36,3 +41,32 @@ def distill_outcome(
         what = f"bits per byte on {name} stay at or below the teacher's"
         checks.append(Check.compare(what, after.value, "<=", teacher.value, **about))
     return {"results": rows, "checks": tuple(checks), "details": details}
+
+
+def quantize_outcome(
+    settings: QuantizeSettings, name: str, comparison: Comparison, reports: Sequence[LayerReport]
+) -> dict[str, Any]:
+    """Return a summary's results, checks and details.
+
+    Args:
+        settings: Of the command.
+        name: Of the held-out set.
+        comparison: Of the model before and after.
+        reports: From `awq`.
+    """
+    before, after = comparison.before, comparison.after
+    what = f"bits per byte on {name} rise by at most {settings.max_loss:.1%}"
+    loss = after.value / before.value - 1
+    about = {"metric": "bits_per_byte", "dataset": name}
+    return {
+        "results": bits_rows({name: before}, when="before") + bits_rows({name: after}, when="after"),
+        "checks": (Check.compare(what, loss, "<=", settings.max_loss, **about),),
+        "details": {
+            "bits_per_byte_difference": comparison.difference.value,
+            "bits_per_byte_difference_stderr": comparison.difference.stderr,
+            "kl_divergence": comparison.divergence,
+            "kl_tokens": comparison.num_tokens,
+            "experts_with_few_tokens": sum(report.experts_below for report in reports),
+            "layers": [dataclasses.asdict(report) for report in reports],
+        },
+    }

@@ -70,6 +70,22 @@ def measure_model(
         sequence_length: Tokens the model sees at once.
         batch_size: Windows a forward pass.
     """
+    nats, num_tokens = measure_windows(model, documents, sequence_length=sequence_length, batch_size=batch_size)
+    return BitsPerByte.from_windows(nats, num_tokens, num_bytes)
+
+
+@torch.no_grad()
+def measure_windows(
+    model: torch.nn.Module, documents: Sequence[np.ndarray], *, sequence_length: int, batch_size: int
+) -> tuple[list[float], list[int]]:
+    """Return each window's summed -log P and number of tokens, in an order that the documents alone decide.
+
+    Args:
+        model: A causal language model.
+        documents: As for `measure_model`, as are the next two.
+        sequence_length: Tokens the model sees at once.
+        batch_size: Windows a forward pass.
+    """
     windows = cut_windows(documents, sequence_length)
     # equal lengths together, so that short documents cost no padding; the order is undone by summing
     windows.sort(key=lambda window: window.begin - window.end)
@@ -81,7 +97,7 @@ def measure_model(
             nats += score_windows(model, documents, windows[start : start + batch_size])
     finally:
         model.train(was_training)
-    return BitsPerByte.from_windows(nats, [window.num_targets for window in windows], num_bytes)
+    return nats, [window.num_targets for window in windows]
 
 
 def measure_bigram(

@@ -9,6 +9,7 @@ import numpy as np
 from deepseek_records.document_tokens import with_start
 from deepseek_training.data.packing import cut_to_share, encode_documents
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
+from deepseek_training.recipes.quantize import QuantizeSettings
 from deepseek_training.recipes.shrink import ShrinkSettings
 from deepseek_training.trainer.bigram import BigramModel
 from deepseek_training.trainer.bits_per_byte import BitsPerByte, measure_bigram, measure_model
@@ -57,7 +58,7 @@ class HeldOut:
         """The texts, under the name that each held-out set has for its content."""
         return self.texts
 
-    def measure(self, model: Any, recipe: TrainerSettings | ShrinkSettings) -> BitsPerByte:
+    def measure(self, model: Any, recipe: TrainerSettings | ShrinkSettings | QuantizeSettings) -> BitsPerByte:
         """Return the model's bits per byte on this set."""
         return measure_model(
             model,
