@@ -77,8 +77,8 @@ def indexer_frozen(subject: Subject) -> Finding | None:
         return None
     return Finding(
         f"{len(names)} tensors of the attention's indexer get no gradient, {names[0]} among them",
-        "train it by a loss of its own (KL to the attention's distribution), or freeze it knowingly with "
-        "requires_grad_(False)",
+        "deepseek_training.indexer.IndexerTrainingCallback.attach(trainer, warmup_steps=1000) trains it to choose "
+        "what the attention looks at; or freeze it knowingly with requires_grad_(False)",
     )
 
 

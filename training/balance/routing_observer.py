@@ -225,7 +225,7 @@ class RoutingObserver:
 
     def _begin_pass(self, place: int, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if decoder.training and torch.is_grad_enabled():
-            self._open[place] = _Pass(_layout_of(args, kwargs))
+            self._open[place] = _Pass(layout_of(args, kwargs))
             self.has_passes = True
 
     def _end_pass(self, place: int, decoder: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -270,7 +270,7 @@ def has_own_losses(router: nn.Module) -> bool:
     return hasattr(type(router), "finish_step")
 
 
-def _layout_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout | None:
+def layout_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout | None:
     """The layout of a decoder's input; None where its arguments do not tell it."""
     tokens = kwargs.get("input_ids", args[0] if args else None)
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
