@@ -6,6 +6,8 @@ such layers that a checkpoint holds and the model has no layers for are kept by 
 Axes: B batch, S sequence, D hidden, k depth from 1.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -129,17 +131,43 @@ def prediction_loss(
         "position_embeddings": decoder.rotary_emb(hidden_states, position_ids),
         "training_pass": inputs.training_pass,
     }
+    layers = [functools.partial(layer, **common) for layer in decoder.layers[decoder.config.num_hidden_layers :]]
+    return loss_over_depths(layers, decoder.embed_tokens, head, hidden_states, inputs)
+
+
+def loss_over_depths(
+    layers: Sequence[Callable[..., torch.Tensor]],
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden_states: torch.Tensor,
+    inputs: PredictionInputs,
+) -> torch.Tensor:
+    """Return `prediction_loss` of layers of any make; those of other models call it too.
+
+    Args:
+        layers: By depth, `layer(hidden_states, inputs_embeds=...)`, all `[B, S, D]`.
+        embed: The embedding.
+        head: The language-modeling head, `[..., D] -> [..., vocabulary]`.
+        hidden_states: `[B, S, D]`, the decoder's last ones.
+        inputs: The batch.
+
+    Returns:
+        Scalar, fp32.
+    """
     losses = []
-    for depth, layer in enumerate(decoder.layers[decoder.config.num_hidden_layers :], start=1):
-        embeds = decoder.embed_tokens(inputs.input_ids.roll(-depth, 1))
-        hidden_states = layer(hidden_states, inputs_embeds=embeds, **common)
+    for depth, layer in enumerate(layers, start=1):
+        hidden_states = layer(hidden_states, inputs_embeds=embed(inputs.input_ids.roll(-depth, 1)))
         targets, is_target = inputs.targets(depth)
         losses.append(_mean_cross_entropy(head, hidden_states, targets, is_target, inputs.training_pass.layout))
     return torch.stack(losses).mean()
 
 
 def _mean_cross_entropy(
-    head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor, is_target: torch.Tensor, layout: TokenLayout
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    is_target: torch.Tensor,
+    layout: TokenLayout,
 ) -> torch.Tensor:
     """The cross-entropy averaged over each sequence's targets, then over sequences."""
     if torch.compiler.is_compiling():  # a number of targets that varies would break the graph

@@ -51,7 +51,7 @@ class KeepsMtp:
         own = {path.parent.resolve() for path in self.mtp_files.values()} == {folder.resolve()}
         early = read_mtp(self.mtp_files) if own else None  # before they are written over
         super().save_pretrained(folder, is_main_process=True, **kwargs)  # type: ignore[misc]
-        _add(folder, read_mtp(self.mtp_files) if early is None else early)
+        add_mtp(folder, read_mtp(self.mtp_files) if early is None else early)
 
 
 def keep_mtp(model: PreTrainedModel, source: str | os.PathLike[str] | None = None) -> bool:
@@ -67,7 +67,7 @@ def keep_mtp(model: PreTrainedModel, source: str | os.PathLike[str] | None = Non
     Raises:
         ValueError: They are stored in FP8, and the model is not.
     """
-    if isinstance(model, KeepsMtp) or hasattr(type(model), "_carries_mtp"):
+    if "mtp_files" in vars(model) or hasattr(type(model), "_carries_mtp"):
         return True
     files = mtp_files(model, model.config.name_or_path if source is None else source)
     if not files:
@@ -76,9 +76,10 @@ def keep_mtp(model: PreTrainedModel, source: str | os.PathLike[str] | None = Non
     if scales and not vars(model).get("is_quantized", False):
         raise ValueError(f"mtp: got {scales[0]}, expected no FP8 weights; convert the checkpoint to bf16 first")
     cls = type(model)
-    # Instead of a function on the instance, which a copy of the model would share.
     patterns = sorted({rf"layers\.{number}\." for number in map(_layer_number, files) if number is not None})
-    model.__class__ = type(cls.__name__, (KeepsMtp, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    if not isinstance(model, KeepsMtp):  # it is where the class of such a model has loaded it
+        # Instead of a function on the instance, which a copy of the model would share.
+        model.__class__ = type(cls.__name__, (KeepsMtp, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     # By these `use_mtp` finds the layers; a class names those of the released sizes only.
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
     model.mtp_files = files
@@ -146,8 +147,13 @@ def read_mtp(files: dict[str, Path]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _add(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write the tensors into a file of their own and into the index, whole before anything points to it."""
+def add_mtp(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors into a file of their own and into the index, whole before anything points to it.
+
+    Args:
+        folder: A checkpoint without them.
+        tensors: By their official names.
+    """
     single, index = folder / _SINGLE, folder / _INDEX
     if single.is_file():  # of one file a checkpoint becomes two
         renamed = "model-00001-of-00001.safetensors"
