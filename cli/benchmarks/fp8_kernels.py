@@ -41,16 +41,16 @@ VARIANTS: dict[str, tuple[Tile, ...]] = {
     ),
     "down": (
         MANY_ROWS.down,
-        Tile(64, 128, GROUP, 4, 4, uses_descriptor=True),
+        Tile(64, 128, GROUP, 4, 4, group_m=32, uses_descriptor=True),
         Tile(64, 128, GROUP, 4, 3, group_m=16, uses_descriptor=True),
-        Tile(64, 128, GROUP, 4, 3, group_m=32, uses_descriptor=True),
+        Tile(64, 128, GROUP, 4, 3, uses_descriptor=True),
         Tile(64, 64, GROUP, 4, 4, uses_descriptor=True),
     ),
     "input_gradient": (
         MANY_ROWS.input_gradient,
-        Tile(64, 128, GROUP, 4, 4, uses_descriptor=True),
+        Tile(64, 128, GROUP, 4, 4, group_m=32, uses_descriptor=True),
         Tile(64, 128, GROUP, 4, 3, group_m=16, uses_descriptor=True),
-        Tile(64, 128, GROUP, 4, 3, group_m=32, uses_descriptor=True),
+        Tile(64, 128, GROUP, 4, 3, uses_descriptor=True),
         Tile(64, 64, GROUP, 4, 4, uses_descriptor=True),
     ),
     "down_backward": (
