@@ -49,8 +49,8 @@ SOME_ROWS = Fp8Tiles(
     input_gradient=Tile(64, 128, GROUP, 4, 4, uses_descriptor=True),
 )
 # On an H200 (2026-11-26, T 32768, H 2048, I 768) beside the tiles of 128 rows before: down 1.05 ms against 1.46,
-# input_gradient 1.93 against 2.25, down_backward 1.73 against 1.94, gate_up 2.59 against 2.57. In another run groups of
-# 32 row tiles beside groups of 8: down 1.03 against 1.10, input_gradient 1.85 against 1.93.
+# input_gradient 1.93 against 2.25, down_backward 1.73 against 1.94, gate_up 2.59 against 2.57. In another run groups
+# of 32 row tiles beside groups of 8: down 1.03 against 1.10, input_gradient 1.85 against 1.93.
 MANY_ROWS = Fp8Tiles(
     gate_up=Tile(64, 64, GROUP, 4, 3, uses_descriptor=True),
     down=Tile(64, 128, GROUP, 4, 3, group_m=32, uses_descriptor=True),
