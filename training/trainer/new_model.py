@@ -20,7 +20,7 @@ from deepseek_training.launch.step_time import MOST_BYTES
 from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe, TrainerSettings
 from deepseek_training.recipes.quantize import QuantizeSettings
 from deepseek_training.recipes.shrink import ShrinkSettings
-from deepseek_training.trainer.engine import building_as_configured
+from deepseek_training.trainer.distributed_engine import building_as_configured
 from deepseek_training.trainer.expert_parallel import split_experts
 from modeling_deepseek import DeepseekConfig
 

@@ -21,7 +21,7 @@ from deepseek_training.data.pairs import Pair, encode_pair
 from deepseek_training.data.prompts import encode_prompt
 from deepseek_training.recipes.dpo import DpoRecipe
 from deepseek_training.recipes.grpo import GrpoRecipe
-from deepseek_training.trainer.engine import prepare_engine
+from deepseek_training.trainer.distributed_engine import prepare_engine
 from deepseek_training.trainer.run_start import choose_trackers
 from deepseek_training.trainer.stage_trainer import ResumedTraining
 

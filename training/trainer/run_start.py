@@ -13,7 +13,7 @@ from deepseek_training.recipes.loading import recipe_settings
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.recipes.rewarded import RewardedSettings
 from deepseek_training.trainer.checkpoints import last_complete_checkpoint, step_of
-from deepseek_training.trainer.engine import prepare_engine
+from deepseek_training.trainer.distributed_engine import prepare_engine
 from deepseek_training.trainer.run_callbacks import drop_metrics_after
 from deepseek_training.trainer.sample_log import drop_samples_after
 

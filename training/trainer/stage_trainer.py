@@ -23,8 +23,8 @@ from deepseek_training.balance.expert_load_plot import LoadPlot
 from deepseek_training.balance.training_figures import TrainingFigures
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.trainer.checkpoints import CheckpointMarker, last_complete_checkpoint, load_weights
+from deepseek_training.trainer.distributed_engine import check_engine
 from deepseek_training.trainer.divergence import StopWhenDiverged
-from deepseek_training.trainer.engine import check_engine
 from deepseek_training.trainer.held_out import HeldOutSet, bits_figures, measure_sets
 from deepseek_training.trainer.inputs_held import hold_inputs
 from deepseek_training.trainer.interruption import train_until_stopped

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.recipes.loading import build_recipe
 from deepseek_training.stages.pretrain import PretrainRecipe, pretrain
-from deepseek_training.trainer.engine import launch_config
+from deepseek_training.trainer.distributed_engine import launch_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
-from deepseek_training.trainer.engine import (
+from deepseek_training.trainer.distributed_engine import (
     LAUNCH_FOLDER,
     check_engine,
     launch_config,
