@@ -72,6 +72,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glm5_next": {"index_topk": 16, "qk_rope_head_dim": 0},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "hy_v4_vl": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "mistral4": {"head_dim": 16},

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from indexer_models import build, indexer_parameters, layers_of
+from peft import LoraConfig, get_peft_model
 from tiny_families import token_ids
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -238,6 +239,20 @@ def test_the_divergence_falls_within_fifteen_steps_and_stays_without_the_loss(tm
     )
     assert learned[-1] < 0.7 * learned[0]
     assert still == pytest.approx([still[0]] * 3) and still[0] == pytest.approx(learned[0])
+
+
+def test_with_lora_the_saved_copies_of_the_indexers_are_trained(tmp_path):
+    adapter = LoraConfig(target_modules=["q_b_proj"], modules_to_save=["indexer"], init_lora_weights=False)
+    model = get_peft_model(build("deepseek_v32"), adapter)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(tmp_path, model, max_steps=1)
+    IndexerTrainingCallback.attach(trainer, warmup_steps=1)
+    trainer.train()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    copies = {name for name in before if ".indexer.modules_to_save." in name}
+    assert copies and moved == copies and figures(trainer, "indexer_recall")
+    with pytest.raises(ValueError, match=r"frozen, .* with LoRA pass PEFT modules_to_save=\['indexer'\]"):
+        IndexerTrainingCallback().begin(get_peft_model(build("deepseek_v32"), LoraConfig(target_modules=["q_b_proj"])))
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
