@@ -26,6 +26,7 @@ DOCUMENTED = [
     "deepseek_model_cards.loading.load_tokenizer",
     "deepseek_training.align.encode_prompt",
     "deepseek_training.balance.ExpertBalanceCallback",
+    "deepseek_training.indexer.IndexerTrainingCallback",
     "deepseek_training.engine.LAUNCH_FOLDER",
     "deepseek_training.engine.prepare_engine",
     "deepseek_training.figures.TrainingFigures",

@@ -132,6 +132,8 @@ class IndexerTrainingCallback(TrainerCallback):
     ) -> None:
         """Begin, and refuse what the loss does not go with."""
         _refuse_settings(args)
+        if self._trainer is not None and (self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled):
+            raise ValueError("accelerate: got FSDP or DeepSpeed with an indexer's loss, expected DDP or one process")
         if self.warmup_steps:
             _refuse_unused_parameters(args, model)
         self._passes = StepPasses(self._trainer)
@@ -165,7 +167,7 @@ class IndexerTrainingCallback(TrainerCallback):
         """Add the figures since the last line to a line on training."""
         if self._observer is None or logs is None or TRAINING_KEYS.isdisjoint(logs):
             return
-        figures = _mean_over_ranks(self._observer.figures)
+        figures = _mean_over_ranks(self._observer.figures, self._observer.device)
         self._observer.figures = {}
         add_to_log(figures, logs, state)
 
@@ -192,11 +194,10 @@ class IndexerTrainingCallback(TrainerCallback):
         self._frozen = []
 
 
-def _mean_over_ranks(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+def _mean_over_ranks(sums: dict[str, torch.Tensor], device: torch.device) -> dict[str, float]:
     """The means that the log shows; a collective operation where there are several ranks."""
     names = ("kl", "kl_count", "recall", "recall_count")
-    device = next((value.device for value in sums.values()), torch.device("cpu"))
-    row = torch.stack([sums.get(name, torch.zeros((), device=device)) for name in names])
+    row = torch.stack([sums.get(name, torch.zeros(())).to(device) for name in names])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(row)
     divergence, num_divergences, recall, num_recalls = row.tolist()

@@ -51,7 +51,7 @@ class IndexerObserver:
         layers: Those with an indexer.
         num_passes: Forward passes per optimizer step, for the size of the loss.
         is_dense: Whether the attention sees everything in training, as in the warm-up.
-        figures: fp64 sums since they were last cleared, by name: `kl` and `kl_count` over layers and passes, `recall`
+        figures: fp32 sums since they were last cleared, by name: `kl` and `kl_count` over layers and passes, `recall`
             and `recall_count` over queries of dense passes.
 
     Raises:
@@ -84,6 +84,11 @@ class IndexerObserver:
             used = layer.decoder.config._attn_implementation
             if used not in MASKED_ATTENTION:
                 raise ValueError(f"attn_implementation: got {used}, expected {' or '.join(MASKED_ATTENTION)}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first indexer is."""
+        return self.layers[0].parameters[0].device
 
     def attach(self) -> "IndexerObserver":
         """Begin to observe."""
