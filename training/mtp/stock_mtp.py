@@ -15,7 +15,7 @@ from transformers.modeling_layers import MtpModel
 from deepseek_records.kept_mtp import keep_mtp, read_mtp
 from deepseek_training.mtp.mtp_loss import MASKED_LAYERS, MtpLoss, layer_types
 from deepseek_training.mtp.official_names import OfficialNames
-from deepseek_training.mtp.trained_class import make_class
+from deepseek_training.mtp.trained_class import TrainsMtp, make_class
 from modeling_deepseek.conversion import fuse_expert_names
 from modeling_deepseek.families import BIAS_NAMES, find_moe_layers
 
@@ -52,7 +52,8 @@ def train_mtp(model: PreTrainedModel, loss_coef: float = 0.3) -> PreTrainedModel
     decoder = model.get_decoder()
     decoder.mtp_layers = built.layers
     loss = MtpLoss(built, names, loss_coef)
-    model.__class__ = make_class(type(model))
+    if not isinstance(model, TrainsMtp):  # it is where the class of such a model has loaded it
+        model.__class__ = make_class(type(model))
     model.mtp_loss, model.pass_weight = loss, loss.pass_weight
     model.mtp_prefix = next(name for name, module in model.named_modules() if module is decoder) + ".mtp_layers."
     model.register_forward_pre_hook(loss.note_labels, with_kwargs=True)

@@ -124,6 +124,24 @@ class LoraSettings(TrainerSettings):
 
 
 @dataclasses.dataclass(kw_only=True)
+class MtpSettings(LoraSettings):
+    """What stages add that can train a model's multi-token prediction layers."""
+
+    mtp_loss_coef: float | None = setting(
+        None,
+        help="Weight of the multi-token prediction loss (DeepSeek-V3: 0.3, then 0.1), which trains these layers too; "
+        "null: they are saved as they were.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        coef = self.mtp_loss_coef
+        self.require("mtp_loss_coef", coef is None or 0 < coef < math.inf, "null or above 0, and finite")
+        # PEFT freezes the layers.
+        self.require("mtp_loss_coef", coef is None or self.lora_rank == 0, f"null with lora_rank={self.lora_rank}")
+
+
+@dataclasses.dataclass(kw_only=True)
 class PretrainRecipe(SplittableSettings):
     """The settings of `pretrain`."""
 
@@ -148,7 +166,7 @@ class PretrainRecipe(SplittableSettings):
 
 
 @dataclasses.dataclass(kw_only=True)
-class AdaptRecipe(LoraSettings, SplittableSettings):
+class AdaptRecipe(MtpSettings, SplittableSettings):
     """The settings of `adapt`."""
 
     data: str = setting("medicine", help="Text of the domain, named as for pretrain.")
@@ -164,4 +182,6 @@ class AdaptRecipe(LoraSettings, SplittableSettings):
         self.require("replay_share", 0 <= self.replay_share < 1, "in [0, 1)")
         size = self.expert_parallel_size
         self.require("lora_rank", size == 1 or self.lora_rank == 0, f"0 with expert_parallel_size={size}")
+        is_left = size == 1 or self.mtp_loss_coef is None
+        self.require("mtp_loss_coef", is_left, f"null with expert_parallel_size={size}")
         self.require("data", self.data != self.general_data, "another data set than general_data")

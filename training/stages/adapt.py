@@ -14,7 +14,8 @@ from deepseek_records.loading import check_vocabulary, load_tokenizer
 from deepseek_records.summary import Check, Summary
 from deepseek_training.data.packing import MixedDataset, PackedDataset, encode_documents
 from deepseek_training.data.texts import Corpus, describe_corpora, distinct_names
-from deepseek_training.launch.plan import announce, load_or_outline, plan_training
+from deepseek_training.launch.plan import announce, plan_training
+from deepseek_training.mtp.load_to_train import load_to_train
 from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from deepseek_training.trainer.expert_parallel import split_experts
@@ -47,7 +48,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
     """
     started = time.monotonic()
     corpora = (Corpus.load(recipe.data, recipe.data_column), Corpus.load(recipe.general_data, recipe.general_column))
-    tokenizer, model = load_tokenizer(recipe.model), load_or_outline(recipe.model, is_dry=is_dry)
+    tokenizer, model = load_tokenizer(recipe.model), load_to_train(recipe, is_dry=is_dry)
     check_vocabulary(model, tokenizer)
     check_model(recipe, model)
     args = training_arguments(recipe, Path(output))

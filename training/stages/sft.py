@@ -14,7 +14,8 @@ from deepseek_records.loading import check_vocabulary, load_tokenizer
 from deepseek_records.summary import Check, Summary
 from deepseek_training.data.conversations import describe_conversations, load_conversations, read_template
 from deepseek_training.data.texts import data_name
-from deepseek_training.launch.plan import announce, load_or_outline, plan_training
+from deepseek_training.launch.plan import announce, plan_training
+from deepseek_training.mtp.load_to_train import load_to_train
 from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.trainer.answers import HeldOutAnswers
 from deepseek_training.trainer.held_out import bits_figures
@@ -50,7 +51,7 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False, is_dr
     validation = validation[: recipe.num_eval_conversations]
     tokenizer = load_tokenizer(recipe.model)
     tokenizer.chat_template = read_template(recipe, tokenizer)
-    model = load_or_outline(recipe.model, is_dry=is_dry)
+    model = load_to_train(recipe, is_dry=is_dry)
     check_vocabulary(model, tokenizer)
     check_model(recipe, model)
     args = training_arguments(recipe, Path(output))

@@ -16,6 +16,8 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deepseek_records.run_folder import write_json
+from deepseek_training.mtp.stock_mtp import train_mtp
+from deepseek_training.mtp.trained_class import TrainsMtp
 from modeling_deepseek.modeling_deepseek import DeepseekPreTrainedModel
 
 MARKER_FILE = "complete.json"
@@ -99,6 +101,8 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     if isinstance(model, DeepseekPreTrainedModel):  # loading sets it to 0 and leaves the prediction layers out
         kept["mtp_loss_coef"] = model.config.mtp_loss_coef
     saved = type(model).from_pretrained(folder, dtype=model.dtype, **kept)
+    if isinstance(model, TrainsMtp):  # of a stock model transformers drops them
+        train_mtp(saved)
     model.load_state_dict(saved.state_dict())
 
 

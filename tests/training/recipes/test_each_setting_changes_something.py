@@ -64,6 +64,7 @@ OTHER = {
         "gradient_checkpointing": {"gradient_checkpointing": True},
         "data": {"data": "{others}"},
         "model": {"model": "{second}"},
+        "mtp_loss_coef": {"mtp_loss_coef": 0.3},
         "lora_alpha": {"lora_rank": 2, "lora_alpha": 64.0},
         "lora_targets": {"lora_rank": 2, "lora_targets": ["o_proj"]},
         "lora_rank": {"lora_rank": 2},
