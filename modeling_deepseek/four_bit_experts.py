@@ -165,6 +165,15 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype = torch.bfloat16) ->
     return model
 
 
+def has_four_bits(model: nn.Module) -> bool:
+    """Return whether any experts of a model are in 4 bits.
+
+    Args:
+        model: Any module.
+    """
+    return any(isinstance(module, FourBitWeights) for module in model.modules())
+
+
 def placeholder(shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> nn.Parameter:
     """Return a frozen parameter of this shape that takes one number of memory; NaN, so that nobody computes with it.
 

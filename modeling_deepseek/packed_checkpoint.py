@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 )
 
 LAYOUT = "pack-quantized"
-_CT_METHOD = "compressed-tensors"
+CT_METHOD = "compressed-tensors"
 # How one expert's tensors end, by the buffers of `FourBitWeights`.
 _ENDINGS = {"weight_packed": "codes", "weight_scale": "scales"}
 _PROJECTION = re.compile(r"experts\.(gate_up|down)_proj$")
@@ -143,7 +143,7 @@ def _ct_settings(model: PreTrainedModel, group_size: int) -> dict[str, Any]:
         "dynamic": False,
     }
     return {
-        "quant_method": _CT_METHOD,
+        "quant_method": CT_METHOD,
         "format": LAYOUT,
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
@@ -160,16 +160,25 @@ def packed_settings(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder, "config.json")
     if not path.is_file():
         return None
-    stored = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-    if not isinstance(stored, dict) or stored.get("quant_method") != _CT_METHOD or stored.get("format") != LAYOUT:
+    found = read_packed_settings(json.loads(path.read_text(encoding="utf-8")).get("quantization_config"))
+    if found is None:
+        return None
+    packed = [name for file in sorted(Path(folder).glob("*.safetensors")) for name in _packed_names(file)]
+    return found if packed and all(_EXPERT.search(name) for name in packed) else None
+
+
+def read_packed_settings(stored: Any) -> dict[str, Any] | None:
+    """Return our settings for a checkpoint's `quantization_config`; None where it is another format.
+
+    Args:
+        stored: As in ``config.json``.
+    """
+    if not isinstance(stored, dict) or stored.get("quant_method") != CT_METHOD or stored.get("format") != LAYOUT:
         return None
     groups = stored.get("config_groups")
     weights = next(iter(groups.values())).get("weights") if isinstance(groups, dict) and len(groups) == 1 else None
     wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
     if not isinstance(weights, dict) or any(weights.get(name) != value for name, value in wanted.items()):
-        return None
-    packed = [name for file in sorted(Path(folder).glob("*.safetensors")) for name in _packed_names(file)]
-    if not packed or not all(_EXPERT.search(name) for name in packed):
         return None
     return {"bits": 4, "format": "int4", "group_size": weights.get("group_size"), "layout": LAYOUT}
 

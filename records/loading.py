@@ -32,6 +32,7 @@ from modeling_deepseek import (
     FourBitExpertsConfig,
 )
 from modeling_deepseek.checkpoint_check import check_index
+from modeling_deepseek.four_bit_experts import has_four_bits
 from modeling_deepseek.packed_checkpoint import packed_settings
 
 _CONFIG_FILES = ("config.json", "adapter_config.json")
@@ -204,6 +205,10 @@ def merge_adapter(source: str, base: str | None = None, **options: Any) -> PreTr
     model = load_model(base_of_adapter(source) if base is None else base, **options)
     try:
         settings = PeftConfig.from_pretrained(source)
+        if settings.target_parameters and has_four_bits(model):
+            raise ValueError(
+                "its base model's experts are in 4 bits; merge it into the model they were quantized from"
+            )
         settings.task_type = None  # or PEFT looks for generation in a sequence classifier
         merged = PeftModel.from_pretrained(model, source, config=settings).merge_and_unload().eval()
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:

@@ -53,9 +53,10 @@ def measure_fixed_experts(model_path: str | Path, num_experts: int, text: str = 
         num_experts: The fixed number.
         text: What the two are compared on; cut at the model's context.
     """
-    from deepseek_records.loading import load_model, load_tokenizer
+    from deepseek_records.loading import load_model, load_tokenizer, resolve_checkpoint
     from modeling_deepseek import DeepseekConfig
 
+    model_path = resolve_checkpoint(model_path)
     fixed = DeepseekConfig.from_pretrained(
         model_path,
         num_experts_per_tok=num_experts,

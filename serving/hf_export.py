@@ -16,6 +16,7 @@ from modeling_deepseek.configuration_deepseek import DeepseekConfig
 from modeling_deepseek.conversion import split_expert_names
 from modeling_deepseek.deepseek_v2 import obstacles_to_deepseek_v2, v2_config_of
 from modeling_deepseek.deepseek_v3_range import obstacles_to_deepseek_v3
+from modeling_deepseek.four_bit_experts import has_four_bits
 from modeling_deepseek.modeling_deepseek import DeepseekForCausalLM
 
 # transformers 5 neither writes nor reads these two, DeepSeek's own config.json has them: without topk_method vLLM and
@@ -91,6 +92,8 @@ def _checked(model: PreTrainedModel, output: str | Path) -> Path:
             f"model_type: got {model.config.model_type!r}, expected {DeepseekConfig.model_type}; transformers loads "
             f"{model.config.model_type} as it is, so there is nothing to export"
         )
+    if has_four_bits(model):
+        raise ValueError("model: got experts in 4 bits, expected ordinary weights; export first, then quantize")
     return output
 
 

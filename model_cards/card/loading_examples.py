@@ -8,6 +8,7 @@ from typing import Any
 
 from deepseek_model_cards.card.model_facts import OURS, ModelFacts
 from deepseek_records.stages import Stage
+from modeling_deepseek.packed_checkpoint import CT_METHOD
 
 _PACKAGE = "import modeling_deepseek  # installed with deepseek-moe; registers the architecture\n"
 _GENERATE = (
@@ -27,6 +28,8 @@ _MEASURING = {
     "seed": 0,
 }
 
+_DENSE_TITLE = "With transformers and `pip install compressed-tensors`, which makes the experts dense"
+
 Way = dict[str, str]
 
 
@@ -42,6 +45,8 @@ def loading_ways(facts: ModelFacts, place: str, base: str | None) -> list[Way]:
         return [_adapter_way(facts, place, base)] if base else []
     if not facts.config:
         return []
+    if facts.config.get("quantization_config", {}).get("quant_method") == CT_METHOD:
+        return [_packed_way(facts, place), _way(_DENSE_TITLE, facts, place, package=facts.model_type == OURS)]
     if facts.model_type == OURS:
         ways = [_way("With the package", facts, place, package=True)]
         if facts.has_own_code:
@@ -63,6 +68,14 @@ def _way(title: str, facts: ModelFacts, place: str, *, package: bool = False, is
     if facts.has_tokenizer:
         lines.append(_CLASSIFY if facts.is_classifier else _GENERATE)
     return {"title": title, "language": "python", "code": (_PACKAGE if package else "") + "\n".join(lines)}
+
+
+def _packed_way(facts: ModelFacts, place: str) -> Way:
+    lines = ["from deepseek_records.loading import load_model, load_tokenizer  # installed with deepseek-moe", ""]
+    lines.append(f'model = load_model("{place}")')
+    if facts.has_tokenizer:
+        lines = [*lines[:2], f'tokenizer = load_tokenizer("{place}")', lines[2], _GENERATE]
+    return {"title": "With the package, experts in 4 bits in memory", "language": "python", "code": "\n".join(lines)}
 
 
 def _adapter_way(facts: ModelFacts, place: str, base: str) -> Way:

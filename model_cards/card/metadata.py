@@ -22,7 +22,6 @@ from deepseek_records.stages import Stage, is_number
 from deepseek_records.summary import Benchmark, Result
 
 PIPELINE_TAGS = {"text-generation", "text-classification", "feature-extraction"}
-_RELATIONS = ("finetune", "adapter")
 
 
 def build_metadata(
@@ -51,7 +50,7 @@ def build_metadata(
         language=sorted({code for row in rows if row.used_for == "training" for code in row.languages}) or None,
         datasets=sorted(datasets) or None,
         base_model=bases or None,
-        base_model_relation=_RELATIONS[facts.is_adapter] if bases else None,
+        base_model_relation=_relation(lineage, facts) if bases else None,
         metrics=sorted({row.metric_type for row in results}) or None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -59,6 +58,13 @@ def build_metadata(
     )
     check_metadata(data.to_dict())
     return data
+
+
+def _relation(lineage: Lineage, facts: ModelFacts) -> str:
+    """How the model stands to the one that it was made from, in the Hub's words."""
+    if any(stage.kind == "quantize" and stage.is_finished for stage in lineage.stages.values()):
+        return "quantized"
+    return "adapter" if facts.is_adapter else "finetune"
 
 
 def base_models(lineage: Lineage, facts: ModelFacts) -> list[str]:

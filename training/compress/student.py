@@ -18,6 +18,7 @@ from deepseek_training.compress.student_config import is_ours, outline, refuse_o
 from deepseek_training.launch.plan import load_or_outline
 from deepseek_training.launch.step_time import MOST_BYTES
 from deepseek_training.recipes.distill import DistillRecipe
+from modeling_deepseek.four_bit_experts import METHOD
 
 # DeepSeek-V3's; a loaded configuration has it at 0, and a student's experts are about to get other tokens.
 _BIAS_SPEED = 0.001
@@ -67,8 +68,11 @@ def plan_cut_student(teacher: PreTrainedConfig, settings: Mapping[str, Any]) -> 
         settings: What the smaller one has otherwise.
 
     Raises:
-        ValueError: It is not a slice, or larger.
+        ValueError: It is not a slice, or larger, or the teacher's experts are in 4 bits.
     """
+    quantization = getattr(teacher, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") in (METHOD, "compressed-tensors"):
+        raise ValueError("model: got experts in 4 bits, expected ordinary weights to cut; cut first, then quantize")
     config = student_config(teacher, settings)
     refuse_obstacles(teacher, config)
     return config

@@ -69,6 +69,14 @@ def test_a_hub_base_model_is_named_with_its_relation(tmp_path, builders):
     assert metadata["base_model_relation"] == "finetune"
 
 
+def test_a_quantized_model_stands_so_to_its_base(tmp_path, builders):
+    summary = {"base_model": "deepseek-ai/DeepSeek-V2-Lite", "seconds": 1}
+    builders["stage"](tmp_path, "quantize", settings={}, summary=summary)
+    metadata = build(read_lineage(tmp_path))
+    assert metadata["base_model"] == ["deepseek-ai/DeepSeek-V2-Lite"]
+    assert metadata["base_model_relation"] == "quantized"
+
+
 @pytest.mark.parametrize("local", ["runs/demo/pretrain/model", "/srv/models/base", "./base", "model", "here/model"])
 def test_a_local_base_model_is_left_out_and_never_fatal(tmp_path, builders, local, monkeypatch):
     monkeypatch.chdir(tmp_path)

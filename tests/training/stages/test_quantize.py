@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from deepseek_cli.main import main
 from deepseek_records.loading import load_model
@@ -76,6 +77,7 @@ def test_generate_evaluate_and_card_take_it(run, tiny_data, tmp_path, capsys):
     assert main(["card", str(run), "--output", str(tmp_path / "card")]) == 0
     card = (tmp_path / "card" / "README.md").read_text()
     assert "its routed experts are in 4 bits, by AWQ" in card
+    assert "load_model(" in card and "pip install compressed-tensors" in card
 
 
 BAD = {
@@ -115,3 +117,19 @@ def test_a_dry_run_says_what_and_writes_nothing(original, tiny_data, tmp_path, c
     assert quantize(original, tiny_data, tmp_path / "out", "--group", "16", "--dry-run") == 0
     told = capsys.readouterr().out
     assert "routed experts of 2 layers in 4 bits, groups of 16" in told and not (tmp_path / "out").exists()
+
+
+def test_what_would_change_4_bit_experts_is_refused(run, original, tmp_path, capsys):
+    assert main(["shrink", str(run), str(tmp_path / "cut"), "--set", "n_routed_experts=4"]) == 2
+    assert "expected ordinary weights to cut" in capsys.readouterr().err
+    assert main(["export", str(run), str(tmp_path / "v3")]) == 2
+    model = load_model(original)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    adapter.save_pretrained(tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(run)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 2
+    assert "merge it into the model they were quantized from" in capsys.readouterr().err
+    assert not (tmp_path / "cut").exists() and not (tmp_path / "merged").exists()
