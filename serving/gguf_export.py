@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from deepseek_records.json_files import read_object
 from deepseek_records.loading import resolve_checkpoint
 from deepseek_records.output_paths import check_output, make_output
+from deepseek_serving.gguf_blocks import GROUP_SIZE, q4_0_blocks
 from deepseek_serving.gguf_tokenizer import write_tokenizer
 from modeling_deepseek import DeepseekConfig
+from modeling_deepseek.packed_checkpoint import read_packed_settings
 
 _GATING = {"softmax": "SOFTMAX", "sigmoid": "SIGMOID"}
 
@@ -90,9 +92,24 @@ def obstacles_to_gguf(config: dict[str, Any]) -> list[str]:
     if config.get("num_hidden_layers") in (26, 27) and config.get("q_lora_rank"):
         # llama.cpp takes these for DeepSeek-V2-Lite, which has no query latent, and never reads its rank.
         found.append(f"num_hidden_layers={config['num_hidden_layers']} with q_lora_rank={config['q_lora_rank']}")
-    if "quantization_config" in config:
-        found.append("quantization_config")
+    quantization = config.get("quantization_config")
+    if quantization is not None and q4_0_obstacle(quantization) is not None:
+        found.append(f"quantization_config with {q4_0_obstacle(quantization)}")
     return found
+
+
+def q4_0_obstacle(quantization: Any) -> str | None:
+    """Return what in a quantized checkpoint's settings has no block type here; None where it is Q4_0.
+
+    Args:
+        quantization: As in ``config.json``.
+    """
+    settings = read_packed_settings(quantization)
+    if settings is None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        return f"quant_method={method!r}"
+    size = settings["group_size"]
+    return None if size == GROUP_SIZE else f"group_size={size}, where Q4_0 has {GROUP_SIZE}"
 
 
 def export_gguf(model_path: str | Path, output: str | Path, *, fixed_experts: int | None = None) -> Path:
@@ -105,7 +122,8 @@ def export_gguf(model_path: str | Path, output: str | Path, *, fixed_experts: in
         fixed_experts: Export a model with a dynamic number of experts per token at this fixed number instead.
 
     Returns:
-        The file. Weights keep their type (fp32, bf16 or fp16); norms and the router are fp32.
+        The file. Weights keep their type (fp32, bf16, fp16, int4 in groups of 32 as Q4_0); norms and the router are
+        fp32.
 
     Raises:
         ValueError: Something in the model that llama.cpp cannot compute; the message names it.
@@ -272,8 +290,15 @@ def _convert_experts(tensors: Tensors, source: str, target: str, config: dict[st
     yield f"{target}exp_probs_b.bias", tensors[f"{source}gate.e_score_correction_bias"].float()
     for part in ("gate", "up", "down"):
         names = [f"{source}experts.{e}.{part}_proj.weight" for e in range(config["n_routed_experts"])]
-        yield f"{target}ffn_{part}_exps.weight", torch.stack([tensors[name] for name in names])
+        yield f"{target}ffn_{part}_exps.weight", torch.stack([_expert(tensors, name) for name in names])
     yield from _convert_mlp(tensors, f"{source}shared_experts.", target, "_shexp")
+
+
+def _expert(tensors: Tensors, name: str) -> torch.Tensor:
+    """An expert's matrix in its own type; one in 4 bits as bytes of Q4_0."""
+    if f"{name}_packed" not in tensors:
+        return tensors[name]
+    return q4_0_blocks(tensors[f"{name}_packed"], tensors[f"{name}_scale"])
 
 
 def _gate(tensors: Tensors, source: str, config: dict[str, Any]) -> torch.Tensor:
@@ -290,7 +315,7 @@ def add_tensor(writer: Any, name: str, tensor: torch.Tensor) -> None:
     Args:
         writer: A `gguf.GGUFWriter`.
         name: llama.cpp's name.
-        tensor: fp32, fp16 or bf16.
+        tensor: fp32, fp16 or bf16, or bytes of Q4_0.
 
     Raises:
         ValueError: Another type.
@@ -300,6 +325,8 @@ def add_tensor(writer: Any, name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype == torch.bfloat16:
         raw = tensor.contiguous().view(torch.uint8).numpy()
         writer.add_tensor(name, raw, raw_dtype=GGMLQuantizationType.BF16)
+    elif tensor.dtype == torch.uint8:
+        writer.add_tensor(name, tensor.contiguous().numpy(), raw_dtype=GGMLQuantizationType.Q4_0)
     elif tensor.dtype in (torch.float32, torch.float16):
         writer.add_tensor(name, tensor.contiguous().numpy())
     else:
