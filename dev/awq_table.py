@@ -1,0 +1,145 @@
+"""What 4-bit experts cost, by kind of rounding: the tables of docs/making_it_smaller.md.
+
+    python dev/awq_table.py runs/small/model --group 128 [--draws 5]
+
+On the model as it is, and with outliers that change nothing of what it computes: 4 of the hidden channels have their
+norm's weight times 30 and all that reads them, the router too, divided by 30; 3 inner channels of each expert times 20
+in the up projection and divided by 20 in the down projection. KL is to the model without rounding, in nats a token, on
+held-out books; differences in bits per byte are of pairs of windows. A draw is another part of the training text.
+"""
+
+import argparse
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_records.loading import load_model, load_tokenizer
+from deepseek_training.compress import awq as awq_module
+from deepseek_training.compress.awq import AwqSettings, DenseStore, PackedStore, awq
+from deepseek_training.compress.calibration import shuffled_blocks
+from deepseek_training.compress.divergence import Reference
+from deepseek_training.data.packing import encode_documents
+from deepseek_training.data.texts import Corpus
+from deepseek_training.recipes.quantize import QuantizeSettings
+from deepseek_training.trainer.held_out import HeldOut
+from modeling_deepseek.families import find_moe_layers
+
+NEAREST = {"grid": 0, "is_clipped": False}
+KINDS: dict[str, dict[str, Any]] = {
+    "nearest": NEAREST,
+    "AWQ": {"is_clipped": False},
+    "AWQ, clipped": {},
+    "AWQ, clipped, powers of two": {"is_power_of_two": True},
+}
+
+
+@torch.no_grad()
+def poison(model: Any, seed: int) -> Any:
+    """Give a DeepSeek-style model outliers that change nothing of what it computes, and return it."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in find_moe_layers(model):
+        block, experts = layer.block, layer.experts
+        width, inner = experts.down_proj.shape[1:]
+        scale = torch.ones(width)
+        scale[torch.randperm(width, generator=generator)[:4]] = 1 / 30
+        model.get_submodule(layer.name.rpartition(".")[0]).post_attention_layernorm.weight.data /= scale
+        linears = (block.gate, block.shared_experts.gate_proj, block.shared_experts.up_proj)
+        for weight in (*(one.weight for one in linears), experts.gate_up_proj):
+            weight.data *= scale
+        for expert in range(len(experts.down_proj)):
+            scale = torch.ones(inner)
+            scale[torch.randperm(inner, generator=generator)[:3]] = 1 / 20
+            experts.down_proj.data[expert] *= scale
+            experts.gate_up_proj.data[expert, inner:] /= scale[:, None]
+    return model
+
+
+def without_router(*args: Any) -> Any:
+    """Find a fold as `awq` does, and leave the router out of it."""
+    fold = find_fold(*args)
+    router = {id(parameter) for parameter in args[0].router.parameters()}
+    return dataclasses.replace(fold, readers=tuple(one for one in fold.readers if id(one) not in router))
+
+
+find_fold = awq_module.find_fold
+
+
+class Table:
+    """Measures variants of one model.
+
+    Args:
+        model: Without rounding.
+        tokenizer: Its own.
+        group_size: Of the rounding.
+        draws: How many parts of the text calibrate in turn.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, group_size: int, draws: int) -> None:
+        self.settings = QuantizeSettings(model="", group_size=group_size)
+        corpus = Corpus.load("books", None)
+        blocks = shuffled_blocks(encode_documents(corpus.train, tokenizer), 256)
+        self.draws = [blocks[start : start + 8] for start in range(0, 8 * draws, 8)]
+        held_out = HeldOut.prepare("books", corpus.validation, tokenizer, 150_000)
+        self.reference = Reference.of(model, held_out, self.settings)
+
+    def row(self, name: str, make: Callable[[Tensor], Any], draws: int | None = None) -> float:
+        """Print one variant's figures, the mean and range over draws, and return its mean KL."""
+        found = [self.reference.compare(make(blocks)) for blocks in self.draws[:draws]]
+        kl = [one.divergence for one in found]
+        bits = [one.difference.value for one in found]
+        spread = f" [{min(kl):.5f} {max(kl):.5f}]" if len(kl) > 1 else ""
+        wide = f" [{min(bits):+.5f} {max(bits):+.5f}]" if len(bits) > 1 else ""
+        mean_kl, mean_bits, error = sum(kl) / len(kl), sum(bits) / len(bits), found[0].difference.stderr
+        share = 100 * mean_bits / found[0].before.value
+        print(
+            f"{name:45} | {mean_kl:.5f}{spread} | {mean_bits:+.5f}{wide} +- {error:.5f} | {share:+.3f} %", flush=True
+        )
+        return mean_kl
+
+    def rounded(self, model: Any, bits: int, kind: dict[str, Any]) -> Callable[[Tensor], Any]:
+        """Return what rounds a copy of a model by given text."""
+        settings = AwqSettings(group_size=self.settings.group_size, bits=bits, **kind)
+
+        def make(blocks: Tensor) -> Any:
+            changed = copy.deepcopy(model)
+            awq(changed, blocks, settings, PackedStore if bits == 4 else DenseStore)
+            return changed
+
+        return make
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--draws", type=int, default=5)
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model, dtype=torch.float32), load_tokenizer(args.model)
+    table = Table(model, tokenizer, args.group, args.draws)
+    before = table.reference.compare(model).before
+    print(f"books: {before.value:.4f} +- {before.stderr:.4f} bits per byte, groups of {args.group}")
+    print("variant | KL, mean [range] | difference in bits per byte, mean [range] +- error of the text | share")
+    table.row("bf16", lambda _: copy.deepcopy(model).bfloat16(), draws=1)
+    for bits in (8, 4, 3):
+        for name, kind in KINDS.items():
+            table.row(f"int{bits}, {name}", table.rounded(model, bits, kind), draws=1 if kind == NEAREST else None)
+    for seed in range(3):
+        poisoned = poison(copy.deepcopy(model), seed)
+        kl = {
+            name: table.row(f"outliers {seed}, int4, {name}", table.rounded(poisoned, 4, kind), draws=1)
+            for name, kind in KINDS.items()
+        }
+        awq_module.find_fold = without_router  # type: ignore[assignment]
+        kl["left out"] = table.row(f"outliers {seed}, int4, router left out", table.rounded(poisoned, 4, {}), draws=1)
+        awq_module.find_fold = find_fold
+        ratios = [kl["nearest"] / kl[name] for name in ("AWQ", "AWQ, clipped")]
+        print(f"outliers {seed}: nearest over AWQ {ratios[0]:.2f}, over AWQ clipped {ratios[1]:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
