@@ -34,12 +34,14 @@ def families_with_an_indexer():
     return found
 
 
-def build(family, *, attention=None, seed=0):
+def build(family, *, attention=None, seed=0, **changes):
     module, name = families_with_an_indexer()[family]
     small = build_tiny(module, name)
     config = small.config
-    for key, value in CHANGES.get(family, {}).items():
+    for key, value in {**CHANGES.get(family, {}), **changes}.items():
         setattr(config, key, value)
+    for key in vars(config).keys() & {"layer_types", "mlp_layer_types"} if changes else ():
+        setattr(config, key, getattr(config, key)[: config.num_hidden_layers])
     config._attn_implementation = attention or config._attn_implementation
     config._experts_implementation = "eager"  # the others know no fp64
     torch.manual_seed(seed)
