@@ -15,13 +15,14 @@ from transformers.modeling_layers import MtpModel
 from deepseek_records.loading import load_model
 from deepseek_training.data.texts import load_texts
 from deepseek_training.data.tokenizer import train_tokenizer
-from deepseek_training.mtp import train_mtp
+from deepseek_training.mtp import mtp_loss, train_mtp
 from deepseek_training.recipes.loading import build_recipe
 from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.stages.adapt import adapt
 from deepseek_training.stages.sft import sft
 from deepseek_training.trainer.checkpoints import load_weights
+from modeling_deepseek.mtp import loss_over_depths
 
 pytestmark = pytest.mark.skipif(
     not hasattr(MtpModel, "forward_layer"), reason="older transformers builds the layers for drafting alone"
@@ -67,7 +68,7 @@ def copy_tokenizer(source, folder):
         shutil.copy(source / name, folder)
 
 
-def test_a_stock_model_is_tuned_and_goes_on_from_a_checkpoint(glm_path, sums, tmp_path):
+def test_a_stock_model_is_tuned_and_goes_on_from_a_checkpoint(glm_path, sums, tmp_path, monkeypatch):
     settings = {
         **SHORT,
         "data": sums,
@@ -76,8 +77,16 @@ def test_a_stock_model_is_tuned_and_goes_on_from_a_checkpoint(glm_path, sums, tm
         "mtp_loss_coef": 0.3,
         "model": str(glm_path),
     }
-    recipe = build_recipe(settings, SftRecipe)
-    sft(recipe, tmp_path / "run")
+    targets = []
+
+    def noting(*args):
+        targets.append(args[-1].labels)
+        return loss_over_depths(*args)
+
+    monkeypatch.setattr(mtp_loss, "loss_over_depths", noting)
+    sft(build_recipe(settings, SftRecipe), tmp_path / "run")
+    assert len(targets) >= 4  # the plan times a step besides
+    assert all((labels == -100).any() and (labels != -100).any() for labels in targets[-4:])
     model = tmp_path / "run/model"
     assert_trained(glm_path, model, 2)
     assert {"model.layers.2.mlp.experts.3.up_proj.weight", "lm_head.weight"} <= tensors_of(model).keys()

@@ -191,6 +191,18 @@ def test_off_in_evaluation_and_without_gradients(v3_paths):
     assert model.mtp_loss.last is None
 
 
+@pytest.mark.slow
+def test_compiled_it_has_the_same_gradients(v3_paths):
+    batch, gradients = next(batches()), []
+    for compiles in (False, True):
+        model = load_trained(v3_paths[2], experts_implementation="grouped_mm").train()
+        called = torch.compile(model, backend="aot_eager") if compiles else model
+        called(**batch).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-4, atol=1e-7, msg=name)
+
+
 def test_a_copy_trains_its_own_layers(v3_paths):
     model = load_trained(v3_paths[1])
     twin = copy.deepcopy(model)
