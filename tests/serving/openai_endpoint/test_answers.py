@@ -1,0 +1,185 @@
+"""The official client against a real server: answers, streams, sampling and refusals."""
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+openai = pytest.importorskip("openai", reason="the official client, of the extra `test`, is not installed")
+from endpoint_server import make_model, make_tokenizer, serving, wait_until  # noqa: E402
+
+PROMPTS = [
+    "a",
+    "The King",
+    "Once upon a time there was",
+    "x" * 120,
+    "8 * 7 =",
+    "What is a lymph node?",
+    "\u4f60\u597d",
+]
+PROMPTS.append("zz " * 30)
+
+
+@pytest.fixture(scope="module", params=["ours", "stock"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def running(kind):
+    with serving(make_model(kind), max_batch_tokens=64) as server:
+        yield server
+
+
+@pytest.fixture
+def client(running):
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+
+
+def greedy(running, prompt, num_tokens):
+    """What `generate` writes, as ids and text."""
+    tokenizer = make_tokenizer()
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    written = running.engine.model.generate(ids, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    written = written[0, ids.shape[1] :].tolist()
+    return written, tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_eight_at_once_equal_greedy_generate(running):
+    async def ask(client, prompt):
+        return await client.completions.create(model="tiny", prompt=prompt, max_tokens=24, temperature=0)
+
+    async def ask_all():
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*[ask(client, prompt) for prompt in PROMPTS])
+
+    before = running.value("requests_total", path="/v1/completions", status="200")
+    answers = asyncio.run(ask_all())
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids, text = greedy(running, prompt, 24)
+        assert answer.choices[0].text == text
+        assert answer.usage.completion_tokens == len(ids)
+        assert answer.usage.prompt_tokens == len(make_tokenizer()(prompt)["input_ids"])
+    assert len({answer.choices[0].text for answer in answers}) == len(PROMPTS)
+    # The counters may lag behind the answer by the time that the connection takes to end.
+    wait_until(lambda: running.value("requests_total", path="/v1/completions", status="200") == before + len(PROMPTS))
+    assert running.engine.num_live == 0
+
+
+def test_a_chat_streams_the_same_text(client):
+    ask = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "h\u00e9llo <eos>"}],
+        "max_tokens": 30,
+        "temperature": 0,
+    }
+    whole = client.chat.completions.create(**ask)
+    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
+    # <eos> in the user's words is text: five bytes, not one token.
+    rendered = "user: h\u00e9llo <eos>\nassistant:"
+    assert whole.usage.prompt_tokens == len(rendered.encode())
+
+
+def test_sampling_is_each_requests_own(running, client):
+    def ask(**settings):
+        answer = client.completions.create(model="tiny", prompt="The", max_tokens=24, **settings)
+        return answer.choices[0].text
+
+    assert ask(seed=7) == ask(seed=7)
+    assert len({ask(seed=seed) for seed in range(4)}) == 4
+    assert ask(temperature=0) == ask(temperature=1.5, top_p=1e-6) == greedy(running, "The", 24)[1]
+
+
+def test_a_stop_string_ends_the_text_and_the_work(running, client):
+    _, text = greedy(running, "The King", 40)
+    stop = text[10:12]
+    answer = client.completions.create(model="tiny", prompt="The King", max_tokens=40, temperature=0, stop=[stop])
+    assert answer.choices[0].text == text[: text.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+    wait_until(lambda: running.engine.num_running == 0)
+
+
+def post(running, body, path="/v1/completions", **headers):
+    """Status and JSON of a raw request."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(running.url + path, data, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+BAD = [
+    ({"prompt": ""}, 400, "prompt"),
+    ({"prompt": []}, 400, "prompt"),
+    ({"prompt": [3, 100000]}, 400, "prompt"),
+    ({"prompt": ["a", "b"]}, 400, "prompt"),
+    ({"prompt": "x" * 300}, 400, "prompt"),
+    ({"prompt": "\ud800"}, 400, "prompt"),
+    ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"max_tokens": -1}, 400, "max_tokens"),
+    ({"max_tokens": 10**9}, 400, "max_tokens"),
+    ({"max_tokens": "5"}, 400, "max_tokens"),
+    ({"max_tokens": True}, 400, "max_tokens"),
+    ({"temperature": float("nan")}, 400, "temperature"),
+    ({"temperature": -3}, 400, "temperature"),
+    ({"top_p": 0}, 400, "top_p"),
+    ({"n": 2}, 400, "n"),
+    ({"logprobs": 3}, 400, "logprobs"),
+    ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+    ({"stop": [""]}, 400, "stop"),
+    ({"generation_config": "{}"}, 400, "generation_config"),
+    ({"model": "another"}, 404, "model"),
+    ({"model": None}, 400, "model"),
+    (b"{", 400, None),
+    (b"[" * 5000, 400, None),
+    (b"\xff\xfe", 400, None),
+    (b"null", 400, None),
+    (b'{"prompt": "' + b"a" * 1_100_000 + b'"}', 413, None),
+]
+
+
+@pytest.mark.parametrize("kind", ["ours"], indirect=True)
+def test_what_cannot_be_honored_is_refused_by_name(running):
+    for change, status, field in BAD:
+        body = change if isinstance(change, bytes) else {"model": "tiny", "prompt": "SECRET words"} | change
+        got, told = post(running, body)
+        assert (got, told["error"]["param"]) == (status, field), (change, told)
+        assert "/" not in told["error"]["message"].replace("application/json", "").replace("/v1/", "")
+        assert "Traceback" not in str(told) and "SECRET" not in str(told)
+    assert post(running, {"model": "tiny", "messages": []}, "/v1/chat/completions")[0] == 400
+    assert post(running, {}, "/v1/nothing")[0] == 404
+    assert post(running, {"model": "tiny", "prompt": "a", "max_tokens": 2})[0] == 200  # and it goes on
+    assert running.engine.num_live == 0
+
+
+@pytest.mark.parametrize("kind", ["ours"], indirect=True)
+def test_models_health_and_metrics(running, client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    before = count_chosen(running)
+    client.completions.create(model="tiny", prompt="abc", max_tokens=4, temperature=0)
+    with urllib.request.urlopen(f"{running.url}/health") as answer:
+        assert json.load(answer) == {"status": "ok"}
+    with urllib.request.urlopen(f"{running.url}/metrics") as answer:
+        page = answer.read().decode()
+    for name in ("requests_total", "generated_tokens_total", "time_to_first_token_seconds_bucket", "requests_waiting"):
+        assert f"deepseek_moe_{name}" in page
+    # Three tokens of the prompt and three of the answer pass two MoE layers, and choose one to three experts in each.
+    chosen = count_chosen(running) - before
+    assert 2 * 6 <= chosen <= 2 * 6 * 3
+
+
+def count_chosen(running):
+    """Choices of all experts in all layers."""
+    families = [family for family in running.service.metrics.registry.collect() if "expert_tokens" in family.name]
+    assert [len(family.samples) for family in families] == [2 * 8]
+    return sum(sample.value for sample in families[0].samples)
