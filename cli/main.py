@@ -35,6 +35,7 @@ SUBCOMMANDS = (
     "dpo",
     "evaluate",
     "generate",
+    "serve",
     "merge",
     "export",
     "card",

@@ -3,8 +3,8 @@
 The folder holds what the examples name: the demo's runs, and a reader's own texts, pairs and models under the names
 that are printed. By default every line is parsed and its recipe built, and the quick ones run. Marked slow, the others
 run: a training on a recipe of the demo's size with ``--dry-run``, a whole benchmark with ``--limit 1``. Not run are
-benchmarks (`tests/cli/benchmarks`), the demo itself (`test_demo.py`), several processes, uploads, and what is fetched
-from the Hub or has to be asked for.
+benchmarks (`tests/cli/benchmarks`), the demo itself (`test_demo.py`), the server (`test_serve.py`), several processes,
+uploads, and what is fetched from the Hub or has to be asked for.
 """
 
 import importlib
@@ -106,7 +106,7 @@ def test_every_example_is_understood(tmp_path, monkeypatch):
 
 def runnable(*, is_quick: bool) -> list[tuple[str, ...]]:
     """The examples that can run here; the quick ones, or all."""
-    lines = {words: " ".join(words) for words in EXAMPLES if words[0] not in ("bench", "demo")}
+    lines = {words: " ".join(words) for words in EXAMPLES if words[0] not in ("bench", "demo", "serve")}
     kept = [words for words, line in lines.items() if not any(part in line for part in NOT_RUN)]
     return [words for words in kept if not is_quick or lines[words].startswith(QUICK)]
 
