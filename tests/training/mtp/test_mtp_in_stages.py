@@ -111,9 +111,6 @@ def test_our_class_trains_those_of_a_deepseek_v3(glm_path, sums, tiny_data, tmp_
     }
     adapt(build_recipe({**settings, "mtp_loss_coef": 0.3}, AdaptRecipe), tmp_path / "run")
     assert_trained(tmp_path / "v3", tmp_path / "run/model", 3)
-    adapt(build_recipe(settings, AdaptRecipe), tmp_path / "kept")
-    before, kept = layers_of(tmp_path / "v3", 3), layers_of(tmp_path / "kept/model", 3)
-    assert before.keys() == kept.keys() and all(torch.equal(before[name], kept[name]) for name in before)
 
 
 def test_without_effect_it_is_refused(glm_path, sums, tmp_path):

@@ -166,7 +166,7 @@ def test_other_families_learn_and_keep_their_names(write, tmp_path):
 
 def test_the_saved_folder_drafts_with_what_was_learned(v3_paths, tmp_path):
     model = load_trained(v3_paths[1])
-    train(model, 60)
+    train(model, 40)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"^use_mtp: True is not allowed for a model that trains"):
         model.generate(pattern(1, 4), use_mtp=True, max_new_tokens=2)
@@ -277,6 +277,7 @@ def families():
             yield name
 
 
+@pytest.mark.slow
 def test_every_family_that_drops_such_layers_is_trained_or_refused():
     """Empty: trained, by the tests above."""
     found = {}
