@@ -88,10 +88,11 @@ def _epilogue_of_own_gate(experts: nn.Module, is_interleaved: bool) -> "Epilogue
     known = _found.get(experts)
     if known is not None and known[0] == key:
         return known[1]
-    for epilogue in _candidates(experts, is_interleaved):
-        if _computes(experts, epilogue):
-            _found[experts] = (key, epilogue)
-            return epilogue
+    with torch.device("cpu"):  # transformers asks while it builds a model on the meta device
+        for epilogue in _candidates(experts, is_interleaved):
+            if _computes(experts, epilogue):
+                _found[experts] = (key, epilogue)
+                return epilogue
     raise ValueError(
         f"experts_implementation: fused_moe does not compute {type(experts).__name__} with its own _apply_gate; "
         "use grouped_mm"

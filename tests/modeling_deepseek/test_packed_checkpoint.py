@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_expert_adapters import IDS, logits
 from test_four_bit_experts import GATED, build
+from tiny_families import build_tiny, logits_of, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +35,15 @@ def test_what_is_loaded_computes_the_same_and_saves_again(name, tmp_path):
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load_model(tmp_path / "again")), expected)
+
+
+def test_experts_with_a_gate_of_their_own_are_loaded_too(tmp_path):
+    """DeepSeek-V4 clamps; what its gate computes is found out while the model is still on the meta device."""
+    model = build_tiny("transformers.models.deepseek_v4.modeling_deepseek_v4", "DeepseekV4Experts").eval()
+    save_packed(quantize_experts(model, format="int4", group_size=8), tmp_path)
+    with torch.no_grad():
+        expected, found = (logits_of(one, token_ids()) for one in (model, load_model(tmp_path)))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name in GATED])
