@@ -162,6 +162,14 @@ def _add_rewards(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, "rewards")
 
 
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a local folder or a Hub id")
+    parser.add_argument("--prompts", type=int, default=64, help="asked in each round, at least 1")
+    parser.add_argument("--max-tokens", type=int, default=48, help="of each answer, at least 1")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, at least 1")
+    _add_output(parser, "serving")
+
+
 def _add_attacks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder", help="sentence encoder in place of the embedded one: folder, Hub id, or minilm if installed"
@@ -245,5 +253,15 @@ Finished runs in the folder are taken as they are; one that stopped begins again
   deepseek-moe bench attacks --encoder minilm --output runs/bench-attacks-minilm
 """,
         _add_attacks,
+    ),
+    Benchmark(
+        "serving",
+        "serving",
+        "Time the server with 1, 4 and 16 clients against generate in a loop, and compare the answers.",
+        """
+  deepseek-moe bench serving runs/demo/align/model
+  deepseek-moe bench serving MODEL --prompts 16 --rounds 3
+""",
+        _add_serving,
     ),
 )

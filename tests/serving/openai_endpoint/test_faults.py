@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import resource
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -122,3 +123,37 @@ def test_no_thread_is_left():
     with serving(make_model("ours")):
         pass
     assert not [thread for thread in threading.enumerate() if "_run_generation_loop" in thread.name]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ten_thousand_requests_leave_memory_flat():
+    """Of each ten one hangs up and one is refused; all are counted, on both sides."""
+    with serving(make_model("ours")) as running, ThreadPoolExecutor(16) as pool:
+
+        def one(number):
+            if number % 10 == 0:
+                connection = open_request(running, stream=True)
+                connection.getresponse().readline()
+                connection.close()
+                return "gone"
+            return ask(running, max_tokens=0 if number % 10 == 1 else 4, prompt=f"number {number}")[0]
+
+        before = 0
+        counts = dict.fromkeys((200, 400, "gone"), 0)
+        for start in range(0, 12000, 2000):  # the first 2,000 warm up
+            for outcome in pool.map(one, range(start, start + 2000)):
+                counts[outcome] += 1
+            before = before or resident_bytes()
+        wait_until(lambda: running.engine.num_live == running.engine.num_running == 0)
+        assert counts == {200: 9600, 400: 1200, "gone": 1200}
+        path = "/v1/completions"
+        wait_until(lambda: running.value("requests_total", path=path, status="200") == 9600 + 1200)
+        assert running.value("requests_total", path=path, status="400") == 1200
+        assert resident_bytes() < 1.03 * before
+
+
+def resident_bytes():
+    """Of this process, the server's and the clients' alike."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
