@@ -83,7 +83,12 @@ def run(args: argparse.Namespace) -> int:
                 f"{'with' if api_key else 'without'} an API key; the cache holds {kept}; Ctrl-C ends it",
                 flush=True,
             )
-            Server(service, api_key=api_key, grace_s=args.grace).run_on(listener)
+            try:
+                Server(service, api_key=api_key, grace_s=args.grace).run_on(listener)
+            except KeyboardInterrupt as error:
+                answered, others = service.metrics.count_answers()
+                error.args = (f"{answered} requests got their answer, {others} a refusal or no answer",)
+                raise
     return 0
 
 

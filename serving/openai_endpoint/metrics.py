@@ -97,6 +97,16 @@ class Metrics:
         """Return the page."""
         return generate_latest(self.registry)
 
+    def count_answers(self) -> tuple[int, int]:
+        """Return the number of requests that were answered as they wished, and of all others."""
+        answered = others = 0
+        for family in self.requests.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    answered += int(sample.value) * (sample.labels["status"] == "200")
+                    others += int(sample.value) * (sample.labels["status"] != "200")
+        return answered, others
+
     def _make(self, kind: Any, name: str, text: str, labels: list[str] | None = None) -> Any:
         options = {"buckets": _SECONDS} if kind is Histogram else {}
         return kind(f"deepseek_moe_{name}", text, labels or [], registry=self.registry, **options)

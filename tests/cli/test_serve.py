@@ -48,6 +48,7 @@ def test_from_start_to_sigterm(checkpoint, tmp_path, capsys):
             assert first.startswith(b"data: {") and rest.endswith(b"data: [DONE]\n\n")
             assert server.wait(60) == 143
             told = server.stdout.read() + server.stderr.read()
+            assert "interrupted; 1 requests got their answer, 0 a refusal or no answer" in told
             assert "Traceback" not in told and "PRIVATE" not in told
         finally:
             server.kill()
