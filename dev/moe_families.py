@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from family_uses import YES, RefusedError, layers_of, loses_experts, replays_a_rollout, runs_in_four_bits
 from peft import LoraConfig, get_peft_model
 from tiny_families import build_tiny, find_experts_classes, logits_of, loss_of, token_ids
 from torch import nn
@@ -28,12 +29,8 @@ from deepseek_training.balance.callback import ExpertBalanceCallback
 from modeling_deepseek.families import MoeLayer, find_moe_layers
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
-YES, NONE = "yes", "-"
+NONE = "-"
 SPEED = 0.01
-
-
-class RefusedError(Exception):
-    """A column does not hold for a family, with the reason in one line."""
 
 
 @dataclass
@@ -81,7 +78,7 @@ def is_fused(build: Callable[[], PreTrainedModel]) -> str:
 def is_counted(build: Callable[[], PreTrainedModel]) -> str:
     """The load counted by the callback equals what the experts modules are given."""
     model = build().train()
-    layers = _layers(model)
+    layers = layers_of(model)
     given = [torch.zeros(layer.num_experts or 0, dtype=torch.int64) for layer in layers]
     for layer, load in zip(layers, given, strict=True):
         layer.experts.register_forward_pre_hook(_count_into(load), with_kwargs=True)
@@ -111,7 +108,7 @@ def _count_into(load: torch.Tensor) -> Callable[..., None]:
 def moves_bias(build: Callable[[], PreTrainedModel]) -> str:
     """One step moves the bias of every layer against its load."""
     model = build().train()
-    before = {layer.name: layer.bias.clone() for layer in _layers(model) if layer.bias is not None}
+    before = {layer.name: layer.bias.clone() for layer in layers_of(model) if layer.bias is not None}
     if not before:
         return NONE
     callback = ExpertBalanceCallback(bias_update_speed=SPEED)
@@ -150,7 +147,7 @@ def _changes_gradient(build: Callable[[], PreTrainedModel], setting: str) -> str
         except ValueError as error:
             raise RefusedError(str(error)) from None
         loss_of(model, token_ids()).backward()
-        found.append([_router_gradient(layer) for layer in _layers(model)])
+        found.append([_router_gradient(layer) for layer in layers_of(model)])
     for number, (without, having) in enumerate(zip(*found, strict=True)):
         if torch.equal(without, having):
             raise RefusedError(f"the router of layer {number} gets no gradient")
@@ -165,7 +162,7 @@ def _router_gradient(layer: MoeLayer) -> torch.Tensor:
 def trains_lora(build: Callable[[], PreTrainedModel]) -> str:
     """LoRA on every experts tensor: each B gets a gradient, and merging gives the adapter's own output."""
     model = build()
-    layers = _layers(model)
+    layers = layers_of(model)
     names = [name for name, tensor in layers[0].experts.named_parameters() if tensor.ndim == 3]
     parts = {type(layer.experts): dict(model.named_modules()) for layer in layers}
     targets = sorted(
@@ -198,16 +195,10 @@ COLUMNS: dict[str, Callable[[Callable[[], PreTrainedModel]], str]] = {
     "sequence loss": has_sequence_gradient,
     "z-loss": has_z_gradient,
     "LoRA": trains_lora,
+    "quantized": runs_in_four_bits,
+    "replay": replays_a_rollout,
+    "fewer experts": loses_experts,
 }
-
-
-def _layers(model: nn.Module) -> list[MoeLayer]:
-    layers = find_moe_layers(model)
-    if not layers:
-        raise RefusedError("no router stands beside its experts")
-    if any(layer.experts is None for layer in layers):
-        raise RefusedError("the router's block has no experts module")
-    return layers
 
 
 def survey(module: str, experts: str, columns: Sequence[str] = tuple(COLUMNS)) -> Family:
@@ -273,6 +264,9 @@ What works with each MoE family of transformers {version}, measured on a tiny mo
 - bias moves: `ExpertBalanceCallback(bias_update_speed=...)` moves the balancing bias against the load.
 - sequence loss, z-loss: `seq_aux_loss_coef` and `router_z_loss_coef` of the callback change the router's gradient.
 - LoRA: `LoraConfig(target_parameters=...)` on every experts tensor trains, and merging keeps the output.
+- quantized: `quantize_experts` computes what the matrices it stores compute in transformers' own loop, with gradients.
+- replay: `RouterReplay` gives a pass the experts of the rollout, whatever the routers have become.
+- fewer experts: `deepseek-moe shrink` halves the experts, and what it saves is loaded with the same logits.
 
 "no" has its reason below; "-" means that the family has no balancing bias.
 

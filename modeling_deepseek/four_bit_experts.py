@@ -270,7 +270,12 @@ def _check(experts: nn.Module, fmt: Any) -> None:
     name = type(experts).__name__
     if "four_bit" in experts._modules:
         raise ValueError(f"model: got {name} in 4 bits already, expected ordinary weights")
-    flags = {"is_transposed": experts.is_transposed, "has_bias": experts.has_bias, "has_gate": not experts.has_gate}
+    flags = {
+        "is_transposed": experts.is_transposed,
+        "has_bias": experts.has_bias,
+        "has_gate": not experts.has_gate,
+        "has_post_expert_norm": vars(experts).get("has_post_expert_norm", False),
+    }
     wrong = [flag for flag, is_wrong in flags.items() if is_wrong]
     if wrong:
         value = getattr(experts, wrong[0])

@@ -13,6 +13,7 @@ from tiny_families import build_tiny, find_experts_classes, loss_of, token_ids
 
 from deepseek_training.balance import callback
 from deepseek_training.balance.callback import ExpertBalanceCallback
+from deepseek_training.balance.router_replay import RouterReplay
 from deepseek_training.balance.routing_observer import RoutingObserver
 from modeling_deepseek.families import find_moe_layers
 
@@ -48,6 +49,7 @@ FAULTS = {
     "bias moves": (callback, "move_bias", lambda *args: None),
     "sequence loss": (RoutingObserver, "_with_losses", lambda *args: None),
     "z-loss": (RoutingObserver, "_with_losses", lambda *args: None),
+    "replay": (RouterReplay, "_enter_router", lambda *args: None),
 }
 
 
@@ -77,6 +79,9 @@ def test_most_families_pass_each_column(families):
     for column in ("counted", "bias moves", "sequence loss", "z-loss", "LoRA"):
         assert sum(family.cells[column] != "no" for family in families) >= 58, column
     assert sum(family.cells["fused"] == YES for family in families) >= 56
+    assert sum(family.cells["quantized"] == YES for family in families) >= 58
+    assert sum(family.cells["fewer experts"] == YES for family in families) >= 58
+    assert sum(family.cells["replay"] == YES for family in families) >= 46
     assert sum(family.cells["bias moves"] == YES for family in families) >= 32
     assert all("\n" not in reason for family in families for reason in family.reasons.values())
 
