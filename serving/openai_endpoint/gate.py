@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -52,6 +53,7 @@ class Gate:
         path = scope["path"] if scope["path"] in PATHS else "other"
         try:
             self._check_key(scope)
+            self._check_host(scope)
             body = await asyncio.wait_for(self._read(receive), _ARRIVAL_S)
             await self.app(scope, _replay(body, receive), count_and_send)
         except RequestRefusedError as error:
@@ -72,6 +74,16 @@ class Gate:
         if not hmac.compare_digest(sent, f"Bearer {self.api_key}".encode()):
             raise RequestRefusedError(401, "no valid API key in the header Authorization: Bearer KEY", code="no_key")
 
+    def _check_host(self, scope: Message) -> None:
+        """Refuse a web page that a browser on this machine was led to believe lives here, by a name of its own."""
+        if self.api_key is not None or not _is_loopback(scope["server"][0]):
+            return
+        host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
+        if not _is_loopback(host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host):
+            raise RequestRefusedError(
+                403, "without an API key this server answers to localhost and 127.0.0.1 only", code="foreign_host"
+            )
+
     async def _read(self, receive: Receive) -> bytes:
         parts, size = [], 0
         while True:
@@ -86,6 +98,15 @@ class Gate:
                 )
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -158,6 +158,8 @@ def test_what_cannot_be_honored_is_refused_by_name(running):
         assert "Traceback" not in str(told) and "SECRET" not in str(told)
     assert post(running, {"model": "tiny", "messages": []}, "/v1/chat/completions")[0] == 400
     assert post(running, {}, "/v1/nothing")[0] == 404
+    # What a web page of another origin may send without asking first.
+    assert post(running, {"model": "tiny", "prompt": "a"}, **{"Content-Type": "text/plain"})[0] == 400
     assert post(running, {"model": "tiny", "prompt": "a", "max_tokens": 2})[0] == 200  # and it goes on
     assert running.engine.num_live == 0
 

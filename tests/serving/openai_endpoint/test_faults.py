@@ -106,22 +106,26 @@ def fail(*_):
     raise RuntimeError("planted")
 
 
-def test_a_key_is_asked_for():
-    with serving(make_model("ours"), api_key="k" * 20) as running:
-
-        def get(path, **headers):
-            connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=30)
-            connection.request("GET", path, headers=headers)
-            return connection.getresponse().status
-
-        assert get("/health") == 200
-        assert get("/v1/models") == get("/metrics") == get("/v1/models", Authorization="Bearer wrong") == 401
-        assert get("/v1/models", Authorization=f"Bearer {'k' * 20}") == 200
+def get(running, path, **headers):
+    """Status of a GET."""
+    connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=30)
+    connection.request("GET", path, headers=headers)
+    return connection.getresponse().status
 
 
-def test_no_thread_is_left():
-    with serving(make_model("ours")):
-        pass
+def test_a_key_is_asked_for_and_a_foreign_host_refused():
+    model = make_model("ours")
+    with serving(model, api_key="k" * 20) as running:
+        key = {"Authorization": f"Bearer {'k' * 20}"}
+        assert get(running, "/health") == 200
+        assert get(running, "/v1/models") == get(running, "/metrics") == 401
+        assert get(running, "/v1/models", Authorization="Bearer wrong") == 401
+        assert get(running, "/v1/models", **key) == get(running, "/v1/models", Host="example.com", **key) == 200
+        running.server.config.app.api_key = None
+        for host in ("localhost:1", "127.0.0.1", "[::1]:80", "[::1]"):
+            assert get(running, "/v1/models", Host=host) == 200, host
+        for host in ("example.com", "example.com:80", "127.0.0.1.example.com", ""):
+            assert get(running, "/v1/models", Host=host) == 403, host
     assert not [thread for thread in threading.enumerate() if "_run_generation_loop" in thread.name]
 
 

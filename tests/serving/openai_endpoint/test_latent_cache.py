@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 from endpoint_server import SETTINGS, make_model
@@ -24,6 +24,14 @@ def make_llama():
     return LlamaForCausalLM(config).eval()
 
 
+def make_v2():
+    torch.manual_seed(0)
+    names = ("n_group", "topk_group", "norm_topk_prob")
+    settings = {name: value for name, value in SETTINGS.items() if name not in names}
+    config = DeepseekV2Config(**settings, initializer_range=0.2)
+    return DeepseekV2ForCausalLM(config).eval()
+
+
 def run(engine, prompts, num_tokens):
     async def one(ids):
         generation = engine.submit(ids, GREEDY, num_tokens)
@@ -37,13 +45,16 @@ def run(engine, prompts, num_tokens):
     return asyncio.run(together())
 
 
-@pytest.mark.parametrize("make", [lambda: make_model("ours"), lambda: make_model("stock"), make_llama])
-def test_a_small_cache_and_prompts_in_parts_give_the_same_tokens(make):
+MODELS = {"ours": lambda: make_model("ours"), "v3": lambda: make_model("stock"), "v2": make_v2, "llama": make_llama}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_small_cache_and_prompts_in_parts_give_the_same_tokens(name):
     generator = torch.Generator().manual_seed(1)
     lengths = (1, 15, 16, 40, 90)
     prompts = [torch.randint(3, 259, (length,), generator=generator).tolist() for length in lengths]
     prompts.append([*prompts[-1][:64], 5, 6])  # shares four pages with the one before
-    model = make()
+    model = MODELS[name]()
     expected = [
         model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
         for ids in prompts
