@@ -76,16 +76,17 @@ def quantize(
     comparison = reference.compare(model)
     save_packed(model, run.model_path)
     tokenizer.save_pretrained(run.model_path)
+    outcome = quantize_outcome(settings, held_out.name, comparison, reports)
+    outcome["details"]["quantized"] = _describe(model, settings)
+    outcome["details"]["expert_bytes_per_weight"] = bytes_per_weight(model)
     summary = Summary(
         stage="quantize",
         base_model=settings.model,
         data=(describe_data(settings.data, "validation", held_out.texts, "evaluation"),),
         num_parameters=model.num_parameters(),
         seconds=round(time.monotonic() - started, 1),
-        **quantize_outcome(settings, held_out.name, comparison, reports),
+        **outcome,
     )
-    summary.details["quantized"] = _describe(model, settings)
-    summary.details["expert_bytes_per_weight"] = bytes_per_weight(model)
     return run.finish(summary)
 
 
