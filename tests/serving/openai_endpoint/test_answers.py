@@ -4,6 +4,7 @@ import asyncio
 import json
 import urllib.error
 import urllib.request
+from random import Random
 
 import pytest
 import torch
@@ -162,6 +163,60 @@ def test_what_cannot_be_honored_is_refused_by_name(running):
     assert post(running, {"model": "tiny", "prompt": "a"}, **{"Content-Type": "text/plain"})[0] == 400
     assert post(running, {"model": "tiny", "prompt": "a", "max_tokens": 2})[0] == 200  # and it goes on
     assert running.engine.num_live == 0
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    2,
+    1.5,
+    1e308,
+    10**30,
+    "",
+    "a",
+    "\udfff",
+    "\x00",
+    [],
+    [1],
+    [None],
+    ["a", 1],
+    {},
+    {"a": {"b": []}},
+)
+FIELDS = (
+    "model",
+    "prompt",
+    "messages",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "stream_options",
+    "n",
+    "odd",
+)
+
+
+@pytest.mark.parametrize("kind", ["ours"], indirect=True)
+def test_random_bodies_are_answered_or_refused_and_never_crash(running):
+    random = Random(0)
+    statuses = []
+    for _ in range(200):
+        path = random.choice(("/v1/completions", "/v1/chat/completions"))
+        body = {"model": "tiny", "max_tokens": 2}
+        turn = {"role": random.choice(("user", "tool", 1)), "content": random.choice(("hello", *ODD))}
+        body |= {"prompt": "hello"} if path == "/v1/completions" else {"messages": [turn]}
+        body |= {random.choice(FIELDS): random.choice(ODD) for _ in range(random.randint(0, 2))}
+        cut = random.random() < 0.1
+        status, told = post(running, json.dumps(body).encode()[: -random.randint(1, 9)] if cut else body, path)
+        statuses.append(status)
+        assert status in (200, 400, 404), (body, told)
+        assert status == 200 or set(told["error"]) == {"message", "type", "param", "code"}
+    assert statuses.count(200) > 10
+    assert running.engine.num_live == 0 and running.engine.failure is None
 
 
 @pytest.mark.parametrize("kind", ["ours"], indirect=True)
