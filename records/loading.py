@@ -93,18 +93,22 @@ def load_model(
     return model
 
 
-def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str | Path, *, trust_remote_code: bool = False, setting: str = "model"
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer that lies with a checkpoint.
 
     Args:
         name_or_path: A checkpoint folder, a run folder of ours, or a Hub id.
         trust_remote_code: Run code that comes with the checkpoint.
+        setting: What a message calls the name.
 
     Raises:
         FileNotFoundError: A local path is absent or holds no tokenizer.
         ValueError: A file is damaged, or a Hub id cannot be fetched.
     """
-    source = resolve_checkpoint(name_or_path, marks=(*_CONFIG_FILES, "tokenizer.json", "tokenizer_config.json"))
+    marks = (*_CONFIG_FILES, "tokenizer.json", "tokenizer_config.json")
+    source = resolve_checkpoint(name_or_path, marks=marks, setting=setting)
     if is_adapter(source) and not _has_tokenizer(Path(source)):
         return load_tokenizer(base_of_adapter(source), trust_remote_code=trust_remote_code)
     _check_json("tokenizer", source, ("config.json", "tokenizer.json", "tokenizer_config.json"))
@@ -218,12 +222,15 @@ def merge_adapter(source: str, base: str | None = None, **options: Any) -> PreTr
     return merged
 
 
-def resolve_checkpoint(name_or_path: str | Path, *, marks: tuple[str, ...] = _CONFIG_FILES) -> str:
+def resolve_checkpoint(
+    name_or_path: str | Path, *, marks: tuple[str, ...] = _CONFIG_FILES, setting: str = "model"
+) -> str:
     """Return a folder with a checkpoint, or the name unchanged when it can only be a Hub id.
 
     Args:
         name_or_path: A checkpoint folder, a run folder of ours, or a Hub id.
         marks: Files of which a folder must hold one.
+        setting: What a message calls the name.
 
     Raises:
         FileNotFoundError: A local path is absent or holds no checkpoint.
@@ -233,13 +240,13 @@ def resolve_checkpoint(name_or_path: str | Path, *, marks: tuple[str, ...] = _CO
         return str(path / "model")
     if path.is_dir():
         if not any((path / name).is_file() for name in marks):
-            raise FileNotFoundError(f"model: {path} holds no config.json, expected a checkpoint or a finished run")
+            raise FileNotFoundError(f"{setting}: {path} holds no config.json, expected a checkpoint or a finished run")
         return str(path)
     name = str(name_or_path)
     if path.exists():
-        raise FileNotFoundError(f"model: {path} is a file, expected a checkpoint folder or a Hub id")
+        raise FileNotFoundError(f"{setting}: {path} is a file, expected a checkpoint folder or a Hub id")
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise FileNotFoundError(f"model: {name!r} does not exist, expected a checkpoint folder or a Hub id")
+        raise FileNotFoundError(f"{setting}: {name!r} does not exist, expected a checkpoint folder or a Hub id")
     return name
 
 

@@ -39,7 +39,7 @@ def tokenizer_for(recipe: PretrainRecipe, texts: list[str]) -> PreTrainedTokeniz
         texts: The training texts, which a new tokenizer learns from unless `tokenizer_data` names others.
     """
     if recipe.tokenizer is not None:
-        return load_tokenizer(recipe.tokenizer)
+        return load_tokenizer(recipe.tokenizer, setting="tokenizer")
     corpora = [load_texts(name, "train") for name in recipe.tokenizer_data] or [texts]
     return train_tokenizer(
         (text for corpus in corpora for text in corpus), recipe.vocab_size, model_max_length=recipe.sequence_length

@@ -78,6 +78,6 @@ def _load_tokenizer(name: str) -> Any:
     from deepseek_records.loading import load_tokenizer
     from deepseek_training.data.packing import encode_documents
 
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, setting="tokenizer")
     encode_documents(["a"], tokenizer)
     return tokenizer
