@@ -35,7 +35,11 @@ COMMANDS = {
     "card": ["card", MODEL, "--output"],
     "export": ["export", MODEL],
     "export gguf": ["export", MODEL, "--to", "gguf"],
-    **{f"bench {one.name}": ["bench", one.name, "--output"] for one in BENCHMARKS if one.name != "rewards"},
+    **{
+        f"bench {one.name}": ["bench", one.name, *([MODEL] if one.name == "serving" else []), "--output"]
+        for one in BENCHMARKS
+        if one.name != "rewards"
+    },
     "bench rewards": ["bench", "rewards", "align-debug", "--model", MODEL, "--output"],
     "table": ["evaluate", "--table"],
 }
