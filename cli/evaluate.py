@@ -12,12 +12,12 @@ from deepseek_records.summary import Result
 
 HELP = "Score a causal language model: knowledge, code, bias, robustness, refusals."
 EXAMPLES = """
+  deepseek-moe evaluate runs/demo/align --tasks mmlu,humaneval --max-new-tokens 256 --dry-run
   deepseek-moe evaluate runs/demo/align --tasks mmlu --limit 2
-  deepseek-moe evaluate runs/demo/align --tasks mmlu,humaneval --dry-run
   deepseek-moe evaluate path/to/model --tasks mmlu --num-fewshot 5 --batch-size 64 --output runs/mmlu
-  deepseek-moe evaluate runs/demo/align --tasks mmlu --num-fewshot 2 --limit 1 --apply-chat-template
+  deepseek-moe evaluate runs/demo/align --tasks mmlu --limit 1 --apply-chat-template --output runs/chat
   deepseek-moe evaluate --samples completions.jsonl --tasks humaneval --output runs/scored
-  deepseek-moe evaluate path/to/model --tasks mmlu,long_tail,mmlu_robust,winobias,bbq,refusal --limit 20
+  deepseek-moe evaluate path/to/model --tasks mmlu,long_tail,winobias,bbq,refusal --limit 20 --output runs/held
   deepseek-moe evaluate path/to/model --tasks crows_pairs --data crows_pairs=path/to/crows_pairs_anonymized.csv
   deepseek-moe evaluate runs/demo/adapt --tasks bits_per_byte --data my_texts --output runs/my_texts
   deepseek-moe evaluate runs/demo/sft runs/demo/align --tasks mmlu --limit 1 --output runs/both

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 HELP = "Write a checkpoint or an adapter that others load without this package."
 EXAMPLES = """
-  deepseek-moe export runs/demo/align/model exported --to deepseek_v3
-  deepseek-moe export runs/demo/align/model model.gguf --to gguf
+  deepseek-moe export path/to/fixed/model exported --to deepseek_v3
+  deepseek-moe export path/to/fixed/model fixed.gguf --to gguf
   deepseek-moe export runs/demo/align/model model.gguf --to gguf --fixed-experts 2
   deepseek-moe export my-adapter expert-lora --to expert_lora
 """

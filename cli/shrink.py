@@ -4,10 +4,10 @@ import argparse
 
 HELP = "Cut a smaller model out of a larger one: experts, channels, heads, layers; of other families experts."
 EXAMPLES = """
+  deepseek-moe shrink runs/demo/pretrain/model runs/half --set n_routed_experts=8 --dry-run
   deepseek-moe shrink runs/demo/pretrain/model runs/half --set n_routed_experts=8
   deepseek-moe shrink runs/demo/pretrain/model runs/third --set hidden_size=96 n_routed_experts=6 num_experts_per_tok=3
   deepseek-moe shrink runs/first/model runs/frequent --set n_routed_experts=4 --experts-by frequency --data medicine
-  deepseek-moe shrink runs/demo/pretrain/model runs/half --set n_routed_experts=8 --dry-run
 
 distill or adapt heal what was cut.
 """
