@@ -12,7 +12,6 @@ T tokens, K slots per token, H hidden, I expert width, E experts.
 
 import argparse
 import json
-import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from deepseek_cli.benchmarks.compile_ahead import compile_in_processes
 from deepseek_cli.benchmarks.kernel_timing import Mark, interleave
 from deepseek_kernels.expert_loop import TILE_TOLERANCE, largest_tile_error
 from deepseek_kernels.four_bit import FourBitFormat, PackedMatrices
@@ -330,14 +330,8 @@ def compile_ahead(shape: Shape) -> None:
     Args:
         shape: Of a layer.
     """
-    begun, context = time.time(), multiprocessing.get_context("spawn")
     jobs = [(num_tokens, part) for num_tokens in TOKENS for part in range(2)]
-    workers = [context.Process(target=_compile, args=(shape, *job)) for job in jobs]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    print(f"compiled by {len(workers)} processes in {time.time() - begun:.0f} s", flush=True)
+    compile_in_processes([(_compile, (shape, *job)) for job in jobs])
 
 
 def _compile(shape: Shape, num_tokens: int, part: int) -> None:

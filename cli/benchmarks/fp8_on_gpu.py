@@ -14,8 +14,6 @@ T tokens, H hidden, I expert width, E experts, K slots per token.
 import argparse
 import json
 import math
-import multiprocessing
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,9 +23,9 @@ import torch
 import triton
 
 from deepseek_cli.benchmarks import fp8_kernels
+from deepseek_cli.benchmarks.compile_ahead import compile_in_processes, compile_instead_of_launching
 from deepseek_cli.benchmarks.fp8_layer import Layer, make_codes, teraflops
 from deepseek_cli.benchmarks.kernel_timing import Mark, interleave
-from deepseek_cli.benchmarks.kernel_variants import _compile_instead_of_launching
 from deepseek_kernels.gpu import fp8_experts
 from deepseek_kernels.gpu.fp8_tiles import MANY_ROWS, Fp8Tiles
 from deepseek_kernels.gpu.tiles import ROW_BUCKETS, SHIPPED
@@ -106,21 +104,15 @@ def _kernel_line(row: dict[str, Any]) -> str:
 
 def compile_in_parallel() -> None:
     """Compile all that will run into Triton's cache, by a process for each part; in one it takes minutes."""
-    begun, context = time.time(), multiprocessing.get_context("spawn")
     shapes = {shape[1:]: shape for shape in SHAPES}.values()
     # Tiles take longest: two processes for those of one kernel.
     parts = [(shape, p, first) for shape in shapes for p in _PARTS for first in range(1 + (p in fp8_kernels.VARIANTS))]
-    workers = [context.Process(target=_compile, args=part) for part in parts]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    print(f"compiled by {len(workers)} processes in {time.time() - begun:.0f} s", flush=True)
+    compile_in_processes([(_compile, part) for part in parts])
 
 
 def _compile(shape: tuple[int, ...], part: str, first: int) -> None:
     """Compile one part of what runs at one shape; T matters only in that it takes the tiles of many rows."""
-    _compile_instead_of_launching()
+    compile_instead_of_launching()
     fp8_experts.choose_fp8_tiles = lambda *arguments: MANY_ROWS
     fp8_experts.weight_gradient_tile = lambda *arguments: SHIPPED["sm_90", 0, 0, 2].weight_gradient
     num_tokens = (ROW_BUCKETS[-1] + 1) * shape[3] // shape[4] + 1

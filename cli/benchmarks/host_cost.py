@@ -23,7 +23,7 @@ import torch
 
 from deepseek_cli.benchmarks.kernel_cells import Cell
 from deepseek_cli.benchmarks.kernel_peers import Experts, find_implementations
-from deepseek_cli.benchmarks.kernel_timing import Mark
+from deepseek_cli.benchmarks.kernel_timing import Mark, synchronize
 from deepseek_cli.benchmarks.kernels import _ignore, _Layer
 from deepseek_kernels.triton_path import experts_gpu
 
@@ -99,7 +99,7 @@ def host_us(step: Callable[[Mark], object], device: str) -> list[float]:
     marks: list[float] = []
     for _ in range(_CALLS):
         marks.clear()
-        _wait(device)
+        synchronize(device)
         step(lambda: marks.append(time.perf_counter()))
         samples.append([1e6 * (end - begin) for begin, end in itertools.pairwise(marks)])
     return [statistics.median(part) for part in zip(*samples, strict=True)]
@@ -121,12 +121,12 @@ def device_us(step: Callable[[Mark], object], device: str) -> list[float]:
         marks[-1].append(torch.cuda.Event(enable_timing=True))
         marks[-1][-1].record()
 
-    _wait(device)
+    synchronize(device)
     torch.cuda._sleep(_BUSY_CYCLES)
     for _ in range(_CALLS):
         marks.append([])
         step(mark)
-    _wait(device)
+    synchronize(device)
     for events in marks:
         samples.append([1e3 * begin.elapsed_time(end) for begin, end in itertools.pairwise(events)])
     return [statistics.median(part) for part in zip(*samples, strict=True)]
@@ -134,17 +134,12 @@ def device_us(step: Callable[[Mark], object], device: str) -> list[float]:
 
 def _step_us(step: Callable[[Mark], object], device: str) -> float:
     """Microseconds per step of many in a row, the last one finished."""
-    _wait(device)
+    synchronize(device)
     begun = time.perf_counter()
     for _ in range(_CALLS):
         step(_ignore)
-    _wait(device)
+    synchronize(device)
     return 1e6 * (time.perf_counter() - begun) / _CALLS
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:

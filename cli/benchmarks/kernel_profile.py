@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from deepseek_cli.benchmarks.kernel_cells import LEASE_GRID, Cell
 from deepseek_cli.benchmarks.kernel_peers import find_implementations
+from deepseek_cli.benchmarks.kernel_timing import synchronize
 from deepseek_cli.benchmarks.kernels import _ignore, _Layer
 
 _CALLS = 20
@@ -35,11 +36,11 @@ def profile_cell(cell: Cell, device: str, names: list[str]) -> None:
         step = layer.make_step(name, present[name], True)
         for _ in range(3):
             step(_ignore)
-        _wait(device)
+        synchronize(device)
         with profile(activities=activities) as profiler:
             for _ in range(3):
                 step(_ignore)
-            _wait(device)
+            synchronize(device)
         print(f"\n{name}, forward and backward three times, {cell.title}", flush=True)
         print(
             profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=16, max_name_column_width=60)
@@ -58,19 +59,14 @@ def host_times(cell: Cell, device: str) -> None:
     for is_training in (False, True):
         step = layer.make_step("fused_moe", present["fused_moe"], is_training)
         step(_ignore)
-        _wait(device)
+        synchronize(device)
         begun = time.perf_counter()
         for _ in range(_CALLS):
             step(_ignore)
         spent = time.perf_counter() - begun
-        _wait(device)
+        synchronize(device)
         mode = "forward+backward" if is_training else "forward"
         print(f"host per call, {mode}, {cell.title}: {1e6 * spent / _CALLS:.0f} us", flush=True)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -84,7 +80,7 @@ def main() -> None:
     if args.once:
         layer, (present, _) = _Layer(large, device), find_implementations()
         layer.make_step("fused_moe", present["fused_moe"], True)(_ignore)
-        _wait(device)
+        synchronize(device)
         return
     profile_cell(large, device, ["fused_moe", "torch_grouped_mm"])
     if device == "cuda":

@@ -105,8 +105,12 @@ def _busy_seconds() -> float | None:
     return everybody - own.user - own.system - own.children_user - own.children_system
 
 
-def _synchronize(device: str) -> None:
-    """Wait for a GPU; a CPU is done when it returns."""
+def synchronize(device: str) -> None:
+    """Wait for a GPU; a CPU is done when it returns.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -125,9 +129,9 @@ def _time(step: Callable[[Mark], object], device: str) -> list[float]:
         def mark() -> None:
             marks.append(time.perf_counter())
 
-    _synchronize(device)
+    synchronize(device)
     step(mark)
-    _synchronize(device)
+    synchronize(device)
     pairs = list(itertools.pairwise(marks))
     if device == "cuda":
         parts = [start.elapsed_time(end) for start, end in pairs]

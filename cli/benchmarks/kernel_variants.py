@@ -15,9 +15,7 @@ T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts.
 
 import argparse
 import json
-import multiprocessing
 import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,16 +23,15 @@ from typing import Any
 
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
-from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
 
+from deepseek_cli.benchmarks.compile_ahead import compile_in_processes, compile_instead_of_launching
 from deepseek_cli.benchmarks.kernel_cells import LEASE_GRID, Cell
 from deepseek_cli.benchmarks.kernel_peers import find_implementations
 from deepseek_cli.benchmarks.kernel_timing import Mark, interleave
 from deepseek_cli.benchmarks.kernels import _Layer
 from deepseek_kernels.expert_loop import largest_tile_error
 from deepseek_kernels.gpu import experts as fused_moe_gpu
-from deepseek_kernels.gpu import launch as launch_file
 from deepseek_kernels.gpu import tune
 from deepseek_kernels.gpu.combine import combine
 from deepseek_kernels.gpu.routing_metadata import routing_metadata
@@ -179,16 +176,10 @@ def measure_layers(cells: list[Cell], seconds: float) -> list[dict[str, Any]]:
 
 def compile_in_parallel() -> None:
     """Compile what this file and the benchmark's grid will run, by as many processes as there are cores."""
-    begun, context = time.time(), multiprocessing.get_context("spawn")
     num_parts = max(1, min(6, (os.cpu_count() or 1) - 2))
     cells = list({_small(cell) for cell in LEASE_GRID})
-    workers = [context.Process(target=_compile_layer, args=(cell, name)) for cell in cells for name in _SETS]
-    workers += [context.Process(target=_compile_variants, args=(SHAPES[0], i, num_parts)) for i in range(num_parts)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    print(f"compiled by {len(workers)} processes in {time.time() - begun:.0f} s", flush=True)
+    jobs: list[Any] = [(_compile_layer, (cell, name)) for cell in cells for name in _SETS]
+    compile_in_processes(jobs + [(_compile_variants, (SHAPES[0], i, num_parts)) for i in range(num_parts)])
 
 
 def _small(cell: Cell) -> Cell:
@@ -197,20 +188,8 @@ def _small(cell: Cell) -> Cell:
     return replace(cell, T=min(cell.T, least), routing="balanced")
 
 
-def _compile_instead_of_launching() -> None:
-    """Let every launch of this process end after compiling; its operands may then lie anywhere, and hold anything."""
-    original = JITFunction.run
-
-    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **settings: Any) -> Any:
-        return original(self, *arguments, grid=grid, warmup=True, **settings)
-
-    JITFunction.run = compile_only
-    launch_file.is_left_to_triton = True
-    fused_moe_gpu.choose_tiles = lambda device, hidden, width, bucket, dtype: SHIPPED["sm_90", 0, 0, bucket]
-
-
 def _compile_layer(cell: Cell, name: str) -> None:
-    _compile_instead_of_launching()
+    compile_instead_of_launching()
     if not cell.is_decode:
         fused_moe_gpu.choose_tiles = lambda *arguments: _SETS[name]
     inputs = _empty_inputs((cell.T, cell.K, cell.H, cell.I, cell.E))
@@ -225,7 +204,7 @@ def _compile_layer(cell: Cell, name: str) -> None:
 
 def _compile_variants(shape: tuple[int, ...], part: int, num_parts: int) -> None:
     """One part of the variants; T does not matter, for no kernel depends on it."""
-    _compile_instead_of_launching()
+    compile_instead_of_launching()
     inputs = _empty_inputs((64, *shape[1:]))
     everything = [(name, tile) for name, tiles in VARIANTS.items() for tile in (*tiles, getattr(SAFE, name))]
     for name, tile in everything[part::num_parts]:

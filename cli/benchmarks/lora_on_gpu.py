@@ -20,8 +20,6 @@ T tokens, K slots per token, H hidden, I expert width, E experts, r rank.
 import argparse
 import functools
 import json
-import multiprocessing
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from triton.runtime.jit import JITFunction
 
+from deepseek_cli.benchmarks.compile_ahead import compile_in_processes, compile_instead_of_launching
 from deepseek_cli.benchmarks.host_cost import device_us, host_us
 from deepseek_cli.benchmarks.kernel_memory import peak_memory
 from deepseek_cli.benchmarks.kernel_timing import Mark, interleave
 from deepseek_kernels.expert_loop import largest_tile_error
 from deepseek_kernels.fused_moe import fused_moe
 from deepseek_kernels.gpu import experts as experts_gpu
-from deepseek_kernels.gpu import launch as launch_file
 from deepseek_kernels.gpu.adapters import NO_ADAPTERS, make_adapters
 from deepseek_kernels.gpu.tiles import SHIPPED
 from deepseek_kernels.lora import LoraFactors
@@ -209,17 +206,11 @@ def compile_ahead(shape: Shape) -> None:
     Args:
         shape: Sizes.
     """
-    begun, context = time.time(), multiprocessing.get_context("spawn")
     buckets = {_bucket(shape, num_tokens) for num_tokens in shape.tokens}
     # The forward pass of frozen experts is that of full training.
     parts = [("full", 0), ("full", 1), ("frozen", 1), ("lora", 0), ("lora", 1)]
     jobs = [(shape, bucket, *part) for bucket in sorted(buckets) for part in parts]
-    workers = [context.Process(target=_compile, args=job) for job in jobs]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    print(f"compiled by {len(workers)} processes in {time.time() - begun:.0f} s", flush=True)
+    compile_in_processes([(_compile, job) for job in jobs])
 
 
 def _bucket(shape: Shape, num_tokens: int) -> int:
@@ -227,14 +218,7 @@ def _bucket(shape: Shape, num_tokens: int) -> int:
 
 
 def _compile(shape: Shape, bucket: int, kind: str, part: int) -> None:
-    """Launch nothing and compile everything: operands may lie anywhere, and hold anything."""
-    original = JITFunction.run
-
-    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **settings: Any) -> Any:
-        return original(self, *arguments, grid=grid, warmup=True, **settings)
-
-    JITFunction.run = compile_only
-    launch_file.is_left_to_triton = True
+    compile_instead_of_launching()
     experts_gpu.choose_tiles = lambda *arguments: SHIPPED["sm_90", 0, 0, bucket]
     E, H, I, r, K = shape.E, shape.H, shape.I, shape.r, shape.K  # noqa: E741
     x, gate_up, down = (torch.empty(n, dtype=torch.bfloat16) for n in ((64, H), (E, 2 * I, H), (E, H, I)))
