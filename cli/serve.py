@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that requests may go on after Ctrl-C or SIGTERM",
     )
+    parser.add_argument(
+        "--requests", metavar="DIR", help="keep each request's counts (no text) here, for deepseek-moe monitor drift"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that lies in the checkpoint")
 
 
@@ -74,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
             max_batch_tokens=args.max_batch_tokens,
         )
         with Engine(model, limits) as engine:
-            service = Service(engine, tokenizer, args.name or args.model)
+            folder = None if args.requests is None else Path(args.requests)
+            service = Service(engine, tokenizer, args.name or args.model, folder)
             host, port = listener.getsockname()[:2]
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             kept = "MLA's latents" if engine.has_latents else "keys and values"
@@ -89,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
                 answered, others = service.metrics.count_answers()
                 error.args = (f"{answered} requests got their answer, {others} a refusal or no answer",)
                 raise
+            finally:
+                service.close()
     return 0
 
 

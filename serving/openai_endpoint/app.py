@@ -4,8 +4,11 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -13,6 +16,7 @@ from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_records.user_text import encode, encode_chat, protect
+from deepseek_serving.monitoring.request_log import log_request, open_log
 from deepseek_serving.openai_endpoint.answers import Form, Usage, event
 from deepseek_serving.openai_endpoint.engine import Engine, Generation
 from deepseek_serving.openai_endpoint.gate import Gate
@@ -38,13 +42,17 @@ class Service:
         engine: Runs the model.
         tokenizer: The model's.
         name: Under which clients ask for the model.
+        requests_folder: Where each request's counts go, for drift; None keeps none.
     """
 
-    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, requests_folder: Path | None = None
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.name = name
-        self.metrics = Metrics(engine.model, lambda: engine.num_running, lambda: engine.num_live)
+        self.metrics = Metrics(engine, name, requests_folder)
+        self.request_log = None if requests_folder is None else open_log(requests_folder, engine)
 
     def begin(self, request: GenerationRequest) -> "Answer":
         """Encode, check against the limits and take on one request.
@@ -72,7 +80,14 @@ class Service:
         )
         generation = self.engine.submit(ids, settings, max_tokens)
         self.metrics.prompt_tokens.inc(len(ids))
-        return Answer(self, request, generation, Usage(len(ids)))
+        return Answer(self, request, generation, Usage(len(ids)), ids)
+
+    def close(self) -> None:
+        """Write what is left of the requests' counts, after the last answer."""
+        if self.request_log is not None:
+            if self.engine.routing is not None:
+                self.engine.routing.flush()
+            self.request_log.close()
 
     def _encode_prompt(self, request: CompletionRequest) -> list[int]:
         prompt = request.prompt
@@ -122,9 +137,17 @@ class Answer:
         request: What was asked.
         generation: Its tokens.
         usage: With the prompt's tokens.
+        token_ids: Of the prompt.
     """
 
-    def __init__(self, service: Service, request: GenerationRequest, generation: Generation, usage: Usage) -> None:
+    def __init__(
+        self,
+        service: Service,
+        request: GenerationRequest,
+        generation: Generation,
+        usage: Usage,
+        token_ids: list[int],
+    ) -> None:
         self.service = service
         self.request = request
         self.generation = generation
@@ -133,17 +156,29 @@ class Answer:
         self.finish_reason = "length"
         self.is_told = False  # whether all events were sent
         self._started = time.perf_counter()
+        self._first_at = self._started
+        self._token_ids = list(token_ids)
 
     async def texts(self) -> AsyncIterator[str]:
         """Yield the text in pieces; `finish_reason` and `usage` are known after the last."""
+        try:
+            async for text in self._texts():
+                yield text
+        except RequestRefusedError as error:
+            self._observe_duration(error.code)
+            raise
+
+    async def _texts(self) -> AsyncIterator[str]:
         stream = TextStream(self.service.tokenizer, self.request.stops)
         last = -1
         async for ids in self.generation.tokens():
             if self.usage.completion_tokens == 0:
-                self.service.metrics.first_token.observe(time.perf_counter() - self._started)
+                self._first_at = time.perf_counter()
+                self.service.metrics.first_token.observe(self._first_at - self._started)
             self.usage.completion_tokens += len(ids)
             self.service.metrics.generated_tokens.inc(len(ids))
             last = ids[-1]
+            self._token_ids += ids
             text = stream.push(ids)
             if text:
                 yield text
@@ -152,8 +187,23 @@ class Answer:
         rest = stream.finish()
         if stream.has_stopped or last in self.service.engine.end_tokens:
             self.finish_reason = "stop"
+        self._count_finished()
         if rest:
             yield rest
+
+    def _count_finished(self) -> None:
+        self._observe_duration("")
+        num_written = self.usage.completion_tokens
+        if num_written > 1:
+            self.service.metrics.per_token.observe((time.perf_counter() - self._first_at) / (num_written - 1))
+        log = self.service.request_log
+        if log is not None:
+            ids, is_cut = np.array(self._token_ids), self.finish_reason == "length"
+            self.generation.take = partial(log_request, log, ids, num_written, is_cut)
+
+    def _observe_duration(self, error_type: str) -> None:
+        metrics = self.service.metrics
+        metrics.duration.labels(metrics.name, error_type).observe(time.perf_counter() - self._started)
 
     async def whole(self, http: Request) -> Response:
         """Return the answer in one piece, or nothing to a client that has gone."""

@@ -16,6 +16,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from deepseek_serving.monitoring.routing_counts import RoutingCounts, Rows, Take
 from deepseek_serving.openai_endpoint.latent_cache import use_latent_pages
 from deepseek_serving.openai_endpoint.refusals import RequestRefusedError
 from deepseek_serving.openai_endpoint.sampling import RequestSampler, SamplingSettings
@@ -56,13 +57,19 @@ class Engine:
     Args:
         model: In evaluation mode; attention `sdpa`.
         limits: What is taken on.
+        is_counted: Whether what the routers choose is counted.
+
+    Attributes:
+        routing: The counts; None without them, and before the start.
 
     Raises:
         ValueError: The model's attention is of a kind that cannot be served.
     """
 
-    def __init__(self, model: PreTrainedModel, limits: Limits) -> None:
+    def __init__(self, model: PreTrainedModel, limits: Limits, *, is_counted: bool = True) -> None:
         self.model = model
+        self.is_counted = is_counted
+        self.routing: RoutingCounts | None = None
         self.limits = limits
         self.has_latents = use_latent_pages(model)
         ends = model.generation_config.eos_token_id
@@ -83,8 +90,9 @@ class Engine:
                 auto_switch_to_flash=False,
             ),
         )
-        sampler = LogitsProcessorList([RequestSampler()])
-        self._manager.logit_processor = ContinuousBatchingLogitsProcessorList(sampler)
+        self._sampler = RequestSampler()
+        processors = LogitsProcessorList([self._sampler])
+        self._manager.logit_processor = ContinuousBatchingLogitsProcessorList(processors)
         self._manager.logit_processor.tensors_required = 1
 
     def __enter__(self) -> "Engine":
@@ -95,9 +103,13 @@ class Engine:
         except BaseException:
             self.__exit__()
             raise
+        if self.is_counted:
+            self.routing = RoutingCounts(self.model, self._rows_of_pass)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.routing is not None:
+            self.routing.detach()
         self._manager.stop(block=True, timeout=30, hard_stop=True)
 
     @property
@@ -141,6 +153,8 @@ class Engine:
         request_id = uuid.uuid4().hex
         outputs: asyncio.Queue[GenerationOutput | None] = asyncio.Queue()
         self._live[request_id] = outputs
+        if self.routing is not None:
+            self.routing.begin(request_id)
         self._manager.register_result_handler(request_id, outputs.put_nowait)
         self._manager.add_request(
             prompt_ids,
@@ -152,6 +166,11 @@ class Engine:
         )
         return Generation(self, request_id, outputs)
 
+    def keep_log_probs(self) -> None:
+        """Add the written tokens' log-probabilities to each request's counts."""
+        assert self.routing is not None
+        self._sampler.on_written = self.routing.write
+
     def drain(self) -> None:
         """Refuse new requests from now on."""
         self._is_draining = True
@@ -162,16 +181,25 @@ class Engine:
         for outputs in self._live.values():
             outputs.put_nowait(None)
 
-    def release(self, request_id: str, *, is_finished: bool) -> None:
+    def release(self, request_id: str, *, is_finished: bool, take: Take | None = None) -> None:
         """Forget a request, and stop its work where it is not finished.
 
         Args:
             request_id: From `submit`; one that is forgotten already is passed over.
             is_finished: Whether its last token has come.
+            take: Called with the request's counts; None where they are of no use.
         """
-        if self._live.pop(request_id, None) is not None and not is_finished:
+        if self._live.pop(request_id, None) is None:
+            return
+        if self.routing is not None:
+            self.routing.end(request_id, take)
+        if not is_finished:
             self._manager.cancel_request(request_id)
             self._manager.output_router.result_handlers.pop(request_id, None)
+
+    def _rows_of_pass(self) -> Rows:
+        requests = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
+        return [(request.state.request_id, request.query_length) for request in requests]
 
     def _count_blocks(self) -> int:
         """`cache_tokens` in the manager's unit: blocks of pages as full attention would have them."""
@@ -207,6 +235,10 @@ class Generation:
         engine: Where it runs.
         request_id: Its name there.
         outputs: What the engine's thread fills.
+
+    Attributes:
+        is_finished: Whether the last token has come.
+        take: Called with the request's counts at the end; for the engine's caller to set.
     """
 
     def __init__(self, engine: Engine, request_id: str, outputs: "asyncio.Queue[GenerationOutput | None]") -> None:
@@ -214,6 +246,7 @@ class Generation:
         self.request_id = request_id
         self.outputs = outputs
         self.is_finished = False
+        self.take: Take | None = None
         self._ends_at = time.monotonic() + engine.limits.timeout_s
 
     async def tokens(self) -> AsyncIterator[list[int]]:
@@ -240,4 +273,4 @@ class Generation:
 
     def close(self) -> None:
         """Give the place back; what is not finished is no longer computed."""
-        self.engine.release(self.request_id, is_finished=self.is_finished)
+        self.engine.release(self.request_id, is_finished=self.is_finished, take=self.take)

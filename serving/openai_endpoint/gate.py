@@ -65,7 +65,7 @@ class Gate:
             await _answer(late, count_and_send)
         finally:
             self.metrics.requests.labels(path, status).inc()
-            self.metrics.duration.labels(path).observe(time.perf_counter() - started)
+            self.metrics.http_duration.labels(path).observe(time.perf_counter() - started)
 
     def _check_key(self, scope: Message) -> None:
         if self.api_key is None or scope["path"] == "/health":

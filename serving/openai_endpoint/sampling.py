@@ -6,6 +6,7 @@ whatever else is in the batch.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +30,19 @@ class SamplingSettings:
 
 
 class RequestSampler(ContinuousBatchingLogitsProcessor):
-    """Leaves to each row of logits only the token that its request's settings choose."""
+    """Leaves to each row of logits only the token that its request's settings choose.
+
+    Attributes:
+        on_written: Told the requests' names and the chosen tokens' log-probabilities `[rows]`, by the model alone.
+    """
 
     supported_kwargs = {"sampling": SamplingSettings}  # noqa: RUF012
     ignored_kwargs = ()
 
     def __init__(self) -> None:
+        self.on_written: Callable[[list[str], torch.Tensor], None] | None = None
         self._rows: list[tuple[SamplingSettings, int]] = []
+        self._request_ids: list[str] = []
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         """Clear the batch's arguments; the settings do not travel in them."""
@@ -51,6 +58,7 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
             `[rows]` int32 of nothing.
         """
         states = [request.state for request in requests_with_new_token]
+        self._request_ids = [state.request_id for state in states]
         self._rows = [
             (state.logit_processor_kwargs["sampling"], len(state.initial_tokens) + len(state.generated_tokens))
             for state in states
@@ -68,6 +76,10 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
         drawn = [row for row, (settings, _) in enumerate(self._rows) if settings.temperature > 0]
         if drawn:
             chosen[drawn] = self._draw(scores[drawn], [self._rows[row] for row in drawn])
+        if self.on_written is not None:
+            num_rows = len(self._request_ids)  # rows behind them are filled up
+            logits, of_rows = scores[:num_rows], chosen[:num_rows, None]
+            self.on_written(self._request_ids, logits.gather(-1, of_rows)[:, 0] - logits.logsumexp(dim=-1))
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
 
     def _draw(self, logits: torch.Tensor, rows: list[tuple[SamplingSettings, int]]) -> torch.Tensor:

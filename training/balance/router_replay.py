@@ -22,8 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from deepseek_training.balance.router_output import read_choice
 from modeling_deepseek.families import MoeLayer, find_moe_layers
+from modeling_deepseek.router_output import read_choice
 from modeling_deepseek.token_layout import TokenLayout, make_layout
 
 _Step = tuple[torch.Tensor, torch.Tensor | None]  # token ids [B, S] and their part of the mask

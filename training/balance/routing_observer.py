@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from deepseek_training.balance.router_output import RouterChoice, read_choice
 from modeling_deepseek.auxiliary_loss import AttachLoss, router_z_loss, sequence_balance_loss
 from modeling_deepseek.families import MoeLayer, find_moe_layers
+from modeling_deepseek.router_output import RouterChoice, read_choice
 from modeling_deepseek.token_layout import TokenLayout, make_layout, one_sequence
 
 # Entropies are added up as whole numbers of this part of a nat: integers sum to the same in any order, on any ranks.

@@ -10,10 +10,10 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 
 from deepseek_records.activation_checkpointing import enable_checkpointing
 from deepseek_training.balance.replay_callback import RouterReplayCallback
-from deepseek_training.balance.router_output import read_choice
 from deepseek_training.balance.router_replay import RouterReplay
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 from modeling_deepseek.families import find_moe_layers
+from modeling_deepseek.router_output import read_choice
 
 CLASSES = dict(map(reversed, find_experts_classes()))
 # The first and the third choose without `topk`; the second has two kinds of tokens; the fourth is given no token ids.

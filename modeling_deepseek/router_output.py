@@ -1,8 +1,8 @@
 """What a router chose, read from what it returns.
 
-`RoutingObserver` reads every router through it. Most families return `(router_logits, topk_weights, topk_indices)`; a
-few older ones return a table or counts. DBRX, Doge and others return no choice at all: of these nothing can be
-counted.
+`RoutingObserver` reads every router in training through it, `RoutingCounts` every router that serves. Most families
+return `(router_logits, topk_weights, topk_indices)`; a few older ones return a table or counts. DBRX, Doge and others
+return no choice at all: of these nothing can be counted.
 """
 
 from dataclasses import dataclass
