@@ -3,6 +3,8 @@
 #   make demo       the whole path at small size, offline, into runs/demo
 #   make test       the default tests (under 8 minutes on two cores)
 #   make test-all   also the tests marked slow, and the site
+#   make serve-setup  Triton Inference Server and its client, into build/serving
+#   make test-serving   the tests that need them
 #   make test-versions  parts of the tests under other versions (dev/versions.yaml; ONLY=row: one of them)
 #   make lint       ruff (rules and format) and mypy (every signature)
 #   make docs       the pages as a site, in build/site
@@ -23,7 +25,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test test-all test-versions check lint style claims docs bench clean
+.PHONY: setup demo test test-all serve-setup test-serving test-versions check lint style claims docs bench clean
 
 setup: $(VENV)/installed
 
@@ -48,6 +50,14 @@ test: setup
 
 test-all: setup docs
 	@$(OFFLINE) $(PYTEST) -m "not gpu and not network"
+
+serve-setup: setup
+	@echo "Installing Triton Inference Server and its client into build/serving"
+	@$(BIN)/python -m deepseek_serving.triton_server.installation
+	@test -d build/serving/clients/tritonclient || $(PIP) --target build/serving/clients 'tritonclient[grpc,http]==2.73.0'
+
+test-serving: serve-setup
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving tests/cli
 
 test-versions: setup
 	@$(BIN)/python dev/versions.py $(if $(ONLY),--only $(ONLY))

@@ -1,8 +1,6 @@
-"""The listening socket, and an end in order: what runs is finished within a grace time, the rest is refused."""
+"""The server's run and its end in order: what runs is finished within a grace time, the rest is refused."""
 
 import asyncio
-import errno
-import ipaddress
 import socket
 from types import FrameType
 
@@ -14,48 +12,6 @@ from deepseek_serving.openai_endpoint.app import Service, build_app
 _LOOK_S = 0.2
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound, before the model is loaded.
-
-    Args:
-        host: An address or a name.
-        port: 0 takes any that is free.
-
-    Raises:
-        ValueError: The port is taken or not allowed, or the host is not one of this machine's.
-    """
-    try:
-        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, number)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(256)  # now, so that a second server learns of it while this one still loads its model
-    except socket.gaierror as error:
-        raise ValueError(f"--host: got {host!r}, expected an address of this machine ({error.strerror})") from None
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ValueError(
-                f"--port: got {port}, on which another program listens, expected a free one; 0 takes any"
-            ) from None
-        setting = "--port" if error.errno == errno.EACCES else "--host"
-        raise ValueError(f"{setting}: {host} port {port} cannot be taken ({error.strerror})") from None
-    return listener
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach an address.
-
-    Args:
-        host: An address or a name.
-    """
-    try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)}
-    except socket.gaierror:
-        return False
-    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
-
-
 class Server(uvicorn.Server):
     """uvicorn's server with our end.
 
@@ -63,9 +19,17 @@ class Server(uvicorn.Server):
         service: The server's parts.
         api_key: What clients must send; None asks for nothing.
         grace_s: How long requests may go on after the first signal.
+        tls: Files of a certificate and its key; None speaks plain HTTP.
     """
 
-    def __init__(self, service: Service, *, api_key: str | None = None, grace_s: float = 20.0) -> None:
+    def __init__(
+        self,
+        service: Service,
+        *,
+        api_key: str | None = None,
+        grace_s: float = 20.0,
+        tls: tuple[str, str] | None = None,
+    ) -> None:
         self.service = service
         self.grace_s = grace_s
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -77,6 +41,8 @@ class Server(uvicorn.Server):
                 server_header=False,
                 lifespan="off",
                 timeout_graceful_shutdown=int(grace_s) + 5,
+                ssl_certfile=None if tls is None else tls[0],
+                ssl_keyfile=None if tls is None else tls[1],
             )
         )
 

@@ -46,9 +46,10 @@ def make_model(kind: str):
 @contextmanager
 def serving(model, *, api_key=None, grace_s=5.0, **limits) -> Iterator["Running"]:
     """A server for the model, ended in order."""
+    from deepseek_serving.listening import bind
     from deepseek_serving.openai_endpoint.app import Service
     from deepseek_serving.openai_endpoint.engine import Engine, Limits
-    from deepseek_serving.openai_endpoint.server import Server, bind
+    from deepseek_serving.openai_endpoint.server import Server
 
     limits = {"context": 256, "max_tokens": 200, "cache_tokens": 2048} | limits
     with bind("127.0.0.1", 0) as listener, Engine(model, Limits(**limits)) as engine:
