@@ -7,11 +7,14 @@ a dynamic number of experts left unused stay unused. It serves PPO, TRL's GRPO a
 every family of `modeling_deepseek/families.py` whose router tells its choice.
 
 A token is found by a hash of its sequence up to itself. So a pass may hold other rows, in another order, padded,
-packed or cut short; what was not generated is routed live, and the share that was replayed is a figure.
+packed or cut short; what was not generated is routed live, and the share that was replayed is a figure. A decoder that
+is given embeddings by a model around it has that model's tokens, where these are all that it was given: passes with
+images or sound are routed live.
 
 Axes: T tokens, E experts, K slots per token.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,11 +23,16 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from modeling_deepseek.families import MoeLayer, find_moe_layers
+from deepseek_training.balance.replayed_choice import FoundTokens, ReplayedChoice
+from deepseek_training.balance.replayed_tokens import prefix_hashes, tokens_behind, tokens_of
+from modeling_deepseek.families import find_moe_layers
 from modeling_deepseek.router_output import read_choice
-from modeling_deepseek.token_layout import TokenLayout, make_layout
+from modeling_deepseek.token_layout import make_layout
+
+logger = logging.get_logger(__name__)
 
 _Step = tuple[torch.Tensor, torch.Tensor | None]  # token ids [B, S] and their part of the mask
 _Chosen = tuple[torch.Tensor, torch.Tensor | None, int]  # a step's experts [T, K], their weights, E
@@ -49,31 +57,23 @@ class _Records:
 
 
 @dataclass
-class _Found:
-    """Where the tokens of a pass stand in the records.
+class _Decoder:
+    """A decoder, the numbers of its MoE layers, what it generates, its records and the pass that is under way.
 
     Attributes:
-        rows: [T] int64; anything where `is_found` is False.
-        is_found: [T] bool.
-        is_recomputed: Whether activation checkpointing will run the layers again, in the backward pass.
+        given: What the model around it was given, where that makes the embeddings.
+        cache: Of the generation.
     """
-
-    rows: torch.Tensor
-    is_found: torch.Tensor
-    is_recomputed: bool
-
-
-@dataclass
-class _Decoder:
-    """A decoder, the numbers of its MoE layers, what it generates, its records and the pass that is under way."""
 
     module: nn.Module
     numbers: list[int]
+    given: dict[str, Any] | None = None
+    cache: Callable[[], object] = lambda: None
     steps: list[_Step] = field(default_factory=list)
     chosen: dict[int, list[_Chosen]] = field(default_factory=dict)
     records: _Records = field(default_factory=_Records)
     is_generating: bool = False
-    found: _Found | None = None
+    found: FoundTokens | None = None
 
 
 def check_router_replay(model: nn.Module, router_replay: bool) -> None:
@@ -101,6 +101,7 @@ class RouterReplay:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.layers = find_moe_layers(model)
         if not self.layers:
             raise ValueError(f"router_replay: got {type(model).__name__} without routed experts, expected a MoE model")
@@ -108,8 +109,8 @@ class RouterReplay:
         for number, layer in enumerate(self.layers):
             by_decoder.setdefault(layer.decoder, []).append(number)
         self._decoders = [_Decoder(module, numbers) for module, numbers in by_decoder.items()]
-        self._pending: list[list[_Found | None]] = [[] for _ in self.layers]
-        self._modes: list[_ReplayedChoice | None] = [None] * len(self.layers)
+        self._pending: list[list[FoundTokens | None]] = [[] for _ in self.layers]
+        self._modes: list[ReplayedChoice | None] = [None] * len(self.layers)
         self._tuner = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
         self._is_used_up = False
         self._handles: list[Any] = []
@@ -118,6 +119,9 @@ class RouterReplay:
     def attach(self) -> "RouterReplay":
         """Begin to note and to replay."""
         for decoder in self._decoders:
+            for outer in self._models_around(decoder.module):
+                self._handles.append(outer.register_forward_pre_hook(partial(_take, decoder), with_kwargs=True))
+                self._handles.append(outer.register_forward_hook(partial(_leave, decoder), always_call=True))
             module, begin, end = decoder.module, partial(self._begin, decoder), partial(self._end, decoder)
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(end, always_call=True))
@@ -181,17 +185,34 @@ class RouterReplay:
         found, total = counts.tolist()
         return found / max(total, 1)
 
+    def _models_around(self, module: nn.Module) -> list[nn.Module]:
+        """Models that hand embeddings to a decoder, outermost first."""
+        return [
+            outer
+            for outer in self.model.modules()
+            if isinstance(outer, PreTrainedModel)
+            and outer is not module
+            and any(one is module for one in outer.modules())
+        ]
+
     def _begin(self, decoder: _Decoder, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
         decoder.is_generating, decoder.found = False, None
-        if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
-            return
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        tokens = tokens_of(args, kwargs)
+        if tokens is None and decoder.given is not None:
+            tokens = tokens_behind(kwargs.get("inputs_embeds"), decoder.given)
+            if tokens is None:
+                logger.warning_once("router_replay: what holds images or sound is routed live, only text is replayed")
+        masks = (
+            kwargs.get("attention_mask", args[1] if len(args) > 1 else None),
+            (decoder.given or {}).get("attention_mask"),
+        )
+        mask = next((one for one in masks if isinstance(one, torch.Tensor) and one.ndim == 2), None)
         cache = kwargs.get("past_key_values", kwargs.get("cache"))  # renamed in transformers 5.24
         if cache is not None:
             if not torch.is_grad_enabled():
-                self._begin_step(decoder, tokens, mask, is_first=cache.get_seq_length() == 0)
+                self._begin_step(decoder, tokens, mask, cache)
+            return
+        if tokens is None:
             return
         if self._tuner is not None and self._tuner.disable_adapters:
             return  # the reference, which has a choice of its own
@@ -199,13 +220,17 @@ class RouterReplay:
         hashes = decoder.records.hashes
         if hashes is None:
             return
-        layout = make_layout(tokens.shape, tokens.device, mask, kwargs.get("position_ids"))
+        positions = kwargs.get("position_ids")  # of several modalities: one row for each axis, all equal for text
+        positions = positions[0] if isinstance(positions, torch.Tensor) and positions.ndim == 3 else positions
+        layout = make_layout(tokens.shape, tokens.device, mask, positions)
         own = prefix_hashes(tokens, layout)
         rows = torch.searchsorted(hashes, own).clamp(max=len(hashes) - 1)
         is_recomputed = torch.is_grad_enabled() and any(
             vars(part).get("gradient_checkpointing", False) for part in module.modules()
         )
-        decoder.found = _Found(rows, (hashes[rows] == own) & layout.is_token, is_recomputed)
+        is_found = (hashes[rows] == own) & layout.is_token
+        live_rows = None if is_found.device.type != "cpu" else (~is_found).nonzero().squeeze(1)
+        decoder.found = FoundTokens(tokens.shape, rows, is_found, live_rows, is_recomputed)
         if torch.is_grad_enabled():
             self._is_used_up = True
             counts = torch.stack([decoder.found.is_found.sum(), layout.is_token.sum()])
@@ -214,17 +239,29 @@ class RouterReplay:
     def _end(self, decoder: _Decoder, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         decoder.is_generating, decoder.found = False, None
 
-    def _begin_step(self, decoder: _Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, is_first: bool) -> None:
-        if is_first:
+    def _begin_step(
+        self, decoder: _Decoder, tokens: torch.Tensor | None, mask: torch.Tensor | None, cache: Any
+    ) -> None:
+        if cache.get_seq_length() == 0:
             if self._is_used_up:  # an update has learned from what was noted
                 self.clear()
                 self._is_used_up = False
             self._close_generation(decoder)
-        elif decoder.steps and len(decoder.steps[0][0]) != len(tokens):
+            decoder.cache = weakref.ref(cache)
+        elif not decoder.steps and decoder.cache() is not cache:
+            raise ValueError(
+                f"router_replay: got a generation of {type(decoder.module).__name__} without its first step, expected "
+                "one from `generate` with its cache; a model that makes its own cannot be replayed"
+            )
+        elif not decoder.steps:
+            return  # it began with images or sound
+        elif tokens is not None and len(decoder.steps[0][0]) != len(tokens):
             raise ValueError(
                 f"router_replay: got {len(tokens)} rows in the midst of a generation of {len(decoder.steps[0][0])}, "
                 "expected the same ones; beam search and continuous batching cannot be replayed"
             )
+        if tokens is None:
+            return
         decoder.is_generating = True
         decoder.steps.append((tokens, None if mask is None else mask[:, -tokens.shape[1] :]))
 
@@ -255,7 +292,7 @@ class RouterReplay:
             hashes = prefix_hashes(ids, layout)[keep]
             decoder.records.add(hashes, {number: table[keep] for number, table in tables.items()})
 
-    def _found_for(self, decoder: _Decoder, number: int, router: nn.Module) -> _Found | None:
+    def _found_for(self, decoder: _Decoder, number: int, router: nn.Module) -> FoundTokens | None:
         """The tokens that a router is given: of the pass under way, or of one that a checkpoint runs again."""
         if decoder.found is None and self._pending[number] and router.training and torch.is_grad_enabled():
             return self._pending[number].pop()
@@ -271,7 +308,7 @@ class RouterReplay:
             return
         if is_open and found.is_recomputed:
             self._pending[number].append(found)
-        mode = _ReplayedChoice(self.layers[number], found, table[found.rows])
+        mode = ReplayedChoice(self.layers[number], found, table.index_select(0, found.rows))
         self._modes[number] = mode
         mode.__enter__()
 
@@ -297,99 +334,14 @@ class RouterReplay:
         return None if mode is None else torch.where(mode.is_found, mode.is_used, output)
 
 
-class _ReplayedChoice(TorchFunctionMode):
-    """While a router runs, its `topk` over the experts returns the noted ones, with the values that stand there now.
-
-    A `topk` over groups of experts returns groups in which the noted ones lie.
-    """
-
-    def __init__(self, layer: MoeLayer, found: _Found, table: torch.Tensor) -> None:
-        super().__init__()
-        self.layer = layer
-        self.table = table.long()
-        self.is_found = found.is_found.unsqueeze(1)
-        self.num_calls = 0
-        self.num_experts = layer.num_experts
-        self.is_used = torch.ones_like(self.table, dtype=torch.bool)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") != "topk" or args[0].ndim != 2:
-            return result
-        scores = args[0]
-        if len(scores) != len(self.table):
-            raise ValueError(
-                f"router_replay: got {len(scores)} tokens in {type(self.layer.router).__name__}, expected "
-                f"{len(self.table)} as in the model's input"
-            )
-        if result[1].shape[1] == self.table.shape[1] and scores.shape[1] >= self._least_width():
-            self.num_calls += 1
-            noted = self._noted(scores.shape[1])
-            indices = torch.where(self.is_found, noted, result[1])
-            return torch.return_types.topk((scores.gather(1, indices), indices))
-        if self.num_experts and self.num_experts % scores.shape[1] == 0:
-            groups = self._noted(self.num_experts) // (self.num_experts // scores.shape[1])
-            uses = torch.zeros_like(scores, dtype=torch.long).scatter_add_(1, groups, self.is_used.long())
-            needed = (uses > 0) & self.is_found
-            return func(scores.masked_fill(needed, float("inf")), *args[1:], **(kwargs or {}))
-        return result
-
-    def _least_width(self) -> int:
-        return self.num_experts or self.table.shape[1]
-
-    def _noted(self, width: int) -> torch.Tensor:
-        """[T, K] expert numbers; those of unused slots are valid and no matter."""
-        self.is_used = self.table < width
-        return self.table.clamp(max=width - 1)
-
-    def check(self, output: Any) -> None:
-        """Refuse a router that chose without `topk`, unless it chose the same (by a table of tokens, as V4's first).
-
-        Args:
-            output: What the router returned.
-
-        Raises:
-            ValueError: It chose otherwise.
-        """
-        if self.num_calls == 1:
-            return
-        choice = read_choice(output, self.layer.logits_place)
-        indices = None if choice is None else choice.topk_indices
-        if self.num_calls or indices is None or not bool(((indices == self.table) | ~self.is_found).all()):
-            raise ValueError(
-                f"router_replay: got {type(self.layer.router).__name__} with {self.num_calls} calls of topk over its "
-                "experts, expected 1; this router cannot be replayed"
-            )
+def _take(decoder: _Decoder, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    tokens = tokens_of(args, kwargs)
+    if tokens is not None:
+        decoder.given = {**kwargs, "input_ids": tokens}
 
 
-def prefix_hashes(token_ids: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """Return [T] int64 hashes of each token's sequence up to itself, whatever stands around it.
-
-    Args:
-        token_ids: [B, S].
-        layout: Sequences and padding.
-    """
-    flat, is_token = token_ids.flatten().long(), layout.is_token
-    counts = is_token.long().cumsum(0)
-    # The sequence's first token: its id differs from that of the last token before.
-    ids = layout.sequence_ids
-    last_ids = torch.where(is_token, ids, -1).cummax(0).values  # rise along the batch
-    begins = is_token & (ids != torch.cat([ids.new_full((1,), -1), last_ids[:-1]]))
-    offsets = counts - torch.where(begins, counts, 0).cummax(0).values
-    mixed = _mix(flat + 1, offsets) * is_token
-    sums = mixed.cumsum(0)
-    starts = torch.where(begins, torch.arange(len(flat), device=flat.device), 0).cummax(0).values
-    return sums - (sums - mixed)[starts]
-
-
-def _mix(tokens: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """A pseudo-random int64 for each token and offset, by splitmix64's finish; products wrap around."""
-    value = tokens * -0x61C8864680B583EB + offsets * -0x3B314601E57A13AD
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return value ^ ((value >> 31) & ((1 << 33) - 1))
+def _leave(decoder: _Decoder, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    decoder.given = None
 
 
 def _encode(indices: torch.Tensor, weights: torch.Tensor | None, num_experts: int, num_rows: int) -> torch.Tensor:

@@ -4,9 +4,14 @@ import pytest
 import torch
 from datasets import Dataset
 from ppo_parts import make_tokenizer
-from tiny_families import build_tiny, find_experts_classes, logits_of, token_ids
+from tiny_families import build_generating, build_tiny, find_experts_classes, logits_of, token_ids
 from tiny_models import TINY
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from deepseek_records.activation_checkpointing import enable_checkpointing
 from deepseek_training.balance.replay_callback import RouterReplayCallback
@@ -16,8 +21,8 @@ from modeling_deepseek.families import find_moe_layers
 from modeling_deepseek.router_output import read_choice
 
 CLASSES = dict(map(reversed, find_experts_classes()))
-# The first and the third choose without `topk`; the second has two kinds of tokens; the fourth is given no token ids.
-REFUSED = {"PhimoeExperts", "Ernie4_5_VLMoeMoeExperts", "ZayaExperts", "Qwen3OmniMoeTalkerTextExperts"}
+# The first chooses without `topk`, the second has two kinds of tokens, the third is given no token ids.
+REFUSED = {"PhimoeExperts", "Ernie4_5_VLMoeMoeExperts", "Qwen3OmniMoeTalkerTextExperts"}
 PROMPT, NEW = 9, 12
 
 
@@ -216,6 +221,34 @@ def test_what_cannot_be_replayed_is_refused_in_one_line():
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=97)
     with pytest.raises(ValueError, match=r"^router_replay: got LlamaForCausalLM without routed experts"):
         RouterReplay(LlamaForCausalLM(LlamaConfig(**sizes)))
+    model = build_tiny(CLASSES["MiniMaxExperts"], "MiniMaxExperts")
+    RouterReplay(model).attach()
+    with pytest.raises(ValueError, match=r"^router_replay: got a generation of MiniMaxModel without its first step"):
+        model.generate(token_ids(), max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    model = build_tiny(CLASSES["PhimoeExperts"], "PhimoeExperts")
+    RouterReplay(model).attach()
+    ids = model.generate(token_ids(), max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    with pytest.raises(ValueError, match=r"^router_replay: got PhimoeTopKRouter with 0 calls of topk"):
+        model.train()(ids, use_cache=False)
+
+
+def test_a_decoder_that_is_given_embeddings_has_the_tokens_of_the_model_around_it():
+    """Images are no tokens: what was generated behind one is routed live, and so is a pass over one."""
+    model = build_generating(CLASSES["Qwen3VLMoeTextExperts"], "Qwen3VLMoeTextExperts")
+    config, vision = model.config, model.config.vision_config
+    config.image_token_id, config.vision_start_token_id = 95, 94
+    grid = torch.tensor([[1, 4, 4]])
+    patches = torch.randn(16, 3 * vision.temporal_patch_size * vision.patch_size**2)
+    seen = [5, 94] + [95] * (16 // vision.spatial_merge_size**2) + [6, 7]
+    types = torch.tensor([[int(token == 95) for token in seen]])
+    image = {"pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": types}
+    replay = RouterReplay(model).attach()
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": True, "pad_token_id": 0}
+    words = model.generate(torch.tensor([[5, 6, 7, 8]]), **settings)
+    model.generate(torch.tensor([seen]), **image, **settings)
+    for inputs, expected in (({"input_ids": words}, 7 / 8), ({"input_ids": torch.tensor([seen]), **image}, None)):
+        model(**inputs, use_cache=False)
+        assert replay.take_share() == expected
 
 
 @pytest.mark.slow
