@@ -43,6 +43,7 @@ def fused_moe(
     down_bias: Tensor | None = None,
     gate_up_lora: LoraFactors | None = None,
     down_lora: LoraFactors | None = None,
+    max_rows: int | None = None,
 ) -> Tensor:
     """Return the weighted sum of each token's routed experts, differentiable in all float arguments.
 
@@ -61,6 +62,9 @@ def fused_moe(
         down_bias: [E, H]; dtype of `down_proj`.
         gate_up_lora: Low-rank factors added to `gate_up_proj`; both projections and `gate_up_bias` are then frozen.
         down_lora: Low-rank factors added to `down_proj`.
+        max_rows: At most so many slots are used, so the buffers have so many rows: for a device that has few of the
+            experts. More are an error on a CPU; on a GPU, where counting would stall the stream, the tokens that
+            found no row come out NaN. Not with low-rank factors.
 
     Returns:
         [T, H] in the dtype of `hidden_states` (under autocast: in autocast's dtype).
@@ -91,7 +95,9 @@ def fused_moe(
     floats = (hidden_states, gate_up_proj, down_proj, topk_weights, *(() if gate_up_bias is None else (gate_up_bias,)))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
     indices, weights = topk_indices.contiguous(), topk_weights.contiguous()
+    max_rows = _checked_max_rows(max_rows, indices, gate_up_lora, down_lora)
     operands = (hidden_states.contiguous(), gate_up_proj, down_proj, indices, weights, activation, keep, gate_up_bias)
+    operands = (*operands, max_rows)
     if gate_up_lora is None and down_lora is None:
         output = _experts(operands, floats)
     else:
@@ -210,6 +216,17 @@ def _check_biases(gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, do
                 raise ValueError(f"{name}: got {what} {got}, expected {fits}")
 
 
+def _checked_max_rows(max_rows: int | None, indices: Tensor, *factors: LoraFactors | None) -> int | None:
+    """`max_rows` where it bounds anything, else None; a ValueError for one that cannot be."""
+    if max_rows is None:
+        return None
+    if max_rows < 0:
+        raise ValueError(f"max_rows: got {max_rows}, expected 0 or more")
+    if any(one is not None for one in factors):
+        raise ValueError(f"max_rows: got {max_rows} with low-rank factors, expected None")
+    return max_rows if max_rows < indices.numel() else None
+
+
 def _forward(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -219,6 +236,7 @@ def _forward(
     activation: str,
     keep: bool,
     gate_up_bias: Tensor | None = None,
+    max_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, SlotOrder | None]:
     """Return the output and, for the backward pass, the pre-activation and the order of its rows."""
     num_rows, num_experts, dtype = topk_indices.numel(), gate_up_proj.shape[0], hidden_states.dtype
@@ -226,8 +244,11 @@ def _forward(
     bias = None if gate_up_bias is None else gate_up_bias.to(dtype).contiguous()
     if runs_triton(hidden_states):
         with on_device_of(hidden_states):
-            return fused_moe_gpu.forward(*inputs, topk_indices, topk_weights, activation, keep, bias)
-    order = fused_moe_cpu.route(topk_indices, num_experts) if keep or num_rows > decode.MAX_ROWS else None
+            slots = (topk_indices, topk_weights)
+            return fused_moe_gpu.forward(*inputs, *slots, activation, keep, bias, max_rows=max_rows)
+    order = None
+    if keep or max_rows is not None or num_rows > decode.MAX_ROWS:
+        order = fused_moe_cpu.route(topk_indices, num_experts, max_rows)
     if num_rows <= decode.MAX_ROWS:
         row_slot = order.row_slot if keep else None
         return *decode.forward(*inputs, topk_indices, topk_weights, activation, row_slot, bias), order
@@ -244,9 +265,10 @@ def _forward_op(
     activation: str,
     keep: bool,
     gate_up_bias: Tensor | None,
+    max_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     operands = (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights)
-    output, preactivation, order = _forward(*operands, activation, keep, gate_up_bias)
+    output, preactivation, order = _forward(*operands, activation, keep, gate_up_bias, max_rows)
     return output, preactivation, *(order.tensors() if keep else SlotOrder.none_like(topk_indices))
 
 
@@ -260,10 +282,11 @@ def _(
     activation: str,
     keep: bool,
     gate_up_bias: Tensor | None = None,
+    max_rows: int | None = None,
 ) -> tuple[Tensor, ...]:
-    num_rows, (num_experts, twice_width, _) = topk_indices.numel(), gate_up_proj.shape
-    preactivation = hidden_states.new_empty(num_rows if keep else 0, twice_width)
-    order = SlotOrder.empty_like(topk_indices, num_rows, num_experts).tensors()
+    num_slots, (num_experts, twice_width, _) = topk_indices.numel(), gate_up_proj.shape
+    order = SlotOrder.empty_like(topk_indices, num_slots, num_experts, max_rows).tensors()
+    preactivation = hidden_states.new_empty(order[0].numel() if keep else 0, twice_width)
     return torch.empty_like(hidden_states), preactivation, *(order if keep else SlotOrder.none_like(topk_indices))
 
 
@@ -318,7 +341,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_states, gate_up_proj, down_proj, _, topk_weights, activation, keep, _ = inputs
+    hidden_states, gate_up_proj, down_proj, _, topk_weights, activation, keep, *_ = inputs
     _, preactivation, *order = output
     ctx.set_materialize_grads(False)
     if keep:
@@ -330,11 +353,11 @@ def _backward(
     ctx: Any, grad_output: Tensor | None, *_: Any, run: Callable[..., Sequence[Tensor]] = _backward_op
 ) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 8
+        return (None,) * 9
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 7)]
     grads = run(grad_output.contiguous(), *ctx.saved_tensors, ctx.activation, needs)
     x, gate_up, down, weights, bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return x, gate_up, down, None, weights, None, None, bias
+    return x, gate_up, down, None, weights, None, None, bias, None
 
 
 class _Eager(torch.autograd.Function):

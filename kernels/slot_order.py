@@ -18,8 +18,8 @@ class SlotOrder:
     """Slots sorted by expert.
 
     Attributes:
-        row_slot: Slot of each row; beyond the used rows undefined. [S] int32.
-        slot_row: Row of each slot, -1 if the slot is unused. [S] int32.
+        row_slot: Slot of each row; beyond the used rows undefined. [R] int32, R = S where nobody bounds the rows.
+        slot_row: Row of each slot, -1 if the slot is unused, -2 if there were more used ones than rows. [S] int32.
         expert_start: First row of each expert, then the number of used rows. [E + 1] int32.
     """
 
@@ -28,15 +28,16 @@ class SlotOrder:
     expert_start: Tensor
 
     @staticmethod
-    def empty_like(indices: Tensor, num_slots: int, num_experts: int) -> SlotOrder:
+    def empty_like(indices: Tensor, num_slots: int, num_experts: int, max_rows: int | None = None) -> SlotOrder:
         """Return an order whose values are still to be written.
 
         Args:
             indices: Any tensor on the right device.
             num_slots: S.
             num_experts: E.
+            max_rows: Rows there are; None for S.
         """
-        lengths = (num_slots, num_slots, num_experts + 1)
+        lengths = (num_slots if max_rows is None else max_rows, num_slots, num_experts + 1)
         return SlotOrder(*(indices.new_empty(length, dtype=torch.int32) for length in lengths))
 
     @staticmethod

@@ -61,6 +61,7 @@ _POINTERS = {
         name: "*fp32"
         for name in (
             "topk_weights_ptr",
+            "slot_weight_ptr",
             "weights_ptr",
             "partial_ptr",
             "logits_ptr",
@@ -136,10 +137,19 @@ def row_kernels(tiles: Tiles, dtype: torch.dtype = torch.bfloat16) -> Iterator[C
             if label and "LIMIT" not in compilation.constants:
                 continue  # no epilogue: the plain one
             form = replace(compilation, tile=f"{compilation.tile} {label}".strip())
-            yield form
-            tile = getattr(tiles, compilation.kernel, tiles.weight_gradient)
-            if tile.uses_descriptor:
-                yield _by_descriptor(form)
+            is_grouped = compilation.function is grouped_gemm.grouped_gemm_kernel
+            for one in (form, _by_slot(form)) if is_grouped else (form,):
+                yield one
+                tile = getattr(tiles, compilation.kernel, tiles.weight_gradient)
+                if tile.uses_descriptor:
+                    yield _by_descriptor(one)
+
+
+def _by_slot(compilation: Compilation) -> Compilation:
+    """The same where every token has one expert, so that the result is written in the token's place."""
+    given = ("row_slot_ptr", "slot_weight_ptr")[: 2 if compilation.kernel == "down" else 1]
+    constants = {name: value for name, value in compilation.constants.items() if name not in given}
+    return replace(compilation, tile=f"{compilation.tile} by slot", constants=constants)
 
 
 def _by_descriptor(compilation: Compilation) -> Compilation:
@@ -206,6 +216,7 @@ def small_kernels(dtype: torch.dtype = torch.bfloat16) -> Iterator[Compilation]:
         (meta.count_tiles_kernel, "", meta.tile_constants(NUM_EXPERTS, 128)),
         (combine.combine_kernel, "", {**sums, "partial_ptr": None, "grad_weights_ptr": None}),
         (combine.combine_kernel, "gradients", gradients),
+        (combine.fill_unused_kernel, "", combine.fill_constants(HIDDEN, 1024)),
         (decode.decode_gate_up_kernel, "", {**decode_constants, "bias_ptr": None, "sorted_row_ptr": None}),
         (decode.decode_down_kernel, "", decode.decode_down_constants(*decode_shape)),
         (row_sums.row_sums_kernel, "", row_sums.row_sums_constants(dtype, 2 * WIDTH)),

@@ -23,15 +23,16 @@ from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.slot_order import SlotOrder
 
 
-def route(topk_indices: Tensor, num_experts: int) -> SlotOrder:
+def route(topk_indices: Tensor, num_experts: int, max_rows: int | None = None) -> SlotOrder:
     """Sort the slots by expert, keeping their order within one expert; unused ones follow behind.
 
     Args:
         topk_indices: [T, K]; at or above `num_experts` means unused.
         num_experts: E.
+        max_rows: At most so many slots are used; None for any number.
 
     Raises:
-        ValueError: An index is negative.
+        ValueError: An index is negative, or more slots are used.
     """
     experts = topk_indices.reshape(-1).to(torch.int64)
     if experts.numel() and int(experts.min()) < 0:
@@ -44,7 +45,10 @@ def route(topk_indices: Tensor, num_experts: int) -> SlotOrder:
     expert_start = torch.zeros(num_experts + 1, dtype=torch.int32)
     expert_start[1:] = torch.bincount(experts, minlength=num_experts)[:num_experts].cumsum(0)
     slot_row[experts == num_experts] = -1
-    return SlotOrder(row_slot.to(torch.int32), slot_row, expert_start)
+    used = int(expert_start[-1])
+    if max_rows is not None and used > max_rows:
+        raise ValueError(f"topk_indices: got {used} used slots, expected at most max_rows, {max_rows}")
+    return SlotOrder(row_slot[:max_rows].to(torch.int32), slot_row, expert_start)
 
 
 def forward(

@@ -3,7 +3,8 @@
 In the backward pass the same programs bring the router weights' gradient from rows into the order of the slots.
 
 A gather by the token, not a scatter by the row: each output element is summed by one program in slot order, so repeat
-runs agree bit for bit and nothing has to be zeroed first.
+runs agree bit for bit and nothing has to be zeroed first. A slot for which there was no row (-2 in `slot_row`, see
+`SlotOrder`) makes its token's result NaN, so that it cannot be taken for one.
 
 T tokens, K slots per token, S = T*K rows, H hidden.
 """
@@ -20,13 +21,15 @@ from deepseek_kernels.gpu.launch import ceil_div, launch
 from deepseek_kernels.gpu.triton_numerics import TRITON_DTYPES, accumulator, narrow
 
 _MAX_BLOCK = 1024
+# Looked at by one program of `fill_unused`: nearly all have nothing to do.
+_TOKENS = 64
 
 
 def combine(rows: Tensor, slot_row: Tensor, num_slots: int, topk_weights: Tensor | None = None) -> Tensor:
     """Return ``out[t] = sum_k w[t, k] * rows[slot_row[t, k]]``, leaving unused slots out.
 
     Args:
-        rows: [S, H].
+        rows: [R, H].
         slot_row: Row of each slot, -1 if unused. [S] int32.
         num_slots: K.
         topk_weights: [T, K], or None for weights of one.
@@ -44,6 +47,7 @@ def combine(rows: Tensor, slot_row: Tensor, num_slots: int, topk_weights: Tensor
             num_slots,
             hidden,
             block,
+            is_limited=rows.shape[0] < slot_row.numel(),
         )
     return output
 
@@ -54,10 +58,10 @@ def combine_gradients(
     """Return the gradients of hidden states [T, H] and of router weights [T, K]; each None where its source is.
 
     Args:
-        rows: Gradient of the input by row. [S, H].
+        rows: Gradient of the input by row. [R, H].
         slot_row: Row of each slot, -1 if unused. [S] int32.
         topk_weights: [T, K].
-        partial: Third result of ``down_backward``: the router weights' gradient by row, in parts. [P, S].
+        partial: Third result of ``down_backward``: the router weights' gradient by row, in parts. [P, R].
     """
     num_tokens, num_slots = topk_weights.shape
     hidden = 1 if rows is None else rows.shape[1]
@@ -65,20 +69,40 @@ def combine_gradients(
     grad_weights = None if partial is None else torch.empty_like(topk_weights)
     source = partial if rows is None else rows
     if num_tokens and source is not None:
-        block = _block(hidden)
+        block, num_rows = _block(hidden), source.shape[0] if partial is None else partial.shape[1]
         launch(
             combine_kernel,
             (num_tokens, ceil_div(hidden, block)),
-            (rows, slot_row, None, grad_x, partial, grad_weights, slot_row.numel()),
+            (rows, slot_row, None, grad_x, partial, grad_weights, num_rows),
             combine_constants,
             source.dtype,
             num_slots,
             hidden,
             block,
+            is_limited=num_rows < slot_row.numel(),
             parts=0 if partial is None else partial.shape[0],
             weights_dtype=topk_weights.dtype,
         )
     return grad_x, grad_weights
+
+
+def fill_unused(output: Tensor, slot_row: Tensor) -> None:
+    """Write zeros into the rows of `output` whose slot is unused, NaN where its row is missing, of one slot a token.
+
+    Args:
+        output: [T, H]; changed.
+        slot_row: Row of each slot, -1 if unused, -2 if missing. [T] int32.
+    """
+    num_tokens, hidden = output.shape
+    if num_tokens:
+        block = _block(hidden)
+        operands = (output, slot_row, num_tokens)
+        launch(fill_unused_kernel, (ceil_div(num_tokens, _TOKENS),), operands, fill_constants, hidden, block)
+
+
+def fill_constants(hidden: int, block: int) -> dict[str, Any]:
+    """The compile-time arguments of `fill_unused_kernel`, for launches and for compile-only checks."""
+    return {"HIDDEN": hidden, "BLOCK": block, "TOKENS": _TOKENS, "num_warps": 4}
 
 
 @functools.cache
@@ -92,6 +116,7 @@ def combine_constants(
     hidden: int,
     block: int,
     *,
+    is_limited: bool = False,
     parts: int = 0,
     weights_dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
@@ -100,6 +125,7 @@ def combine_constants(
         "SLOTS": num_slots,
         "ALL_SLOTS": triton.next_power_of_2(num_slots),
         "PARTS": parts,
+        "LIMITED": is_limited,
         "HIDDEN": hidden,
         "DTYPE": TRITON_DTYPES[dtype],
         "WEIGHTS_DTYPE": TRITON_DTYPES[weights_dtype],
@@ -137,6 +163,7 @@ def combine_kernel(
     SLOTS: tl.constexpr,
     ALL_SLOTS: tl.constexpr,
     PARTS: tl.constexpr,
+    LIMITED: tl.constexpr,
     HIDDEN: tl.constexpr,
     DTYPE: tl.constexpr,
     WEIGHTS_DTYPE: tl.constexpr,
@@ -150,6 +177,8 @@ def combine_kernel(
         mine = slots < tl.where(tl.program_id(1) == 0, SLOTS, 0)
         row_of_slot = tl.load(slot_row_ptr + token * SLOTS + slots, mask=mine, other=-1)
         sums = _sum_parts(partial_ptr + row_of_slot, row_of_slot >= 0, num_rows, PARTS, ALL_SLOTS, ACC)
+        if LIMITED:
+            sums = tl.where(row_of_slot == -2, float("nan"), sums)
         tl.store(grad_weights_ptr + token * SLOTS + slots, narrow(sums, WEIGHTS_DTYPE), mask=mine)
     if rows_ptr is not None:
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -163,8 +192,30 @@ def combine_kernel(
                 # An unused slot's weight may be anything, NaN included.
                 weight = tl.load(weights_ptr + token * SLOTS + k).to(ACC)
                 values *= tl.where(row >= 0, weight, 0.0)
+            if LIMITED:
+                values = tl.where(row == -2, float("nan"), values)
             total += values
         tl.store(output_ptr + token * HIDDEN + columns, narrow(total, DTYPE), mask=is_column)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def fill_unused_kernel(
+    output_ptr, slot_row_ptr, num_tokens, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr
+):
+    """`TOKENS` tokens."""
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    tokens = first + tl.arange(0, TOKENS)
+    rows = tl.load(slot_row_ptr + tokens, mask=tokens < num_tokens, other=0)
+    if tl.min(rows, 0) >= 0:
+        return
+    columns = tl.arange(0, BLOCK)
+    for token in range(first, min(first + TOKENS, num_tokens)):
+        row = tl.load(slot_row_ptr + token)
+        width = tl.where(row < 0, HIDDEN, 0)
+        values = tl.where(row + columns * 0 == -2, float("nan"), 0.0).to(output_ptr.dtype.element_ty)
+        for start in range(0, HIDDEN, BLOCK):
+            pointers = output_ptr + token * HIDDEN + start + columns
+            tl.store(pointers, values, mask=start + columns < width)
 
 
 @triton.jit

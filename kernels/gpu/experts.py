@@ -6,11 +6,12 @@ tests run them. Nothing here asks the device for a value, so a call never waits 
     forward    routing_metadata -> gate_up -> grouped_gemm (down) -> combine with weights
     backward   down_backward -> weight_gradient (down), grouped_gemm -> combine, weight_gradient (gate and up)
 
-Around the products run those of low-rank adapters, if there are any (``adapters.py``). The projections may be in 4
-bits: without adapters few rows are multiplied by the codes themselves (``four_bit_experts.py``), else kernels get a
-dense copy that is let go of right after (`dense`).
+With one slot per token the last product of each pass writes in the tokens' places, and nothing is combined but the
+router weights' gradient. Around the products run those of low-rank adapters, if there are any (``adapters.py``). The
+projections may be in 4 bits: without adapters few rows are multiplied by the codes themselves
+(``four_bit_experts.py``), else kernels get a dense copy that is let go of right after (`dense`).
 
-T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts.
+T tokens, K slots per token, S = T*K slots, R rows (S unless bounded), H hidden, I expert width, E experts.
 """
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from deepseek_kernels.gpu.four_bit_dequantize import dense
 from deepseek_kernels.gpu.four_bit_experts import packed_tiles
 from deepseek_kernels.gpu.four_bit_products import four_bit_gate_up, four_bit_gemm
 from deepseek_kernels.gpu.gate_up import gate_up
-from deepseek_kernels.gpu.grouped_gemm import grouped_gemm
+from deepseek_kernels.gpu.grouped_gemm import grouped_gemm, grouped_gemm_by_slot
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, routing_metadata, tiles_of
 from deepseek_kernels.gpu.row_sums import row_sums
 from deepseek_kernels.gpu.tiles import Tiles, choose_tiles, row_bucket
@@ -42,8 +43,9 @@ def forward(
     keep_preactivation: bool,
     gate_up_bias: Tensor | None = None,
     adapters: Adapters = NO_ADAPTERS,
+    max_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, RoutingMetadata | None]:
-    """Return the output [T, H], the pre-activation [S, 2I] (empty unless kept) and the sorted order.
+    """Return the output [T, H], the pre-activation [R, 2I] (empty unless kept) and the sorted order.
 
     Args:
         hidden_states: [T, H].
@@ -55,19 +57,21 @@ def forward(
         keep_preactivation: Whether there will be a backward pass.
         gate_up_bias: [E, 2I].
         adapters: Of both projections.
+        max_rows: R, fewer than S; None for S. A token of a slot without a row comes out NaN.
     """
     _check_sizes(topk_indices, gate_up_proj)
     num_tokens, num_slots, has_adapters = hidden_states.shape[0], topk_indices.shape[1], adapters is not NO_ADAPTERS
     if num_tokens == 0 and not keep_preactivation and not has_adapters:
         return hidden_states.clone(), hidden_states.new_empty(0, gate_up_proj.shape[1]), None
     inputs = (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights)
-    # `decode` knows neither adapters nor codes.
+    # `decode` knows neither adapters nor codes nor bounds.
     is_small = 0 < num_tokens <= MAX_TOKENS and not has_adapters and all(isinstance(one, Tensor) for one in inputs)
+    is_small = is_small and max_rows is None
     if is_small and not keep_preactivation:
         return *decode(*inputs, activation, bias=gate_up_bias), None
     packed = None if has_adapters else packed_tiles(*inputs[:4])
-    tiles = tiles_for(hidden_states, down_proj, topk_indices.numel())
-    metadata = routing_metadata(topk_indices, gate_up_proj.shape[0], (packed or tiles).block_m)
+    tiles = tiles_for(hidden_states, down_proj, topk_indices.numel() if max_rows is None else max_rows)
+    metadata = routing_metadata(topk_indices, gate_up_proj.shape[0], (packed or tiles).block_m, max_rows)
     if is_small:
         return *decode(*inputs, activation, metadata, gate_up_bias), metadata
     settings = (metadata, num_slots, activation, keep_preactivation)
@@ -87,6 +91,11 @@ def forward(
     if adapters.down is not None:
         step = adapters.down.forward(activated, Call(metadata, num_slots, tiles), is_by_token=False)
     stack = dense(down_proj, metadata.expert_start)
+    if num_slots == 1:
+        last = grouped_gemm_by_slot(
+            activated, stack, metadata, tiles.down, topk_weights, transpose=True, low_rank=step
+        )
+        return last, preactivation, metadata
     rows = grouped_gemm(activated, stack, metadata, tiles.down, transpose=True, low_rank=step)
     del stack
     return combine(rows, metadata.slot_row, num_slots, topk_weights), preactivation, metadata
@@ -132,7 +141,7 @@ def backward(
         grad_output, stack, preactivation, topk_weights, metadata, activation, tiles.down_backward, step, needs_scaled
     )
     del stack
-    grad_gate_up = grad_down = rows = None
+    grad_gate_up = grad_down = grad_x = rows = None
     grad_bias = row_sums(grad_h, metadata) if needs_bias else None
     if needs_down and scaled is not None:
         grad_down = weight_gradient(grad_output, scaled, metadata, num_slots, tiles.weight_gradient, gather="left")
@@ -143,11 +152,15 @@ def backward(
         adapters.fill_gradients(grad_output, scaled, grad_h, hidden_states, topk_weights, call)
     del scaled
     if needs_x:
-        stack = dense(gate_up_proj, metadata.expert_start)
-        rows = grouped_gemm(grad_h, stack, metadata, tiles.input_gradient, transpose=False, low_rank=step)
+        stack, tile = dense(gate_up_proj, metadata.expert_start), tiles.input_gradient
+        if num_slots == 1:
+            grad_x = grouped_gemm_by_slot(grad_h, stack, metadata, tile, None, transpose=False, low_rank=step)
+        else:
+            rows = grouped_gemm(grad_h, stack, metadata, tile, transpose=False, low_rank=step)
         del stack
-    grad_x, grad_weights = combine_gradients(rows, metadata.slot_row, topk_weights, partial if needs_weights else None)
-    del rows, partial
+    summed, grad_weights = combine_gradients(rows, metadata.slot_row, topk_weights, partial if needs_weights else None)
+    grad_x = summed if grad_x is None else grad_x
+    del rows, partial, summed
     if needs_gate_up:
         grad_gate_up = weight_gradient(
             grad_h, hidden_states, metadata, num_slots, tiles.weight_gradient, gather="right"

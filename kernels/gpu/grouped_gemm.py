@@ -1,7 +1,8 @@
 """Rows times their expert's matrix: the down projection and, in the backward pass, the gradient of the rows of x.
 
 Rows are sorted by expert and lie one after another, so nothing is gathered. One kernel serves both, for
-``a W_down^T`` and ``dh W_gate_up`` differ only in the strides of the weight.
+``a W_down^T`` and ``dh W_gate_up`` differ only in the strides of the weight. Where a token has one expert, its row is
+its result: `grouped_gemm_by_slot` writes it in the token's place, and there is nothing left to combine.
 
 S rows, N columns of the result, K inner, E experts.
 """
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from deepseek_kernels.gpu.combine import fill_unused
 from deepseek_kernels.gpu.launch import ceil_div, launch
 from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_constants, step_operands
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
@@ -41,9 +43,51 @@ def grouped_gemm(
         transpose: Whether the weights are stored output first.
         low_rank: What an adapter adds to the result; its factor is stored like the weights.
     """
+    output = rows.new_empty(rows.shape[0], weights.shape[1 if transpose else 2])
+    _launch(rows, weights, output, metadata, (None, None), tile, transpose, low_rank)
+    return output
+
+
+def grouped_gemm_by_slot(
+    rows: Tensor,
+    weights: Tensor,
+    metadata: RoutingMetadata,
+    tile: Tile,
+    topk_weights: Tensor | None,
+    *,
+    transpose: bool,
+    low_rank: LowRankStep | None = None,
+) -> Tensor:
+    """Return ``w[t] * rows[slot_row[t]] @ weights[e]`` for every token t, zero where its one slot is unused.
+
+    Args:
+        rows: [S, K], sorted by expert.
+        weights: [E, K, N], or [E, N, K] with `transpose`.
+        metadata: Of one slot per token, from `routing_metadata` with the tile's `block_m`.
+        tile: Sizes of the tiles.
+        topk_weights: [T, 1], or None for weights of one.
+        transpose: Whether the weights are stored output first.
+        low_rank: As in `grouped_gemm`.
+    """
+    output = rows.new_empty(metadata.slot_row.numel(), weights.shape[1 if transpose else 2])
+    _launch(rows, weights, output, metadata, (metadata.row_slot, topk_weights), tile, transpose, low_rank)
+    fill_unused(output, metadata.slot_row)
+    return output
+
+
+def _launch(
+    rows: Tensor,
+    weights: Tensor,
+    output: Tensor,
+    metadata: RoutingMetadata,
+    places: tuple[Tensor | None, Tensor | None],
+    tile: Tile,
+    transpose: bool,
+    low_rank: LowRankStep | None,
+) -> None:
+    """Fill `output`, row by row or in the places of the slots."""
     num_rows, inner = rows.shape
-    num_experts, columns = weights.shape[0], weights.shape[1 if transpose else 2]
-    output = rows.new_empty(num_rows, columns)
+    num_experts, columns = weights.shape[0], output.shape[1]
     tiles = max_tiles(num_rows, num_experts, tile.block_m)
     if tiles:
         block = (tile.block_n, tile.block_k) if transpose else (tile.block_k, tile.block_n)
@@ -54,7 +98,7 @@ def grouped_gemm(
         launch(
             grouped_gemm_kernel,
             (tiles * ceil_div(columns, tile.block_n),),
-            (*operands, output, metadata.expert_start, metadata.tile_start, tiles, *step_operands(low_rank)),
+            (*operands, output, metadata.expert_start, metadata.tile_start, tiles, *step_operands(low_rank), *places),
             grouped_gemm_constants,
             rows.dtype,
             num_experts,
@@ -66,7 +110,6 @@ def grouped_gemm(
             rank=0 if low_rank is None else low_rank.rank,
             precision=matmul_precision(rows.dtype),
         )
-    return output
 
 
 def grouped_gemm_constants(
@@ -81,8 +124,10 @@ def grouped_gemm_constants(
     rank: int = 0,
     precision: str | None = None,
 ) -> dict[str, Any]:
-    """The kernel's compile-time arguments, for launches and for compile-only checks."""
+    """The kernel's compile-time arguments, for launches and for compile-only checks of results by row."""
     return {
+        "row_slot_ptr": None,
+        "slot_weight_ptr": None,
         "num_experts": num_experts,
         "COLUMNS": columns,
         "INNER": inner,
@@ -120,6 +165,8 @@ def grouped_gemm_kernel(
     num_tiles_bound,
     low_ptr,
     factor_ptr,
+    row_slot_ptr,
+    slot_weight_ptr,
     num_experts: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -194,5 +241,10 @@ def grouped_gemm_kernel(
             ACC,
             PRECISION,
         )
-    output_ptrs = output_ptr + rows[:, None] * COLUMNS + columns[None, :]
+    places = rows
+    if row_slot_ptr is not None:
+        places = tl.load(row_slot_ptr + rows, mask=is_row, other=0).to(tl.int64)
+        if slot_weight_ptr is not None:
+            output *= tl.load(slot_weight_ptr + places, mask=is_row, other=0.0).to(ACC)[:, None]
+    output_ptrs = output_ptr + places[:, None] * COLUMNS + columns[None, :]
     tl.store(output_ptrs, narrow(output, DTYPE), mask=is_row[:, None] & is_column[None, :])

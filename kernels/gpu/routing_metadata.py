@@ -53,18 +53,21 @@ def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
     return num_rows // block_m + min(num_experts, num_rows)
 
 
-def routing_metadata(topk_indices: Tensor, num_experts: int, block_m: int) -> RoutingMetadata:
+def routing_metadata(
+    topk_indices: Tensor, num_experts: int, block_m: int, max_rows: int | None = None
+) -> RoutingMetadata:
     """Sort the slots by expert: one small kernel for up to 1024 of them, two for more.
 
     Args:
         topk_indices: [T, K] int32 or int64; negative or at least `num_experts` means unused.
         num_experts: E.
         block_m: Rows a tile.
+        max_rows: At most so many rows; slots beyond them get row -2. None for as many as there are slots.
     """
     num_slots = topk_indices.numel()
     chunk = CHUNKS[num_slots > _MANY_SLOTS]
     num_chunks = max(1, -(-num_slots // chunk))
-    order = SlotOrder.empty_like(topk_indices, num_slots, num_experts)
+    order = SlotOrder.empty_like(topk_indices, num_slots, num_experts, max_rows)
     metadata = RoutingMetadata(*order.tensors(), torch.empty_like(order.expert_start))
     counts = None
     if num_chunks > 1:
@@ -76,7 +79,7 @@ def routing_metadata(topk_indices: Tensor, num_experts: int, block_m: int) -> Ro
     launch(
         place_slots_kernel,
         (num_chunks,),
-        (topk_indices, counts, *starts, *orders, num_slots, num_chunks),
+        (topk_indices, counts, *starts, *orders, num_slots, num_chunks, max_rows),
         place_constants,
         num_experts,
         chunk,
@@ -100,7 +103,7 @@ def place_constants(num_experts: int, chunk: int, block_m: int) -> dict[str, Any
     """The second kernel's compile-time arguments, for launches and for compile-only checks."""
     constants = count_constants(num_experts, chunk)
     rows = max(1, min(16, 4096 // constants["BINS"]))
-    return {**constants, "SLOT_BLOCK": SLOT_BLOCK, "ROWS": rows, "BLOCK_M": block_m}
+    return {**constants, "SLOT_BLOCK": SLOT_BLOCK, "ROWS": rows, "BLOCK_M": block_m, "max_rows": None}
 
 
 def tiles_of(expert_start: Tensor, block_m: int) -> Tensor:
@@ -188,7 +191,7 @@ def _sum_chunks(counts_ptr, chunk, num_chunks, BINS: tl.constexpr, ROWS: tl.cons
     return tl.sum(totals, 0), tl.sum(earlier, 0)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_chunks"])
+@triton.jit(do_not_specialize=["num_slots", "num_chunks", "max_rows"])
 def place_slots_kernel(
     ids_ptr,
     counts_ptr,
@@ -198,6 +201,7 @@ def place_slots_kernel(
     slot_row_ptr,
     num_slots,
     num_chunks,
+    max_rows,
     num_experts: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -217,10 +221,14 @@ def place_slots_kernel(
     ends = tl.cumsum(totals, 0)
     if chunk == 0:
         is_expert = experts < num_experts
+        kept, kept_ends = totals, ends
+        if max_rows is not None:
+            kept_ends = tl.minimum(ends, max_rows)
+            kept = kept_ends - tl.minimum(ends - totals, max_rows)
         tl.store(expert_start_ptr, 0)
         tl.store(tile_start_ptr, 0)
-        tl.store(expert_start_ptr + 1 + experts, ends, mask=is_expert)
-        tl.store(tile_start_ptr + 1 + experts, tl.cumsum((totals + BLOCK_M - 1) // BLOCK_M, 0), mask=is_expert)
+        tl.store(expert_start_ptr + 1 + experts, kept_ends, mask=is_expert)
+        tl.store(tile_start_ptr + 1 + experts, tl.cumsum((kept + BLOCK_M - 1) // BLOCK_M, 0), mask=is_expert)
     starts = ends - totals + earlier
     begin = chunk.to(tl.int64) * CHUNK
     for first in range(begin, min(begin + CHUNK, num_slots), SLOT_BLOCK):
@@ -231,7 +239,11 @@ def place_slots_kernel(
         is_earlier = (ids[:, None] == others[None, :]) & (places[:, None] > places[None, :])
         is_used = ids < num_experts
         row = tl.gather(starts, tl.where(is_used, ids, 0), 0) + tl.sum(is_earlier.to(tl.int32), 1)
-        tl.store(row_slot_ptr + row, slots.to(tl.int32), mask=is_used)
+        is_row = is_used
+        if max_rows is not None:
+            is_row &= row < max_rows
+            row = tl.where(is_row, row, -2)
+        tl.store(row_slot_ptr + row, slots.to(tl.int32), mask=is_row)
         tl.store(slot_row_ptr + slots, tl.where(is_used, row, -1), mask=slots < num_slots)
         starts += tl.histogram(ids, BINS, mask=is_used)
 

@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parent
 FILES = [
     "gpu/test_triton_kernels.py",
     "gpu/test_triton_layer.py",
+    "gpu/test_triton_rows.py",
     "gpu/test_tune.py",
     "gpu/test_triton_epilogue.py",
     "gpu/test_production_tiles.py",
@@ -40,7 +41,7 @@ def test_kernels_in_the_interpreter(names):
 
 @pytest.mark.slow
 @pytest.mark.timeout(6000)
-@pytest.mark.parametrize("name", [FILES[1], *FILES[4:]])
+@pytest.mark.parametrize("name", [FILES[1], *FILES[5:]])
 def test_slow_kernels_in_the_interpreter(name):
     run(name, "-m", "slow", "--timeout", "600")
 
