@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .configuration_deepseek import DeepseekConfig
 from .four_bit_experts import dequantize_experts, quantize_experts
 from .four_bit_loading import FourBitExpertsConfig
+from .fused_expert_parallel import computes_unused_slots  # noqa: F401  (importing it registers a way to split experts)
 from .fused_experts import fused_moe_experts_forward  # noqa: F401  (importing it registers it)
 from .fused_fp8 import fused_moe_fp8_experts_forward  # noqa: F401  (likewise)
 from .modeling_deepseek import DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel

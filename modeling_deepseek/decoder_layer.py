@@ -20,6 +20,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 from .configuration_deepseek import DeepseekConfig
 from .conversion import fuse_expert_names
+from .fused_expert_parallel import computes_unused_slots
 from .routing import DeepseekRouter
 from .training_pass import TrainingPass
 
@@ -50,9 +51,9 @@ class DeepseekMoE(DeepseekV3MoE):
         Returns:
             `[B, S, D]`.
         """
-        # Expert parallelism in transformers looks up the process that has an expert, also where its weight is 0.
-        is_split = vars(self.experts).get("_is_expert_parallel", False)  # a flag that 5.17 has not
-        _, topk_weights, topk_indices = self.gate(hidden_states, training_pass, marks_unused=not is_split)
+        # transformers' own expert parallelism looks up the process that has an expert, also where its weight is 0.
+        marks_unused = not computes_unused_slots(self.experts)
+        _, topk_weights, topk_indices = self.gate(hidden_states, training_pass, marks_unused=marks_unused)
         routed = self.experts(hidden_states.view(-1, hidden_states.shape[-1]), topk_indices, topk_weights)
         return routed.view_as(hidden_states) + self.shared_experts(hidden_states)
 

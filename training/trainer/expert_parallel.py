@@ -31,7 +31,7 @@ def split_experts(model: PreTrainedModel, size: int, folder: Path, args: Trainin
     if args.process_index == 0:
         model.save_pretrained(path)
     torch.distributed.barrier()
-    layout = DistributedConfig(fsdp_size=args.world_size, ep_size=size)
+    layout = DistributedConfig(fsdp_size=args.world_size, ep_size=size, ep_implementation="fused_moe")
     split = type(model).from_pretrained(path, config=model.config, dtype=model.dtype, distributed_config=layout)
     torch.distributed.barrier()
     if args.process_index == 0:
