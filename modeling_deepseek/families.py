@@ -104,8 +104,10 @@ class MoeLayer:
 
     @property
     def num_experts(self) -> int | None:
-        """E, where the modules say it."""
-        named = [vars(module).get("num_experts") for module in (self.experts, self.router) if module is not None]
+        """E, where the modules say it; experts that are split over processes say their share, so then the router."""
+        is_split = self.experts is not None and vars(self.experts).get("_is_expert_parallel", False)
+        modules = (self.router,) if is_split else (self.experts, self.router)
+        named = [vars(module).get("num_experts") for module in modules if module is not None]
         return next((number for number in named if isinstance(number, int)), None)
 
     @property

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 
+import torch
 import torch.distributed
 from moe_routers import find_routers
 
@@ -32,12 +33,12 @@ def describe(trainer):
         "is_leaf": getattr(moe, "_z3_leaf", False),
         "num_local_experts": moe.experts.num_experts,
         "biases": biases,
-        "counts": None if balance.tokens_per_expert is None else balance.tokens_per_expert.tolist(),
+        "counts": [torch.as_tensor(counts).tolist() for counts in balance.tokens_per_expert],
     }
 
 
-def train_and_describe(trainer, run):
-    train(trainer, run)
+def train_and_describe(trainer, run, *arguments):
+    train(trainer, run, *arguments)
     (run.path / f"rank{trainer.args.process_index}.json").write_text(json.dumps(describe(trainer)))
 
 
