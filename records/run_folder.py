@@ -17,7 +17,7 @@ Every command of ``deepseek-moe`` works in one folder::
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class RunFolder:
         command: str,
         seed: int | None = None,
         overwrite: bool = False,
+        free: Collection[str] = (),
     ) -> "RunFolder":
         """Make the folder, or take up an unfinished run with equal settings, and become its owner.
 
@@ -85,6 +86,7 @@ class RunFolder:
             command: The subcommand, for example ``pretrain``.
             seed: The seed of the run, if it has one.
             overwrite: Delete the run that the folder holds; a file that no run writes is never deleted.
+            free: Settings that may differ from those the run was begun with.
 
         Returns:
             The run; `is_resumed` tells whether it was begun before.
@@ -101,7 +103,7 @@ class RunFolder:
                 )
             lock_run(run.path)
             if not (overwrite or run._has_only_begun()):
-                run._check_resumable(settings)
+                run._check_resumable(settings, free)
                 return cls(path, is_resumed=True)
             delete_run(run.path, hint="pass another --output")
         lock_run(make_output(run.path))
@@ -110,34 +112,36 @@ class RunFolder:
         return run
 
     @classmethod
-    def join(cls, path: str | Path, settings: dict[str, Any]) -> "RunFolder":
+    def join(cls, path: str | Path, settings: dict[str, Any], *, free: Collection[str] = ()) -> "RunFolder":
         """Take up, in another process of the same training, what `create` has made or taken up in the first.
 
         Args:
             path: The folder, which all processes see.
             settings: The resolved settings.
+            free: As for `create`.
 
         Raises:
             FileExistsError: As for `create`, which has then failed in the first process too.
         """
         run = cls(path)
-        run._check_resumable(settings)
+        run._check_resumable(settings, free)
         return run
 
     @classmethod
-    def check(cls, path: str | Path, settings: dict[str, Any]) -> "RunFolder":
+    def check(cls, path: str | Path, settings: dict[str, Any], *, free: Collection[str] = ()) -> "RunFolder":
         """Return the run that `create` would make or take up, and write nothing.
 
         Args:
             path: The folder.
             settings: The resolved settings.
+            free: As for `create`.
 
         Raises:
             FileExistsError: As for `create`.
         """
         run = cls(check_output(path))
         if run.path.exists() and any(run.path.iterdir()) and not run._has_only_begun():
-            run._check_resumable(settings)
+            run._check_resumable(settings, free)
         return run
 
     def _has_only_begun(self) -> bool:
@@ -145,14 +149,14 @@ class RunFolder:
         names = {path.name for path in self.path.iterdir()}
         return names - {INPUTS_FILE, LOCK_FILE} == {RECIPE_FILE, ENVIRONMENT_FILE}
 
-    def _check_resumable(self, settings: dict[str, Any]) -> None:
+    def _check_resumable(self, settings: dict[str, Any], free: Collection[str]) -> None:
         if not (self.path / RECIPE_FILE).exists():
             raise FileExistsError(f"output: {self.path} is not empty and holds no run of ours; pass another --output")
         if self.is_finished:
             raise FileExistsError(f"output: {self.path} holds a finished run; {_HINT}")
-        if self.settings != settings:
-            old, new = self.settings, settings
-            changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        old, new = self.settings, settings
+        changed = sorted(key for key in old.keys() | new.keys() if key not in free and old.get(key) != new.get(key))
+        if changed:
             raise FileExistsError(
                 f"output: {self.path} holds another run (it differs in {', '.join(changed)}); {_HINT}"
             )

@@ -70,7 +70,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
     if args.process_index == 0:
         log_once(run, {"step": 0, **bits_figures(before)})
     trainer = StageTrainer(recipe, held_out, dataset=dataset, model=model, args=args)
-    with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
+    with leaving_a_checkpoint(trainer, run):
         run_training(trainer, run, lambda: write_samples(recipe, trainer, tokenizer))
         after = measure_sets(held_out, trainer.model_wrapped, recipe)
         trainer.save_result(run, tokenizer)

@@ -69,7 +69,7 @@ def distill(
         log_once(run, {"step": 0, **bits_figures({held_out.name: before})})
     teacher = open_teacher(recipe, args, dataset, teacher, tokenizer)
     trainer = DistillTrainer(recipe, [held_out], dataset=dataset, teacher=teacher, model=student, args=args)
-    with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
+    with leaving_a_checkpoint(trainer, run):
         run_training(trainer, run, lambda: write_samples(recipe, trainer, tokenizer))
         after = held_out.measure(trainer.model_wrapped, recipe)
         trainer.save_result(run, tokenizer)

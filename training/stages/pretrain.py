@@ -60,7 +60,7 @@ def pretrain(
     if is_dry:
         return None
     trainer = StageTrainer(recipe, [held_out], dataset=dataset, model=model, args=args)
-    with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
+    with leaving_a_checkpoint(trainer, run):
         run_training(trainer, run, lambda: write_samples(recipe, trainer, tokenizer))
         measured = measure_sets([held_out], trainer.model_wrapped, recipe)
         trainer.save_result(run, tokenizer)

@@ -69,7 +69,7 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False, is_dr
     if args.process_index == 0:
         log_once(run, {"step": 0, **bits_figures({held_out.name: before})})
     trainer = sft_trainer(recipe, args, model=model, tokenizer=tokenizer, rows=train, held_out=[held_out])
-    with leaving_a_checkpoint(trainer, run, can_save=trainer.can_save):
+    with leaving_a_checkpoint(trainer, run):
         run_training(trainer, run, lambda: held_out.sample(trainer.model, recipe))
         after = held_out.measure(trainer.model_wrapped, recipe)
         trainer.save_result(run, tokenizer)

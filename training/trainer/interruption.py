@@ -23,12 +23,10 @@ class StopAfterStep(TrainerCallback):
 
     Args:
         stop: Knows of the signal.
-        can_save: False where `Trainer` cannot write a checkpoint.
     """
 
-    def __init__(self, stop: StopSignals, *, can_save: bool = True) -> None:
+    def __init__(self, stop: StopSignals) -> None:
         self.stop = stop
-        self.can_save = can_save
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -37,7 +35,7 @@ class StopAfterStep(TrainerCallback):
         if _any_process(self.stop.number is not None, args.device):
             control.should_log = True  # of the steps since the last line, which a resumed run does not know
             control.should_evaluate = False
-            control.should_save = self.can_save
+            control.should_save = True
             control.should_training_stop = True
         return control
 
@@ -58,38 +56,36 @@ def _any_process(value: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
-def train_until_stopped(trainer: Any, checkpoint: str | Path | None, *, can_save: bool = True) -> None:
+def train_until_stopped(trainer: Any, checkpoint: str | Path | None) -> None:
     """Train from a checkpoint, or from the start without one, until the end or a signal.
 
     Args:
         trainer: A stage's.
         checkpoint: The folder.
-        can_save: False where `Trainer` cannot write a checkpoint.
 
     Raises:
         Interrupted: A signal came; what was trained is saved.
     """
     with deferred() as stop:
-        trainer.add_callback(StopAfterStep(stop, can_save=can_save))
+        trainer.add_callback(StopAfterStep(stop))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stop.check()
 
 
 @contextlib.contextmanager
-def leaving_a_checkpoint(trainer: Any, run: RunFolder, *, can_save: bool = True) -> Iterator[None]:
+def leaving_a_checkpoint(trainer: Any, run: RunFolder) -> Iterator[None]:
     """Where a signal stops what is inside, make sure that the last whole step is saved, and tell how to go on.
 
     Args:
         trainer: A stage's.
         run: Its run folder.
-        can_save: False where `Trainer` cannot write a checkpoint.
     """
     with stop_signals() as stop:
         try:
             yield
         except KeyboardInterrupt as error:
             # Without a signal of ours nobody knows whether a step was cut in two.
-            if stop.number is not None and can_save and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            if stop.number is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
                 _save_if_missing(trainer)
             error.args = (describe_interruption(run),)
             raise

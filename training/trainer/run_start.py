@@ -16,6 +16,7 @@ from deepseek_training.trainer.checkpoints import last_complete_checkpoint, step
 from deepseek_training.trainer.distributed_engine import prepare_engine
 from deepseek_training.trainer.run_callbacks import drop_metrics_after
 from deepseek_training.trainer.sample_log import drop_samples_after
+from deepseek_training.trainer.spread import SPREAD_SETTINGS, hold_step
 
 
 def open_run(
@@ -42,13 +43,16 @@ def open_run(
     Raises:
         FileExistsError: The folder holds another run.
     """
-    settings = recipe_settings(recipe)
+    settings, free = recipe_settings(recipe), SPREAD_SETTINGS if isinstance(recipe, TrainerSettings) else ()
     if is_dry:
-        return RunFolder(output) if overwrite else RunFolder.check(output, settings)
+        return RunFolder(output) if overwrite else RunFolder.check(output, settings, free=free)
     with args.main_process_first(local=False):
         if args.process_index > 0:
-            return RunFolder.join(output, settings)
-        run = RunFolder.create(output, settings, command=command, seed=recipe.seed, overwrite=overwrite)
+            run = RunFolder.join(output, settings, free=free)
+            hold_step(run, recipe, args)
+            return run
+        run = RunFolder.create(output, settings, command=command, seed=recipe.seed, overwrite=overwrite, free=free)
+        hold_step(run, recipe, args)
         checkpoint = last_complete_checkpoint(Path(args.output_dir))
         if run.is_resumed:
             step = step_of(checkpoint) if checkpoint else 0

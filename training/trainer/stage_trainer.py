@@ -8,11 +8,13 @@ the routers' controllers all restart at a checkpoint.
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from deepseek_records.run_folder import RunFolder
@@ -32,6 +34,14 @@ from deepseek_training.trainer.lora import save_adapted
 from deepseek_training.trainer.muon import build_muon, check_muon
 from deepseek_training.trainer.run_callbacks import MetricsFile, ProgressBar
 from deepseek_training.trainer.sample_log import SampleLog
+from deepseek_training.trainer.split_checkpoint import (
+    load_split_optimizer,
+    load_split_weights,
+    save_split_optimizer,
+    save_split_weights,
+    saving_otherwise,
+)
+from deepseek_training.trainer.spread import check_writer, write_writer
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +72,6 @@ class ResumedTraining:
     def is_sharded(self) -> bool:
         """True if no process holds the whole model."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled or self._is_split_on_loading
-
-    @property
-    def can_save(self) -> bool:
-        """False where transformers cannot write the optimizer's state: of a model split over processes by itself."""
-        return not self._is_split_on_loading
 
     def save_result(self, run: RunFolder, tokenizer: Any) -> None:
         """Write model and tokenizer into the run folder, gathered from all processes; an adapter also by itself.
@@ -111,8 +116,42 @@ class ResumedTraining:
             return
         super()._run_epoch(**kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the model, in a checkpoint of a split one every process its part."""
+        is_checkpoint = output_dir is not None and Path(output_dir).parent == Path(self.args.output_dir)
+        if self._is_split_on_loading and is_checkpoint:
+            save_split_weights(self.model, Path(output_dir))
+        else:
+            super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write both, of a split model every process its part, and who wrote them."""
+        if self._is_split_on_loading:
+            save_split_optimizer(self.model, self._bare_optimizer, Path(output_dir))
+            if self.is_first:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_first:
+            write_writer(Path(output_dir), self)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read what `_save_optimizer_and_scheduler` wrote."""
+        if checkpoint is None or not self._is_split_on_loading:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_split_optimizer(self.model, self._bare_optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    @property
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # out of accelerate's wrapper
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Load a checkpoint by `load_weights`, which knows the experts' names on disk, and an adapter by PEFT."""
+        if self._is_split_on_loading:
+            load_split_weights(self.model, Path(resume_from_checkpoint))
+            return
         if self.is_sharded or isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -134,7 +173,8 @@ class StageTraining(ResumedTraining):
     figures: TrainingFigures
 
     def __init__(self, recipe: TrainerSettings, held_out: Sequence[HeldOutSet], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        with saving_otherwise(kwargs["args"]):
+            super().__init__(**kwargs)
         self.recipe = recipe
         self.held_out = held_out
         self.figures = TrainingFigures.attach(self, balance=ExpertBalanceCallback(recipe.bias_update_speed))
@@ -195,9 +235,10 @@ def run_training(
         trainer.add_callback(SampleLog(run, trainer.recipe.sample_steps, write_samples))
     checkpoint = last_complete_checkpoint(run.path / "checkpoints")
     if checkpoint:
+        check_writer(checkpoint, trainer)
         logger.warning("going on from %s", checkpoint)
         loads = [row["tokens_per_expert"] for row in run.metrics if "tokens_per_expert" in row]
         if trainer.figures is not None:
             trainer.figures.take_logged_load(loads[-1] if loads else [])
     with contextlib.closing(bar):
-        train_until_stopped(trainer, checkpoint, can_save=trainer.can_save)
+        train_until_stopped(trainer, checkpoint)

@@ -84,13 +84,15 @@ def launched(settings, tmp_path_factory):
     return run
 
 
-def launch(engine, settings, output, program=(WORKER,), **environment):
+def launch(engine, settings, output, program=(WORKER,), processes=2, **environment):
+    """Train with eight blocks a step, in two passes of this many processes."""
     recipe = output.parent / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({**settings, "batch_size": 2, "gradient_accumulation_steps": 2}))
+    step = {"batch_size": 4 // processes, "gradient_accumulation_steps": 2}
+    recipe.write_text(yaml.safe_dump({**settings, **step}))
     if engine == "torchrun":
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     else:
-        launcher = ["accelerate.commands.accelerate_cli", "launch", "--num_processes=2"]
+        launcher = ["accelerate.commands.accelerate_cli", "launch", f"--num_processes={processes}"]
         launcher += ["--config_file", str(launch_config(engine))]
     command = [sys.executable, "-m", *launcher, *program, "pretrain", str(recipe), "--output", str(output)]
     done = subprocess.run(
@@ -164,13 +166,22 @@ def test_a_run_stopped_after_its_last_step_trains_no_further(engine, launched, s
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_split_experts_train_like_whole_ones(settings, tmp_path):
-    """Four experts per process, the number a token uses varying, by fused_moe; transformers cannot resume it."""
-    model = {**settings["model"], "tie_word_embeddings": False}
-    settings = {**settings, "model": model, "save_steps": 0}
-    pretrain(build_recipe(settings, PretrainRecipe), tmp_path / "alone")
-    launch("expert_parallel", {**settings, "expert_parallel_size": 2}, tmp_path / "run")
-    alone, run = RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "run")
+@pytest.fixture(scope="module")
+def split_settings(settings):
+    """Four experts per process, the number a token uses varying, by fused_moe."""
+    return {**settings, "model": {**settings["model"], "tie_word_embeddings": False}, "expert_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def split_run(split_settings, tmp_path_factory):
+    path = tmp_path_factory.mktemp("split") / "run"
+    launch("expert_parallel", split_settings, path)
+    return RunFolder(path)
+
+
+def test_split_experts_train_like_whole_ones(split_settings, split_run, tmp_path):
+    pretrain(build_recipe({**split_settings, "expert_parallel_size": 1}, PretrainRecipe), tmp_path / "alone")
+    alone, run = RunFolder(tmp_path / "alone"), split_run
     ranks = [json.loads((run.path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1] and ranks[0]["counts"]
     assert ranks[0]["num_local_experts"] == 4 and "DTensor" in ranks[0]["parameters"]  # a norm and the head stay whole
@@ -180,3 +191,31 @@ def test_split_experts_train_like_whole_ones(settings, tmp_path):
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=2e-3, msg=lambda m, n=name: f"{n} {m}")
     AutoModelForCausalLM.from_pretrained(run.model_path)
+
+
+def test_a_stopped_run_of_split_experts_goes_on(split_settings, split_run, tmp_path):
+    path = tmp_path / "run"
+    launch("expert_parallel", split_settings, path, STOP_AT="7")
+    assert [folder.name for folder in (path / "checkpoints").iterdir()] == ["checkpoint-4"]
+    launch("expert_parallel", split_settings, path, program=COMMAND)
+    assert trace(RunFolder(path)) == trace(split_run)
+    expected = load_file(split_run.model_path / "model.safetensors")
+    found = load_file(path / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(("engine", "begun", "ended"), [("torchrun", 2, 4), ("fsdp2", 4, 2), ("torchrun", 4, 1)])
+def test_a_run_goes_on_in_another_number_of_processes(engine, begun, ended, settings, launched, tmp_path):
+    """The same rows of every step, so the same losses, and no process's part is lost or doubled."""
+    path = tmp_path / "run"
+    launch(engine, settings, path, processes=begun, STOP_AT="7")
+    launch(engine, settings, path, program=COMMAND, processes=ended)
+    assert_same_trace(launched(engine), RunFolder(path))
+
+
+@pytest.mark.parametrize(("begun", "ended", "size"), [(2, 4, 4), (4, 2, 2)])
+def test_split_experts_go_on_in_another_number_of_processes(begun, ended, size, split_settings, split_run, tmp_path):
+    path = tmp_path / "run"
+    launch("expert_parallel", split_settings, path, processes=begun, STOP_AT="7")
+    launch("expert_parallel", {**split_settings, "expert_parallel_size": size}, path, program=COMMAND, processes=ended)
+    assert_same_trace(split_run, RunFolder(path))
