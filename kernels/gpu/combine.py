@@ -87,7 +87,7 @@ def combine_gradients(
 
 
 def fill_unused(output: Tensor, slot_row: Tensor) -> None:
-    """Write zeros into the rows of `output` whose slot is unused, NaN where its row is missing, of one slot a token.
+    """Write zeros into the rows of `output` whose slot is unused, NaN where its row is missing, of one slot per token.
 
     Args:
         output: [T, H]; changed.

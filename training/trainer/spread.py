@@ -29,7 +29,7 @@ def rows_per_step(recipe: Any, args: TrainingArguments) -> int:
 
 
 def hold_step(run: RunFolder, recipe: Any, args: TrainingArguments) -> None:
-    """Refuse to go on with another number of rows a step; the first process keeps it for later.
+    """Refuse to go on with another number of rows per step; the first process keeps it for later.
 
     Args:
         run: The run.
@@ -42,7 +42,7 @@ def hold_step(run: RunFolder, recipe: Any, args: TrainingArguments) -> None:
     rows, begun = rows_per_step(recipe, args), run.inputs.get("rows_per_step")
     if begun is not None and begun != str(rows):
         raise FileExistsError(
-            f"batch_size: got {rows} rows a step (batch_size x gradient_accumulation_steps x processes), expected "
+            f"batch_size: got {rows} rows per step (batch_size x gradient_accumulation_steps x processes), expected "
             f"{begun}, with which {run.path} was begun; change batch_size so that it stays, or pass another --output"
         )
     if args.process_index == 0:

@@ -58,7 +58,7 @@ def test_a_step_may_be_spread_otherwise(processes, settings, tmp_path):
 def test_another_number_of_rows_is_refused_though_no_setting_differs(tmp_path):
     begin(tmp_path, 2, batch_size=2)
     recipe = PretrainRecipe(**SETTINGS, batch_size=2)
-    with pytest.raises(FileExistsError, match=r"batch_size: got 8 rows a step .* expected 4, with which"):
+    with pytest.raises(FileExistsError, match=r"batch_size: got 8 rows per step .* expected 4, with which"):
         open_run(recipe, tmp_path / "run", Arguments(world_size=4), command="pretrain")
 
 
