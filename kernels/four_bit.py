@@ -66,7 +66,7 @@ class FourBitFormat:
             ValueError: There is no such format.
         """
         if bits != 4:
-            raise ValueError(f"bits: got {bits}, expected 4")
+            raise ValueError(f"bits: got {bits!r}, expected 4")
         if name not in GROUP_SIZES:
             raise ValueError(f"format: got {name!r}, expected one of {', '.join(GROUP_SIZES)}")
         group_size = GROUP_SIZES[name] if group_size is None else group_size

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from deepseek_records.stages import is_number
 from deepseek_training.balance.accumulation import StepPasses, length_of
 from deepseek_training.balance.bias_speed import check_bias_speed
 from deepseek_training.balance.class_only import ClassOnly
@@ -67,8 +68,8 @@ class ExpertBalanceCallback(TrainerCallback):
             "router_z_loss_coef": router_z_loss_coef,
         }
         for name, value in named.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}: got {value}, expected a number of at least 0")
+            if not is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}: got {value!r}, expected a number of at least 0")
         self.bias_update_speed = bias_update_speed
         self.losses = RouterLosses(seq_aux_loss_coef, router_z_loss_coef)
         self.tokens_per_expert: list[torch.Tensor] = []

@@ -95,12 +95,17 @@ class ReplayedChoice(TorchFunctionMode):
             output: What the router returned.
 
         Raises:
-            ValueError: It chose otherwise.
+            ValueError: It chose otherwise, or another number of experts.
         """
         if self.num_calls == 1:
             return
         choice = read_choice(output, self.layer.logits_place)
         indices = None if choice is None else choice.topk_indices
+        if indices is not None and indices.shape[1] != self.table.shape[1]:
+            raise ValueError(
+                f"router_replay: got {self.table.shape[1]} experts per token, expected {indices.shape[1]} as "
+                f"{type(self.layer.router).__name__} chooses"
+            )
         if self.num_calls or indices is None or not bool(((indices == self.table) | ~self.is_found).all()):
             raise ValueError(
                 f"router_replay: got {type(self.layer.router).__name__} with {self.num_calls} calls of topk over its "

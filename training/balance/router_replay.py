@@ -160,14 +160,22 @@ class RouterReplay:
                 sampled and never read, may be left out; a number below 0 or from E on is an unused slot.
 
         Raises:
-            ValueError: Another number of tokens or layers.
+            ValueError: Another number of tokens, layers or experts per token, or no numbers of experts.
         """
+        if not isinstance(experts, torch.Tensor) or experts.is_floating_point():
+            kind = getattr(experts, "dtype", type(experts).__name__)
+            raise ValueError(f"router_replay: got experts of {kind}, expected a tensor of whole numbers")
         for decoder in self._decoders[:1]:
             expected = len(decoder.numbers)
             if experts.ndim != 3 or len(token_ids) - len(experts) not in (0, 1) or experts.shape[1] != expected:
                 raise ValueError(
                     f"router_replay: got experts of shape {tuple(experts.shape)}, expected [{len(token_ids)} or "
                     f"{len(token_ids) - 1}, {expected}, K] for {len(token_ids)} tokens and {expected} MoE layers"
+                )
+            widths = {table.shape[1] for table in decoder.records.experts.values()} - {experts.shape[2]}
+            if widths:
+                raise ValueError(
+                    f"router_replay: got {experts.shape[2]} experts per token, expected {min(widths)} as noted before"
                 )
             ids = torch.tensor([token_ids[: len(experts)]], device=experts.device)
             tables = {}

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from deepseek_records.activation_checkpointing import uses_checkpointing
+from deepseek_records.stages import is_number
 from deepseek_training.balance.accumulation import StepPasses
 from deepseek_training.balance.callback import TRAINING_KEYS, add_to_log
 from deepseek_training.balance.class_only import ClassOnly
@@ -64,8 +65,8 @@ class IndexerTrainingCallback(TrainerCallback):
     def __init__(self, warmup_steps: int = 0, *, loss_coef: float = 1.0) -> None:
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
             raise ValueError(f"warmup_steps: got {warmup_steps!r}, expected a whole number of at least 0")
-        if not 0 < loss_coef < math.inf:
-            raise ValueError(f"loss_coef: got {loss_coef}, expected a number above 0; 0 trains no indexer")
+        if not is_number(loss_coef) or not 0 < loss_coef < math.inf:
+            raise ValueError(f"loss_coef: got {loss_coef!r}, expected a number above 0; 0 trains no indexer")
         self.warmup_steps = warmup_steps
         self.loss_coef = loss_coef
         self._trainer: Trainer | None = None

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
 from deepseek_records.kept_mtp import keep_mtp, read_mtp
+from deepseek_records.stages import is_number
 from deepseek_training.mtp.mtp_loss import MASKED_LAYERS, MtpLoss, layer_types
 from deepseek_training.mtp.official_names import OfficialNames
 from deepseek_training.mtp.trained_class import TrainsMtp, make_class
@@ -65,8 +66,8 @@ def train_mtp(model: PreTrainedModel, loss_coef: float = 0.3) -> PreTrainedModel
 
 
 def _check(model: PreTrainedModel, loss_coef: float) -> None:
-    if not 0 < loss_coef < math.inf:
-        raise ValueError(f"mtp_loss_coef: got {loss_coef}, expected a number above 0")
+    if not is_number(loss_coef) or not 0 < loss_coef < math.inf:
+        raise ValueError(f"mtp_loss_coef: got {loss_coef!r}, expected a number above 0")
     if isinstance(model, PeftModel):
         raise ValueError("mtp: got a model with an adapter, expected train_mtp before get_peft_model")
     if hasattr(type(model), "_carries_mtp"):

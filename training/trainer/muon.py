@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FlatParameter
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import Trainer
 
@@ -25,6 +27,7 @@ _COEFFICIENTS = (3.4445, -4.775, 2.0315)
 _NUM_STEPS = 5
 _EPS = 1e-7
 _MOMENTUM = 0.95
+_SHARDED = "optimizer: got muon with a model that is sharded over processes, expected adamw"
 
 
 class ExpertMuon(Optimizer):
@@ -133,7 +136,12 @@ def build_muon(model: nn.Module, *, lr: float, weight_decay: float, betas: tuple
         lr: Learning rate of all.
         weight_decay: Of all matrices, embeddings included.
         betas: AdamW's.
+
+    Raises:
+        ValueError: A parameter is one process's part of a matrix, as FSDP, FSDP2 and ZeRO-3 make them.
     """
+    if any(_is_part(parameter) for parameter in model.parameters()):
+        raise ValueError(_SHARDED)
     layers = find_moe_layers(model)
     experts = {id(p): layer for layer in layers if layer.experts is not None for p in layer.experts.parameters()}
     skipped = {id(p) for layer in layers for p in layer.router.parameters()}
@@ -183,4 +191,8 @@ def check_muon(trainer: Trainer) -> None:
         ValueError: The model is sharded over processes.
     """
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or getattr(trainer, "is_sharded", False):
-        raise ValueError("optimizer: got muon with a model that is sharded over processes, expected adamw")
+        raise ValueError(_SHARDED)
+
+
+def _is_part(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, (DTensor, FlatParameter)) or hasattr(parameter, "ds_id")

@@ -431,6 +431,8 @@ def test_a_loaded_checkpoint_keeps_its_bias_unless_asked(tmp_path):
     assert asked.config.router_bias_update_speed == 0.003
     with pytest.raises(ValueError, match="bias_update_speed: got -1, expected"):
         ExpertBalanceCallback(bias_update_speed=-1)
+    with pytest.raises(ValueError, match="bias_update_speed: got '1e-3', expected a number"):
+        ExpertBalanceCallback("1e-3")  # as YAML reads it
 
 
 def test_the_callbacks_speed_is_the_runs_and_not_the_models(tmp_path):

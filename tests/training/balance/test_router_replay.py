@@ -215,6 +215,14 @@ def test_experts_from_elsewhere():
         replay.add(ids, experts[:5])
     with pytest.raises(ValueError, match="got experts of shape"):
         replay.add(ids, experts[:, :1])
+    with pytest.raises(ValueError, match=r"^router_replay: got 2 experts per token, expected 3 as noted before"):
+        replay.add(ids, experts[..., :2])
+    with pytest.raises(ValueError, match=r"^router_replay: got experts of torch.float32, expected a tensor of whole"):
+        replay.add(ids, experts.float())
+    replay.clear()
+    replay.add(ids, experts[..., :2])
+    with pytest.raises(ValueError, match=r"^router_replay: got 2 experts per token, expected 3 as DeepseekV3"):
+        learn(model, torch.tensor([ids]), torch.ones(1, 8, dtype=torch.long))
 
 
 def test_what_cannot_be_replayed_is_refused_in_one_line():

@@ -234,7 +234,7 @@ def test_lora_leaves_them_and_trains_them_if_asked(v3_paths, tmp_path):
 
 def test_refused_in_one_line(v3_paths, tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(v3_paths[1])
-    for coef in (0, -0.1, float("nan"), float("inf")):
+    for coef in (0, -0.1, float("nan"), float("inf"), "0.3", None):
         with pytest.raises(ValueError, match=r"^mtp_loss_coef: got .*, expected a number above 0$"):
             train_mtp(stock, coef)
     with pytest.raises(ValueError, match=r"^mtp: got a model with an adapter, expected train_mtp before"):

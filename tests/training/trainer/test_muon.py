@@ -5,8 +5,11 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_models import TINY
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
@@ -119,9 +122,23 @@ def test_what_it_cannot_train_is_refused():
         trainer = types.SimpleNamespace(**{"is_deepspeed_enabled": False, "is_fsdp_enabled": False, **names})
         with pytest.raises(ValueError, match=r"^optimizer: got muon with a model that is sharded"):
             check_muon(trainer)
+    parts = build()
+    parts.lm_head.weight.ds_id = 0  # ZeRO-3's mark
+    with pytest.raises(ValueError, match=r"^optimizer: got muon with a model that is sharded"):
+        build_muon(parts, **RATES, betas=(0.9, 0.95))
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=97)
     model = GptOssForCausalLM(GptOssConfig(**sizes, num_key_value_heads=2, num_local_experts=4, head_dim=8))
     with pytest.raises(ValueError, match=r"^optimizer: got muon for GptOssExperts with gate and up interleaved"):
         build_muon(model, **RATES, betas=(0.9, 0.95))
     with pytest.raises(ValueError, match="optimizer"):
         PretrainRecipe(max_steps=1, learning_rate=1e-3, optimizer="muon", expert_parallel_size=2)
+
+
+def test_fsdp2_is_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model = fully_shard(build(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"^optimizer: got muon with a model that is sharded"):
+            build_muon(model, **RATES, betas=(0.9, 0.95))
+    finally:
+        dist.destroy_process_group()
