@@ -22,8 +22,8 @@ from deepseek_training.compress import awq as awq_module
 from deepseek_training.compress.awq import AwqSettings, DenseStore, PackedStore, awq
 from deepseek_training.compress.calibration import shuffled_blocks
 from deepseek_training.compress.divergence import Reference
+from deepseek_training.data.corpus import Corpus
 from deepseek_training.data.packing import encode_documents
-from deepseek_training.data.texts import Corpus
 from deepseek_training.recipes.quantize import QuantizeSettings
 from deepseek_training.trainer.held_out import HeldOut
 from modeling_deepseek.families import find_moe_layers

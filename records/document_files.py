@@ -7,18 +7,28 @@ reordered.
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepseek_records.data_folders import data_files
-from deepseek_records.row_files import TABLE_SUFFIXES, is_hub_id, load_hub_data, read_lines, read_table, suffix_of
+from deepseek_records.row_files import (
+    TABLE_SUFFIXES,
+    hub_revision,
+    is_hub_id,
+    load_hub_data,
+    read_lines,
+    read_table,
+    suffix_of,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SPLITS = ("train", "validation", "all")
 VALIDATION_SHARE = 10  # one document in ten
 _PASSAGE_CHARACTERS = 2000
-_TEXT_SUFFIXES = {".txt", ".md", ".text"}
+TEXT_SUFFIXES = {".txt", ".md", ".text"}
 _SPLIT_NAMES = {"validation": ("validation", "valid", "val", "dev", "eval", "test"), "train": ("train",)}
 
 
@@ -36,31 +46,45 @@ def load_documents(source: str | Path, split: str = "all", *, column: str | None
         ValueError: Empty, not text, no such column, no such split, or a Hub id without network.
     """
     rows = []
-    for row in read_documents(source, split):
-        rows.append({**row, "text": pick_text(row, column or default_column(row), str(source))})
+    for row, name in read_documents(source, split):
+        rows.append({**row, "text": pick_text(row, column or default_column(row), name)})
     return select_split(rows, split, source)
 
 
-def read_documents(source: str | Path, split: str, others: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a text, JSONL, CSV or Parquet file (also .gz), a folder, a ``datasets`` directory or a Hub id.
+def read_documents(
+    source: str | Path, split: str, others: tuple[str, ...] = (), encoding: str = "utf-8-sig"
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the rows of a source, each with the name of its file, or of the source where that has none.
+
+    It is a file of text, JSON Lines, JSON, CSV, TSV or Parquet, also compressed, a folder of such files, a
+    ``datasets`` directory or a Hub id.
 
     Args:
         source: Which.
         split: Used only to open the right part of a `datasets` directory or Hub data set.
         others: Names that could have been given, too, for errors.
+        encoding: Of all files but Parquet.
 
     Raises:
         FileNotFoundError: Nothing lies there.
         ValueError: Empty, not text, or a Hub id without network.
     """
+    name = str(source)
     if Path(source).exists():
-        return _read_path(Path(source), split)
+        yield from _read_path(Path(source), split, with_mark(encoding))
+        return
     known = f" (embedded names: {', '.join(others)})" if others else ""
-    if not is_hub_id(str(source)):
+    if not is_hub_id(name):
         raise FileNotFoundError(f"data: no file or folder {source}{known}")
     embedded = f"an embedded name ({', '.join(others)}), " if others else ""
     instead = f"{embedded}a .txt, .jsonl, .csv or .parquet file, or a folder of them"
-    return _rows_of(load_hub_data(str(source), instead), split)
+    loaded = load_hub_data(name, instead, is_streamed=bool(hub_revision(name)))
+    yield from ((row, name) for row in _rows_of(loaded, split))
+
+
+def with_mark(encoding: str) -> str:
+    """Return the encoding; for UTF-8 the one that takes a byte order mark for none of the text."""
+    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
 
 
 def default_column(row: dict[str, Any]) -> str:
@@ -70,10 +94,11 @@ def default_column(row: dict[str, Any]) -> str:
 
 def is_validation(text: str) -> bool:
     """Return whether the hash split puts this document into the validation part."""
-    return _hash(text) % VALIDATION_SHARE == 0
+    return hash_document(text) % VALIDATION_SHARE == 0
 
 
-def _hash(text: str) -> int:
+def hash_document(text: str) -> int:
+    """Return the first 32 bits of a document's SHA-256, which decide its split."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
 
 
@@ -88,24 +113,54 @@ def select_split(rows: list[dict[str, Any]], split: str, name: str | Path) -> li
     Raises:
         ValueError: None is left.
     """
+    import numpy as np
+
     rows = [row for row in rows if row["text"].strip()]
     if not rows:
         raise ValueError(f"data: {name} is empty; it holds no text")
+    splits = np.array([str(row.get("split") or "") for row in rows], dtype=object)
+    hashes = np.array([hash_document(row["text"]) << 32 for row in rows], dtype=np.uint64)
+    mask = split_mask(splits, hashes, split, name)
+    return [row["text"] for row, is_chosen in zip(rows, mask, strict=True) if is_chosen]
+
+
+def split_mask(
+    splits: "np.ndarray", hashes: "np.ndarray", split: str, name: str | Path, *, share: float | None = None
+) -> "np.ndarray":
+    """Return which documents are of a split.
+
+    Args:
+        splits: What each one's source calls its split; empty for nothing.
+        hashes: The first 64 bits of each one's SHA-256.
+        split: As for `load_documents`.
+        name: The data's, for errors.
+        share: Of documents that are validation where nothing tells of splits; None: one in ten.
+
+    Raises:
+        ValueError: None is left.
+    """
+    import numpy as np
+
     if split == "all":
-        return [row["text"] for row in rows]
-    if any(row.get("split") for row in rows):
-        chosen = [row["text"] for row in rows if row.get("split") in _SPLIT_NAMES[split]]
-        if not chosen:
-            found = ", ".join(sorted({str(row.get("split")) for row in rows}))
-            raise ValueError(f"data: {name} has no row with split '{split}' (its column 'split' holds: {found})")
-        return chosen
-    held_out = {index for index, row in enumerate(rows) if is_validation(row["text"])}
-    if not held_out and len(rows) > 1:  # a small set still gets one held-out document, the one with the least hash
-        held_out = {min(range(len(rows)), key=lambda index: _hash(rows[index]["text"]))}
-    chosen = [row["text"] for index, row in enumerate(rows) if (index in held_out) == (split == "validation")]
-    if not chosen:
-        raise ValueError(f"data: {name} has {len(rows)} document(s), too few for a {split} split; add more documents")
-    return chosen
+        return np.ones(len(splits), dtype=bool)
+    found = set(splits)
+    if found - {""}:
+        mask: np.ndarray = np.isin(splits, [part for part in found if part in _SPLIT_NAMES[split]])
+        if not mask.any():
+            names = ", ".join(sorted(part or "None" for part in found))
+            raise ValueError(f"data: {name} has no row with split '{split}' (its column 'split' holds: {names})")
+        return mask
+    short = hashes >> np.uint64(32)
+    held_out = short % VALIDATION_SHARE == 0 if share is None else short < int(share * 2**32)
+    # A small set still gets one held-out document, the one with the least hash.
+    if not held_out.any() and len(splits) > 1 and share != 0:
+        held_out = np.arange(len(splits)) == int(short.argmin())
+    mask = held_out if split == "validation" else ~held_out
+    if not mask.any():
+        raise ValueError(
+            f"data: {name} has {len(splits)} document(s), too few for a {split} split; add more documents"
+        )
+    return mask
 
 
 def pick_text(row: dict[str, Any], column: str, name: str, *, is_chat: bool = False) -> str:
@@ -136,22 +191,23 @@ def is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "role" in one for one in value)
 
 
-def _read_path(path: Path, split: str) -> Iterator[dict[str, Any]]:
+def _read_path(path: Path, split: str, encoding: str) -> Iterator[tuple[dict[str, Any], str]]:
     if path.is_file():
-        return read_document_file(path)
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        return _read_saved(path, split)
-    files = data_files(path, _TEXT_SUFFIXES | TABLE_SUFFIXES)
-    return (
-        row if part is None else {**row, "split": part} for file, part in files for row in read_document_file(file)
-    )
+        yield from ((row, str(path)) for row in read_document_file(path, encoding))
+    elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        yield from ((row, str(path)) for row in _read_saved(path, split))
+    else:
+        for file, part in data_files(path, TEXT_SUFFIXES | TABLE_SUFFIXES):
+            for row in read_document_file(file, encoding):
+                yield (row if part is None else {**row, "split": part}), str(file)
 
 
-def read_document_file(path: Path) -> Iterator[dict[str, Any]]:
+def read_document_file(path: Path, encoding: str = "utf-8-sig") -> Iterator[dict[str, Any]]:
     """Yield the rows of one file; of a plain text its passages.
 
     Args:
         path: The file.
+        encoding: Its encoding, unless it is Parquet.
 
     Raises:
         FileNotFoundError: It is not there.
@@ -162,29 +218,31 @@ def read_document_file(path: Path) -> Iterator[dict[str, Any]]:
     if path.stat().st_size == 0:
         raise ValueError(f"data: {path} is empty")
     if suffix_of(path) in TABLE_SUFFIXES:
-        yield from (row for row, _ in read_table(path))
-    elif suffix_of(path) in (".tsv", ".json"):  # whoever has one means its rows, not its tabs and brackets
-        raise ValueError(
-            f"data: {path}: got {suffix_of(path)}, expected text, .jsonl (an object per line), .csv or .parquet"
-        )
+        yield from (row for row, _ in read_table(path, encoding=encoding))
     else:
-        for passage in _cut_passages("".join(read_lines(path, newline=""))):
+        for _, passage in cut_passages(read_lines(path, newline="", encoding=encoding)):
             yield {"text": passage}
 
 
-def _cut_passages(text: str) -> Iterator[str]:
-    """Yield passages of at least `_PASSAGE_CHARACTERS`; joined they are the text again.
+def cut_passages(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Yield passages of at least `_PASSAGE_CHARACTERS` with the number of the line that each begins on.
 
-    They are cut at blank lines, and at the end of a line where no blank one has come for long.
+    They are cut behind blank lines, behind any line where no blank one has come for long. Joined they are the text.
+
+    Args:
+        lines: With their ends.
     """
-    start = 0
-    for blank in re.finditer(r"\n\s*\n|\n", text):
-        is_blank_line = blank.group().count("\n") > 1
-        if blank.end() - start >= _PASSAGE_CHARACTERS * (1 if is_blank_line else 4):
-            yield text[start : blank.end()]
-            start = blank.end()
-    if text[start:]:
-        yield text[start:]
+    kept: list[str] = []
+    size, number, ends = 0, 0, False
+    for number, line in enumerate(lines, start=1):
+        if ends and line.strip():
+            yield number - len(kept), "".join(kept)
+            kept, size = [], 0
+        kept.append(line)
+        size += len(line)
+        ends = size >= _PASSAGE_CHARACTERS * (4 if line.strip() else 1)
+    if kept:
+        yield number - len(kept) + 1, "".join(kept)
 
 
 def _read_saved(path: Path, split: str) -> Iterator[dict[str, Any]]:

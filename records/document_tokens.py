@@ -46,7 +46,7 @@ def start_of_text(tokenizer: Any) -> list[int]:
     return [] if begin is None else [begin]
 
 
-def with_start(documents: Sequence[np.ndarray], tokenizer: Any) -> list[np.ndarray]:
+def with_start(documents: Iterable[np.ndarray], tokenizer: Any) -> list[np.ndarray]:
     """Return documents that all begin with `start_of_text`, so that each token of the text is predicted.
 
     Args:

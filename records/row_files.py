@@ -1,44 +1,52 @@
 """Rows from a user's files and from the Hub: the one reader of training's texts and of evaluation's questions.
 
-JSON Lines are parsed line by line and not by `datasets`, which gives every row the columns of all others (a chat
-template then sees fields that a message does not have), refuses a column of two types, and names no line. Parquet
-is read by pyarrow, as `datasets` does, without the copy that it keeps of a file. What `datasets` has written itself,
-and what is on the Hub, it reads.
+JSON Lines, CSV and TSV are parsed line by line and not by `datasets`, which gives every row the columns of all others
+(a chat template then sees fields that a message does not have), makes nothing of cells such as ``NA``, refuses a
+column of two types, and names no line. All else `datasets` reads: JSON, Parquet, its own directories, the Hub.
 """
 
+import codecs
+import contextlib
 import csv
 import gzip
 import json
+import lzma
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TABLE_SUFFIXES = frozenset({".jsonl", ".ndjson", ".csv", ".parquet"})
+import fsspec
+from fsspec.utils import infer_compression
+
+TABLE_SUFFIXES = frozenset({".jsonl", ".ndjson", ".csv", ".parquet", ".json", ".tsv"})
+# zst needs the package zstandard; without it such files are named as not read.
+COMPRESSED_SUFFIXES = tuple(one for one in (".gz", ".bz2", ".xz", ".zst") if infer_compression(f"a{one}"))
+_BY_DATASETS = {".parquet": "parquet", ".json": "json"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 
 
 def suffix_of(path: Path) -> str:
-    """Return what tells a file's kind: its suffix, lower-case, or the one before ``.gz``."""
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
+    """Return what tells a file's kind: its suffix, lower-case, or the one before that of a compression."""
+    return (path.with_suffix("") if path.suffix in COMPRESSED_SUFFIXES else path).suffix.lower()
 
 
 def read_table(path: Path, what: str = "data", encoding: str = "utf-8-sig") -> Iterator[tuple[dict[str, Any], str]]:
     """Yield each row of a file, and where it is, as an error about it begins.
 
     Args:
-        path: A file with one of `TABLE_SUFFIXES`; all but Parquet also with ``.gz`` behind.
+        path: A file with one of `TABLE_SUFFIXES`; all but Parquet also with one of `COMPRESSED_SUFFIXES` behind.
         what: The setting that named the file, for errors.
-        encoding: Of JSON Lines and CSV.
+        encoding: Of all but Parquet.
 
     Raises:
         ValueError: The file is broken or of another kind, in one line that names file and line.
     """
     kind = suffix_of(path)
-    if kind == ".parquet":
-        yield from _read_parquet(path, what)
-    elif kind == ".csv":
+    if kind in _BY_DATASETS:
+        yield from _read_by_datasets(path, what, encoding)
+    elif kind in (".csv", ".tsv"):
         yield from _read_csv(path, what, encoding)
     else:
         for number, line in enumerate(read_lines(path, what, encoding=encoding), start=1):
@@ -50,7 +58,7 @@ def read_table(path: Path, what: str = "data", encoding: str = "utf-8-sig") -> I
 def read_lines(
     path: Path, what: str = "data", newline: str | None = None, encoding: str = "utf-8-sig"
 ) -> Iterator[str]:
-    r"""Yield the lines of a text file, also one with ``.gz`` behind, with their ends.
+    r"""Yield the lines of a text file, also a compressed one, with their ends.
 
     Only ``\n``, ``\r\n`` and ``\r`` end a line: a JSON text may hold the other characters that Python takes for ends.
 
@@ -61,20 +69,49 @@ def read_lines(
         encoding: Likewise.
 
     Raises:
-        ValueError: It is not of this encoding, not a whole gzip file, or holds zero bytes.
+        ValueError: It is not of this encoding, not whole where it is compressed, or holds zero bytes.
     """
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding=encoding, newline=newline) as file:
-        try:
+    try:
+        with _open_text(path, encoding, newline) as file:
             for line in file:
                 if "\0" in line:
                     raise ValueError(f"{what}: {path}: got zero bytes, expected text")
                 yield line
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{what}: {path}: got bytes that are not {_named(encoding)} ({error.reason}), expected text"
-            ) from None
-        except (gzip.BadGzipFile, EOFError, zlib.error):
-            raise ValueError(f"{what}: {path}: got no whole gzip file, expected one") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{what}: {path}, line {_undecodable_line(path, encoding)}: got bytes that are not {_named(encoding)} "
+            f"({error.reason}), expected text; set encoding"
+        ) from None
+    except LookupError:
+        raise ValueError(f"encoding: got {encoding!r}, expected one that Python knows, such as gb18030") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, *_zstd_errors()):
+        kind = {".gz": "gzip"}.get(path.suffix, path.suffix[1:])
+        raise ValueError(f"{what}: {path}: got no whole {kind} file, expected one") from None
+
+
+def _open_text(path: Path, encoding: str, newline: str | None) -> Any:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding=encoding, newline=newline)
+    compression = "infer" if path.suffix in COMPRESSED_SUFFIXES else None
+    return fsspec.open(str(path), "rt", encoding=encoding, newline=newline, compression=compression).open()
+
+
+def _zstd_errors() -> tuple[type[Exception], ...]:
+    try:
+        import zstandard
+    except ImportError:
+        return ()
+    return (zstandard.ZstdError,)
+
+
+def _undecodable_line(path: Path, encoding: str) -> int:
+    """The line that does not decode: a text file is decoded ahead of its lines."""
+    decoder, number = codecs.getincrementaldecoder(encoding)(), 0
+    with fsspec.open(str(path), "rb", compression="infer") as file, contextlib.suppress(UnicodeDecodeError):
+        for line in file:
+            number += 1
+            decoder.decode(line)
+    return number
 
 
 def _named(encoding: str) -> str:
@@ -86,12 +123,13 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and suffix_of(Path(text)) not in TABLE_SUFFIXES | {".txt", ".md"}
 
 
-def load_hub_data(name: str, instead: str) -> Any:
-    """Return a Hub data set: a ``DatasetDict`` of its splits.
+def load_hub_data(name: str, instead: str, *, is_streamed: bool = False) -> Any:
+    """Return a Hub data set: a dictionary of its splits.
 
     Args:
         name: ``owner/name`` or ``owner/name:configuration``.
         instead: What a user without network can pass, for the error.
+        is_streamed: Read it as it comes; else it is downloaded and kept by `datasets`.
 
     Raises:
         ValueError: It cannot be reached, or is not there.
@@ -100,12 +138,26 @@ def load_hub_data(name: str, instead: str) -> Any:
 
     repository, _, configuration = name.partition(":")
     try:
-        return datasets.load_dataset(repository, configuration or None)
+        return datasets.load_dataset(repository, configuration or None, streaming=is_streamed)
     except (ConnectionError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
             f"data: {name} is not a local path and cannot be read from the Hub ({reason}); pass {instead}"
         ) from None
+
+
+def hub_revision(name: str) -> str:
+    """Return the commit that a Hub data set is at, empty where the Hub cannot be asked.
+
+    Args:
+        name: As for `load_hub_data`.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name.partition(":")[0]).sha or "")
+    except Exception:  # each HTTP library has its own; `load_hub_data` says what is wrong
+        return ""
 
 
 def _parse_object(line: str, where: str) -> dict[str, Any]:
@@ -137,7 +189,7 @@ def _is_encodable(row: Any) -> bool:
 
 def _read_csv(path: Path, what: str, encoding: str) -> Iterator[tuple[dict[str, Any], str]]:
     reader = csv.DictReader(
-        read_lines(path, what, newline="", encoding=encoding)
+        read_lines(path, what, newline="", encoding=encoding), delimiter="\t" if suffix_of(path) == ".tsv" else ","
     )  # the CSV reader wants line ends as they are
     try:
         for values in reader:
@@ -149,16 +201,24 @@ def _read_csv(path: Path, what: str, encoding: str) -> Iterator[tuple[dict[str, 
         raise ValueError(f"{what}: {path}: got no CSV ({error}), expected a line per row") from None
 
 
-def _read_parquet(path: Path, what: str) -> Iterator[tuple[dict[str, Any], str]]:
-    import pyarrow.lib
-    import pyarrow.parquet
+def _read_by_datasets(path: Path, what: str, encoding: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Rows as `datasets` streams them: it keeps no copy of the file."""
+    import datasets
 
-    number = 0
+    kind = suffix_of(path)
+    options: dict[str, Any] = {} if kind == ".parquet" else {"encoding": encoding}
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{what}: {path}, row {number}"
-    except (pyarrow.lib.ArrowInvalid, OSError):
-        raise ValueError(f"{what}: {path}: got no whole Parquet file, expected one") from None
+        rows = datasets.load_dataset(
+            _BY_DATASETS[kind], data_files=str(path), split="train", streaming=True, **options
+        )
+        for number, row in enumerate(rows, start=1):
+            yield row, f"{what}: {path}, row {number}"
+    except LookupError:
+        raise ValueError(f"encoding: got {encoding!r}, expected one that Python knows, such as gb18030") from None
+    except Exception as error:  # each builder has its own
+        if isinstance(error, OSError) and error.errno:
+            raise
+        name = "Parquet" if kind == ".parquet" else kind[1:].upper()
+        lines = str(error.__cause__ or error).splitlines()
+        reason = lines[0][:200] if lines else type(error).__name__
+        raise ValueError(f"{what}: {path}: got no whole {name} file, expected one ({reason})") from None

@@ -54,14 +54,14 @@ def test_a_users_own_names_are_no_splits(tmp_path, caplog):
 def test_what_is_not_read_is_named_once(tmp_path, caplog):
     for name in ("a.jsonl", ".git/description.txt", ".ipynb_checkpoints/a-checkpoint.jsonl", "__pycache__/a.jsonl"):
         write(tmp_path, name)
-    for name in ("b.jsonl.zst", "c.tsv", "d.JSONL.GZ"):
+    for name in ("b.jsonl.lz4", "c.pdf", "d.JSONL.GZ"):
         (tmp_path / name).write_bytes(b"(\xb5/\xfd..")
     with caplog.at_level(logging.WARNING):
         assert (
             load_texts(tmp_path, "all") == load_texts(tmp_path, "all") == [f"a.jsonl {number}" for number in range(4)]
         )
     (line,) = [record.getMessage() for record in caplog.records]
-    assert "not read: b.jsonl.zst, c.tsv, d.JSONL.GZ" in line and ".git" not in line
+    assert "not read: b.jsonl.lz4, c.pdf, d.JSONL.GZ" in line and ".git" not in line
 
 
 def test_a_file_beside_named_splits_is_told(tmp_path, caplog):
@@ -72,11 +72,11 @@ def test_a_file_beside_named_splits_is_told(tmp_path, caplog):
 
 
 def test_a_folder_of_nothing_readable_says_what_it_holds(tmp_path):
-    (tmp_path / "a.tsv").write_text("text\nx\n")
-    with pytest.raises(ValueError, match=r"holds no \.txt, .*it holds a\.tsv"):
+    (tmp_path / "a.pdf").write_text("text\nx\n")
+    with pytest.raises(ValueError, match=r"holds no \.txt, .*it holds a\.pdf"):
         data_files(tmp_path, {".txt"})
     (tmp_path / "README.md").write_text("Only this.")
-    assert [path.name for path, _ in data_files(tmp_path, {".md", ".tsv"})] == ["a.tsv"]
+    assert [path.name for path, _ in data_files(tmp_path, {".md", ".pdf"})] == ["a.pdf"]
 
 
 @pytest.mark.parametrize(

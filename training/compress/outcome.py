@@ -26,7 +26,7 @@ def distill_outcome(
         teacher: Of the teacher, on the same text.
     """
     rows: tuple[Result, ...] = bits_rows({name: before}, when="before")
-    rows += bits_rows({name: after}, when="after", baseline=teacher.value, baseline_name="teacher")
+    rows += bits_rows({name: after}, when="after", baselines={name: teacher.value}, baseline_name="teacher")
     details: dict[str, Any] = {"teacher": recipe.teacher, "teacher_bits_per_byte": teacher.value}
     about = {"metric": "bits_per_byte", "dataset": name}
     what = f"bits per byte on {name} fall"

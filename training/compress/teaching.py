@@ -16,8 +16,8 @@ from deepseek_records.loading import load_tokenizer
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.compress.calibration import shuffled_blocks
 from deepseek_training.compress.teacher_cache import CacheIdentity, block_keys, check_cache, fill_cache
+from deepseek_training.data.corpus import Corpus
 from deepseek_training.data.packing import encode_documents
-from deepseek_training.data.texts import Corpus
 from deepseek_training.launch.plan import Plan, describe_size, measure_size, plan_training
 from deepseek_training.recipes.distill import DistillRecipe
 from deepseek_training.trainer.distill_trainer import TaughtBlocks

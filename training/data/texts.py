@@ -11,12 +11,14 @@ from typing import Any, Literal
 from deepseek_records.cleaned_data import describe_cleaning, find_cleaning
 from deepseek_records.document_files import (
     SPLITS,
+    TEXT_SUFFIXES,
     default_column,
     pick_text,
     read_document_file,
     read_documents,
     select_split,
 )
+from deepseek_records.row_files import suffix_of
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.summary import DataUse
 
@@ -61,37 +63,9 @@ EMBEDDED = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """A text data set, split.
-
-    Attributes:
-        source: As the user named it.
-        train: Documents to train on.
-        validation: Held-out documents.
-    """
-
-    source: str
-    train: list[str]
-    validation: list[str]
-
-    @classmethod
-    def load(cls, name_or_path: str, column: str | None = None) -> "Corpus":
-        """Return both splits of what `load_texts` reads."""
-        return cls(name_or_path, *(load_texts(name_or_path, split, column=column) for split in SPLITS[:2]))
-
-
 def data_name(name_or_path: str) -> str:
     """Return a data set's name as figures carry it: an embedded name, or the last part of a path or Hub id."""
     return Path(name_or_path).name.split(".")[0]
-
-
-def distinct_names(*sources: str) -> list[str]:
-    """Return a name for each data set; where two would be equal, both get their folder in front."""
-    names = [data_name(source) for source in sources]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{Path(source).absolute().parent.name}-{name}" for source, name in zip(sources, names, strict=True)]
 
 
 def load_texts(
@@ -120,7 +94,12 @@ def load_texts(
 
 
 def read_rows(
-    name_or_path: str | Path, split: str = "all", *, column: str | None = None, is_chat: bool = False
+    name_or_path: str | Path,
+    split: str = "all",
+    *,
+    column: str | None = None,
+    is_chat: bool = False,
+    encoding: str = "utf-8",
 ) -> Iterator[dict[str, Any]]:
     """Yield rows with at least ``text`` (the chosen column, a string) before any split is made.
 
@@ -129,6 +108,7 @@ def read_rows(
         split: Used only to open the right part of a `datasets` directory or Hub data set.
         column: As for `load_texts`.
         is_chat: As for `load_texts`.
+        encoding: Of all files but Parquet.
 
     Raises:
         FileNotFoundError: Nothing lies there.
@@ -137,8 +117,9 @@ def read_rows(
     name = str(name_or_path)
     if name in EMBEDDED:
         column = column or EMBEDDED[name].column
-    for row in _raw_rows(name, split):
-        yield {**row, "text": pick_text(row, column or default_column(row), name, is_chat=is_chat)}
+    for row, file in _raw_rows(name, split, encoding):
+        own = None if suffix_of(Path(file)) in TEXT_SUFFIXES else column  # plain text has no columns
+        yield {**row, "text": pick_text(row, own or default_column(row), file, is_chat=is_chat)}
 
 
 def has_column(name_or_path: str | Path, column: str) -> bool:
@@ -148,13 +129,13 @@ def has_column(name_or_path: str | Path, column: str) -> bool:
         name_or_path: As for `load_texts`.
         column: The column.
     """
-    return column in next(_raw_rows(str(name_or_path), "all"), {})
+    return column in next(_raw_rows(str(name_or_path), "all"), ({}, ""))[0]
 
 
-def _raw_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
+def _raw_rows(name: str, split: str, encoding: str = "utf-8") -> Iterator[tuple[dict[str, Any], str]]:
     if name in EMBEDDED:
-        return read_document_file(DATA_FOLDER / EMBEDDED[name].file)
-    return read_documents(name, split, tuple(EMBEDDED))
+        return ((row, name) for row in read_document_file(DATA_FOLDER / EMBEDDED[name].file))
+    return read_documents(name, split, tuple(EMBEDDED), encoding)
 
 
 def describe_data(name_or_path: str | Path, split: str, texts: Sequence[str], used_for: UsedFor) -> DataUse:
@@ -177,11 +158,21 @@ def describe_data(name_or_path: str | Path, split: str, texts: Sequence[str], us
         source=embedded.source if embedded else ("local files" if local else f"huggingface.co/datasets/{name}"),
         split=split,
         num_rows=len(texts),
-        num_bytes=sum(len(text.encode()) for text in texts),
+        num_bytes=count_bytes(texts),
         used_for=used_for,
         hub_id=None if embedded or local else name.partition(":")[0],
         languages=embedded.languages if embedded else (),
     )
+
+
+def count_bytes(texts: Sequence[str]) -> int:
+    """Return the UTF-8 bytes of texts.
+
+    Args:
+        texts: In memory, or mapped ones, which know it.
+    """
+    known = getattr(texts, "num_bytes", None)
+    return sum(len(text.encode()) for text in texts) if known is None else int(known)
 
 
 def _describe_cleaned(run: RunFolder, name: str, split: str, texts: Sequence[str], used_for: UsedFor) -> DataUse:
@@ -194,20 +185,8 @@ def _describe_cleaned(run: RunFolder, name: str, split: str, texts: Sequence[str
         source="; ".join(dict.fromkeys(one.source for one in parts)) or "not stated",
         split=split,
         num_rows=len(texts),
-        num_bytes=sum(len(text.encode()) for text in texts),
+        num_bytes=count_bytes(texts),
         used_for=used_for,
         languages=tuple(dict.fromkeys(code for one in parts for code in one.languages)),
         cleaning=cleaning,
     )
-
-
-def describe_corpora(corpora: Sequence[Corpus], evaluated: Sequence[Sequence[str]]) -> tuple[DataUse, ...]:
-    """Return the summary's lines on what a stage trained on and what it was measured on.
-
-    Args:
-        corpora: The data sets.
-        evaluated: Of each the held-out texts that were scored.
-    """
-    train = [describe_data(corpus.source, "train", corpus.train, "training") for corpus in corpora]
-    pairs = zip(corpora, evaluated, strict=True)
-    return (*train, *(describe_data(corpus.source, "validation", texts, "evaluation") for corpus, texts in pairs))

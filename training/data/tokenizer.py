@@ -6,17 +6,19 @@ prompt and its continuation can be encoded apart and joined. Every byte is in th
 ``decode(encode(text))``.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deepseek_records.loading import load_tokenizer
-from deepseek_training.data.texts import load_texts
+from deepseek_training.data.texts import count_bytes, load_texts
 from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 
 PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
 MIN_VOCAB_SIZE = 256 + 3
+MOST_TRAINING_BYTES = 100_000_000
 # DeepSeek-V2's plain form: words rather than extra tokens, which a small model would see too seldom to learn.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -29,21 +31,22 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer_for(recipe: PretrainRecipe, texts: list[str]) -> PreTrainedTokenizerBase:
+def tokenizer_for(recipe: PretrainRecipe, corpora: Sequence[Sequence[str]]) -> PreTrainedTokenizerBase:
     """Return the tokenizer that a recipe names, or one trained on its data.
 
-    Training it takes seconds and gives the same result each time, so a resumed run trains it anew.
+    Training it gives the same result each time, so a resumed run trains it anew. Of texts of more than
+    `MOST_TRAINING_BYTES` together it sees evenly spaced documents.
 
     Args:
         recipe: The settings.
-        texts: The training texts, which a new tokenizer learns from unless `tokenizer_data` names others.
+        corpora: The training texts, which a new tokenizer learns from unless `tokenizer_data` names others.
     """
     if recipe.tokenizer is not None:
         return load_tokenizer(recipe.tokenizer, setting="tokenizer")
-    corpora = [load_texts(name, "train") for name in recipe.tokenizer_data] or [texts]
-    return train_tokenizer(
-        (text for corpus in corpora for text in corpus), recipe.vocab_size, model_max_length=recipe.sequence_length
-    )
+    corpora = [load_texts(name, "train") for name in recipe.tokenizer_data] or corpora
+    every = -(-sum(map(count_bytes, corpora)) // MOST_TRAINING_BYTES)
+    texts = (text for corpus in corpora for text in itertools.islice(corpus, 0, None, max(1, every)))
+    return train_tokenizer(texts, recipe.vocab_size, model_max_length=recipe.sequence_length)
 
 
 def train_tokenizer(

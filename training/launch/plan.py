@@ -90,7 +90,8 @@ def plan_training(
     model: PreTrainedModel,
     *,
     data: Sequence[tuple[str, int, int]],
-    num_blocks: int,
+    num_blocks: int = 0,
+    blocks: Sequence[Any] = (),
 ) -> Plan:
     """Return the plan of `pretrain`, `adapt` or `sft`.
 
@@ -101,7 +102,10 @@ def plan_training(
         model: What will be trained, also on the meta device.
         data: Name, documents to train on and held-out documents of each data set.
         num_blocks: Blocks or conversations to train on.
+        blocks: In its place the blocks of each data set.
     """
+    num_blocks = num_blocks or sum(map(len, blocks))
+    wasted = [one.waste for one in blocks if hasattr(one, "waste")]
     size = measure_size(model)
     per_step = recipe.batch_size * recipe.gradient_accumulation_steps * args.world_size
     passes = recipe.max_steps * per_step / max(1, num_blocks)
@@ -114,7 +118,11 @@ def plan_training(
         (
             ("model", describe_size(size)),
             *(("data", f"{name}: {train:,} to train on, {held_out:,} held out") for name, train, held_out in data),
-            ("blocks", f"{num_blocks:,} {unit} {recipe.sequence_length} tokens"),
+            (
+                "blocks",
+                f"{num_blocks:,} {unit} {recipe.sequence_length} tokens"
+                + (f", documents apart, {max(wasted):.2%} padding" if wasted else ""),
+            ),
             (
                 "steps",
                 f"{recipe.max_steps:,} of {per_step} x {recipe.sequence_length} = {tokens:,} tokens"

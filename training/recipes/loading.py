@@ -251,7 +251,9 @@ def _check(name: str, value: Any, hint: Any, source: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _check(name, value, next(item for item in arguments if item is not type(None)), source)
+        kinds = [item for item in arguments if item is not type(None)]
+        is_list = isinstance(value, list) and len(kinds) > 1
+        return _check(name, value, kinds[1] if is_list else kinds[0], source)
     if origin is typing.Literal:
         if value not in arguments:
             allowed = ", ".join(map(str, arguments))

@@ -55,6 +55,7 @@ class TrainerSettings(BoundedSettings):
     sample_steps: int = setting(0, help="Steps between samples during the training, for the report; 0: at its end.")
     # Inherited settings that a stage makes nothing of, with what it has in their place.
     unused: ClassVar[dict[str, str]] = {}
+    least_steps: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -62,8 +63,9 @@ class TrainerSettings(BoundedSettings):
             if field.name in self.unused:
                 is_left = getattr(self, field.name) == default
                 self.require(field.name, is_left, f"{default}; it has no effect here: {self.unused[field.name]}")
-        for name in ("sequence_length", "batch_size", "gradient_accumulation_steps", "max_steps", "logging_steps"):
+        for name in ("sequence_length", "batch_size", "gradient_accumulation_steps", "logging_steps"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
+        self.require("max_steps", self.max_steps >= self.least_steps, f"at least {self.least_steps}")
         counts = ("eval_steps", "save_steps", "warmup_steps", "sample_tokens", "sample_steps")
         for name in (*counts, "weight_decay", "seed"):
             self.require(name, getattr(self, name) >= 0, "at least 0")
@@ -76,7 +78,9 @@ class TrainerSettings(BoundedSettings):
         self.require("max_grad_norm", self.max_grad_norm > 0, "above 0")
         self.require("min_learning_rate_share", 0 <= self.min_learning_rate_share <= 1, "in [0, 1]")
         self.require("adam_beta2", 0 <= self.adam_beta2 < 1, "in [0, 1)")
-        self.require("warmup_steps", self.warmup_steps <= self.max_steps, f"at most max_steps={self.max_steps}")
+        self.require(
+            "warmup_steps", self.warmup_steps <= (self.max_steps or math.inf), f"at most max_steps={self.max_steps}"
+        )
         self.require("eval_bytes", self.eval_bytes is None or self.eval_bytes >= 1000, "null or at least 1000")
         # A resumed run starts a new logging window, so a checkpoint inside one would change the logged means.
         steps = self.logging_steps
@@ -98,6 +102,27 @@ class SplittableSettings(TrainerSettings):
         self.require("expert_parallel_size", size >= 1, "at least 1")
         # transformers cannot write the optimizer's state of a split model.
         self.require("optimizer", size == 1 or self.optimizer == "adamw", f"adamw with expert_parallel_size={size}")
+
+
+@dataclasses.dataclass(kw_only=True)
+class TextSettings(SplittableSettings):
+    """What stages add that train on text."""
+
+    max_steps: int = setting(0, help="Optimizer steps; 0: as many as epochs make.")
+    epochs: float | None = setting(None, help="Passes over the text, in place of max_steps; null: max_steps says.")
+    encoding: str = setting("utf-8", help="Encoding of text files.")
+    packing: Literal["joined", "separate"] = setting(
+        "joined",
+        help="joined: documents one behind another, attention crosses from one to the next; separate: it does not.",
+    )
+    least_steps: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        epochs = self.epochs
+        self.require("epochs", epochs is None or 0 < epochs < math.inf, "null or above 0, and finite")
+        self.require("max_steps", self.max_steps > 0 or epochs is not None, "at least 1, or epochs")
+        self.require("epochs", epochs is None or self.max_steps == 0, f"null with max_steps={self.max_steps}")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -141,10 +166,14 @@ class MtpSettings(LoraSettings):
 
 
 @dataclasses.dataclass(kw_only=True)
-class PretrainRecipe(SplittableSettings):
+class PretrainRecipe(TextSettings):
     """The settings of `pretrain`."""
 
-    data: str = setting("books", help="Text to train on: embedded name, file, folder, datasets directory or Hub id.")
+    data: str | list[dict[str, Any]] = setting(  # noqa: RUF009
+        "books",
+        help="Text to train on: embedded name, file, folder, datasets directory or Hub id; or a list of sources, each "
+        "a mapping with path, and name, weight, column, encoding, languages, license, validation, validation_share.",
+    )
     data_column: str | None = setting(None, help="Column that holds the text; null: text.")
     tokenizer: str | None = setting(None, help="Folder or Hub id of a tokenizer; null: train one on tokenizer_data.")
     tokenizer_data: list[str] = setting([], help="What a new tokenizer is trained on; empty: the training text.")  # noqa: RUF009
@@ -165,12 +194,16 @@ class PretrainRecipe(SplittableSettings):
 
 
 @dataclasses.dataclass(kw_only=True)
-class AdaptRecipe(MtpSettings, SplittableSettings):
+class AdaptRecipe(MtpSettings, TextSettings):
     """The settings of `adapt`."""
 
-    data: str = setting("medicine", help="Text of the domain, named as for pretrain.")
+    data: str | list[dict[str, Any]] = setting(  # noqa: RUF009
+        "medicine", help="Text of the domain, named or listed as for pretrain."
+    )
     data_column: str | None = setting(None, help="Column that holds the domain's text; null: text.")
-    general_data: str = setting("books", help="General text to replay and to check against forgetting.")
+    general_data: str | list[dict[str, Any]] = setting(  # noqa: RUF009
+        "books", help="General text to replay and to check against forgetting, named or listed as for pretrain."
+    )
     general_column: str | None = setting(None, help="Column that holds the general text; null: text.")
     replay_share: float = setting(0.25, help="Share of training blocks that are general text, in [0, 1).")
     min_domain_gain: float = setting(0.08, help="The check wants the domain's bits per byte to fall by this share.")

@@ -8,18 +8,27 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deepseek_records.loading import check_vocabulary, load_tokenizer
 from deepseek_records.summary import Check, Summary
+from deepseek_training.data.corpus import Corpus, check_corpora, describe_corpora, load_corpora
+from deepseek_training.data.mixture import Mixture
 from deepseek_training.data.packing import MixedDataset, PackedDataset, encode_documents
-from deepseek_training.data.texts import Corpus, describe_corpora, distinct_names
+from deepseek_training.data.recipe_blocks import (
+    check_text_training,
+    num_blocks,
+    pack,
+    source_weights,
+    with_steps,
+)
+from deepseek_training.data.separate import SeparateDataset
 from deepseek_training.launch.plan import announce, plan_training
 from deepseek_training.mtp.load_to_train import load_to_train
 from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from deepseek_training.trainer.expert_parallel import split_experts
-from deepseek_training.trainer.held_out import HeldOut, bits_figures, measure_sets
+from deepseek_training.trainer.held_out import bits_figures, measure_sets, prepare_all, scored_texts, sizes_of
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.lora import with_lora
 from deepseek_training.trainer.new_model import check_model
@@ -47,17 +56,19 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
         ValueError: A setting, the model or a data set cannot be used.
     """
     started = time.monotonic()
-    corpora = (Corpus.load(recipe.data, recipe.data_column), Corpus.load(recipe.general_data, recipe.general_column))
+    domain, general = _load(recipe)
+    corpora = [*domain, *general]
     tokenizer, model = load_tokenizer(recipe.model), load_to_train(recipe, is_dry=is_dry)
+    check_text_training(recipe, model, tokenizer)
     check_vocabulary(model, tokenizer)
     check_model(recipe, model)
     args = training_arguments(recipe, Path(output))
     run = open_run(recipe, output, args, command="adapt", overwrite=overwrite, is_dry=is_dry)
     model.set_experts_implementation(recipe.experts_implementation)
     model = with_lora(model, recipe)
-    dataset, held_out = _encode(recipe, corpora, tokenizer)
-    sizes = [(one.name, len(corpus.train), len(one.texts)) for one, corpus in zip(held_out, corpora, strict=True)]
-    plan = plan_training("adapt", recipe, args, model, data=sizes, num_blocks=len(dataset))
+    recipe, dataset, parts = _blocks(recipe, domain, general, tokenizer, args)
+    held_out = prepare_all(corpora, tokenizer, recipe.eval_bytes)
+    plan = plan_training("adapt", recipe, args, model, data=sizes_of(corpora, held_out), blocks=parts)
     announce(plan, run.path, is_first=args.process_index == 0, is_dry=is_dry)
     if is_dry:
         return None
@@ -78,8 +89,8 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
             stage="adapt",
             base_model=recipe.model,
             results=bits_rows(before, when="before") + bits_rows(after, when="after"),
-            data=describe_corpora(corpora, [one.texts for one in held_out]),
-            checks=_checks(recipe, before, after),
+            data=describe_corpora(corpora, scored_texts(corpora, held_out)),
+            checks=_checks(recipe, sum(bool(len(corpus.validation)) for corpus in domain), before, after),
             samples=samples_over_time(run) + write_samples(recipe, trainer, tokenizer),
             seconds=round(time.monotonic() - started, 1),
             num_training_tokens=recipe.max_steps * step_tokens(recipe, args),
@@ -92,36 +103,52 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
     return summary
 
 
-def _encode(
-    recipe: AdaptRecipe, corpora: Sequence[Corpus], tokenizer: PreTrainedTokenizerBase
-) -> tuple[MixedDataset, list[HeldOut]]:
-    """The blocks to train on, and the held-out set of each corpus."""
-    packed = [
-        PackedDataset(encode_documents(corpus.train, tokenizer), recipe.sequence_length, seed=recipe.seed)
-        for corpus in corpora
-    ]
-    names = distinct_names(*(corpus.source for corpus in corpora))
-    held_out = [
-        HeldOut.prepare(name, corpus.validation, tokenizer, recipe.eval_bytes)
-        for name, corpus in zip(names, corpora, strict=True)
-    ]
-    return MixedDataset(*packed, recipe.replay_share, seed=recipe.seed), held_out
+def _load(recipe: AdaptRecipe) -> tuple[list[Corpus], list[Corpus]]:
+    """The sources of the domain and those of general text."""
+    domain = load_corpora(recipe.data, "data", column=recipe.data_column, encoding=recipe.encoding)
+    column = recipe.general_column
+    general = load_corpora(recipe.general_data, "general_data", column=column, encoding=recipe.encoding)
+    check_corpora([*domain, *general])
+    return domain, general
 
 
-def _checks(recipe: AdaptRecipe, before: dict[str, BitsPerByte], after: dict[str, BitsPerByte]) -> tuple[Check, ...]:
+def _blocks(
+    recipe: AdaptRecipe,
+    domain: Sequence[Corpus],
+    general: Sequence[Corpus],
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+) -> tuple[AdaptRecipe, MixedDataset | Mixture, list[PackedDataset | SeparateDataset]]:
+    """The recipe with its steps, what to train on, and the blocks of each source.
+
+    Of two plain sources each block of the domain comes once per pass; lists make a stream by weight.
+    """
+    parts = [pack(recipe, encode_documents(corpus.train, tokenizer), tokenizer) for corpus in (*domain, *general)]
+    own, replayed = parts[: len(domain)], parts[len(domain) :]
+    recipe = with_steps(recipe, sum(map(len, own)) / (1 - recipe.replay_share), args)
+    if isinstance(recipe.data, str) and isinstance(recipe.general_data, str):
+        return recipe, MixedDataset(own[0], replayed[0], recipe.replay_share, seed=recipe.seed), parts
+    weights = [one * (1 - recipe.replay_share) for one in source_weights(domain, own)]
+    weights += [one * recipe.replay_share for one in source_weights(general, replayed)]
+    return recipe, Mixture(parts, weights, num_blocks(recipe, args), seed=recipe.seed), parts
+
+
+def _checks(
+    recipe: AdaptRecipe, num_domain: int, before: dict[str, BitsPerByte], after: dict[str, BitsPerByte]
+) -> tuple[Check, ...]:
     """The domain's bits per byte fall enough, and the general ones rise little enough; values are relative changes."""
-    bounds = (
-        (-recipe.min_domain_gain, f"falls by at least {recipe.min_domain_gain:.0%}"),
-        (recipe.max_general_loss, f"rises by at most {recipe.max_general_loss:.0%}"),
-    )
+    bounds = {
+        True: (-recipe.min_domain_gain, f"falls by at least {recipe.min_domain_gain:.0%}"),
+        False: (recipe.max_general_loss, f"rises by at most {recipe.max_general_loss:.0%}"),
+    }
     return tuple(
         Check.compare(
-            f"bits per byte on {name} {what}",
+            f"bits per byte on {name} {bounds[number < num_domain][1]}",
             after[name].value / before[name].value - 1,
             "<=",
-            bound,
+            bounds[number < num_domain][0],
             metric="bits_per_byte",
             dataset=name,
         )
-        for name, (bound, what) in zip(before, bounds, strict=True)
+        for number, name in enumerate(before)
     )

@@ -13,7 +13,8 @@ from deepseek_records.summary import Summary
 from deepseek_training.compress.outcome import distill_outcome
 from deepseek_training.compress.student import make_student, plan_student
 from deepseek_training.compress.teaching import check_pair, hold_pair, open_teacher, plan_distillation, read_blocks
-from deepseek_training.data.texts import Corpus, data_name, describe_corpora
+from deepseek_training.data.corpus import Corpus, describe_corpora
+from deepseek_training.data.texts import data_name
 from deepseek_training.launch.plan import announce, load_or_outline
 from deepseek_training.recipes.distill import DistillRecipe
 from deepseek_training.trainer.distill_trainer import DistillTrainer

@@ -23,8 +23,9 @@ from deepseek_training.compress.divergence import Reference
 from deepseek_training.compress.outcome import quantize_outcome
 from deepseek_training.compress.student import read_config
 from deepseek_training.compress.student_config import outline
+from deepseek_training.data.corpus import Corpus
 from deepseek_training.data.packing import encode_documents
-from deepseek_training.data.texts import Corpus, data_name, describe_data
+from deepseek_training.data.texts import data_name, describe_data
 from deepseek_training.recipes.loading import recipe_settings
 from deepseek_training.recipes.quantize import QuantizeSettings
 from deepseek_training.trainer.held_out import HeldOut

@@ -14,8 +14,9 @@ from deepseek_records.summary import Summary
 from deepseek_training.compress.calibration import calibration_blocks, shuffled_blocks
 from deepseek_training.compress.student import cut_student, plan_cut_student, read_config
 from deepseek_training.compress.student_config import describe_cut
+from deepseek_training.data.corpus import Corpus
 from deepseek_training.data.packing import encode_documents
-from deepseek_training.data.texts import Corpus, data_name, describe_data
+from deepseek_training.data.texts import data_name, describe_data
 from deepseek_training.recipes.loading import recipe_settings
 from deepseek_training.recipes.shrink import ShrinkSettings
 from deepseek_training.trainer.held_out import HeldOut

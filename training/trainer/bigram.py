@@ -5,9 +5,17 @@ interpolated modified Kneser-Ney, the strongest of the usual bigram estimates, s
 model then uses more than the last token.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+
+from deepseek_records.document_tokens import with_start
+from deepseek_training.data.packing import document_lengths
+
+MOST_TOKENS = 32_000_000
+_PAIRS_AT_ONCE = 4_000_000
 
 
 class BigramModel:
@@ -28,10 +36,11 @@ class BigramModel:
         Chen and Goodman 1998, "An Empirical Study of Smoothing Techniques for Language Modeling", section 3.
     """
 
-    def __init__(self, documents: Sequence[np.ndarray], vocab_size: int) -> None:
+    def __init__(self, documents: Iterable[np.ndarray], vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        pairs = np.concatenate([self._pairs(document) for document in documents])
-        self.pairs, counts = np.unique(pairs, return_counts=True)
+        self.pairs, counts = self._count(documents)
+        first: np.ndarray
+        second: np.ndarray
         first, second = self.pairs // vocab_size, self.pairs % vocab_size
         discounts = _discounts(counts)[np.minimum(counts, 3) - 1]
         self.contexts = np.bincount(first, weights=counts, minlength=vocab_size)
@@ -40,6 +49,35 @@ class BigramModel:
         self.backoff = np.where(self.contexts > 0, freed / np.maximum(self.contexts, 1), 1.0)
         self.kept = (counts - discounts) / self.contexts[first]
         self.unigram = self._continuation(second)
+
+    @classmethod
+    def of(cls, corpora: Sequence[Sequence[np.ndarray]], tokenizer: Any) -> "BigramModel":
+        """Return the bigram of what a model trains on; of more than `MOST_TOKENS`, of evenly spaced documents.
+
+        Args:
+            corpora: Token arrays of each source's documents, from `encode_documents`.
+            tokenizer: Theirs.
+        """
+        every = max(1, -(-sum(int(document_lengths(one).sum()) for one in corpora) // MOST_TOKENS))
+        documents = (one[place] for one in corpora for place in range(0, len(one), every))
+        return cls(with_start(documents, tokenizer), len(tokenizer))
+
+    def _count(self, documents: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """All pairs, ascending, and how often each occurs; no more than some at once are in memory."""
+        pairs: np.ndarray = np.zeros(0, dtype=np.int64)
+        counts: np.ndarray = np.zeros(0, dtype=np.int64)
+        waiting: list[np.ndarray] = []
+        size = 0
+        for document in itertools.chain(documents, [None]):
+            if document is not None:
+                waiting.append(self._pairs(document))
+                size += len(waiting[-1])
+            if size and (document is None or size >= _PAIRS_AT_ONCE):
+                new, seen = np.unique(np.concatenate(waiting), return_counts=True)
+                pairs, places = np.unique(np.concatenate([pairs, new]), return_inverse=True)
+                counts = np.bincount(places, weights=np.concatenate([counts, seen])).astype(np.int64)
+                waiting, size = [], 0
+        return pairs, counts
 
     def _pairs(self, document: np.ndarray) -> np.ndarray:
         document = document.astype(np.int64)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from deepseek_records.hashes import hash_array
 from deepseek_training.compress.distill_loss import Divergence, TopK, distill_loss
 from deepseek_training.compress.teacher_cache import TeacherCache
-from deepseek_training.data.packing import PackedDataset
 from deepseek_training.recipes.distill import DistillRecipe
 from deepseek_training.trainer.held_out import HeldOutSet
 from deepseek_training.trainer.stage_trainer import StageTrainer
@@ -20,7 +20,7 @@ from deepseek_training.trainer.stage_trainer import StageTrainer
 _IDS, _LOG_PROBS = "teacher_ids", "teacher_log_probs"
 
 
-class TaughtBlocks(PackedDataset):
+class TaughtBlocks(torch.utils.data.Dataset):
     """The first blocks of a data set, with the teacher's distributions where there is a cache.
 
     Args:
@@ -31,8 +31,17 @@ class TaughtBlocks(PackedDataset):
         self.blocks = blocks
         self.cache: TeacherCache | None = None
 
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def identity(self) -> str:
+        """A hash of the content."""
+        return hash_array(self.blocks.numpy())
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = super().__getitem__(index)
+        block = self.blocks[index].long()
+        row = {"input_ids": block, "labels": block}
         if self.cache is None:
             return row
         known = self.cache.read(index)

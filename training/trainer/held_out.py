@@ -7,7 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from deepseek_records.document_tokens import with_start
+from deepseek_training.data.corpus import Corpus, distinct_names
 from deepseek_training.data.packing import cut_to_share, encode_documents
+from deepseek_training.data.texts import count_bytes
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.recipes.quantize import QuantizeSettings
 from deepseek_training.recipes.shrink import ShrinkSettings
@@ -42,7 +44,7 @@ class HeldOut:
     """
 
     name: str
-    texts: list[str]
+    texts: Sequence[str]
     documents: Sequence[np.ndarray]
     num_bytes: int
 
@@ -51,7 +53,7 @@ class HeldOut:
         """Return the set, shortened to `max_bytes` and encoded."""
         texts = cut_to_share(texts, max_bytes)
         documents = with_start(encode_documents(texts, tokenizer), tokenizer)
-        return cls(name, texts, documents, sum(len(text.encode()) for text in texts))
+        return cls(name, texts, documents, count_bytes(texts))
 
     @property
     def rows(self) -> Sequence[Any]:
@@ -71,6 +73,46 @@ class HeldOut:
     def measure_bigram(self, bigram: BigramModel, recipe: TrainerSettings) -> BitsPerByte:
         """Return a bigram's bits per byte on this set."""
         return measure_bigram(bigram, self.documents, self.num_bytes, sequence_length=recipe.sequence_length)
+
+
+def prepare_all(corpora: Sequence[Corpus], tokenizer: Any, max_bytes: int | None) -> list[HeldOut]:
+    """Return the held-out sets of all corpora that have one.
+
+    Args:
+        corpora: The data sets.
+        tokenizer: What they are encoded with.
+        max_bytes: To which each is shortened; None keeps all.
+    """
+    return [
+        HeldOut.prepare(name, corpus.validation, tokenizer, max_bytes)
+        for name, corpus in zip(distinct_names(corpora), corpora, strict=True)
+        if len(corpus.validation)
+    ]
+
+
+def scored_texts(corpora: Sequence[Corpus], held_out: Sequence[HeldOut]) -> list[Sequence[str]]:
+    """Return of each corpus the held-out texts that are scored; none of a corpus without.
+
+    Args:
+        corpora: The data sets.
+        held_out: From `prepare_all`.
+    """
+    sets = iter(held_out)
+    return [next(sets).texts if len(corpus.validation) else [] for corpus in corpora]
+
+
+def sizes_of(corpora: Sequence[Corpus], held_out: Sequence[HeldOut]) -> list[tuple[str, int, int]]:
+    """Return name, documents to train on and held-out documents of each corpus.
+
+    Args:
+        corpora: The data sets.
+        held_out: From `prepare_all`.
+    """
+    scored = scored_texts(corpora, held_out)
+    return [
+        (name, len(corpus.train), len(texts))
+        for name, corpus, texts in zip(distinct_names(corpora), corpora, scored, strict=True)
+    ]
 
 
 def measure_sets(held_out: Iterable[HeldOutSet], model: Any, recipe: TrainerSettings) -> dict[str, BitsPerByte]:

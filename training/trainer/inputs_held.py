@@ -5,9 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from deepseek_records.hashes import hash_array, hash_model, hash_rows
+from deepseek_records.hashes import hash_model, hash_rows
 from deepseek_records.run_folder import RunFolder
-from deepseek_training.data.packing import MixedDataset, PackedDataset
 
 
 def hold_inputs(
@@ -25,8 +24,8 @@ def hold_inputs(
     Raises:
         FileExistsError: The run was begun with something else under the same name.
     """
-    is_packed = isinstance(data, PackedDataset | MixedDataset)
-    held = {"data": hash_array(data.blocks.numpy()) if is_packed else hash_rows(data), "held_out": hash_rows(held_out)}
+    known = getattr(data, "identity", None)  # of blocks; rows are hashed
+    held = {"data": known or hash_rows(data), "held_out": hash_rows(held_out)}
     if model is not None and not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         held["model"] = hash_model(model)
     with args.main_process_first(local=False):

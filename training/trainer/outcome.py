@@ -20,7 +20,7 @@ def bits_rows(
     measured: dict[str, BitsPerByte],
     *,
     when: When | None = None,
-    baseline: float | None = None,
+    baselines: dict[str, float] | None = None,
     baseline_name: str | None = None,
 ) -> tuple[Result, ...]:
     """Return the summary's lines on the bits per byte of held-out sets.
@@ -28,7 +28,7 @@ def bits_rows(
     Args:
         measured: By the set's name.
         when: Before or after the stage's training; None for neither.
-        baseline: The same figure of something simpler.
+        baselines: The same figures of something simpler.
         baseline_name: What that is.
     """
     return tuple(
@@ -43,7 +43,7 @@ def bits_rows(
             num_bytes=value.num_bytes,
             when=when,
             higher_is_better=False,
-            baseline=baseline,
+            baseline=(baselines or {}).get(name),
             baseline_name=baseline_name,
         )
         for name, value in measured.items()

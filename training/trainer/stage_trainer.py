@@ -23,6 +23,7 @@ from deepseek_records.summary import Sample
 from deepseek_training.balance.callback import ExpertBalanceCallback
 from deepseek_training.balance.expert_load_plot import LoadPlot
 from deepseek_training.balance.training_figures import TrainingFigures
+from deepseek_training.data.mixture import Mixture
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.trainer.checkpoints import CheckpointMarker, last_complete_checkpoint, load_weights
 from deepseek_training.trainer.distributed_engine import check_engine
@@ -209,6 +210,17 @@ class StageTrainer(StageTraining, Trainer):
         # Trainer wants an evaluation set; `evaluate` reads `held_out`.
         evaluated = dataset if recipe.eval_steps else None
         super().__init__(recipe, held_out, train_dataset=dataset, eval_dataset=evaluated, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler | None:
+        """A mixture has its order."""
+        if isinstance(self.train_dataset, Mixture):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Documents that share a row are kept apart by their positions only where there is no cache."""
+        prepared = super()._prepare_inputs(inputs)
+        return {**prepared, "use_cache": False} if "position_ids" in prepared else prepared
 
 
 def run_training(

@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("ftfy", reason="pip install 'deepseek-moe[data]'")
 
 from deepseek_records.summary import Summary
-from deepseek_training.data.texts import Corpus, describe_corpora, describe_data, load_texts
+from deepseek_training.data.corpus import Corpus, describe_corpora
+from deepseek_training.data.texts import describe_data, load_texts
 from deepseek_training.recipes.data import DataRecipe
 from deepseek_training.stages.clean_data import clean_data
 

@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import json
+import lzma
 import subprocess
 import sys
 
@@ -9,16 +11,19 @@ import pytest
 from deepseek_records.document_files import is_validation
 from deepseek_training.data.texts import DATA_FOLDER, describe_data, load_texts
 
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 ROWS = [{"text": f"Document number {i}.", "note": "x"} for i in range(40)]
 
 
 def write_jsonl(path, rows):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(PACKERS.get(path.suffix, bytes)(text.encode()))
     return path
 
 
-@pytest.fixture(params=["jsonl", "jsonl.gz", "csv", "parquet", "folder", "saved"])
+@pytest.fixture(
+    params=["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "json", "tsv", "csv", "parquet", "folder", "saved"]
+)
 def source(request, tmp_path):
     """The same forty documents in every form a user may have."""
     if request.param == "parquet":
@@ -30,6 +35,12 @@ def source(request, tmp_path):
     if request.param == "csv":
         datasets.Dataset.from_list(ROWS).to_csv(str(tmp_path / "d.csv"))
         return tmp_path / "d.csv"
+    if request.param == "json":
+        (tmp_path / "d.json").write_text(json.dumps(ROWS))
+        return tmp_path / "d.json"
+    if request.param == "tsv":
+        (tmp_path / "d.tsv").write_text("text\tnote\n" + "".join(f"{row['text']}\tx\n" for row in ROWS))
+        return tmp_path / "d.tsv"
     if request.param == "folder":
         write_jsonl(tmp_path / "a.jsonl", ROWS[:15])
         (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
@@ -113,7 +124,9 @@ def test_embedded_data_has_disjoint_splits_and_a_license():
         ("a.jsonl", b"[" * 100_000, "line 1: got no JSON (maximum recursion"),
         ("a.jsonl", b'\n{"text": "a", "note": ["b \\uD800 c"]}\n', "line 2: got half a surrogate pair"),
         ("a.csv", b"text\nabc,d\n", "line 2: got more cells than columns, expected 1"),
-        ("a.json", b'[{"text": "abc"}]', "got .json, expected text, .jsonl (an object per line), .csv or .parquet"),
+        ("a.json", b'[{"text": "abc"', "got no whole JSON file, expected one"),
+        ("a.tsv", b"text\tnote\nabc\td\te\n", "line 2: got more cells than columns, expected 2"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": "\xe4"}\n', "line 3: got bytes that are not UTF-8"),
         ("a.parquet", b"PAR1 not really", "got no whole Parquet file, expected one"),
         (
             "a.jsonl.gz",

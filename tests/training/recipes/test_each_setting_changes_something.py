@@ -94,6 +94,9 @@ OTHER = {
         "num_generations": {"num_generations": 4},
         "num_iterations": {"num_iterations": 2},
         "replay_share": {"replay_share": 0.5},
+        "packing": {"packing": "separate"},
+        "encoding": {"encoding": "utf-16"},
+        "epochs": {"epochs": 2.0, "max_steps": 0},
         "expert_parallel_size": {"expert_parallel_size": 2},
     },
     "pretrain": {

@@ -24,7 +24,7 @@ KINDS = {
     "neither begin nor end": {"bos_token": None, "eos_token": None, "pad_token": None},
 }
 REFUSED = {("neither begin nor end", stage) for stage in ("pretrain", "adapt", "sft", "align")}
-REFUSED |= {("no end", "sft"), ("no end", "align")}
+REFUSED |= {("no end", stage) for stage in ("pretrain", "adapt", "sft", "align")}
 SMALL = {
     "max_steps": 2,
     "logging_steps": 1,

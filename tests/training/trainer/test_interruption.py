@@ -14,8 +14,8 @@ import yaml
 from deepseek_cli.main import main
 from deepseek_records import stop_signals
 from deepseek_records.run_folder import RunFolder
+from deepseek_training.data.corpus import Corpus
 from deepseek_training.data.packing import PackedDataset
-from deepseek_training.data.texts import Corpus
 from deepseek_training.ppo import trainer as ppo_trainer
 from deepseek_training.ppo.player import Player
 from deepseek_training.trainer import outcome
@@ -60,7 +60,7 @@ def check_stopped(capsys, code, number, run, step):
 
 # What is interrupted, in which of its calls, and the step that is saved (12 steps; one is due at 4, 8 and 12).
 MOMENTS = {
-    "reading the data": (Corpus, "load", 1, None),
+    "reading the data": (Corpus, "read", 1, None),
     "loading a batch": (PackedDataset, "__getitem__", 10, 2),
     "the optimizer's step": (torch.optim.AdamW, "step", 6, 6),
     "an evaluation": (HeldOut, "measure", 1, 4),

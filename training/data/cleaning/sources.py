@@ -1,9 +1,8 @@
 """Reads the sources of a recipe row by row in bounded memory, and tells each row's file and line.
 
 `survey` looks at every file once before anything is done: its bytes decode, and its hash is kept. `read_documents`
-yields the rows in the order of the sources and files: text, JSON Lines, CSV and Parquet by
-`deepseek_records.row_files`, which knows the line of each row, and by `datasets` what only that reads (JSON, TSV,
-other compressions, its own directories and the Hub).
+yields the rows in the order of the sources and files, by the readers of `deepseek_records` that training and
+evaluation use, too.
 """
 
 import codecs
@@ -18,17 +17,15 @@ from typing import Any
 import fsspec
 
 from deepseek_records.data_folders import data_files
+from deepseek_records.document_files import TEXT_SUFFIXES, cut_passages, with_mark
 from deepseek_records.row_files import TABLE_SUFFIXES, is_hub_id, read_lines, read_table, suffix_of
 from deepseek_training.data.cleaning.documents import Document, hash_text
 from deepseek_training.data.texts import DATA_FOLDER, EMBEDDED
 from deepseek_training.recipes.data import SourceSettings
 
-_TEXT = (".txt", ".md", ".text")
-_READABLE = {*_TEXT, *TABLE_SUFFIXES, ".json", ".tsv"}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_READABLE = TEXT_SUFFIXES | TABLE_SUFFIXES
 # From this many text files on a source's documents are its files; of fewer, passages are, or none could be held out.
 _MANY_FILES = 20
-_PASSAGE_CHARACTERS = 2000
 _ROLES = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "test"), "validation")}
 
 
@@ -87,7 +84,7 @@ def survey(settings: SourceSettings, encoding: str) -> Source:
     """
     path = DATA_FOLDER / EMBEDDED[settings.path].file if settings.path in EMBEDDED else Path(settings.path)
     if path.is_file():
-        if suffix_of(_plain(path)) not in _READABLE:
+        if suffix_of(path) not in _READABLE:
             raise ValueError(f"sources: got the file {path}, expected {', '.join(sorted(_READABLE))}, also compressed")
         return Source(settings, (_survey_file(path, path.name, None, encoding),))
     if not path.is_dir():
@@ -116,7 +113,7 @@ def read_documents(source: Source, encoding: str) -> Iterator[Document]:
         return
     for file in source.files:
         split = source.settings.role or file.split
-        if suffix_of(_plain(file.path)) in _TEXT:
+        if suffix_of(file.path) in TEXT_SUFFIXES:
             by_file = len(source.files) >= _MANY_FILES
             yield from _read_text(file, source.settings, encoding, split=split, by_file=by_file)
             continue
@@ -140,7 +137,7 @@ def _survey_file(path: Path, name: str, split: str | None, encoding: str) -> Sou
             size += len(block)
     if not size:
         raise ValueError(f"sources: {path} is empty")
-    if suffix_of(_plain(path)) != ".parquet":
+    if suffix_of(path) != ".parquet":
         _decode(path, encoding)
     return SourceFile(path, name, split, digest.hexdigest(), size)
 
@@ -170,37 +167,10 @@ def _decode(path: Path, encoding: str) -> None:
         ) from None
 
 
-def _plain(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix in _COMPRESSED else path
-
-
 def _read_table(file: SourceFile, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows with the line that each stands on; of what `datasets` reads with their number."""
-    if file.path.suffix in ("", ".gz", *TABLE_SUFFIXES) and suffix_of(file.path) in TABLE_SUFFIXES:
-        for row, where in read_table(file.path, "sources", _with_mark(encoding)):
-            yield int(where.rpartition(" ")[2]), row
-        return
-    import datasets
-
-    kind = _plain(file.path).suffix.lower()
-    builder = {".tsv": "csv", ".csv": "csv", ".parquet": "parquet"}.get(kind, "json")
-    options: dict[str, Any] = {} if builder == "parquet" else {"encoding": _with_mark(encoding)}
-    if kind == ".tsv":
-        options["sep"] = "\t"
-    try:
-        loaded = datasets.load_dataset(builder, data_files=str(file.path), split="train", streaming=True, **options)
-        yield from enumerate(loaded, start=1)
-    except OSError as error:
-        if error.errno:
-            raise
-        raise ValueError(f"sources: {file.path} cannot be read ({_first_line(error)})") from None
-    except Exception as error:  # each builder has its own
-        raise ValueError(f"sources: {file.path}: got no {builder} file of equal rows ({_first_line(error)})") from None
-
-
-def _with_mark(encoding: str) -> str:
-    """The encoding; for UTF-8 the one that takes a byte order mark for none of the text."""
-    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+    for row, where in read_table(file.path, "sources", with_mark(encoding)):
+        yield int(where.rpartition(" ")[2]), row
 
 
 def _first_line(error: BaseException) -> str:
@@ -233,33 +203,10 @@ def _read_text(
     file: SourceFile, settings: SourceSettings, encoding: str, *, split: str | None, by_file: bool
 ) -> Iterator[Document]:
     """A plain text file, line by line, cut into passages at blank lines, after a long while at any line."""
-    for line, passage in _passages(_lines(file, encoding)):
+    for line, passage in cut_passages(read_lines(file.path, "sources", "", with_mark(encoding))):
         yield Document(
             passage, str(settings.name), file.name, line, hash_text(file.name if by_file else passage), split
         )
-
-
-def _lines(file: SourceFile, encoding: str) -> Iterator[str]:
-    if file.path.suffix not in _COMPRESSED or file.path.suffix == ".gz":
-        yield from read_lines(file.path, "sources", "", _with_mark(encoding))
-        return
-    with fsspec.open(str(file.path), "rt", encoding=_with_mark(encoding), newline="", compression="infer") as opened:
-        yield from opened
-
-
-def _passages(rows: Iterator[str]) -> Iterator[tuple[int, str]]:
-    """Passages with the number of the line that each begins on; joined they are the file again."""
-    lines: list[str] = []
-    size = 0
-    number = 0
-    for number, row in enumerate(rows, start=1):
-        lines.append(row)
-        size += len(row)
-        if size >= _PASSAGE_CHARACTERS * (4 if row.strip() else 1):
-            yield number - len(lines) + 1, "".join(lines)
-            lines, size = [], 0
-    if lines:
-        yield number - len(lines) + 1, "".join(lines)
 
 
 def _read_without_files(settings: SourceSettings) -> Iterator[Document]:
