@@ -36,6 +36,7 @@ SUBCOMMANDS = (
     "evaluate",
     "generate",
     "serve",
+    "monitor",
     "merge",
     "export",
     "card",

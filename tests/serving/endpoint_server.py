@@ -44,7 +44,7 @@ def make_model(kind: str):
 
 
 @contextmanager
-def serving(model, *, api_key=None, grace_s=5.0, **limits) -> Iterator["Running"]:
+def serving(model, *, api_key=None, grace_s=5.0, requests_folder=None, **limits) -> Iterator["Running"]:
     """A server for the model, ended in order."""
     from deepseek_serving.listening import bind
     from deepseek_serving.openai_endpoint.app import Service
@@ -53,7 +53,8 @@ def serving(model, *, api_key=None, grace_s=5.0, **limits) -> Iterator["Running"
 
     limits = {"context": 256, "max_tokens": 200, "cache_tokens": 2048} | limits
     with bind("127.0.0.1", 0) as listener, Engine(model, Limits(**limits)) as engine:
-        server = Server(Service(engine, make_tokenizer(), "tiny"), api_key=api_key, grace_s=grace_s)
+        service = Service(engine, make_tokenizer(), "tiny", requests_folder)
+        server = Server(service, api_key=api_key, grace_s=grace_s)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
         try:
@@ -61,6 +62,7 @@ def serving(model, *, api_key=None, grace_s=5.0, **limits) -> Iterator["Running"
         finally:
             server.should_exit = True
             thread.join(30)
+            service.close()
             assert not thread.is_alive()
 
 
