@@ -1,8 +1,5 @@
 """Tests of the alarms for `promtool test rules`: made-up series, and which alarms must fire on them and which not."""
 
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 from deepseek_serving.monitoring.alarms import JOB, AlarmSettings
@@ -85,32 +82,3 @@ def _make_case(settings: AlarmSettings, name: str, changes: dict[str, str], fire
             for alarm in alarms
         ],
     }
-
-
-def check_with_promtool(folder: Path) -> list[str]:
-    """Have Prometheus' and Alertmanager's own tools check the files, and return what each said last.
-
-    Args:
-        folder: From `write_alarms`.
-
-    Raises:
-        FileNotFoundError: The tools are not installed.
-        ValueError: They refuse a file.
-    """
-    commands = (
-        ("promtool", "check", "config", "prometheus.yml"),
-        ("promtool", "test", "rules", "alerts_test.yml"),
-        ("amtool", "check-config", "alertmanager.yml"),
-    )
-    for tool, package in (("promtool", "prometheus"), ("amtool", "prometheus-alertmanager")):
-        if shutil.which(tool) is None:
-            raise FileNotFoundError(
-                f"--check: {tool} is not there; on Debian, apt-get install {package} brings it; the files are written"
-            )
-    said = []
-    for command in commands:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"{' '.join(command)}: {' '.join((done.stdout + done.stderr).split())[:1500]}")
-        said.append(f"{' '.join(command)}: passed")
-    return said

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 JOB = "deepseek-moe"
 # The server's buckets: only what falls on a boundary is counted and not interpolated.
 BOUNDARIES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -196,25 +194,3 @@ def make_alertmanager(settings: AlarmSettings) -> dict[str, Any]:
             {"name": "webhook", "webhook_configs": [{"url": settings.webhook, "send_resolved": True}]},
         ],
     }
-
-
-def write_alarms(folder: Path, settings: AlarmSettings) -> list[Path]:
-    """Write all files, and return their paths.
-
-    Args:
-        folder: Is made if need be.
-        settings: What they say.
-    """
-    from deepseek_serving.monitoring.alarm_tests import make_rule_tests
-
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        "prometheus.yml": make_prometheus(settings),
-        "alerts.yml": make_rules(settings),
-        "alertmanager.yml": make_alertmanager(settings),
-        "alerts_test.yml": make_rule_tests(settings),
-    }
-    for name, content in files.items():
-        text = yaml.safe_dump(content, sort_keys=False, width=1000, allow_unicode=True)
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in files]

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from deepseek_cli.main import main
-from deepseek_serving.monitoring.alarm_tests import check_with_promtool
-from deepseek_serving.monitoring.alarms import AlarmSettings, write_alarms
+from deepseek_serving.monitoring.alarm_files import check_with_promtool, write_alarms
+from deepseek_serving.monitoring.alarms import AlarmSettings
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None or shutil.which("amtool") is None,
