@@ -21,6 +21,7 @@ EXAMPLES = """
   deepseek-moe evaluate path/to/model --tasks crows_pairs --data crows_pairs=path/to/crows_pairs_anonymized.csv
   deepseek-moe evaluate runs/demo/adapt --tasks bits_per_byte --data my_texts --output runs/my_texts
   deepseek-moe evaluate runs/demo/sft runs/demo/align --tasks mmlu --limit 1 --output runs/both
+  deepseek-moe evaluate http://127.0.0.1:8000 --tasks humaneval --limit 20 --max-new-tokens 256 --output runs/served
   deepseek-moe evaluate --compare runs/before runs/after
   deepseek-moe evaluate --table runs/seed-0 runs/seed-1 runs/other
   deepseek-moe evaluate org/name --tasks humaneval --num-samples 10 --temperature 0.8 --output runs/humaneval
@@ -37,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         metavar="MODEL",
         nargs="*",
-        help="checkpoint folder, run folder, or Hub id; of several, each gets a run folder below --output",
+        help="checkpoint folder, run folder, Hub id, or the address of a server with OpenAI's protocol; "
+        "of several models, each gets a run folder below --output",
     )
     parser.add_argument(
         "--samples", default=None, metavar="FILE", help="instead of a model: completions to run (task_id, completion)"
@@ -199,8 +201,11 @@ def run(args: argparse.Namespace) -> int:
         for name in given if isinstance(given, dict) else ():
             if find_task(name).name not in asked:
                 raise ValueError(f"{option}: got {name}, expected one of the --tasks ({', '.join(sorted(asked))})")
+    from deepseek_eval.endpoint import is_endpoint
     from deepseek_model_cards.report.report import write_report
 
+    if (args.dry_run or len(args.models) > 1) and any(is_endpoint(model) for model in args.models):
+        raise ValueError("evaluate: got a server with --dry-run or among several models, expected it alone")
     if args.dry_run:
         return _describe(args, tasks, limit)
     if len(args.models) > 1:
@@ -298,9 +303,53 @@ def _score_samples(args: argparse.Namespace, tasks: list[str], limit: int | dict
 
 
 def _evaluate_model(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict[str, Any]:
+    from deepseek_eval.endpoint import is_endpoint
     from deepseek_eval.harness import evaluate_model
 
+    if is_endpoint(args.models[0]):
+        return evaluate_endpoint(args.models[0], tasks, limit, args)
     return evaluate_model(args.models[0], **_evaluation(args, tasks, limit))
+
+
+# What a server decides by itself, or what asking it does not offer.
+_NOT_OF_ENDPOINTS = (
+    *("batch_size", "max_length", "num_samples", "prompt_style"),
+    *("dtype", "device", "adapter", "experts_implementation", "trust_remote_code"),
+)
+
+
+def evaluate_endpoint(
+    url: str, tasks: list[str], limit: int | dict[str, int] | None, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Have a server write the programs of one task, score them, and return what ``results.json`` holds.
+
+    Args:
+        url: The server, with OpenAI's protocol.
+        tasks: Names of tasks.
+        limit: As for a model.
+        args: The options of ``evaluate``.
+
+    Raises:
+        ValueError: The task cannot be asked of a server, or an option has no effect on one.
+    """
+    from deepseek_eval.endpoint import check_endpoint_tasks, write_samples
+    from deepseek_eval.samples_reader import score_samples
+
+    check_endpoint_tasks(url, tasks)
+    given = [name for name in _NOT_OF_ENDPOINTS if getattr(args, name) != args.subparser.get_default(name)]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{options}: without effect on a server ({url})")
+    if len(tasks) != 1:
+        raise ValueError(f"tasks: got {','.join(tasks)} for {url}, expected one, such as humaneval")
+    limit = limit.get(tasks[0]) if isinstance(limit, dict) else limit
+    output = Path(args.output)
+    samples = output.with_name(f"{output.name}.samples.jsonl")
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "num_fewshot")
+    options_of_task = {"limit": limit, "data_path": parse_data(args.data)}
+    write_samples(url, tasks[0], samples, **options_of_task, **{name: getattr(args, name) for name in names})
+    options_of_run = {name: getattr(args, name) for name in ("output", "overwrite", "allow_weak_sandbox")}
+    return score_samples(samples, tasks[0], **options_of_task, **options_of_run)
 
 
 def _evaluation(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict[str, Any]:

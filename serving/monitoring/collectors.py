@@ -7,6 +7,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from deepseek_serving.monitoring.drift_report import read_drift
+from deepseek_serving.monitoring.evaluations import read_evaluations
 from deepseek_serving.monitoring.memory import read_memory
 from deepseek_serving.monitoring.routing_counts import LayerTotals, RoutingCounts
 
@@ -97,7 +98,8 @@ class DriftCollector:
         self.folder = folder
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the last check's figures; nothing before the first."""
+        """Yield the last check's figures, and the last evaluations'; nothing before the first."""
+        yield from self._collect_evaluations()
         report = read_drift(self.folder)
         if report is None:
             return
@@ -115,3 +117,12 @@ class DriftCollector:
         checked = GaugeMetricFamily("deepseek_moe_drift_checked_timestamp_seconds", "When drift was last measured")
         checked.add_metric([], report["checked_at"])
         yield checked
+
+    def _collect_evaluations(self) -> Iterator[Metric]:
+        score = GaugeMetricFamily("deepseek_moe_evaluation_score", "The last evaluation's", labels=["task"])
+        fell = GaugeMetricFamily("deepseek_moe_evaluation_fell", "1: significantly below the first", labels=["task"])
+        for task, row in {row["task"]: row for row in read_evaluations(self.folder)}.items():
+            score.add_metric([task], row["score"])
+            fell.add_metric([task], float(row["fell"]))
+        if score.samples:
+            yield from (score, fell)
