@@ -17,6 +17,8 @@ from deepseek_serving.monitoring.request_counts import RequestTable, bin_of, loa
 
 # Fewer say nothing about any distribution.
 _MIN_REQUESTS = 20
+# Bins of continuous distributions: the reference's deciles, and answers that the limit cut.
+_TENTHS = ("lowest tenth", *(f"tenth {number}" for number in range(2, 10)), "highest tenth", "cut by the limit")
 
 
 def measure_drift(
@@ -89,9 +91,13 @@ def _describe(
     row["is_alarm"] = found.is_alarm
     row["is_significant"] = found.is_significant
     row["is_warning"] = found.is_significant and (found.distribution, found.layer) in before
-    names = [str(place) for place, _, _ in found.moved]
-    if found.distribution == "tokens":
-        names = [_name_token(place, window, reference, decode) for place, _, _ in found.moved]
+    places = [place for place, _, _ in found.moved]
+    if found.distribution == "experts":
+        names = [str(place) for place in places]
+    elif found.distribution == "tokens":
+        names = [_name_token(place, window, reference, decode) for place in places]
+    else:
+        names = [_TENTHS[place] for place in places]
     row["moved"] = [
         {"name": name, "before": before_share, "now": share}
         for name, (_, before_share, share) in zip(names, found.moved, strict=True)

@@ -22,6 +22,8 @@ from deepseek_serving.monitoring.request_counts import RequestTable
 
 _KEPT_S = 3600.0
 _WINDOW_S = 60.0
+# Of fewer answers in a minute, one that is slow says nothing.
+_MIN_ANSWERS = 20
 _DURATION = "gen_ai_server_request_duration_seconds"
 _FIRST = "gen_ai_server_time_to_first_token_seconds"
 
@@ -180,6 +182,7 @@ class Watch:
             "p95_s": quantile(now, then, _DURATION, 0.95),
             "first_p95_s": quantile(now, then, _FIRST, 0.95),
             "slow_share": None if count <= 0 else 1 - fast / count,
+            "num_answers": count,
             "running": total(now, "deepseek_moe_requests_running"),
             "waiting": total(now, "deepseek_moe_requests_waiting"),
             "memory": {
@@ -228,7 +231,7 @@ class Watch:
         tell, at, settings = self.alarms.tell, page.at, self.settings
         tell("ServerDown", "", False, "", at)
         slow = point["slow_share"]
-        is_slow = slow is not None and slow > 0.05
+        is_slow = slow is not None and slow > 0.05 and point["num_answers"] >= _MIN_ANSWERS
         tell("SlowRequests", "", is_slow, f"{slow or 0:.0%} of a minute's requests over {settings.latency_s:g} s", at)
         for kind in point["memory"]:
             recent = [one["memory"].get(kind, 0.0) for one in self._series if at - one["t"] <= 300]

@@ -15,7 +15,7 @@ needs_promtool = pytest.mark.skipif(
 )
 
 
-@pytest.mark.slow  # nine runs of promtool
+@pytest.mark.serving  # nine runs of promtool
 @needs_promtool
 def test_promtool_accepts_the_files_and_notices_a_wrong_rule(tmp_path, capsys):
     assert main(["monitor", "rules", str(tmp_path), "--check"]) == 0

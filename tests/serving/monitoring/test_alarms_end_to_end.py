@@ -33,7 +33,7 @@ from deepseek_serving.monitoring.watch import Watch
 from deepseek_serving.openai_endpoint.engine import Engine, Limits
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.serving,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         shutil.which("prometheus") is None or shutil.which("prometheus-alertmanager") is None,
