@@ -100,7 +100,7 @@ def find_distributions(reference: RequestTable) -> list[Distribution]:
     """
     ends = np.cumsum(reference.sizes)
     found = [
-        Distribution("experts", name, lambda table, end=end, size=size: table.expert_tokens[:, end - size : end])
+        Distribution("experts", name, _columns(int(end) - size, int(end)))
         for name, end, size in zip(reference.layers, ends, reference.sizes, strict=True)
     ]
     log_prob = np.quantile(reference.log_prob, _DECILES)
@@ -138,12 +138,13 @@ class DriftCheck:
         self.num_requests = num_requests
         self.distributions = find_distributions(reference)
         generator = np.random.default_rng(seed)
-        is_drawn = np.zeros((num_draws, len(reference)), np.float32)
+        is_drawn: np.ndarray = np.zeros((num_draws, len(reference)), np.float32)
         for row in is_drawn:
             row[generator.permutation(len(reference))[:num_requests]] = 1
         self.totals, self.nulls = [], []
         for distribution in self.distributions:
-            counts = distribution.count(reference).astype(np.float32)  # whole numbers: exact up to 2**24
+            # Whole numbers: exact up to 2**24.
+            counts: np.ndarray = distribution.count(reference).astype(np.float32)
             total = counts.sum(0, dtype=np.float64)
             window = (torch.from_numpy(is_drawn) @ torch.from_numpy(counts)).double().numpy()
             # What half a count adds depends on the size: the whole reference is taken as large as the rest is.
@@ -216,6 +217,10 @@ def holm(p_values: list[float]) -> list[float]:
         least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = least
     return adjusted
+
+
+def _columns(begin: int, end: int) -> Callable[[RequestTable], np.ndarray]:
+    return lambda table: table.expert_tokens[:, begin:end]
 
 
 def _one_hot(places: np.ndarray, size: int) -> np.ndarray:

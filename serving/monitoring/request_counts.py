@@ -125,12 +125,12 @@ def join(tables: Sequence[RequestTable]) -> RequestTable:
         counts.update(dict(zip(table.token_ids.tolist(), table.token_counts.tolist(), strict=True)))
     names = ("ended_at", "prompt_tokens", "written_tokens", "is_cut", "log_prob", "token_bins", "expert_tokens")
     return RequestTable(
-        tables[0].model_hash,
-        tables[0].layers,
-        tables[0].sizes,
-        *(np.concatenate([getattr(table, name) for table in tables]) for name in names),
-        np.array(list(counts.keys()), np.int64),
-        np.array(list(counts.values()), np.int64),
+        model_hash=tables[0].model_hash,
+        layers=tables[0].layers,
+        sizes=tables[0].sizes,
+        token_ids=np.array(list(counts.keys()), np.int64),
+        token_counts=np.array(list(counts.values()), np.int64),
+        **{name: np.concatenate([getattr(table, name) for table in tables]) for name in names},
     )
 
 

@@ -215,13 +215,13 @@ class RoutingCounts:
         place = {name: number for number, name in enumerate(names)}
         seen: dict[tuple[int, str], list[_Seen]] = {}
         for one in passes:
-            rows = np.repeat([place[name] for name, _ in one.rows], [size for _, size in one.rows])
+            rows: np.ndarray = np.repeat([place[name] for name, _ in one.rows], [size for _, size in one.rows])
             for number, output in one.outputs.items():
                 choice = read_choice(output, self.layers[number].logits_place)
                 if choice is not None:
                     key = len(self.totals[number].tokens_per_expert), _kind_of(choice)
                     seen.setdefault(key, []).append(_Seen(number, rows, choice))
-        loads = [np.zeros((len(names), size), np.int64) for size in self.sizes]
+        loads: list[np.ndarray] = [np.zeros((len(names), size), np.int64) for size in self.sizes]
         for (_, kind), group in seen.items():
             self._count_group(kind, group, loads)
         for totals, of_layer in zip(self.totals, loads, strict=True):
@@ -233,7 +233,7 @@ class RoutingCounts:
 
     def _count_group(self, kind: str, group: list[_Seen], loads: list[np.ndarray]) -> None:
         """Count the outputs of routers of one kind and size together."""
-        layer_of_token = np.repeat([one.number for one in group], [len(one.rows) for one in group])
+        layer_of_token: np.ndarray = np.repeat([one.number for one in group], [len(one.rows) for one in group])
         entropies = RouterChoice(torch.cat([one.choice.router_logits for one in group])).entropies().cpu().numpy()
         entropy = np.bincount(layer_of_token, entropies, minlength=len(self.totals))
         num_tokens = np.bincount(layer_of_token, minlength=len(self.totals))

@@ -165,7 +165,7 @@ class Answer:
             async for text in self._texts():
                 yield text
         except RequestRefusedError as error:
-            self._observe_duration(error.code)
+            self._observe_duration(error.code or "")
             raise
 
     async def _texts(self) -> AsyncIterator[str]:
