@@ -76,6 +76,7 @@ def _describe_engine(settings: ManifestSettings) -> _Engine:
     path = settings.model_path
     if settings.engine == "endpoint":
         words = ["deepseek-moe", "serve", path, "--name", settings.name, "--host", "0.0.0.0", "--port", "8000"]
+        words.append("--without-tls")  # inside the cluster; an ingress speaks TLS
         return _Engine(words, 8000, 8000, "/health", "/health")
     if settings.engine == "vllm":
         words = ["vllm", "serve", path, "--served-model-name", settings.name, "--host", "0.0.0.0", "--port", "8000"]
