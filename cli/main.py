@@ -47,6 +47,8 @@ SUBCOMMANDS = (
     "doctor",
     "bench",
 )
+# Commands of two words, by their modules; argparse has one name with a space for each.
+_OF_TWO_WORDS = {"data graph": "data_graph"}
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 _ERRORS_OF_THE_PATH = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
@@ -85,8 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"deepseek-moe {_read_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in SUBCOMMANDS:
-        module = importlib.import_module(f"deepseek_cli.{name}")
+    for name in (*SUBCOMMANDS, *_OF_TWO_WORDS):
+        module = importlib.import_module(f"deepseek_cli.{_OF_TWO_WORDS.get(name, name)}")
         command = commands.add_parser(
             name,
             help=module.HELP,
@@ -171,7 +173,10 @@ def _read_version() -> str:
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse, naming the nearest option where one is unknown; argparse alone only repeats what was typed."""
-    args, unknown = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if " ".join(words[:2]) in _OF_TWO_WORDS:
+        words[:2] = [" ".join(words[:2])]
+    args, unknown = parser.parse_known_args(words)
     args.settings = unknown if args.takes_settings else []
     if unknown and not args.takes_settings:
         command = args.subparser

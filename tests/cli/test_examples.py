@@ -101,7 +101,7 @@ def test_every_example_is_understood(tmp_path, monkeypatch):
     for words, where in EXAMPLES.items():
         try:
             args = _parse(parser, list(words))
-            if words[0] in STAGES:
+            if words[0] in STAGES and words[1] != "graph":
                 load_recipe(args.recipe, STAGES[words[0]], collect_overrides(args))
         except (SystemExit, ValueError, FileNotFoundError) as error:
             pytest.fail(f"{where}: {shlex.join(words)}: {error}")

@@ -124,6 +124,7 @@ def test_nothing_half_written_is_taken_for_whole(source, large, monkeypatch, mom
     assert documents.texts[:]["text"] == TEXTS and not list(folder.glob("*.incomplete"))
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_copy(source, large):
     code = (
         "import datasets, sys, deepseek_training.data.mapped_texts as m, deepseek_training.data.arrow_cache as a\n"
