@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from deepseek_records import document_files
 from deepseek_training.data import arrow_cache, mapped_texts
 from deepseek_training.data.corpus import Corpus
 from deepseek_training.data.mapped_texts import MappedTexts
@@ -138,3 +139,26 @@ def test_two_processes_share_one_copy(source, large):
     running = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [one.communicate(timeout=120)[0].split() for one in running]
     assert sorted(map(len, outputs)) == [1, 2] and {one[-1] for one in outputs} == {str(len(TEXTS))}
+
+
+def test_a_hub_data_set_is_streamed_once_per_commit(large, monkeypatch):
+    opened = []
+
+    def load(name, configuration, *, streaming):
+        opened.append((name, configuration, streaming))
+        rows = {"train": TEXTS[:20], "test": TEXTS[20:24]}
+        return {
+            part: datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset() for part, texts in rows.items()
+        }
+
+    revision = ["one"]
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for module in (document_files, mapped_texts):
+        monkeypatch.setattr(module, "hub_revision", lambda name: revision[0])
+    for _ in range(2):
+        corpus = Corpus.load("owner/data:part")
+        assert list(corpus.train) == TEXTS[:20] and list(corpus.validation) == TEXTS[20:24]
+    assert opened == [("owner/data", "part", True)]
+    revision[0] = "two"
+    Corpus.load("owner/data:part")
+    assert len(opened) == 2

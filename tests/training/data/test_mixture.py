@@ -4,7 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, SequentialSampler
 
+from deepseek_cli.main import main
 from deepseek_training.data.corpus import check_corpora, load_corpora
 from deepseek_training.data.mixture import Mixture
 from deepseek_training.data.packing import PackedDataset
@@ -125,3 +128,24 @@ def test_an_encoding_reads_what_is_no_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes("\n\n".join(f"caf\u00e9 {n} " * 300 for n in range(9)).encode("latin-1"))
     (corpus,) = load([{"path": str(tmp_path / "a.txt"), "encoding": "latin-1"}])
     assert all("caf\u00e9" in text for text in [*corpus.train, *corpus.validation])
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_each_step_takes_the_same_blocks_whatever_the_number_of_processes(num_processes):
+    mixture = Mixture([part(0, 50), part(1000, 8)], [2, 1], 64, seed=3)
+    tokens = first_tokens(mixture)
+    batches = BatchSampler(SequentialSampler(mixture), 8 // num_processes, drop_last=False)
+    shares = [list(BatchSamplerShard(batches, num_processes, number)) for number in range(num_processes)]
+    steps = [sorted(tokens[place] for one in step for place in one) for step in zip(*shares, strict=True)]
+    assert steps == [sorted(tokens[begin : begin + 8]) for begin in range(0, 64, 8)]
+
+
+def test_the_command_takes_an_encoding_and_names_what_does_not_decode(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes("\n\n".join(f"caf\u00e9 {n} " * 300 for n in range(40)).encode("latin-1"))
+    words = ["pretrain", "pretrain-debug", "--data", str(tmp_path / "a.txt"), "--output", str(tmp_path / "run")]
+    words += ["--tokenizer-data", "[]", "--vocab-size", "300"]
+    assert main([*words, "--dry-run"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "a.txt, line 1: got bytes that are not UTF-8" in error and "\n" not in error
+    assert main([*words, "--dry-run", "--encoding", "latin-1"]) == 0
+    assert not (tmp_path / "run").exists()
