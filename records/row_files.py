@@ -84,7 +84,7 @@ def read_lines(
         ) from None
     except LookupError:
         raise ValueError(f"encoding: got {encoding!r}, expected one that Python knows, such as gb18030") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, *_zstd_errors()):
+    except _broken_files():
         kind = {".gz": "gzip"}.get(path.suffix, path.suffix[1:])
         raise ValueError(f"{what}: {path}: got no whole {kind} file, expected one") from None
 
@@ -96,12 +96,14 @@ def _open_text(path: Path, encoding: str, newline: str | None) -> Any:
     return fsspec.open(str(path), "rt", encoding=encoding, newline=newline, compression=compression).open()
 
 
-def _zstd_errors() -> tuple[type[Exception], ...]:
+def _broken_files() -> tuple[type[Exception], ...]:
+    """What the unpackers raise for a file that is cut short or of another kind."""
+    known: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
     try:
         import zstandard
     except ImportError:
-        return ()
-    return (zstandard.ZstdError,)
+        return known
+    return (*known, zstandard.ZstdError)
 
 
 def _undecodable_line(path: Path, encoding: str) -> int:

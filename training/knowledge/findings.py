@@ -54,10 +54,10 @@ def find_duplicates(passages: Iterable[Passage]) -> list[Duplicate]:
     kept = [one for one in passages if one.topic and len(one.text.split()) >= _FEW_WORDS]
     parts = [shingles(one.text) for one in kept]
     grams = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
-    owners = np.repeat(np.arange(len(parts)), list(map(len, parts)))
+    owners: np.ndarray = np.repeat(np.arange(len(parts)), list(map(len, parts)))
     order = np.argsort(grams, kind="stable")
     grams, owners = grams[order], owners[order]
-    bounds = np.flatnonzero(np.diff(grams)) + 1
+    bounds: np.ndarray = np.flatnonzero(np.diff(grams)) + 1
     shared: dict[tuple[int, int], int] = {}
     for group in np.split(owners, bounds):
         if 2 <= len(group) <= 20:  # boilerplate is in more

