@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.query is not None:
         print(ask(args.data, args.query))
         return 0
-    from deepseek_training.stages.knowledge_graph import GraphSettings, build_knowledge_graph
+    from deepseek_training.stages.knowledge_graph import GraphSettings, knowledge_graph
 
     settings = GraphSettings(
         data=args.data,
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         balance=args.balance,
         seed=args.seed,
     )
-    summary = build_knowledge_graph(settings, args.output, overwrite=args.overwrite)
+    summary = knowledge_graph(settings, args.output, overwrite=args.overwrite)
     print(describe(summary))
     print(f"graph.ttl, graph.png, entities.tsv and findings.json in {args.output}")
     return 3 if summary.missed else 0

@@ -114,7 +114,7 @@ def read_turtle(path: Path) -> "Graph":
         path: The file.
 
     Raises:
-        ValueError: It is no Turtle.
+        ValueError: It is not Turtle.
     """
     from rdflib import Graph
 

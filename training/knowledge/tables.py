@@ -70,7 +70,7 @@ def read_facts(table: str, rows: Sequence[Sequence[str]]) -> Iterator[Fact]:
 
 
 def _has_values(row: Sequence[str]) -> bool:
-    """Numbers that are no years: a row of years is a header."""
+    """Numbers other than years: a row of years is a header."""
     cells = [str(cell) for cell in row[1:]]
     return any(parse_number(cell) is not None and not _YEAR.match(cell) for cell in cells)
 

@@ -1,6 +1,6 @@
 """Before training: find the entities and relations of domain text and keep them as a graph.
 
-``deepseek-moe data graph`` calls `build_knowledge_graph`. The run folder holds the graph as Turtle, a picture, how
+``deepseek-moe data graph`` calls `knowledge_graph`. The run folder holds the graph as Turtle, a picture, how
 often each entity is named, and the duplicates and contradictions that the graph shows; on demand a balanced copy of
 the text.
 """
@@ -52,7 +52,7 @@ class GraphSettings:
     seed: int = 0
 
 
-def build_knowledge_graph(settings: GraphSettings, output: str | Path, *, overwrite: bool = False) -> Summary:
+def knowledge_graph(settings: GraphSettings, output: str | Path, *, overwrite: bool = False) -> Summary:
     """Build the graph and return the summary.
 
     Args:
