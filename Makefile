@@ -3,6 +3,7 @@
 #   make demo       the whole path at small size, offline, into runs/demo
 #   make test       the default tests (under 8 minutes on two cores)
 #   make test-all   also the tests marked slow, and the site
+#   make test-distributed   several processes: engines, resuming, failures; about twenty minutes
 #   make serve-setup  Triton Inference Server and its client, into build/serving
 #   make test-serving   the tests that need them
 #   make test-versions  parts of the tests under other versions (dev/versions.yaml; ONLY=row: one of them)
@@ -25,7 +26,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test test-all serve-setup test-serving test-versions check lint style claims docs bench clean
+.PHONY: setup demo test test-all test-distributed serve-setup test-serving test-versions check lint style claims docs bench clean
 
 setup: $(VENV)/installed
 
@@ -60,6 +61,10 @@ serve-setup: setup
 
 test-serving: serve-setup
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving tests/cli
+
+test-distributed: setup
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/training/trainer/test_distributed.py \
+	  tests/training/trainer/test_failing_processes.py tests/modeling_deepseek/test_expert_parallel.py tests/training/launch
 
 test-versions: setup
 	@$(BIN)/python dev/versions.py $(if $(ONLY),--only $(ONLY))

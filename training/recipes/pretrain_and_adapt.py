@@ -46,6 +46,7 @@ class TrainerSettings(BoundedSettings):
     )
     logging_steps: int = setting(10, help="Steps between lines in metrics.jsonl.")
     save_steps: int = setting(0, help="Steps between checkpoints, a multiple of logging_steps; 0: none.")
+    collective_timeout_s: int = setting(1800, help="Seconds a process waits for the others before it gives up.")
     report_to: list[str] | None = setting(  # noqa: RUF009
         None,
         help="Trackers that also get the figures, such as [wandb]; null: trackio, a local one, if installed.",
@@ -63,7 +64,8 @@ class TrainerSettings(BoundedSettings):
             if field.name in self.unused:
                 is_left = getattr(self, field.name) == default
                 self.require(field.name, is_left, f"{default}; it has no effect here: {self.unused[field.name]}")
-        for name in ("sequence_length", "batch_size", "gradient_accumulation_steps", "logging_steps"):
+        positive = ("sequence_length", "batch_size", "gradient_accumulation_steps", "logging_steps")
+        for name in (*positive, "collective_timeout_s"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         self.require("max_steps", self.max_steps >= self.least_steps, f"at least {self.least_steps}")
         counts = ("eval_steps", "save_steps", "warmup_steps", "sample_tokens", "sample_steps")
@@ -93,14 +95,13 @@ class SplittableSettings(TrainerSettings):
 
     expert_parallel_size: int = setting(
         1,
-        help="Processes that share one set of experts; above 1 with save_steps 0 and untied embeddings only.",
+        help="Processes that share one set of experts; above 1 with untied embeddings only.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         size = self.expert_parallel_size
         self.require("expert_parallel_size", size >= 1, "at least 1")
-        # transformers cannot write the optimizer's state of a split model.
         self.require("optimizer", size == 1 or self.optimizer == "adamw", f"adamw with expert_parallel_size={size}")
 
 

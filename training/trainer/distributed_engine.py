@@ -10,6 +10,7 @@ train under another engine than was asked for.
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,29 @@ def requested_engine() -> DistributedType | None:
     return None
 
 
-def prepare_engine() -> dict[str, Any]:
-    """Set up the process group that a requested engine needs on a CPU; call it before `TrainingArguments`.
+def prepare_engine(timeout_s: int = 1800) -> dict[str, Any]:
+    """Set up the process group that several processes need on a CPU; call it before `TrainingArguments`.
+
+    Args:
+        timeout_s: How long a process waits for the others.
 
     Returns:
         What to pass as `accelerator_config`; empty where accelerate needs no help.
     """
-    engine = requested_engine()
-    if engine is None or torch.accelerator.is_available() or "LOCAL_RANK" not in os.environ:
+    engine, timeout = requested_engine(), timedelta(seconds=timeout_s)
+    if torch.accelerator.is_available() or "LOCAL_RANK" not in os.environ:
         return {}
     if engine is DistributedType.DEEPSPEED:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        PartialState(backend="gloo")
+        PartialState(backend="gloo", timeout=timeout)
+    elif engine is DistributedType.FSDP or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # `TrainingArguments` (5.23) has a process on a CPU wait as long as torch does by default.
+        state = PartialState(cpu=True, timeout=timeout)
+        if engine is DistributedType.FSDP:
+            # Accelerate looks for an FSDP plugin only on this type; it never asks what the device is.
+            state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     else:
-        state = PartialState(cpu=True)
-        # Accelerate looks for an FSDP plugin only on this type; it never asks what the device is.
-        state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return {}
     return {"use_configured_state": True}
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deepseek_records.exit_codes import RunFailedError
+from deepseek_training.trainer.first_burst import FirstBurst
 
 
 class DivergedError(RunFailedError, ValueError):
@@ -19,7 +20,14 @@ class DivergedError(RunFailedError, ValueError):
 
 
 class StopWhenDiverged(TrainerCallback):
-    """Checks each line of the log; `Trainer` logs before it saves."""
+    """Checks each line of the log; `Trainer` logs before it saves.
+
+    Args:
+        first_burst: Knows where it began, for the message.
+    """
+
+    def __init__(self, first_burst: FirstBurst) -> None:
+        self.first_burst = first_burst
 
     def on_log(
         self,
@@ -33,10 +41,16 @@ class StopWhenDiverged(TrainerCallback):
         """Raise a one-line `DivergedError` at a training line that is not finite."""
         if logs and "loss" in logs:
             figures = {name: logs[name] for name in ("loss", "grad_norm") if name in logs}
-            refuse_divergence(model, state.global_step, args.learning_rate, figures)
+            refuse_divergence(model, state.global_step, args.learning_rate, figures, self.first_burst)
 
 
-def refuse_divergence(model: nn.Module, step: int, learning_rate: float, figures: dict[str, Any]) -> None:
+def refuse_divergence(
+    model: nn.Module,
+    step: int,
+    learning_rate: float,
+    figures: dict[str, Any],
+    first_burst: FirstBurst | None = None,
+) -> None:
     """Raise `DivergedError` unless figures and weights are finite.
 
     Args:
@@ -44,6 +58,7 @@ def refuse_divergence(model: nn.Module, step: int, learning_rate: float, figures
         step: For the message.
         learning_rate: For the message.
         figures: What the step logs.
+        first_burst: Asked where it began.
 
     Raises:
         DivergedError: Something is NaN or infinite; the message names it.
@@ -52,9 +67,11 @@ def refuse_divergence(model: nn.Module, step: int, learning_rate: float, figures
     if burst is None and not _has_finite_weights(model):
         burst = "the weights are no longer finite"
     if burst is not None:
+        began = None if first_burst is None else first_burst.describe()
+        where = "" if began is None else f" ({began})"
         raise DivergedError(
-            f"training: {burst} at step {step}, before anything of that step was saved; a smaller learning_rate (now "
-            f"{learning_rate:g}) may help"
+            f"training: {burst} at step {step}{where}, before anything of that step was saved; a smaller "
+            f"learning_rate (now {learning_rate:g}) may help"
         )
 
 

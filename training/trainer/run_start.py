@@ -86,7 +86,8 @@ def training_arguments(recipe: TrainerSettings, output: Path) -> TrainingArgumen
     """
     has_gpu = torch.cuda.is_available()
     return TrainingArguments(
-        accelerator_config=prepare_engine(),
+        accelerator_config=prepare_engine(recipe.collective_timeout_s),
+        ddp_timeout=recipe.collective_timeout_s,
         output_dir=str(output / "checkpoints"),
         max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.batch_size,

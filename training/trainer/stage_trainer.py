@@ -28,10 +28,12 @@ from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.trainer.checkpoints import CheckpointMarker, last_complete_checkpoint, load_weights
 from deepseek_training.trainer.distributed_engine import check_engine
 from deepseek_training.trainer.divergence import StopWhenDiverged
+from deepseek_training.trainer.first_burst import FirstBurst
 from deepseek_training.trainer.held_out import HeldOutSet, bits_figures, measure_sets
 from deepseek_training.trainer.inputs_held import hold_inputs
 from deepseek_training.trainer.interruption import train_until_stopped
 from deepseek_training.trainer.lora import save_adapted
+from deepseek_training.trainer.lost_process import telling_of_lost_processes
 from deepseek_training.trainer.muon import build_muon, check_muon
 from deepseek_training.trainer.run_callbacks import MetricsFile, ProgressBar
 from deepseek_training.trainer.sample_log import SampleLog
@@ -241,7 +243,9 @@ def run_training(
     trainer.remove_callback(PrinterCallback)
     disable_progress_bar()  # "Writing model shards" would break our bar's line at every checkpoint
     bar = ProgressBar(run.path.name)
-    for callback in (MetricsFile(run, trainer.figures), LoadPlot(run), bar, StopWhenDiverged(), CheckpointMarker()):
+    burst = FirstBurst(trainer.model)
+    watching = (burst, StopWhenDiverged(burst))
+    for callback in (MetricsFile(run, trainer.figures), LoadPlot(run), bar, *watching, CheckpointMarker()):
         trainer.add_callback(callback)
     if write_samples is not None:
         trainer.add_callback(SampleLog(run, trainer.recipe.sample_steps, write_samples))
@@ -252,5 +256,5 @@ def run_training(
         loads = [row["tokens_per_expert"] for row in run.metrics if "tokens_per_expert" in row]
         if trainer.figures is not None:
             trainer.figures.take_logged_load(loads[-1] if loads else [])
-    with contextlib.closing(bar):
+    with contextlib.closing(bar), telling_of_lost_processes(trainer):
         train_until_stopped(trainer, checkpoint)

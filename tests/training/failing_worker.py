@@ -1,0 +1,58 @@
+"""Runs ``deepseek-moe pretrain`` as one process of several and has it fail as the environment says.
+
+Started by `test_failing_processes` through torchrun. FAULT is ``kill``, ``hang`` or ``nan``, which the last process
+has in step FAULT_STEP; or ``deaths``: in every step a process chosen by chance is killed with a chance of a third, as
+often as DEATHS says, which the file DEATH_FILE counts.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from deepseek_cli.main import main
+from deepseek_training.stages import pretrain
+from deepseek_training.trainer import stage_trainer
+
+RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_by_chance(step):
+    """The same draw in every process, another one after every restart."""
+    counter = Path(os.environ["DEATH_FILE"])
+    deaths = len(counter.read_text()) if counter.exists() else 0
+    draw = random.Random(f"{step} {deaths}")
+    if deaths < int(os.environ["DEATHS"]) and draw.random() < 1 / 3 and draw.randrange(WORLD_SIZE) == RANK:
+        with counter.open("a") as file:
+            file.write("x")
+        die()
+
+
+class FailingTrainer(stage_trainer.StageTrainer):
+    """Fails before the forward pass of a step."""
+
+    def compute_loss(self, model, *args, **kwargs):
+        fault, step = os.environ["FAULT"], self.state.global_step + 1
+        if fault == "deaths":
+            die_by_chance(step)
+        elif RANK == WORLD_SIZE - 1 and step == int(os.environ["FAULT_STEP"]):
+            if fault == "kill":
+                die()
+            elif fault == "hang":
+                time.sleep(600)
+            else:
+                with torch.no_grad():
+                    self.model.model.layers[1].self_attn.o_proj.weight.fill_(float("nan"))
+        return super().compute_loss(model, *args, **kwargs)
+
+
+pretrain.StageTrainer = FailingTrainer
+sys.exit(main(sys.argv[1:]))
