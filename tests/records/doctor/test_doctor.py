@@ -219,6 +219,7 @@ CLEAN = {
     "LoRA of experts": (lora, TRAINED),
     "LoRA of experts with a bias": (lambda f: lora(f, "deepseek_v3"), TRAINED),
     "LoRA of attention": (lambda f: lora(f, "qwen3_moe", 2, (), ("q_proj", "v_proj")), TRAINED),
+    "a recipe of a new model": (ours, {"preset": "nano", "model": {"router_bias_update_speed": 0.01}}),
     "no recipe": (lambda f: family(f, "deepseek_v3"), None),
 }  # fmt: skip
 
