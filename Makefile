@@ -55,7 +55,7 @@ test-all: setup docs
 serve-setup: setup
 	@echo "Installing Triton Inference Server and its client into build/serving"
 	@$(BIN)/python -m deepseek_serving.triton_server.installation
-	@command -v promtool amtool chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager chromium > /dev/null; } || echo "Not installed: prometheus, prometheus-alertmanager and chromium; their tests are skipped"
+	@{ command -v promtool && command -v amtool && command -v chromium; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager chromium > /dev/null; } || echo "Not installed: prometheus, prometheus-alertmanager and chromium; their tests are skipped"
 	@test -d $(VENV)/lib/python3*/site-packages/grafana_foundation_sdk || $(PIP) --no-deps 'grafana-foundation-sdk==1769699998!10.1.0'
 	@test -d build/serving/clients/tritonclient || $(PIP) --target build/serving/clients 'tritonclient[grpc,http]==2.73.0'
 
