@@ -212,12 +212,16 @@ class RoutingCounts:
         for one in passes:
             self.on_pass(len(one.rows), one.num_tokens)
         names = list(dict.fromkeys(name for one in passes for name, _ in one.rows))
-        place = {name: number for number, name in enumerate(names)}
+        row_of = {name: number for number, name in enumerate(names)}
+        rows_of_pass: list[np.ndarray] = [
+            np.repeat([row_of[name] for name, _ in one.rows], [size for _, size in one.rows]) for one in passes
+        ]
         seen: dict[tuple[int, str], list[_Seen]] = {}
-        for one in passes:
-            rows: np.ndarray = np.repeat([place[name] for name, _ in one.rows], [size for _, size in one.rows])
-            for number, output in one.outputs.items():
-                choice = read_choice(output, self.layers[number].logits_place)
+        for number, layer in enumerate(self.layers):
+            told = [place for place, one in enumerate(passes) if number in one.outputs]  # else it broke off
+            outputs = [passes[place].outputs[number] for place in told]
+            for output, rows in _join(outputs, [rows_of_pass[place] for place in told]):
+                choice = read_choice(output, layer.logits_place)
                 if choice is not None:
                     key = len(self.totals[number].tokens_per_expert), _kind_of(choice)
                     seen.setdefault(key, []).append(_Seen(number, rows, choice))
@@ -265,6 +269,21 @@ class RoutingCounts:
 
 def _hand_to(this: Any, number: int) -> Callable[[nn.Module, Any, Any], None]:
     return lambda module, inputs, output: this._see(number, output)
+
+
+def _join(outputs: list[Any], rows: list[np.ndarray]) -> list[tuple[Any, np.ndarray]]:
+    """One layer's outputs with their tokens' rows: as one, where they are tuples of tables `[T, ...]`."""
+    if not outputs:
+        return []
+    if not all(_is_of_tables(output, len(of_tokens)) for output, of_tokens in zip(outputs, rows, strict=True)):
+        return list(zip(outputs, rows, strict=True))
+    return [(tuple(torch.cat(parts) for parts in zip(*outputs, strict=True)), np.concatenate(rows))]
+
+
+def _is_of_tables(output: Any, num_tokens: int) -> bool:
+    return isinstance(output, tuple) and all(
+        isinstance(part, torch.Tensor) and part.ndim == 2 and len(part) == num_tokens for part in output
+    )
 
 
 def _kind_of(choice: RouterChoice) -> str:
