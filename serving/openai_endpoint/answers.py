@@ -47,17 +47,30 @@ class Form:
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
 
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
         """Return the answer to a request without `stream`."""
-        content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
         kind = "chat.completion" if self.is_chat else "text_completion"
-        return {**self._head(kind), "choices": [self._choice(content, finish_reason)], "usage": usage.body}
+        return {**self._head(kind), "choices": choices, "usage": usage.body}
 
-    def piece(self, text: str | None, finish_reason: str | None = None, *, is_first: bool = False) -> str:
+    def choice(self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        """Return one of the answer's texts."""
+        content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def piece(
+        self,
+        index: int,
+        text: str | None,
+        finish_reason: str | None = None,
+        *,
+        is_first: bool = False,
+        logprobs: dict[str, Any] | None = None,
+    ) -> str:
         """Return one server-sent event; text None adds nothing."""
         delta = ({"role": "assistant"} if is_first else {}) | ({} if text is None else {"content": text})
         content = {"delta": delta} if self.is_chat else {"text": text or ""}
-        return event({**self._head(self._kind_of_piece), "choices": [self._choice(content, finish_reason)]})
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+        return event({**self._head(self._kind_of_piece), "choices": [choice]})
 
     def usage_piece(self, usage: Usage) -> str:
         """Return the event that `include_usage` asks for."""
@@ -69,9 +82,6 @@ class Form:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _choice(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
 
 
 def event(body: dict[str, Any]) -> str:

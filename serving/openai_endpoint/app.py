@@ -1,24 +1,20 @@
 """The endpoints: /v1/models, /v1/completions, /v1/chat/completions, /health and /metrics."""
 
-import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_records.user_text import encode, encode_chat, protect
-from deepseek_serving.monitoring.request_log import log_request, open_log
-from deepseek_serving.openai_endpoint.answers import Form, Usage, event
-from deepseek_serving.openai_endpoint.engine import Engine, Generation
+from deepseek_serving.monitoring.request_log import open_log
+from deepseek_serving.openai_endpoint.answering import Answer, Reply
+from deepseek_serving.openai_endpoint.engine import Engine
 from deepseek_serving.openai_endpoint.gate import Gate
 from deepseek_serving.openai_endpoint.metrics import Metrics
 from deepseek_serving.openai_endpoint.refusals import RequestRefusedError
@@ -29,7 +25,6 @@ from deepseek_serving.openai_endpoint.request_fields import (
     describe,
 )
 from deepseek_serving.openai_endpoint.sampling import SamplingSettings
-from deepseek_serving.openai_endpoint.text_stream import TextStream
 
 # OpenAI's own default where a completion names no max_tokens.
 _COMPLETION_TOKENS = 16
@@ -54,8 +49,8 @@ class Service:
         self.metrics = Metrics(engine, name, requests_folder)
         self.request_log = None if requests_folder is None else open_log(requests_folder, engine)
 
-    def begin(self, request: GenerationRequest) -> "Answer":
-        """Encode, check against the limits and take on one request.
+    def begin(self, request: GenerationRequest) -> list[Answer]:
+        """Encode, check against the limits and take on one request; returns an answer for each of its `n`.
 
         Args:
             request: Of either endpoint.
@@ -68,19 +63,25 @@ class Service:
                 404, f"model: this server has {self.name!r} only", param="model", code="model_not_found"
             )
         if isinstance(request, ChatRequest):
+            if request.top_logprobs is not None and not request.logprobs:
+                raise _bad("top_logprobs", "got a number without logprobs, expected logprobs: true with it")
             ids, field, asked = self._encode_chat(request), "messages", request.max_completion_tokens
         else:
             assert isinstance(request, CompletionRequest)
             ids, field, asked = self._encode_prompt(request), "prompt", None
         max_tokens = self._bound(request, len(ids), field, asked)
-        settings = SamplingSettings(
-            seed=secrets.randbits(63) if request.seed is None else request.seed,
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-        )
-        generation = self.engine.submit(ids, settings, max_tokens)
+        answers: list[Answer] = []
+        try:
+            for index in range(request.n or 1):
+                settings = _choose_sampling(request, index)
+                generation = self.engine.submit(ids, settings, max_tokens)
+                answers.append(Answer(self, request, generation, ids, settings, index))
+        except RequestRefusedError:
+            for answer in answers:
+                answer.generation.close()
+            raise
         self.metrics.prompt_tokens.inc(len(ids))
-        return Answer(self, request, generation, Usage(len(ids)), ids)
+        return answers
 
     def close(self) -> None:
         """Write what is left of the requests' counts, after the last answer."""
@@ -129,135 +130,6 @@ class Service:
         return asked
 
 
-class Answer:
-    """One request that is being answered.
-
-    Args:
-        service: The server's parts.
-        request: What was asked.
-        generation: Its tokens.
-        usage: With the prompt's tokens.
-        token_ids: Of the prompt.
-    """
-
-    def __init__(
-        self,
-        service: Service,
-        request: GenerationRequest,
-        generation: Generation,
-        usage: Usage,
-        token_ids: list[int],
-    ) -> None:
-        self.service = service
-        self.request = request
-        self.generation = generation
-        self.usage = usage
-        self.form = Form(service.name, is_chat=isinstance(request, ChatRequest))
-        self.finish_reason = "length"
-        self.is_told = False  # whether all events were sent
-        self._started = time.perf_counter()
-        self._first_at = self._started
-        self._token_ids = list(token_ids)
-
-    async def texts(self) -> AsyncIterator[str]:
-        """Yield the text in pieces; `finish_reason` and `usage` are known after the last."""
-        try:
-            async for text in self._texts():
-                yield text
-        except RequestRefusedError as error:
-            self._observe_duration(error.code or "")
-            raise
-
-    async def _texts(self) -> AsyncIterator[str]:
-        stream = TextStream(self.service.tokenizer, self.request.stops)
-        last = -1
-        async for ids in self.generation.tokens():
-            if self.usage.completion_tokens == 0:
-                self._first_at = time.perf_counter()
-                self.service.metrics.first_token.observe(self._first_at - self._started)
-            self.usage.completion_tokens += len(ids)
-            self.service.metrics.generated_tokens.inc(len(ids))
-            last = ids[-1]
-            self._token_ids += ids
-            text = stream.push(ids)
-            if text:
-                yield text
-            if stream.has_stopped:
-                break
-        rest = stream.finish()
-        if stream.has_stopped or last in self.service.engine.end_tokens:
-            self.finish_reason = "stop"
-        self._count_finished()
-        if rest:
-            yield rest
-
-    def _count_finished(self) -> None:
-        self._observe_duration("")
-        num_written = self.usage.completion_tokens
-        if num_written > 1:
-            self.service.metrics.per_token.observe((time.perf_counter() - self._first_at) / (num_written - 1))
-        log = self.service.request_log
-        if log is not None:
-            ids, is_cut = np.array(self._token_ids), self.finish_reason == "length"
-            self.generation.take = partial(log_request, log, ids, num_written, is_cut)
-
-    def _observe_duration(self, error_type: str) -> None:
-        metrics = self.service.metrics
-        metrics.duration.labels(metrics.name, error_type).observe(time.perf_counter() - self._started)
-
-    async def whole(self, http: Request) -> Response:
-        """Return the answer in one piece, or nothing to a client that has gone."""
-        gone = asyncio.ensure_future(_wait_for_disconnect(http))
-        work = asyncio.ensure_future(self._collect())
-        try:
-            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                self.service.metrics.disconnected.inc()
-                return Response(status_code=499)
-            return JSONResponse(self.form.whole(work.result(), self.finish_reason, self.usage))
-        finally:
-            gone.cancel()
-            work.cancel()
-            self.generation.close()
-
-    async def events(self) -> AsyncIterator[str]:
-        """Yield server-sent events; a failure on the way is one of them."""
-        try:
-            if self.form.is_chat:
-                yield self.form.piece("", is_first=True)
-            async for text in self.texts():
-                yield self.form.piece(text)
-            yield self.form.piece(None, self.finish_reason)
-            options = self.request.stream_options
-            if options is not None and options.include_usage:
-                yield self.form.usage_piece(self.usage)
-            yield "data: [DONE]\n\n"
-            self.is_told = True
-        except RequestRefusedError as error:
-            self.service.metrics.refused.labels(error.code).inc()
-            yield event(error.body)
-            self.is_told = True
-
-    async def _collect(self) -> str:
-        return "".join([text async for text in self.texts()])
-
-
-class _EventStream(StreamingResponse):
-    """Closes the generation also where the client goes before the first event is asked for."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.answer = answer
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            if not self.answer.is_told:
-                self.answer.service.metrics.disconnected.inc()
-            self.answer.generation.close()
-
-
 def build_app(service: Service, api_key: str | None = None) -> Gate:
     """Return the application.
 
@@ -276,11 +148,11 @@ def build_app(service: Service, api_key: str | None = None) -> Gate:
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, http: Request) -> Response:
-        return await _respond(service.begin(body), http)
+        return await Reply(service, body, service.begin(body)).respond(http)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, http: Request) -> Response:
-        return await _respond(service.begin(body), http)
+        return await Reply(service, body, service.begin(body)).respond(http)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -295,8 +167,15 @@ def build_app(service: Service, api_key: str | None = None) -> Gate:
     return Gate(app, metrics=service.metrics, api_key=api_key, max_body_bytes=service.engine.limits.max_body_bytes)
 
 
-async def _respond(answer: Answer, http: Request) -> Response:
-    return _EventStream(answer) if answer.request.stream else await answer.whole(http)
+def _choose_sampling(request: GenerationRequest, index: int) -> SamplingSettings:
+    """Settings of one of a request's answers: each draws by a seed of its own."""
+    return SamplingSettings(
+        seed=secrets.randbits(63) if request.seed is None else request.seed + index,
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        num_top=request.num_top or 0,
+        record=None if request.num_top is None else [],
+    )
 
 
 def _add_error_forms(app: FastAPI, metrics: Metrics) -> None:
@@ -320,11 +199,6 @@ def _add_error_forms(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(Exception)
     async def defect(_: Request, error: Exception) -> JSONResponse:
         return tell(RequestRefusedError(500, "the server failed at this request", code="defect"))
-
-
-async def _wait_for_disconnect(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _check_text(field: str, text: str) -> None:

@@ -35,7 +35,7 @@ class GenerationRequest(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=500)] | None = None
-    n: _One | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
     presence_penalty: _Nothing | None = None
     frequency_penalty: _Nothing | None = None
 
@@ -44,6 +44,11 @@ class GenerationRequest(_Strict):
         """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    @property
+    def num_top(self) -> int | None:
+        """How many of the likeliest tokens are told beside each chosen one; None tells no log-probabilities."""
+        raise NotImplementedError
+
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
@@ -51,7 +56,12 @@ class CompletionRequest(GenerationRequest):
     prompt: str | Annotated[list[int], Field(min_length=1)]
     best_of: _One | None = None
     echo: Literal[False] | None = None
-    logprobs: None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def num_top(self) -> int | None:
+        """The field `logprobs`."""
+        return self.logprobs
 
 
 class Message(_Strict):
@@ -66,8 +76,13 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def num_top(self) -> int | None:
+        """The field `top_logprobs` where `logprobs` is true."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def describe(found: list[dict[str, Any]]) -> tuple[str, str | None]:

@@ -7,7 +7,7 @@ whatever else is in the batch.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,16 @@ class SamplingSettings:
         seed: Two requests with the same seed, prompt and settings get the same random numbers.
         temperature: 0 always takes the likeliest token.
         top_p: Share of probability to sample from, above 0 and at most 1.
+        num_top: How many of the likeliest tokens are recorded beside the chosen one.
+        record: Gets each chosen token's log-probability, and the likeliest tokens with theirs, by the model alone;
+            None records nothing.
     """
 
     seed: int
     temperature: float = 1.0
     top_p: float = 1.0
+    num_top: int = 0
+    record: list[tuple[float, list[int], list[float]]] | None = field(default=None, compare=False)
 
 
 class RequestSampler(ContinuousBatchingLogitsProcessor):
@@ -76,6 +81,11 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
         drawn = [row for row, (settings, _) in enumerate(self._rows) if settings.temperature > 0]
         if drawn:
             chosen[drawn] = self._draw(scores[drawn], [self._rows[row] for row in drawn])
+        for row, (settings, _) in enumerate(self._rows):
+            if settings.record is not None:
+                logps = scores[row].float().log_softmax(dim=-1)
+                top = logps.topk(settings.num_top)
+                settings.record.append((float(logps[chosen[row]]), top.indices.tolist(), top.values.tolist()))
         if self.on_written is not None:
             num_rows = len(self._request_ids)  # rows behind them are filled up
             logits, of_rows = scores[:num_rows], chosen[:num_rows, None]

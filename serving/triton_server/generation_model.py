@@ -61,7 +61,7 @@ class GenerationModel:
                 body = CompletionRequest(model=_NAME, **fields)
             except ValidationError as error:
                 raise RequestRefusedError(400, describe([dict(one) for one in error.errors()])[0]) from None
-            answer = self.service.begin(body)
+            (answer,) = self.service.begin(body)
             work = asyncio.ensure_future(self._send(answer, sender))
             try:
                 while not work.done() and not sender.is_cancelled():

@@ -99,6 +99,53 @@ def test_sampling_is_each_requests_own(running, client):
     assert ask(temperature=0) == ask(temperature=1.5, top_p=1e-6) == greedy(running, "The", 24)[1]
 
 
+def test_several_answers_to_one_request(running, client):
+    ask = {"model": "tiny", "prompt": "The King", "max_tokens": 20}
+    several = client.completions.create(**ask, n=3, seed=5)
+    alone = [client.completions.create(**ask, seed=seed) for seed in (5, 6, 7)]
+    assert [choice.text for choice in several.choices] == [one.choices[0].text for one in alone]
+    assert [choice.index for choice in several.choices] == [0, 1, 2] and len(
+        {one.text for one in several.choices}
+    ) == 3
+    assert several.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+    assert several.usage.prompt_tokens == alone[0].usage.prompt_tokens
+    texts = ["", "", ""]
+    for chunk in client.completions.create(**ask, n=3, seed=5, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in several.choices]
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 5, "temperature": 0, "n": 2}
+    first, second = client.chat.completions.create(**chat).choices
+    assert first.message.content == second.message.content
+    wait_until(lambda: running.engine.num_live == 0)
+
+
+def test_log_probabilities_are_the_models_whole_and_streamed(running, client):
+    ask = {"model": "tiny", "prompt": "The King", "max_tokens": 12, "temperature": 0, "logprobs": 3}
+    told = client.completions.create(**ask).choices[0]
+    ids, text = greedy(running, "The King", 12)
+    prompt = make_tokenizer()("The King")["input_ids"]
+    with torch.inference_mode():
+        logps = running.engine.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    expected = [float(row[token]) for row, token in zip(logps, ids, strict=True)]
+    assert told.text == text and told.logprobs.token_logprobs == pytest.approx(expected, abs=1e-4)
+    for row, likeliest in zip(logps, told.logprobs.top_logprobs, strict=True):
+        assert max(likeliest.values()) == pytest.approx(float(row.max()), abs=1e-4) and 1 <= len(likeliest) <= 3
+    assert told.logprobs.text_offset == sorted(told.logprobs.text_offset) and told.logprobs.text_offset[0] == 0
+    streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**ask, stream=True)]
+    pieces = [logp for one in streamed if one is not None for logp in one.token_logprobs]
+    assert pieces == pytest.approx(told.logprobs.token_logprobs, abs=1e-5)
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 6, "temperature": 0}
+    entries = client.chat.completions.create(**chat, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert len(entries) <= 6
+    for entry in entries:
+        assert [one.logprob for one in entry.top_logprobs] == sorted(
+            (o.logprob for o in entry.top_logprobs), reverse=True
+        )
+        assert entry.logprob == pytest.approx(entry.top_logprobs[0].logprob, abs=1e-5)  # greedy takes the likeliest
+    with pytest.raises(openai.BadRequestError, match="top_logprobs"):
+        client.chat.completions.create(**chat, top_logprobs=2)
+
+
 def test_a_stop_string_ends_the_text_and_the_work(running, client):
     _, text = greedy(running, "The King", 40)
     stop = text[10:12]
@@ -134,8 +181,11 @@ BAD = [
     ({"temperature": float("nan")}, 400, "temperature"),
     ({"temperature": -3}, 400, "temperature"),
     ({"top_p": 0}, 400, "top_p"),
-    ({"n": 2}, 400, "n"),
-    ({"logprobs": 3}, 400, "logprobs"),
+    ({"n": 17}, 400, "n"),
+    ({"n": 0}, 400, "n"),
+    ({"logprobs": 6}, 400, "logprobs"),
+    ({"logprobs": True}, 400, "logprobs"),
+    ({"best_of": 2}, 400, "best_of"),
     ({"presence_penalty": 0.5}, 400, "presence_penalty"),
     ({"stop": [""]}, 400, "stop"),
     ({"generation_config": "{}"}, 400, "generation_config"),
