@@ -17,7 +17,7 @@ from deepseek_serving.openai_endpoint.app import Service
 from deepseek_serving.openai_endpoint.engine import Engine, Limits
 from deepseek_serving.openai_endpoint.refusals import RequestRefusedError
 from deepseek_serving.openai_endpoint.request_fields import CompletionRequest, describe
-from deepseek_serving.triton_server.stub import begin_stub, device_of, read_settings, string_tensor
+from deepseek_serving.triton_server.stub import LiveCount, begin_stub, device_of, read_settings, string_tensor
 
 _NAME = "generate"
 _SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "stream")
@@ -30,6 +30,7 @@ class GenerationModel:
     def initialize(self, args: dict[str, Any]) -> None:
         """Load the model and start the engine; called by Triton."""
         begin_stub(args)
+        self.live = LiveCount(args)
         settings = read_settings(args)
         options = {"trust_remote_code": settings["trust_remote_code"]}
         tokenizer = load_tokenizer(settings["checkpoint"], **options)
@@ -54,6 +55,7 @@ class GenerationModel:
         self.engine.__exit__()
 
     async def _answer(self, fields: dict[str, Any] | str, sender: Any) -> None:
+        self.live.add(1)
         try:
             if isinstance(fields, str):
                 raise RequestRefusedError(400, fields)
@@ -79,6 +81,8 @@ class GenerationModel:
         except Exception as error:  # every request must get its end
             pb_utils.Logger.log_error(f"a request failed: {type(error).__name__}")
             _refuse(sender, "the server failed at this request", 500)
+        finally:
+            self.live.add(-1)
 
     async def _send(self, answer: Any, sender: Any) -> None:
         held = ""

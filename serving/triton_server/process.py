@@ -208,6 +208,14 @@ class TritonProcess:
             time.sleep(0.05)
         self.sweep()
 
+    def count_live(self, name: str) -> int:
+        """Return how many requests a decoupled model had not answered when it was last heard of.
+
+        Args:
+            name: The model.
+        """
+        return int(_read(f"{self.run_folder}/{name}.live") or 0)
+
     def end_stub(self, pid: int) -> None:
         """Kill one model's process.
 

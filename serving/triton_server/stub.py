@@ -37,6 +37,26 @@ def begin_stub(args: dict[str, Any]) -> None:
     _KEPT.append(family)
 
 
+class LiveCount:
+    """How many requests a decoupled model has not answered yet, where the supervisor can read it after a sudden death.
+
+    Args:
+        args: From Triton.
+    """
+
+    def __init__(self, args: dict[str, Any]) -> None:
+        run = os.environ.get(RUN_VARIABLE)
+        self._file = open(Path(run, f"{args['model_name']}.live"), "wb", buffering=0) if run else None  # noqa: SIM115
+        self._number = 0
+        self.add(0)
+
+    def add(self, number: int) -> None:
+        """Count requests that have come, or gone."""
+        self._number += number
+        if self._file is not None:
+            os.pwrite(self._file.fileno(), f"{self._number:9}".encode(), 0)
+
+
 _KEPT: list[Any] = []  # a family that nobody holds is taken out of the metrics
 
 

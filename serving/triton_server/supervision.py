@@ -80,18 +80,20 @@ class Supervisor:
     def look(self) -> None:
         """Look once, and bring back what is dead."""
         if not self.process.is_alive:
-            self._restart_server()
+            self._restart_server("it has ended")
             return
         alive = self.process.stubs()
         for name in self.process.models:
             if alive.get(name) is None or alive[name] != self._stubs.get(name):
                 self._heal(name, "its process has died")
+                return
         if time.monotonic() - self._probed_at > self.probe_every_s:
             self._probed_at = time.monotonic()
             for name in self.process.models:
                 told = self.probe(name)
                 if told is not None:
                     self._heal(name, told)
+                    return
 
     def probe(self, name: str) -> str | None:
         """Ask a model for one real answer, ahead of its queue.
@@ -119,6 +121,9 @@ class Supervisor:
     def _heal(self, name: str, why: str) -> None:
         """Unload and load one model."""
         self._count(name, why)
+        if self.process.count_live(name):
+            self._restart_server(f"requests that {name} had begun would wait for ever")
+            return
         began = time.monotonic()
         stub = self.process.stubs().get(name)
         if stub is not None:
@@ -137,8 +142,9 @@ class Supervisor:
         self.process.sweep()
         print(f"triton: {name} is back after {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
 
-    def _restart_server(self) -> None:
-        self._count(SERVER, "it has ended")
+    def _restart_server(self, why: str) -> None:
+        """Start everything again; open connections break, which is the only answer that their clients can get."""
+        self._count(SERVER, why)
         self.process.kill_group()
         self.process.start()
         self.begin()

@@ -3,14 +3,18 @@
 import http.client
 import json
 import resource
+import ssl
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+from certificates import make_certificate
 from endpoint_server import make_model, serving, wait_until
 
 
@@ -127,6 +131,19 @@ def test_a_key_is_asked_for_and_a_foreign_host_refused():
         for host in ("example.com", "example.com:80", "127.0.0.1.example.com", ""):
             assert get(running, "/v1/models", Host=host) == 403, host
     assert not [thread for thread in threading.enumerate() if "_run_generation_loop" in thread.name]
+
+
+def test_tls_answers_who_trusts_the_certificate_and_nobody_in_plain_text(tmp_path):
+    certificate, key = make_certificate(tmp_path)
+    with serving(make_model("ours"), tls=(str(certificate), str(key))) as running:
+        with urllib.request.urlopen(
+            f"{running.url}/health", context=ssl.create_default_context(cafile=certificate)
+        ) as told:
+            assert json.load(told) == {"status": "ok"}
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            urllib.request.urlopen(f"{running.url}/health")
+        with pytest.raises((OSError, http.client.HTTPException)):
+            urllib.request.urlopen(running.url.replace("https", "http"), timeout=10)
 
 
 @pytest.mark.slow
