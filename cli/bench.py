@@ -163,10 +163,17 @@ def _add_rewards(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a local folder or a Hub id")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default="built",
+        help="a deepseek_v3 checkpoint; built: a small one of random weights that every server can load",
+    )
     parser.add_argument("--prompts", type=int, default=64, help="asked in each round, at least 1")
-    parser.add_argument("--max-tokens", type=int, default=48, help="of each answer, at least 1")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, at least 1")
+    parser.add_argument("--max-tokens", type=int, default=32, help="of each answer, at least 1")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each number of clients, at least 1")
+    parser.add_argument("--most-clients", type=int, default=64, help="1, 2, 4 and so on up to this many at once")
     _add_output(parser, "serving")
 
 
@@ -257,10 +264,10 @@ Finished runs in the folder are taken as they are; one that stopped begins again
     Benchmark(
         "serving",
         "serving",
-        "Time the server with 1, 4 and 16 clients against generate in a loop, and compare the answers.",
+        "Time our servers and others' with 1 to 64 clients, and compare the answers.",
         """
-  deepseek-moe bench serving runs/demo/align/model
-  deepseek-moe bench serving MODEL --prompts 16 --rounds 3
+  deepseek-moe bench serving
+  deepseek-moe bench serving MODEL --prompts 16 --rounds 1 --most-clients 16
 """,
         _add_serving,
     ),

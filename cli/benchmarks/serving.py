@@ -1,110 +1,63 @@
-"""What batching of requests gains: `deepseek-moe serve` with several clients against `generate` in a loop.
+"""How serving grows with clients: our endpoint, Triton, `transformers serve` and vLLM on one model, in one run.
 
-``deepseek-moe bench serving MODEL`` starts the real command in a process of its own and asks it over HTTP, greedy,
-with the same prompts that a loop over `generate` continues one after the other. The kinds take turns within one run,
-and every answer's text is held against the loop's.
+``deepseek-moe bench serving`` builds a small model that all of them can load (random weights, DeepSeek-V3's class,
+latents of 512 and rotated keys of 64, as vLLM wants on a CPU), or takes MODEL. Generation is held against a loop over
+`generate`, scoring by Triton with dynamic batching against Triton without it; every answer is held against
+transformers' own. Each server runs in a process of its own and is asked over HTTP.
 """
 
 import argparse
-import http.client
 import json
 import os
-import re
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from deepseek_cli.benchmarks import serving_peers as peers
 from deepseek_cli.benchmarks.result_files import BenchmarkRun
+from deepseek_cli.benchmarks.serving_load import Answer, make_prompts, run_load
+from deepseek_cli.benchmarks.serving_table import draw, format_tables
 from deepseek_records.exit_codes import RunFailedError
 from deepseek_records.loading import load_model, load_tokenizer
 from deepseek_records.user_text import encode, protect
+from deepseek_serving.hf_export import export_deepseek_v3
+from deepseek_serving.triton_server.batched_compute import log_likelihoods
 from deepseek_training.data.texts import load_texts
+from deepseek_training.data.tokenizer import train_tokenizer
+from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
-CLIENTS = (1, 4, 16)
 LOOP = "generate in a loop"
+CLIENTS = (1, 2, 4, 8, 16, 32, 64)
+# What a short run asks for; the model of random weights is called so in the table.
+BUILT = "built"
+_SCORED_PER_PROMPT = 4
 
 
-@dataclass
-class Answer:
-    """One continued prompt.
-
-    Attributes:
-        text: The continuation.
-        num_tokens: Tokens written.
-        seconds: From the request to the whole answer.
-    """
-
-    text: str
-    num_tokens: int
-    seconds: float
-
-
-def make_prompts(number: int) -> list[str]:
-    """Return the first 4 to 19 words of embedded documents.
+def build_model(folder: Path) -> None:
+    """Write a model of random weights and a tokenizer.
 
     Args:
-        number: How many.
+        folder: Where to.
     """
-    texts = load_texts("books")
-    paragraphs = [part for text in texts for part in text.split("\n\n") if len(part.split()) > 20]
-    return [" ".join(part.split()[: 4 + place % 16]) for place, part in enumerate(paragraphs[:number])]
-
-
-@contextmanager
-def started_server(model: str, max_tokens: int) -> Iterator[int]:
-    """Run the command, yield its port and end it.
-
-    Args:
-        model: As for the command.
-        max_tokens: Likewise.
-
-    Raises:
-        RunFailedError: It did not start.
-    """
-    words = [model, "--port", "0", "--name", "model", "--max-tokens", str(max_tokens)]
-    command = [sys.executable, "-m", "deepseek_cli.main", "serve", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            assert process.stdout is not None
-            said = re.search(r"http://127\.0\.0\.1:(\d+)/v1", process.stdout.readline())
-            if said is None:
-                raise RunFailedError(
-                    "bench serving: the server did not start; deepseek-moe serve with this model says why"
-                )
-            yield int(said[1])
-        finally:
-            process.terminate()
-
-
-def ask(port: int, max_tokens: int, prompt: str) -> Answer:
-    """Ask the server for one answer.
-
-    Args:
-        port: Where it listens.
-        max_tokens: Of the answer.
-        prompt: What is continued.
-
-    Raises:
-        RunFailedError: The server refused.
-    """
-    began = time.perf_counter()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    body = {"model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    told = json.loads(connection.getresponse().read())
-    connection.close()
-    if "choices" not in told:
-        raise RunFailedError(f"bench serving: the server refused ({told['error']['message']})")
-    return Answer(told["choices"][0]["text"], told["usage"]["completion_tokens"], time.perf_counter() - began)
+    torch.manual_seed(0)
+    config = DeepseekConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=4,
+        first_k_dense_replace=1, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=16,
+        num_experts_per_tok=2, n_group=1, topk_group=1, kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64,
+        qk_nope_head_dim=64, v_head_dim=64, max_position_embeddings=512, num_nextn_predict_layers=0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.1,
+    )  # fmt: skip
+    model = DeepseekForCausalLM(config).eval()
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias.normal_(0, 0.1)
+    export_deepseek_v3(model, folder)
+    train_tokenizer(load_texts("books"), config.vocab_size, model_max_length=512).save_pretrained(folder)
 
 
 @torch.inference_mode()
@@ -126,58 +79,67 @@ def generate(model: Any, tokenizer: Any, max_tokens: int, prompt: str) -> Answer
     return Answer(text, len(written), time.perf_counter() - began)
 
 
-def measure(kinds: dict[str, Any], prompts: list[str], rounds: int) -> dict[str, Any]:
-    """Return tokens per second and seconds per answer of each kind, in turn, and how many texts equal the loop's.
+def score(model: Any, tokenizer: Any, text: str) -> Answer:
+    """Score one text in this process.
 
     Args:
-        kinds: (Clients, function of a prompt) by name; the loop among them.
-        prompts: Asked in each round by each kind.
-        rounds: The median of these is taken; one more comes before them.
+        model: In evaluation mode.
+        tokenizer: The model's.
+        text: What is scored.
     """
-    rates: dict[str, list[float]] = {name: [] for name in kinds}
-    answers: dict[str, list[Answer]] = {}
-    for turn in range(rounds + 1):
-        for name, (num_clients, answer) in kinds.items():
-            with ThreadPoolExecutor(num_clients) as pool:
-                began = time.perf_counter()
-                answers[name] = list(pool.map(answer, prompts))
-                seconds = time.perf_counter() - began
-            if turn:
-                rates[name].append(sum(one.num_tokens for one in answers[name]) / seconds)
-    return {name: _describe(rates[name], answers[name], answers[LOOP]) for name in kinds}
+    began = time.perf_counter()
+    ids = encode(protect(text, tokenizer), tokenizer, add_special_tokens=True)
+    scores, counts = log_likelihoods(model, [([], ids)], 1 << 20)
+    return Answer(float(scores[0]), int(counts[0]), time.perf_counter() - began)
 
 
-def _describe(rates: list[float], answers: list[Answer], expected: list[Answer]) -> dict[str, float]:
-    seconds = sorted(one.seconds for one in answers)
+def measure(
+    kinds: dict[str, Callable[[], AbstractContextManager[peers.Ask]]],
+    prompts: list[str],
+    expected: list[Any],
+    *,
+    clients: list[int],
+    rounds: int,
+) -> dict[str, Any]:
+    """Return each kind's figures by number of clients, the median of the rounds.
+
+    Args:
+        kinds: What starts each server, by its name in the table.
+        prompts: Asked in each round.
+        expected: The right answers.
+        clients: Numbers of clients.
+        rounds: Timed rounds of each number; one more, of the most clients, comes first.
+    """
+    figures: dict[str, Any] = {}
+    for name, start in kinds.items():
+        try:
+            with start() as ask:
+                run_load(ask, prompts, max(clients), None)
+                figures[name] = {
+                    str(number): _median([run_load(ask, prompts, number, expected) for _ in range(rounds)])
+                    for number in clients
+                }
+        except (peers.AbsentError, RunFailedError) as error:  # the others are measured all the same
+            figures[name] = {"absent": str(error)}
+        print(f"{name}: {_summarize(figures[name])}", flush=True)
+    return figures
+
+
+def _median(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {
-        "tokens_per_second": statistics.median(rates),
-        "p50_s": seconds[len(seconds) // 2],
-        "p95_s": seconds[len(seconds) * 95 // 100],
-        "num_equal": sum(one.text == other.text for one, other in zip(answers, expected, strict=True)),
+        key: min(one[key] for one in rounds) if key == "num_equal" else statistics.median(one[key] for one in rounds)
+        for key in rounds[0]
     }
 
 
-def format_table(figures: dict[str, Any], num_prompts: int) -> str:
-    """Return the table.
-
-    Args:
-        figures: From `measure`.
-        num_prompts: Of each round.
-    """
-    lines = [
-        "| | tokens/s | against the loop | answer p50, s | p95, s | same text |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in figures.items():
-        rate = row["tokens_per_second"]
-        ratio = rate / figures[LOOP]["tokens_per_second"]
-        times = f"{row['p50_s']:.2f} | {row['p95_s']:.2f}"
-        lines.append(f"| {name} | {rate:.0f} | {ratio:.2f} | {times} | {row['num_equal']} of {num_prompts} |")
-    return "\n".join(lines)
+def _summarize(figures: dict[str, Any]) -> str:
+    if "absent" in figures:
+        return f"left out ({figures['absent']})"
+    return ", ".join(f"{number}: {row['tokens_per_second']:.0f}" for number, row in figures.items()) + " tokens/s"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table and write all figures as JSON.
+    """Print the tables and write figures and picture.
 
     Args:
         args: The options of ``deepseek-moe bench serving``.
@@ -185,25 +147,47 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: A number is out of range.
     """
-    for name in ("prompts", "max_tokens", "rounds"):
+    for name in ("prompts", "max_tokens", "rounds", "most_clients"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
-    model, tokenizer = load_model(args.model, attn_implementation="sdpa"), load_tokenizer(args.model)
-    settings = {"model": args.model, "prompts": args.prompts, "max_tokens": args.max_tokens, "rounds": args.rounds}
+    names = ("prompts", "max_tokens", "rounds", "most_clients")
+    settings = {"model": args.model} | {name: getattr(args, name) for name in names}
     bench = BenchmarkRun("serving", args.output, settings, overwrite=args.overwrite)
+    source = args.model
+    if source == BUILT:
+        source = str(bench.folder.path / "model")
+        build_model(Path(source))
+    model, tokenizer = load_model(source, attn_implementation="sdpa"), load_tokenizer(source)
     prompts = make_prompts(args.prompts)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads each in server and loop, load "
-        f"{os.getloadavg()[0]:.1f}, {size:.1f} M parameters, {len(prompts)} prompts, {args.max_tokens} tokens each",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads in each server, load {os.getloadavg()[0]:.1f}, "
+        f"{size:.1f} M parameters, {len(prompts)} prompts, {args.max_tokens} tokens each",
         flush=True,
     )
-    with started_server(args.model, args.max_tokens) as port:
-        kinds: dict[str, Any] = {LOOP: (1, partial(generate, model, tokenizer, args.max_tokens))}
-        for number in CLIENTS:
-            kinds[f"serve, {number} client{'s' * (number > 1)}"] = (number, partial(ask, port, args.max_tokens))
-        figures = measure(kinds, prompts, args.rounds)
-    table = format_table(figures, len(prompts))
-    print(table)
-    bench.finish(figures, table)
+    clients = [number for number in CLIENTS if number <= args.most_clients]
+    loop = partial(generate, model, tokenizer, args.max_tokens)
+    loop(prompts[0])
+    rounds = [run_load(loop, prompts, 1, None) for _ in range(args.rounds)]
+    texts = [loop(prompt).value for prompt in prompts]
+    scored = prompts * _SCORED_PER_PROMPT
+    scores = [score(model, tokenizer, text).value for text in prompts] * _SCORED_PER_PROMPT
+    generation = {LOOP: {"1": _median(rounds) | {"num_equal": len(prompts)}}}
+    kinds = {
+        "transformers serve": partial(peers.transformers_serve, source, args.max_tokens),
+        "deepseek-moe serve": partial(peers.endpoint, source, args.max_tokens),
+        "Triton, generate": partial(peers.triton, source, args.max_tokens, kind="generate"),
+        "vLLM": partial(peers.vllm, source, args.max_tokens),
+    }
+    generation |= measure(kinds, prompts, texts, clients=clients, rounds=args.rounds)
+    batching = {
+        "batching on": partial(peers.triton, source, args.max_tokens, kind="score"),
+        "batching off": partial(peers.triton, source, args.max_tokens, kind="score", max_batch=1),
+    }
+    scoring = measure(batching, scored, scores, clients=clients, rounds=args.rounds)
+    figures = {"generation": generation, "scoring": scoring, "prompts": len(prompts), "scored": len(scored)}
+    tables = format_tables(figures)
+    print(tables)
+    draw(figures, bench.folder.path / "serving.png")
+    bench.finish(json.loads(json.dumps(figures)), tables)
     return 0
