@@ -204,7 +204,8 @@ def merge_adapter(source: str, base: str | None = None, **options: Any) -> PreTr
         FileNotFoundError: There is no base model.
         ValueError: The adapter does not fit it.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
 
     model = load_model(base_of_adapter(source) if base is None else base, **options)
     try:
@@ -214,7 +215,15 @@ def merge_adapter(source: str, base: str | None = None, **options: Any) -> PreTr
                 "its base model's experts are in 4 bits; merge it into the model they were quantized from"
             )
         settings.task_type = None  # or PEFT looks for generation in a sequence classifier
-        merged = PeftModel.from_pretrained(model, source, config=settings).merge_and_unload().eval()
+        adapted = PeftModel.from_pretrained(model, source, config=settings)
+        saved = load_peft_weights(source, device="cpu").keys()
+        known = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        strangers = sorted({name for name in saved if ".lora_" in name} - known)
+        if strangers:  # PEFT only warns
+            raise ValueError(
+                f"{len(strangers)} of its {len(saved)} tensors belong to no module, {strangers[0]} among them"
+            )
+        merged = adapted.merge_and_unload().eval()
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"adapter: {source} cannot be put on its base model ({first_line(error)})") from None
     for parameter in merged.parameters():  # PEFT leaves them frozen

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deepseek_records.loading import load_model, load_tokenizer, resolve_checkpoint
+from deepseek_records.loading import load_model, load_tokenizer, merge_adapter, resolve_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +145,12 @@ def test_no_tokenizer(copy):
     with pytest.raises(FileNotFoundError, match=f"tokenizer: {copy} holds none, expected tokenizer.json") as caught:
         load_tokenizer(copy)
     one_line(caught)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, vocab_size=97)
+    deep, base = (LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=depth)) for depth in (2, 1))
+    base.save_pretrained(tmp_path / "base")
+    get_peft_model(deep, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"^adapter: .* \(2 of its 4 tensors belong to no module, .*layers\.1\."):
+        merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "base"))
