@@ -97,6 +97,8 @@ def quantize_experts(model: nn.Module, bits: int = 4, format: str = "nf4", group
         torch.uint8
     """
     fmt = find_format(bits, format, group_size)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected a loaded model (AutoModelForCausalLM...)")
     modules = packable_experts(model, fmt)
     for experts in modules:
         weights = begin_four_bits(experts, fmt)

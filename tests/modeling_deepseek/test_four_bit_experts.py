@@ -124,6 +124,8 @@ def test_codes_stay_bit_for_bit_while_an_adapter_trains():
 
 
 def test_what_cannot_be_quantized_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="model: got NoneType, expected a loaded model"):
+        quantize_experts(None)
     with pytest.raises(ValueError, match="4 bits already"):
         quantize_experts(quantize_experts(build(), group_size=32), group_size=32)
     with pytest.raises(ValueError, match="group_size: got 64, expected a divisor of gate_up_proj's 32 inputs"):

@@ -25,12 +25,13 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_by_chance(step):
-    """The same draw in every process, another one after every restart."""
+def die_by_chance(step, is_last):
+    """The same draw in every process, another one after every restart; in the last step die for certain."""
     counter = Path(os.environ["DEATH_FILE"])
     deaths = len(counter.read_text()) if counter.exists() else 0
     draw = random.Random(f"{step} {deaths}")
-    if deaths < int(os.environ["DEATHS"]) and draw.random() < 1 / 3 and draw.randrange(WORLD_SIZE) == RANK:
+    is_time = draw.random() < 1 / 3 or is_last
+    if deaths < int(os.environ["DEATHS"]) and is_time and draw.randrange(WORLD_SIZE) == RANK:
         with counter.open("a") as file:
             file.write("x")
         die()
@@ -42,7 +43,7 @@ class FailingTrainer(stage_trainer.StageTrainer):
     def compute_loss(self, model, *args, **kwargs):
         fault, step = os.environ["FAULT"], self.state.global_step + 1
         if fault == "deaths":
-            die_by_chance(step)
+            die_by_chance(step, step == self.state.max_steps)
         elif RANK == WORLD_SIZE - 1 and step == int(os.environ["FAULT_STEP"]):
             if fault == "kill":
                 die()

@@ -61,16 +61,29 @@ def prepare_engine(timeout_s: int = 1800) -> dict[str, Any]:
         return {}
     if engine is DistributedType.DEEPSPEED:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        PartialState(backend="gloo", timeout=timeout)
+        PartialState(backend="gloo", timeout=timeout, **_store_of_this_attempt(timeout))
     elif engine is DistributedType.FSDP or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # `TrainingArguments` (5.23) has a process on a CPU wait as long as torch does by default.
-        state = PartialState(cpu=True, timeout=timeout)
+        state = PartialState(cpu=True, timeout=timeout, **_store_of_this_attempt(timeout))
         if engine is DistributedType.FSDP:
             # Accelerate looks for an FSDP plugin only on this type; it never asks what the device is.
             state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     else:
         return {}
     return {"use_configured_state": True}
+
+
+def _store_of_this_attempt(timeout: timedelta) -> dict[str, Any]:
+    """Arguments of a process group that does not read addresses which processes before a restart have left.
+
+    torchrun (torch 2.13) keeps its store over `--max-restarts`, so a process may look for one that is dead.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(host, port, is_master=False, timeout=timeout)
+    named = torch.distributed.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": named, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
 
 
 @contextlib.contextmanager

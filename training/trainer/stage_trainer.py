@@ -252,7 +252,8 @@ def run_training(
     checkpoint = last_complete_checkpoint(run.path / "checkpoints")
     if checkpoint:
         check_writer(checkpoint, trainer)
-        logger.warning("going on from %s", checkpoint)
+        if trainer.is_first:
+            logger.warning("going on from %s", checkpoint)
         loads = [row["tokens_per_expert"] for row in run.metrics if "tokens_per_expert" in row]
         if trainer.figures is not None:
             trainer.figures.take_logged_load(loads[-1] if loads else [])
