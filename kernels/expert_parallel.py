@@ -106,7 +106,8 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        return _sum_rows(grad_rows, *ctx.saved_tensors, ctx.num_slots), None, None, None
+        slot_row, tokens = ctx.saved_tensors
+        return _sum_rows(grad_rows, slot_row, tokens, ctx.num_slots), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
@@ -135,7 +136,8 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchanged(grad_rows, *reversed(ctx.sizes), ctx.group), None, None, None
+        send, receive = ctx.sizes
+        return _exchanged(grad_rows, receive, send, ctx.group), None, None, None
 
 
 def _exchanged(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -94,7 +94,7 @@ def score(model: Any, tokenizer: Any, text: str) -> Answer:
 
 
 def measure(
-    kinds: dict[str, Callable[[], AbstractContextManager[peers.Ask]]],
+    kinds: Mapping[str, Callable[[], AbstractContextManager[peers.Ask]]],
     prompts: list[str],
     expected: list[Any],
     *,
