@@ -84,7 +84,8 @@ class TritonProcess:
         self.listening = listening
         self.grace_s = grace_s
         self.models = sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
-        self.run_folder = Path(tempfile.mkdtemp(prefix="deepseek-moe-triton-"))
+        # Made by `start`: one that is never started leaves nothing behind.
+        self.run_folder = Path(tempfile.gettempdir(), f"deepseek-moe-triton-{secrets.token_hex(8)}")
         self.log = self.run_folder / "server.log"
         self._admin_key = secrets.token_hex(16)
         self._prefix = f"deepseek_moe_{os.getpid()}_{secrets.token_hex(4)}_"
@@ -98,6 +99,7 @@ class TritonProcess:
         """
         for port in (self.listening.http_port, self.listening.grpc_port, self.listening.metrics_port):
             _check_free(port)
+        self.run_folder.mkdir(mode=0o700, exist_ok=True)
         environment = os.environ | {
             "PATH": f"{self.installation.python / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
             "LD_LIBRARY_PATH": _join(sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")),
