@@ -35,6 +35,7 @@ SUBCOMMANDS = (
     "dpo",
     "evaluate",
     "generate",
+    "explain",
     "serve",
     "monitor",
     "merge",

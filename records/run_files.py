@@ -26,6 +26,7 @@ _OWN_FILES = (
     *(RECIPE_FILE, ENVIRONMENT_FILE, INPUTS_FILE, METRICS_FILE, SUMMARY_FILE, LOCK_FILE),
     *("results.json", "results.csv", "table.txt", "curves.png", "before.json", "samples.jsonl", "samples_*.jsonl"),
     *("prompts_*.jsonl.gz", "report.html", "README.md", "block.png", "counts.json", "croissant.json", "*.partial"),
+    *("explain.json", "explain.html"),
 )
 # What `save_pretrained`, `Trainer` and FSDP write into a model or a checkpoint.
 _WEIGHT_FILES = (

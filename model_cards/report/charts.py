@@ -75,7 +75,7 @@ def line_chart(panel: dict[str, Any]) -> Source:
     """Draw one panel of lines.
 
     Args:
-        panel: ``title``, ``ylabel`` and ``lines``, a list of (name, xs, ys).
+        panel: ``title``, ``ylabel`` and ``lines``, a list of (name, xs, ys); ``xlabel`` where x is not a step.
 
     Returns:
         The sources for a light and a dark page.
@@ -89,10 +89,11 @@ def line_chart(panel: dict[str, Any]) -> Source:
             style = {"marker": "o", "markersize": 3.5} if len(xs) <= 12 else {}
             axes.plot(xs, ys, color=SERIES[i % len(SERIES)], linewidth=1.6, label=name, **style)
         axes.set_title(panel["title"])
-        axes.set_xlabel("step")
+        axes.set_xlabel(panel.get("xlabel", "step"))
         axes.set_ylabel(panel["ylabel"])
         _legend_below(axes, [name for name, *_ in panel["lines"]])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        if "xlabel" not in panel:
+            axes.xaxis.get_major_locator().set_params(integer=True)
         return _to_source(figure)
 
 

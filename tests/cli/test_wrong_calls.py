@@ -343,6 +343,18 @@ CALLS = {
     "launch pretrain-debug --output out --partition gpu": "--partition",
     "launch pretrain-debug --output out --image me/moe": "--image",
     "launch pretrain-debug --output out --on slurm --claim runs": "--claim",
+    "explain nothing": "nothing",
+    "explain {dense}": "dense",
+    "explain {model} --text ''": "--text",
+    "explain {model} --text a": "--text",
+    "explain {model} --mask 99:0": "--mask",
+    "explain {model} --mask 1:999": "expert",
+    "explain {model} --mask 1": "--mask",
+    "explain {model} --experts x": "--experts",
+    "explain {model} --passages 1": "--passages",
+    "explain {model} --data nowhere": "nowhere",
+    "explain {model} --data ,": "--data",
+    "explain {model} --data books,books": "--data",
     "doctor nothing": "nothing",
     "doctor config": "config.json",
     "doctor foreign": "foreign",
@@ -398,7 +410,11 @@ def test_one_line_code_2_and_nothing_written(call, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     before = written(place)
     try:
-        code = main(shlex.split(call.replace("{model}", str(MODEL)).replace("{{", "{")))
+        code = main(
+            shlex.split(
+                call.replace("{model}", str(MODEL)).replace("{dense}", str(MODEL.parent / "llama")).replace("{{", "{")
+            )
+        )
     except SystemExit as stopped:
         code = stopped.code
     printed = capsys.readouterr()

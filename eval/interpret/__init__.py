@@ -1,0 +1,1 @@
+"""What experts and inputs contribute: what an expert takes, what is lost without it, what drove a prediction."""
