@@ -36,6 +36,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 build_app(service, api_key),
+                log_config=None,  # its own closes every log handler of the process
                 log_level="error",
                 access_log=False,
                 server_header=False,

@@ -1,7 +1,9 @@
 """Readers that go, a full queue, the time limit, a dead model, and the end: nothing is lost without an answer."""
 
 import http.client
+import io
 import json
+import logging
 import resource
 import ssl
 import threading
@@ -178,3 +180,21 @@ def resident_bytes():
     """Of this process, the server's and the clients' alike."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def test_a_server_leaves_the_log_handlers_of_the_process_open():
+    """Whoever serves from a program of their own keeps the log, and a handler that owns a stream keeps that."""
+
+    class Owning(logging.StreamHandler):
+        def close(self):
+            self.stream.close()
+            super().close()
+
+    handler = Owning(io.StringIO())
+    logging.getLogger("of_the_program").addHandler(handler)
+    try:
+        with serving(make_model("ours")) as running:
+            assert open_request(running, max_tokens=1).getresponse().status == 200
+        assert not handler.stream.closed
+    finally:
+        logging.getLogger("of_the_program").removeHandler(handler)
