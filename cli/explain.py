@@ -156,6 +156,7 @@ def format_explanation(found: dict[str, Any]) -> str:
             spread = "" if error is None else f" +- {error:.3f}"
             line = f"{name}: better than random orders by {gain:.3f}{spread} nats, p = {tested[f'{name}_p']:.4f}"
             lines += ["", line] if name == "deletion" else [line]
+        lines.append(f"largest completeness error of {tested['num_texts']} texts: {tested['most_error']:.1e}")
     elif found["settings"]["num_faithful"]:
         lines += ["", "attributions were not tested: no captum; pip install 'deepseek-moe[explain]'"]
     return "\n".join(lines)

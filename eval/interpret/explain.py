@@ -252,10 +252,13 @@ def _test_attributions(
     rounds = zip(*(rows + [None] * (settings.passages - len(rows)) for rows in by_domain.values()), strict=True)
     chosen = [passage for row in rounds for passage in row if passage is not None][: settings.num_faithful]
     curves: list[TextCurves] = []
+    errors = []
     for number, passage in enumerate(tqdm(chosen, desc="faithfulness", unit="text")):
         reading = Reading(loaded.model, passage.token_ids[: settings.faithful_length])
-        curves.append(trace_curves(reading, attribute(reading, reading.next_token_target), settings.seed + number))
-    return sum_up(curves, settings.seed) if curves else None
+        attribution = attribute(reading, reading.next_token_target)
+        errors.append(attribution.error)
+        curves.append(trace_curves(reading, attribution, settings.seed + number))
+    return sum_up(curves, errors, settings.seed) if curves else None
 
 
 def _result_rows(atlas: Atlas) -> tuple[Result, ...]:

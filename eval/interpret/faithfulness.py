@@ -51,6 +51,7 @@ class Faithfulness:
         deletion_p: One-sided p-value by sign flips over texts.
         insertion_p: Likewise.
         num_texts: Texts.
+        most_error: Largest completeness error of their attributions.
     """
 
     shares: tuple[float, ...]
@@ -60,6 +61,7 @@ class Faithfulness:
     deletion_p: float
     insertion_p: float
     num_texts: int
+    most_error: float
 
 
 @torch.no_grad()
@@ -94,11 +96,12 @@ def _mixed(reading: Reading, tokens: np.ndarray, is_deletion: bool) -> torch.Ten
     return torch.where(is_mean, reading.mean, reading.embeddings)
 
 
-def sum_up(texts: Sequence[TextCurves], seed: int = 0) -> Faithfulness:
+def sum_up(texts: Sequence[TextCurves], errors: Sequence[float], seed: int = 0) -> Faithfulness:
     """Return the mean curves, the gains over random orders and their significance.
 
     Args:
         texts: Of each text, from `trace_curves`.
+        errors: Of each text's attributions, as `Attribution` has it.
         seed: Of the sign flips.
     """
     means = {
@@ -114,6 +117,7 @@ def sum_up(texts: Sequence[TextCurves], seed: int = 0) -> Faithfulness:
         deletion_p=sign_flip_p(deletion, seed),
         insertion_p=sign_flip_p(insertion, seed),
         num_texts=len(texts),
+        most_error=max(errors),
     )
 
 

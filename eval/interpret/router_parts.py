@@ -86,6 +86,8 @@ def split_router_logits(reading: Reading, place: int) -> RouterParts | None:
     if not _is_rms(scale, stream):
         return None
     streams = [seen[f"layer {n}"] for n in range(len(blocks))] + [stream]
+    if any(one.shape != stream.shape for one in streams):  # several streams, as hyper-connections have
+        return None
     names = ["embedding", *(f"layer {n}" for n in range(len(blocks) - 1)), f"attention {len(blocks) - 1}"]
     contributions = torch.stack([streams[0], *(b - a for a, b in pairwise(streams))])
     gate = gate - gate.mean(0)

@@ -284,4 +284,9 @@ def _faithfulness_view(found: Mapping[str, Any]) -> dict[str, Any] | None:
         charts.append({"source": line_chart(panel), "alt": f"{name} curves by attribution and by random orders"})
         gain = format_value(*tested[f"{name}_gain"])
         rows.append([name, gain, f"{tested[f'{name}_p']:.4f}"])
-    return {"charts": charts, "rows": rows, "num_texts": tested["num_texts"]}
+    return {
+        "charts": charts,
+        "rows": rows,
+        "num_texts": tested["num_texts"],
+        "most_error": f"{tested['most_error']:.1e}",
+    }

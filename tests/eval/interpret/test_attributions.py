@@ -55,7 +55,7 @@ def test_curves_begin_and_end_where_they_must(reading):
 
 def test_gains_have_the_right_sign_and_chance_is_no_finding():
     good = TextCurves((0.0, -4.0, -4.0), (0.0, -2.0, -4.0), (-4.0, 0.0, 0.0), (-4.0, -2.0, 0.0))
-    found = sum_up([good] * 8)
+    found = sum_up([good] * 8, [1e-6] * 8)
     assert found.deletion_gain[0] == found.insertion_gain[0] == pytest.approx(1.0)
     assert found.deletion_p < 0.01 and found.insertion_p < 0.01
     assert sign_flip_p([1.0, -1.0, 0.5, -0.5]) > 0.3 and sign_flip_p([-1.0] * 8) > 0.9
