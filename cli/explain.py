@@ -7,7 +7,7 @@ from typing import Any
 HELP = "Show what each expert takes, what is lost without it, and what drove a prediction."
 EXAMPLES = """
   deepseek-moe explain runs/demo/align
-  deepseek-moe explain runs/demo/align --text "The doctor told the patient that" --experts 8
+  deepseek-moe explain runs/demo/align --text "The doctor told the patient that" --experts 8 --output runs/one-text
   deepseek-moe explain path/to/model --data books,my_texts --passages 12 --output runs/explain-mine
   deepseek-moe explain runs/demo/adapt --mask 1:2,2:5 --faithfulness 0 --output runs/masked
 """
