@@ -67,6 +67,9 @@ class Reading:
     Args:
         model: In evaluation mode.
         token_ids: `[S]` int64.
+
+    Raises:
+        ValueError: The model has no head, reads no embeddings in place of tokens, or a router tells no choice.
     """
 
     def __init__(self, model: PreTrainedModel, token_ids: np.ndarray) -> None:
@@ -76,8 +79,7 @@ class Reading:
         with torch.no_grad():
             self.embeddings = self._embed(self.token_ids)
             self.mean = self.embeddings.new_tensor(0.0) + self._mean_embedding(weight)
-            self.experts, self.weights = self._note_choices()
-            logits = model(inputs_embeds=self.embeddings.unsqueeze(0), use_cache=False).logits[0, -1]
+            self.experts, self.weights, logits = self._note_choices()
         self.next_token = int(logits.argmax())
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -91,7 +93,8 @@ class Reading:
             total += self._embed(ids).double().sum(0)
         return (total / len(weight)).to(weight.dtype)
 
-    def _note_choices(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _note_choices(self) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """Experts and weights by layer, and the logits of the next token."""
         found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def note(number: int) -> Callable[..., None]:
@@ -107,11 +110,17 @@ class Reading:
 
         hooks = [layer.router.register_forward_hook(note(number)) for number, layer in enumerate(self.layers)]
         try:
-            self.model(inputs_embeds=self.embeddings.unsqueeze(0), use_cache=False)
+            logits = self.model(inputs_embeds=self.embeddings.unsqueeze(0), use_cache=False).logits[0, -1]
+        except (AttributeError, TypeError) as error:  # of DeepSeek-V4, which routes by token ids, and without a head
+            name = type(self.model).__name__
+            raise ValueError(
+                f"--text: got {name}, expected a language model that reads embeddings in place of tokens ({error})"
+            ) from error
         finally:
             for one in hooks:
                 one.remove()
-        return [found[number][0] for number in range(len(found))], [found[number][1] for number in range(len(found))]
+        numbers = range(len(found))
+        return [found[number][0] for number in numbers], [found[number][1] for number in numbers], logits
 
     def held(self) -> AbstractContextManager[None]:
         """Return the state in which every router keeps to the experts of the text."""

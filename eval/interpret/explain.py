@@ -5,6 +5,7 @@ Called by ``deepseek-moe explain``, which brings the texts and draws the page
 """
 
 import importlib.util
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ from deepseek_records.hashes import hash_model, hash_tokenizer
 from deepseek_records.run_folder import RunFolder, write_json
 from deepseek_records.summary import DataUse, Result, Summary
 from modeling_deepseek.families import MoeLayer
+
+logger = logging.getLogger(__name__)
 
 RESULT_FILE = "explain.json"
 
@@ -127,6 +130,8 @@ def explain(
     layers = find_layers(loaded.model)
     asked = find_experts(layers, settings.experts)
     encoded = [encode_text(text, loaded.tokenizer, loaded.max_length) for text in settings.texts]
+    for ids in encoded[:1]:
+        Reading(loaded.model, ids)  # refused before the long part
     length = min(settings.length, loaded.max_length)
     passages = cut_passages(
         domains, loaded.tokenizer, num_passages=settings.passages, length=length, seed=settings.seed
@@ -242,7 +247,7 @@ def _explain_text(loaded: LoadedModel, ids: np.ndarray, seed: int) -> dict[str, 
 def _test_attributions(
     loaded: LoadedModel, passages: Sequence[Passage], settings: ExplainSettings
 ) -> Faithfulness | None:
-    """Over beginnings of passages, as many of each domain; None without Captum, or where none is asked for."""
+    """Over beginnings of passages, as many of each domain; None without Captum, or where it cannot be done."""
     if not settings.num_faithful or importlib.util.find_spec("captum") is None:
         return None
     by_domain: dict[str, list[Passage]] = {}
@@ -254,7 +259,11 @@ def _test_attributions(
     curves: list[TextCurves] = []
     errors = []
     for number, passage in enumerate(tqdm(chosen, desc="faithfulness", unit="text")):
-        reading = Reading(loaded.model, passage.token_ids[: settings.faithful_length])
+        try:
+            reading = Reading(loaded.model, passage.token_ids[: settings.faithful_length])
+        except ValueError as error:
+            logger.warning("no attributions: %s", str(error).removeprefix("--text: "))
+            return None
         attribution = attribute(reading, reading.next_token_target)
         errors.append(attribution.error)
         curves.append(trace_curves(reading, attribution, settings.seed + number))
