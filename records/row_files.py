@@ -27,6 +27,10 @@ _BY_DATASETS = {".parquet": "parquet", ".json": "json"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 
 
+class WrongEncodingError(ValueError):
+    """A file does not hold text of the encoding that was asked for; who lets one be set can say so."""
+
+
 def suffix_of(path: Path) -> str:
     """Return what tells a file's kind: its suffix, lower-case, or the one before that of a compression."""
     return (path.with_suffix("") if path.suffix in COMPRESSED_SUFFIXES else path).suffix.lower()
@@ -78,9 +82,9 @@ def read_lines(
                     raise ValueError(f"{what}: {path}: got zero bytes, expected text")
                 yield line
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise WrongEncodingError(
             f"{what}: {path}, line {_undecodable_line(path, encoding)}: got bytes that are not {_named(encoding)} "
-            f"({error.reason}), expected text; set encoding"
+            f"({error.reason}), expected text"
         ) from None
     except LookupError:
         raise ValueError(f"encoding: got {encoding!r}, expected one that Python knows, such as gb18030") from None

@@ -176,7 +176,7 @@ def test_only_a_newline_ends_a_sample(tmp_path):
     (tmp_path / "samples.jsonl").write_text(row + "\n", encoding="utf-8")
     assert read_samples(tmp_path / "samples.jsonl", ITEMS[:1]) == [[text]]
     (tmp_path / "samples.jsonl").write_bytes(b'{"task_id": "HumanEval/0", "completion": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"samples.jsonl: got bytes that are not UTF-8"):
+    with pytest.raises(ValueError, match=r"samples.jsonl, line 1: got bytes that are not UTF-8"):
         read_samples(tmp_path / "samples.jsonl", ITEMS[:1])
 
 

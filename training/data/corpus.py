@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_records.row_files import WrongEncodingError
 from deepseek_records.summary import DataUse
-from deepseek_training.data.mapped_texts import read_documents
+from deepseek_training.data.mapped_texts import Documents, read_documents
 from deepseek_training.data.overlap import check_overlap
 from deepseek_training.data.texts import data_name, describe_data
 from deepseek_training.recipes.text_sources import TextSource, text_sources
@@ -49,10 +50,16 @@ class Corpus:
             FileNotFoundError: Nothing lies there.
             ValueError: As for `load_texts`; or a split has no document.
         """
-        reading: dict[str, Any] = {"column": settings.column, "encoding": settings.encoding or encoding}
-        documents = read_documents(settings.path, **reading)
+
+        def read(path: str) -> Documents:
+            try:
+                return read_documents(path, column=settings.column, encoding=settings.encoding or encoding)
+            except WrongEncodingError as error:
+                raise ValueError(f"{error}; set encoding") from None
+
+        documents = read(settings.path)
         if settings.validation is not None:
-            held_out = read_documents(settings.validation, **reading)
+            held_out = read(settings.validation)
             held_texts, held_hashes = held_out.choose("validation" if any(held_out.splits) else "all")
             train, hashes = documents.choose("train" if any(documents.splits) else "all")
         elif settings.validation_share == 0:

@@ -35,13 +35,17 @@ def test_a_parquet_file_gives_the_same_rows(tmp_path):
         ("d.jsonl", b"\n" + b"[" * 100_000, "d.jsonl, line 2: got no JSON (maximum recursion"),
         ("d.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "d.jsonl, line 1: got no JSON (Exceeds the limit"),
         ("d.jsonl", b"[1]\n", "d.jsonl, line 1: got a list, expected an object"),
-        ("d.jsonl", b'{"a": "\xff"}', "d.jsonl: got bytes that are not UTF-8"),
+        (
+            "d.jsonl",
+            b'{"a": "\xff"}',
+            "d.jsonl, line 1: got bytes that are not UTF-8 (invalid start byte), expected text",
+        ),
         ("d.jsonl.gz", b'{"a": 1}', "d.jsonl.gz: got no whole gzip file"),
         ("d.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "d.jsonl.gz: got no whole gzip file"),
         ("d.jsonl.gz", gzip.compress(b"{}\n", mtime=0)[:10] + b"\xff" * 30, "d.jsonl.gz: got no whole gzip file"),
         ("d.csv", b"a,b\n" + b"x" * 200_000, "d.csv: got no CSV (field larger than field limit"),
         ("d.parquet", b"PAR1", "d.parquet: got no whole Parquet file, expected one"),
-        ("d.txt", b"\xfe\xff", "d.txt: got bytes that are not UTF-8"),
+        ("d.txt", b"\xfe\xff", "d.txt, line 1: got bytes that are not UTF-8 (invalid start byte), expected text"),
     ],
 )
 def test_a_broken_file_is_told_in_one_line(tmp_path, name, content, message):
@@ -49,3 +53,4 @@ def test_a_broken_file_is_told_in_one_line(tmp_path, name, content, message):
     with pytest.raises(ValueError) as caught:
         list(read_rows("d", tmp_path))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert "encoding" not in str(caught.value), "no setting of this command"

@@ -147,5 +147,6 @@ def test_the_command_takes_an_encoding_and_names_what_does_not_decode(tmp_path, 
     assert main([*words, "--dry-run"]) == 2
     error = capsys.readouterr().err.strip()
     assert "a.txt, line 1: got bytes that are not UTF-8" in error and "\n" not in error
+    assert "set encoding" in error
     assert main([*words, "--dry-run", "--encoding", "latin-1"]) == 0
     assert not (tmp_path / "run").exists()

@@ -55,7 +55,7 @@ def test_other_data_under_the_same_path_is_refused(interrupted, tmp_path):
         assert "\n" not in str(caught.value)
     write(data, "monday")
     assert pretrain(recipe, tmp_path / "run").stage == "pretrain"
-    assert RunFolder(tmp_path / "run").inputs.keys() == {"data", "held_out"}
+    assert RunFolder(tmp_path / "run").inputs.keys() == {"rows_per_step", "data", "held_out"}
 
 
 def test_another_model_under_the_same_path_is_refused(interrupted, policy_path, tmp_path):
