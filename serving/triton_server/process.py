@@ -227,8 +227,11 @@ class TritonProcess:
         _send(pid, signal.SIGKILL)
 
     def sweep(self) -> list[str]:
-        """Remove what killed processes left in shared memory and no living one uses. Returns the names."""
-        used = "".join(_read(f"/proc/{pid}/maps") for pid in self._group())
+        """Remove what killed processes left in shared memory and no model's process uses. Returns the names.
+
+        The server itself goes on holding the region of a model that hung, until it ends.
+        """
+        used = "".join(_read(f"/proc/{pid}/maps") for pid in self.stubs().values())
         left = [path for path in _SHARED_MEMORY.glob("*") if self._prefix in path.name and path.name not in used]
         for path in left:
             path.unlink(missing_ok=True)

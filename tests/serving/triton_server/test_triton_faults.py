@@ -101,7 +101,7 @@ def test_the_work_of_readers_who_have_gone_stops(running):
     wait_until(lambda: running.count_live("generate") == 0, seconds=3)
     module = triton_client("grpc")
     with module.InferenceServerClient(f"127.0.0.1:{running.listening.grpc_port}") as client:
-        client.start_stream(lambda *_: None)
+        client.start_stream(lambda result, error: None)
         for _ in range(16):
             client.async_stream_infer("generate", generation_inputs(module, "abc", max_tokens=200, stream=True))
         wait_until(lambda: running.count_live("generate") == 16, seconds=5)
