@@ -123,14 +123,19 @@ def _measure_drift(args: argparse.Namespace) -> int:
     return MISSED if any(row["is_alarm"] or row["is_warning"] for row in report["rows"]) else 0
 
 
+def _add_thresholds(parser: argparse.ArgumentParser) -> None:
+    """What alarms and page go by; the article's by default."""
+    parser.add_argument("--latency", type=float, default=0.5, metavar="S", help="slower requests are slow")
+    parser.add_argument("--memory", type=float, default=0.9, metavar="SHARE", help="of memory, over five minutes")
+    parser.add_argument("--drift", type=float, default=0.15, metavar="NATS", help="of the daily check")
+
+
 def _add_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="a folder for the files")
     parser.add_argument("--target", default="127.0.0.1:8000", help="host and port of the server")
     parser.add_argument("--webhook", default="http://127.0.0.1:8090/alerts", help="where Alertmanager posts alarms")
     parser.add_argument("--alertmanager", default="127.0.0.1:9093", help="its host and port")
-    parser.add_argument("--latency", type=float, default=0.5, metavar="S", help="slower requests are slow")
-    parser.add_argument("--memory", type=float, default=0.9, metavar="SHARE", help="of memory, over five minutes")
-    parser.add_argument("--drift", type=float, default=0.15, metavar="NATS", help="of the daily check")
+    _add_thresholds(parser)
     parser.add_argument("--api-key-file", metavar="FILE", help="the server's, for Prometheus to send")
     parser.add_argument("--check", action="store_true", help="have promtool and amtool check and test the files")
 
@@ -164,9 +169,7 @@ def _add_page(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", metavar="FILE", help="drift_reference.npz, for the experts at release")
     parser.add_argument("--history", metavar="FILE", help="keep alarms here, for the next page too")
     parser.add_argument("--api-key-file", metavar="FILE", help="the server's key")
-    parser.add_argument("--latency", type=float, default=0.5, metavar="S", help="slower requests are slow")
-    parser.add_argument("--memory", type=float, default=0.9, metavar="SHARE", help="of memory, over five minutes")
-    parser.add_argument("--drift", type=float, default=0.15, metavar="NATS", help="of the daily check")
+    _add_thresholds(parser)
 
 
 def _show_page(args: argparse.Namespace) -> int:
