@@ -67,6 +67,8 @@ def run_stage(args: argparse.Namespace, name: str, recipe_class: type, tell: Cal
     if PartialState().is_main_process:
         tell(summary)
         print(f"model in {args.output}/model after {summary.seconds:.0f} s")
+    # Torn down by the interpreter's end instead, gloo's threads abort a process (torch 2.13, now and then).
+    PartialState().destroy_process_group()
     return close_with_targets(args, summary.missed)
 
 
