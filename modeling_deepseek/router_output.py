@@ -88,9 +88,9 @@ def read_choice(output: object, place: int) -> RouterChoice | None:
     router_logits, others = output[place], [*output[:place], *output[place + 1 :]]
     num_experts = router_logits.shape[-1]
     router_logits = router_logits.reshape(-1, num_experts)
-    if place == 0 and len(others) >= 2 and _is_integer(others[1]):
-        weights, indices = (part.reshape(len(router_logits), -1) for part in others[:2])
-        return RouterChoice(router_logits, topk_weights=weights, topk_indices=indices)
+    slots = read_slots(output, place)
+    if slots is not None:
+        return RouterChoice(router_logits, topk_weights=slots[1], topk_indices=slots[0])
     tables = [part for part in others if getattr(part, "shape", None) == output[place].shape]
     if tables:
         # One column per expert, zero where it is not chosen: Llama 4's scores, Switch's mask. NLLB-MoE has a mask of
@@ -102,5 +102,22 @@ def read_choice(output: object, place: int) -> RouterChoice | None:
     return None
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and not value.is_floating_point()
+def read_slots(output: object, place: int) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+    """Return the experts `[T, K]`, their weights `[T, K]` and E, as most routers tell them; None: another form.
+
+    It does less than `read_choice` does, for what is called in every step of a generation.
+
+    Args:
+        output: What the router returned.
+        place: Where in it the logits stand.
+    """
+    if place != 0 or not isinstance(output, (tuple, list)) or len(output) < 3:
+        return None
+    logits, weights, indices = output[:3]
+    if not isinstance(indices, torch.Tensor) or indices.is_floating_point():
+        return None
+    num_experts = logits.shape[-1]
+    if indices.ndim != 2 or weights.ndim != 2:
+        num_tokens = logits.numel() // num_experts
+        weights, indices = weights.reshape(num_tokens, -1), indices.reshape(num_tokens, -1)
+    return indices, weights, num_experts

@@ -29,13 +29,13 @@ from transformers.utils import logging
 from deepseek_training.balance.replayed_choice import FoundTokens, ReplayedChoice
 from deepseek_training.balance.replayed_tokens import prefix_hashes, tokens_behind, tokens_of
 from modeling_deepseek.families import find_moe_layers
-from modeling_deepseek.router_output import read_choice
+from modeling_deepseek.router_output import read_slots
 from modeling_deepseek.token_layout import make_layout
 
 logger = logging.get_logger(__name__)
 
 _Step = tuple[torch.Tensor, torch.Tensor | None]  # token ids [B, S] and their part of the mask
-_Chosen = tuple[torch.Tensor, torch.Tensor | None, int]  # a step's experts [T, K], their weights, E
+_Chosen = tuple[torch.Tensor, torch.Tensor, int]  # a step's experts [T, K], their weights, E
 
 
 @dataclass
@@ -329,12 +329,11 @@ class RouterReplay:
             if output is not None:
                 mode.check(output)
         elif decoder.is_generating:
-            choice = read_choice(output, self.layers[number].logits_place)
-            if choice is None or choice.topk_indices is None:
+            chosen = read_slots(output, self.layers[number].logits_place)  # not the logits, which are larger
+            if chosen is None:
                 raise ValueError(
                     f"router_replay: got {type(router).__name__}, expected a router that returns the experts it chose"
                 )
-            chosen = (choice.topk_indices, choice.topk_weights, choice.num_experts)  # not the logits, which are larger
             decoder.chosen.setdefault(number, []).append(chosen)
 
     def _keep_unused(self, number: int, share: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
@@ -352,10 +351,8 @@ def _leave(decoder: _Decoder, model: nn.Module, args: tuple[Any, ...], output: o
     decoder.given = None
 
 
-def _encode(indices: torch.Tensor, weights: torch.Tensor | None, num_experts: int, num_rows: int) -> torch.Tensor:
+def _encode(indices: torch.Tensor, weights: torch.Tensor, num_experts: int, num_rows: int) -> torch.Tensor:
     """[B, S, K] int16 expert numbers, of unused slots one that no expert has."""
-    is_used = indices < num_experts
-    if weights is not None:
-        is_used = is_used & (weights != 0)
+    is_used = (indices < num_experts) & (weights != 0)
     unused = torch.full_like(indices, torch.iinfo(torch.int16).max)
     return torch.where(is_used, indices, unused).to(torch.int16).view(num_rows, -1, indices.shape[1])
