@@ -53,6 +53,8 @@ EMBEDDED = {
         "MIT (PubMedQA), CC BY 4.0 (MedQuAD)",
         "github.com/pubmedqa/pubmedqa, github.com/abachaa/MedQuAD",
     ),
+    "finance": EmbeddedData("finance.jsonl.gz", "text", "MIT", "github.com/NExTplusplus/TAT-QA"),
+    "prose_zh": EmbeddedData("prose_zh.jsonl.gz", "text", "MIT", "github.com/NiuTrans/Classical-Modern", ("zh",)),
     "dialogues": EmbeddedData(
         "dialogues.jsonl.gz",
         "prompt",

@@ -35,9 +35,9 @@ Any setting can be replaced on the command line, with dashes or underscores; the
 `--model "{n_routed_experts: 32}"` is merged into the recipe's. An unknown key fails and names the nearest one. A run
 that was interrupted goes on from its last complete checkpoint when the same command is given again.
 
-Where text is named, these work: the embedded `books`, `medicine` and `dialogues`; a .txt, .md, .jsonl, .json, .csv,
-.tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst); a folder of such files; a directory written by
-`datasets`; a Hub id (`owner/name` or `owner/name:configuration`). Rows with a `split` column keep their split;
+Where text is named, these work: the embedded `books`, `medicine`, `finance`, `prose_zh` and `dialogues`; a .txt, .md,
+.jsonl, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst); a folder of such files; a directory
+written by `datasets`; a Hub id (`owner/name` or `owner/name:configuration`). Rows with a `split` column keep their split;
 otherwise one document in ten is held out, by a hash of its text. `data` of pretrain and adapt can also be a list of
 sources with weights ([your data](your_data.md#train-on-several-sources)).
 
