@@ -92,6 +92,7 @@ def plan_training(
     data: Sequence[tuple[str, int, int]],
     num_blocks: int = 0,
     blocks: Sequence[Any] = (),
+    num_trained: int | None = None,
 ) -> Plan:
     """Return the plan of `pretrain`, `adapt` or `sft`.
 
@@ -103,10 +104,12 @@ def plan_training(
         data: Name, documents to train on and held-out documents of each data set.
         num_blocks: Blocks or conversations to train on.
         blocks: In its place the blocks of each data set.
+        num_trained: Parameters that the training moves, where it does not move all of each that requires a gradient.
     """
     num_blocks = num_blocks or sum(map(len, blocks))
     wasted = [one.waste for one in blocks if hasattr(one, "waste")]
     size = measure_size(model)
+    size = size if num_trained is None else dataclasses.replace(size, trained=num_trained)
     per_step = recipe.batch_size * recipe.gradient_accumulation_steps * args.world_size
     passes = recipe.max_steps * per_step / max(1, num_blocks)
     memory = training_bytes(size, model, recipe.batch_size * recipe.sequence_length)

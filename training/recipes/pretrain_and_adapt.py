@@ -149,6 +149,31 @@ class LoraSettings(TrainerSettings):
 
 
 @dataclasses.dataclass(kw_only=True)
+class EsftSettings(LoraSettings):
+    """What stages add that may train only the experts that the text goes to."""
+
+    esft_top_p: float | None = setting(
+        None,
+        help="Train only the experts of each layer that together take this share of the text (ESFT; its paper: 0.2); "
+        "null: no such choice.",
+    )
+    esft_score: Literal["tokens", "gate"] | None = setting(
+        None, help="What the share is of: tokens, or gate, the routers' weights; null: tokens."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        top_p = self.esft_top_p
+        self.require("esft_top_p", top_p is None or 0 < top_p <= 1, "null, or above 0 and at most 1")
+        self.require("esft_score", top_p is not None or self.esft_score is None, "null without esft_top_p")
+        self.require("lora_rank", top_p is None or self.lora_rank == 0, f"0 with esft_top_p={top_p}")
+        self.require("optimizer", top_p is None or self.optimizer == "adamw", f"adamw with esft_top_p={top_p}")
+        # The bias belongs to the router, which stays as it is.
+        is_still = top_p is None or not self.bias_update_speed
+        self.require("bias_update_speed", is_still, f"null or 0 with esft_top_p={top_p}")
+
+
+@dataclasses.dataclass(kw_only=True)
 class MtpSettings(LoraSettings):
     """What stages add that can train a model's multi-token prediction layers."""
 
@@ -195,7 +220,7 @@ class PretrainRecipe(TextSettings):
 
 
 @dataclasses.dataclass(kw_only=True)
-class AdaptRecipe(MtpSettings, TextSettings):
+class AdaptRecipe(EsftSettings, MtpSettings, TextSettings):
     """The settings of `adapt`."""
 
     data: str | list[dict[str, Any]] = setting(  # noqa: RUF009
@@ -215,6 +240,9 @@ class AdaptRecipe(MtpSettings, TextSettings):
         self.require("replay_share", 0 <= self.replay_share < 1, "in [0, 1)")
         size = self.expert_parallel_size
         self.require("lora_rank", size == 1 or self.lora_rank == 0, f"0 with expert_parallel_size={size}")
+        self.require("esft_top_p", size == 1 or self.esft_top_p is None, f"null with expert_parallel_size={size}")
         is_left = size == 1 or self.mtp_loss_coef is None
         self.require("mtp_loss_coef", is_left, f"null with expert_parallel_size={size}")
+        is_left = self.esft_top_p is None or self.mtp_loss_coef is None  # ESFT freezes the layers
+        self.require("mtp_loss_coef", is_left, f"null with esft_top_p={self.esft_top_p}")
         self.require("data", self.data != self.general_data, "another data set than general_data")

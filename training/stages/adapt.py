@@ -27,6 +27,7 @@ from deepseek_training.launch.plan import announce, plan_training
 from deepseek_training.mtp.load_to_train import load_to_train
 from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
+from deepseek_training.trainer.chosen_experts import prepare_esft
 from deepseek_training.trainer.expert_parallel import split_experts
 from deepseek_training.trainer.held_out import bits_figures, measure_sets, prepare_all, scored_texts, sizes_of
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
@@ -68,7 +69,10 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
     model = with_lora(model, recipe)
     recipe, dataset, parts = _blocks(recipe, domain, general, tokenizer, args)
     held_out = prepare_all(corpora, tokenizer, recipe.eval_bytes)
-    plan = plan_training("adapt", recipe, args, model, data=sizes_of(corpora, held_out), blocks=parts)
+    chosen, details = prepare_esft(recipe, model, parts[: len(domain)])
+    num_trained = details.get("num_trained_parameters")
+    sizes = sizes_of(corpora, held_out)
+    plan = plan_training("adapt", recipe, args, model, data=sizes, blocks=parts, num_trained=num_trained)
     announce(plan, run.path, is_first=args.process_index == 0, is_dry=is_dry)
     if is_dry:
         return None
@@ -81,6 +85,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
     if args.process_index == 0:
         log_once(run, {"step": 0, **bits_figures(before)})
     trainer = StageTrainer(recipe, held_out, dataset=dataset, model=model, args=args)
+    trainer.chosen = chosen
     with leaving_a_checkpoint(trainer, run):
         run_training(trainer, run, lambda: write_samples(recipe, trainer, tokenizer))
         after = measure_sets(held_out, trainer.model_wrapped, recipe)
@@ -96,6 +101,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
             num_training_tokens=recipe.max_steps * step_tokens(recipe, args),
             replay_share=recipe.replay_share,
             tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
+            details=details,
         )
         if trainer.is_first:
             log_once(run, {"step": recipe.max_steps, **bits_figures(after)})

@@ -26,6 +26,7 @@ from deepseek_training.balance.training_figures import TrainingFigures
 from deepseek_training.data.mixture import Mixture
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.trainer.checkpoints import CheckpointMarker, last_complete_checkpoint, load_weights
+from deepseek_training.trainer.chosen_experts import ChosenRows, RowAdamW, check_esft
 from deepseek_training.trainer.distributed_engine import check_engine
 from deepseek_training.trainer.divergence import StopWhenDiverged
 from deepseek_training.trainer.first_burst import FirstBurst
@@ -56,11 +57,13 @@ class ResumedTraining:
         recipe: The stage's settings.
         held_out: Sets whose content an interrupted run is held to.
         figures: The figures of the training, added to its log; None where none are collected.
+        chosen: The slices of experts that alone train; empty where whole parameters do.
     """
 
     recipe: Any
     held_out: Sequence[HeldOutSet] = ()
     figures: TrainingFigures | None = None
+    chosen: Sequence[ChosenRows] = ()
 
     @property
     def is_first(self) -> bool:
@@ -98,8 +101,18 @@ class ResumedTraining:
             model: In place of the trainer's.
 
         Raises:
-            ValueError: Muon, and the model is sharded.
+            ValueError: Muon or ESFT, and the model is sharded.
         """
+        if self.chosen:
+            check_esft(self)
+            self.optimizer = RowAdamW(
+                self.chosen,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                weight_decay=self.args.weight_decay,
+            )
+            return self.optimizer
         if self.optimizer is not None or getattr(self.recipe, "optimizer", "adamw") != "muon":  # grpo has none
             return super().create_optimizer() if model is None else super().create_optimizer(model)
         check_muon(self)

@@ -68,6 +68,8 @@ OTHER = {
         "lora_alpha": {"lora_rank": 2, "lora_alpha": 64.0},
         "lora_targets": {"lora_rank": 2, "lora_targets": ["o_proj"]},
         "lora_rank": {"lora_rank": 2},
+        "esft_top_p": {"esft_top_p": 0.3},
+        "esft_score": {"esft_top_p": 0.3, "esft_score": "gate"},
         "chat_template": {"chat_template": "{template}"},
         "prompt_template": {"prompt_template": "Q: {prompt}\nA:"},
         "prompts": {"prompts": "dialogues_zh", "prompt_sources": []},
@@ -139,6 +141,7 @@ OTHER = {
 BESIDE = {
     "lora_alpha": {"lora_rank": 2},
     "lora_targets": {"lora_rank": 2},
+    "esft_score": {"esft_top_p": 0.3},
     "cliprange": {"num_ppo_epochs": 4},
     "cliprange_value": {"num_ppo_epochs": 4},
     "repetition_penalty": REPEATING,

@@ -1,0 +1,1 @@
+"""Learning on: replay, merging of weights, the gate, and which model is in force."""
