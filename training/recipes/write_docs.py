@@ -37,7 +37,7 @@ that was interrupted goes on from its last complete checkpoint when the same com
 
 Where text is named, these work: the embedded `books`, `medicine`, `finance`, `prose_zh` and `dialogues`; a .txt, .md,
 .jsonl, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst); a folder of such files; a directory
-written by `datasets`; a Hub id (`owner/name` or `owner/name:configuration`). Rows with a `split` column keep their split;
+written by `datasets`; a Hub id (`owner/name` or `owner/name:configuration`). Rows with a `split` column keep theirs;
 otherwise one document in ten is held out, by a hash of its text. `data` of pretrain and adapt can also be a list of
 sources with weights ([your data](your_data.md#train-on-several-sources)).
 
