@@ -8,9 +8,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deepseek_records.loading import check_vocabulary, load_tokenizer
+from deepseek_records.run_folder import RunFolder
 from deepseek_records.summary import Check, Summary
 from deepseek_training.data.corpus import Corpus, check_corpora, describe_corpora, load_corpora
 from deepseek_training.data.mixture import Mixture
@@ -69,23 +71,17 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
     model = with_lora(model, recipe)
     recipe, dataset, parts = _blocks(recipe, domain, general, tokenizer, args)
     held_out = prepare_all(corpora, tokenizer, recipe.eval_bytes)
-    chosen, details = prepare_esft(recipe, model, parts[: len(domain)])
-    num_trained = details.get("num_trained_parameters")
-    sizes = sizes_of(corpora, held_out)
-    plan = plan_training("adapt", recipe, args, model, data=sizes, blocks=parts, num_trained=num_trained)
+    esft, sizes = prepare_esft(recipe, model, parts[: len(domain)]), sizes_of(corpora, held_out)
+    plan = plan_training("adapt", recipe, args, model, data=sizes, blocks=parts, num_trained=esft.num_trained)
     announce(plan, run.path, is_first=args.process_index == 0, is_dry=is_dry)
     if is_dry:
         return None
-    if recipe.expert_parallel_size > 1:
-        model = split_experts(model, recipe.expert_parallel_size, run.path, args)
+    model = _place(model, recipe, run, args)
     set_seed(recipe.seed)
-    if recipe.expert_parallel_size == 1:  # a split model is where it belongs
-        model = model.to(args.device)
     before = measure_sets(held_out, model, recipe)
     if args.process_index == 0:
         log_once(run, {"step": 0, **bits_figures(before)})
-    trainer = StageTrainer(recipe, held_out, dataset=dataset, model=model, args=args)
-    trainer.chosen = chosen
+    trainer = StageTrainer(recipe, held_out, dataset=dataset, model=model, args=args, chosen=esft.rows)
     with leaving_a_checkpoint(trainer, run):
         run_training(trainer, run, lambda: write_samples(recipe, trainer, tokenizer))
         after = measure_sets(held_out, trainer.model_wrapped, recipe)
@@ -101,12 +97,21 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
             num_training_tokens=recipe.max_steps * step_tokens(recipe, args),
             replay_share=recipe.replay_share,
             tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
-            details=details,
+            details=esft.details,
         )
         if trainer.is_first:
             log_once(run, {"step": recipe.max_steps, **bits_figures(after)})
             run.finish(summary)
     return summary
+
+
+def _place(
+    model: PreTrainedModel | PeftModel, recipe: AdaptRecipe, run: RunFolder, args: TrainingArguments
+) -> PreTrainedModel | PeftModel:
+    """The model where it is trained: split over processes, or on this one's device."""
+    if recipe.expert_parallel_size > 1:
+        return split_experts(model, recipe.expert_parallel_size, run.path, args)
+    return model.to(args.device)
 
 
 def _load(recipe: AdaptRecipe) -> tuple[list[Corpus], list[Corpus]]:

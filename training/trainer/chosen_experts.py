@@ -69,10 +69,26 @@ class ChosenRows:
         return self.parameter[0].numel() * len(self.rows)
 
 
-def prepare_esft(
-    recipe: EsftSettings, model: PreTrainedModel, parts: Sequence[Any]
-) -> tuple[list[ChosenRows], dict[str, Any]]:
-    """Choose and freeze as a recipe says; return what trains, and what the summary tells of it.
+@dataclasses.dataclass(frozen=True)
+class Esft:
+    """What trains.
+
+    Attributes:
+        rows: The slices; none where whole parameters train.
+        details: What the summary tells of it.
+    """
+
+    rows: Sequence[ChosenRows] = ()
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_trained(self) -> int | None:
+        """Numbers that train; None where whole parameters do."""
+        return sum(one.num_trained for one in self.rows) or None
+
+
+def prepare_esft(recipe: EsftSettings, model: PreTrainedModel, parts: Sequence[Any]) -> Esft:
+    """Choose and freeze as a recipe says.
 
     Args:
         recipe: The settings.
@@ -83,17 +99,18 @@ def prepare_esft(
         ValueError: As for `choose_experts` and `freeze_others`.
     """
     if recipe.esft_top_p is None or model.device.type == "meta":
-        return [], {}
+        return Esft()
     wanted = max(1, SAMPLE_TOKENS // recipe.sequence_length // len(parts))
     sample = [part[int(place)]["input_ids"] for part in parts for place in _spread(len(part), wanted)]
     score = recipe.esft_score or "tokens"
     layers = choose_experts(model, torch.stack(sample), top_p=recipe.esft_top_p, score=score)
     chosen = freeze_others(model, layers)
-    return chosen, {
+    details = {
         "esft_score": score,
         "chosen_experts": {layer.name: list(layer.experts) for layer in layers},
         "num_trained_parameters": sum(one.num_trained for one in chosen),
     }
+    return Esft(chosen, details)
 
 
 def _spread(size: int, number: int) -> torch.Tensor:

@@ -211,6 +211,7 @@ class StageTrainer(StageTraining, Trainer):
         recipe: The stage's settings.
         held_out: The sets that `evaluate` scores.
         dataset: Blocks to train on.
+        chosen: The slices of experts that alone train; none where whole parameters do.
         **kwargs: As for `transformers.Trainer`.
     """
 
@@ -220,11 +221,13 @@ class StageTrainer(StageTraining, Trainer):
         held_out: Sequence[HeldOutSet],
         *,
         dataset: torch.utils.data.Dataset,
+        chosen: Sequence[ChosenRows] = (),
         **kwargs: Any,
     ) -> None:
         # Trainer wants an evaluation set; `evaluate` reads `held_out`.
         evaluated = dataset if recipe.eval_steps else None
         super().__init__(recipe, held_out, train_dataset=dataset, eval_dataset=evaluated, **kwargs)
+        self.chosen = chosen
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler | None:
         """A mixture has its order."""
