@@ -2,90 +2,13 @@
 
     python dev/finetune_memory.py
 
-Shapes only, on the meta device; nothing is downloaded. Weights are what `quantize_experts` would store, the adapter is
-PEFT's own on such a model, activations are `deepseek-moe plan`'s formula with every layer made again in the backward
-pass. Not counted: the allocator's fragmentation, the CUDA context and one expert's matrix in bf16.
+The count is `deepseek_cli.benchmarks.finetune_count`'s; ``whole_model_on_gpu`` beside it measures the same on a GPU.
 """
 
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config, PreTrainedConfig, Qwen3MoeConfig
+from deepseek_cli.benchmarks.finetune_count import GIB, count, released_models
 
-from deepseek_kernels.four_bit import FourBitFormat
-from deepseek_training.launch.cluster.layout import Layout
-from deepseek_training.launch.cluster.memory import activation_bytes
-from deepseek_training.launch.cluster.shape import ModelShape, read_shape
-
-GIB = 2**30
-TOKENS, RANK = 2048, 8
-EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 # A tenth of a card is left for what is not counted.
 CARDS, USABLE = (12, 16, 24, 32, 48, 80), 0.9
-# Both latent-attention models: DeepSeek-V2-Lite (arXiv 2405.04434, appendix B) and Moonlight (arXiv 2502.16982).
-LATENT = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "moe_intermediate_size": 1408,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
-
-
-def released_models() -> dict[str, PreTrainedConfig]:
-    """Return configurations by name, as the models' own config.json have them."""
-    return {
-        "DeepSeek-V2-Lite": DeepseekV2Config(**LATENT, intermediate_size=10944, vocab_size=102400),
-        "Moonlight-16B-A3B": DeepseekV3Config(**LATENT, intermediate_size=11264, vocab_size=163840),
-        # arXiv 2505.09388, table 2.
-        "Qwen3-30B-A3B": Qwen3MoeConfig(
-            hidden_size=2048,
-            num_hidden_layers=48,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            head_dim=128,
-            intermediate_size=6144,
-            moe_intermediate_size=768,
-            num_experts=128,
-            num_experts_per_tok=8,
-            vocab_size=151936,
-            tie_word_embeddings=False,
-        ),
-    }
-
-
-def weight_bytes(shape: ModelShape, model: torch.nn.Module) -> tuple[int, int]:
-    """Return the bytes of the experts in NF4 and of everything else in bf16."""
-    fmt = FourBitFormat.of(4, "nf4", None)
-    stacks = [tuple(p.shape) for name, p in model.named_parameters() if name.endswith(EXPERTS)]
-    experts = sum(t.nbytes for stack in stacks for t in fmt.empty(stack, torch.bfloat16, "meta"))
-    return experts, 2 * (shape.total - sum(layer.routed for layer in shape.layers))
-
-
-def adapter_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of an adapter on attention's output and experts, its gradient and AdamW's moments, in fp32."""
-    config = LoraConfig(r=RANK, target_modules=["o_proj"], target_parameters=list(EXPERTS))
-    with torch.device("meta"):
-        adapted = get_peft_model(model, config)
-    return 16 * sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
-
-
-def kept_bytes(shape: ModelShape) -> float:
-    """Return the bytes of the activations and logits of one sequence."""
-    layout = Layout(data=1, batch=1, length=TOKENS)
-    inputs = sum(activation_bytes(shape, layer, layout, recompute="full") for layer in shape.layers)
-    widest = max(activation_bytes(shape, layer, layout, recompute="none") for layer in shape.layers)
-    return TOKENS * (inputs + widest + 6 * shape.vocabulary)
 
 
 def main() -> None:
@@ -93,13 +16,10 @@ def main() -> None:
     print("| model | parameters | experts | the rest | adapter | activations | sum, GiB | fits on |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, config in released_models().items():
-        shape = read_shape(config, name)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        parts = [*weight_bytes(shape, model), adapter_bytes(model), kept_bytes(shape)]
+        parameters, parts = count(config, name)
         card = next(card for card in CARDS if sum(parts) <= USABLE * card * GIB)
         cells = " | ".join(f"{part / GIB:.2f}" for part in (*parts, sum(parts)))
-        print(f"| {name} | {shape.total / 1e9:.2f} B | {cells} | {card} GiB |")
+        print(f"| {name} | {parameters / 1e9:.2f} B | {cells} | {card} GiB |")
 
 
 if __name__ == "__main__":
