@@ -24,7 +24,14 @@ _TINY = {
     "num_attention_heads": 2,
     "moe_intermediate_size": 32,
 }
-_TINY_LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+_TINY_LATENT = {
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "qk_head_dim": 24,
+}
 
 
 def tiny(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -46,9 +53,6 @@ def changed(config: PreTrainedConfig, **settings: Any) -> PreTrainedConfig:
         settings: The others.
     """
     kept = {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
-    for derived in ("head_dim", "qk_head_dim"):
-        if derived not in settings:
-            kept.pop(derived, None)
     return type(config)(**{**kept, **settings})
 
 
