@@ -120,6 +120,9 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--predict", action="store_true", help="TFLOP/s on H100 and H200 by a roofline model of the compiled kernels"
     )
+    parser.add_argument(
+        "--measured", metavar="FILE", help="with --predict: results.json of bench kernels on one of them, to compare"
+    )
     _add_output(parser, "compile")
 
 
@@ -194,6 +197,7 @@ BENCHMARKS = (
   deepseek-moe bench compile
   deepseek-moe bench compile --output /tmp/compile
   deepseek-moe bench compile --predict
+  deepseek-moe bench compile --predict --measured runs/bench-kernels/results.json
 """,
         _add_compile,
     ),

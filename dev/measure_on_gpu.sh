@@ -4,7 +4,8 @@
 #   bash dev/measure_on_gpu.sh [FOLDER] [PART ...]
 #
 #   check      correctness on the device, then the fused layer beside its peers
-#   compare    each product with other tiles, LoRA, FP8, 4 bits and the host's share beside what they replace
+#   compare    whole models, the host's share, LoRA, 4 bits, FP8 and each product with other tiles, beside what they
+#              replace
 #   profile    time per kernel, Nsight Compute, compute-sanitizer, the slow layer tests and forty random layers
 #
 # Run from the repository root with torch, triton and pytest. No step stops the ones after it, each has a time limit, and
@@ -80,7 +81,7 @@ describe() {
 import importlib.util, platform, sys
 import torch
 print("python", platform.python_version(), "torch", torch.__version__)
-for name in ("triton", "transformers", "liger_kernel", "scattermoe", "sonicmoe", "pytest", "xdist"):
+for name in ("triton", "transformers", "peft", "accelerate", "liger_kernel", "scattermoe", "sonicmoe", "pytest", "xdist"):
     found = importlib.util.find_spec(name)
     print(name, getattr(__import__(name), "__version__", "there") if found else "missing")
 if torch.cuda.is_available():
@@ -99,34 +100,46 @@ timed() {
 mkdir -p "$scratch/results"
 
 if does check; then
-    for file in test_on_device test_production_tiles test_planted_faults test_lora_on_device test_fp8_on_device \
-        test_four_bit_on_device; do # one file after another: a limit then costs one file's results
-        step 75 "$file" "$folder/tests.txt" "${pytest[@]}" $tests/$file.py
-    done
-    step 60 "other operators" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_lora.py $tests/test_fp8_kernels.py \
-        $tests/test_four_bit_kernels.py $tests/test_triton_epilogue.py -m "not slow"
+    # What never ran on a device first: the limit cuts what comes last.
+    step 80 "tests on the device" "$folder/tests.txt" "${pytest[@]}" $tests/test_rows_on_device.py \
+        $tests/test_on_device.py $tests/test_lora_on_device.py $tests/test_fp8_on_device.py \
+        $tests/test_four_bit_on_device.py
 fi
-if [ "$is_dry" != 1 ] && { does check || does compare; }; then # so that no timing waits for the compiler
-    step 60 "compiled ahead" "$folder/tables.txt" "$python" -m deepseek_cli.benchmarks.kernel_variants --compile-only
-fi
+compile_ahead() { # so that no timing waits for the compiler
+    [ "$is_dry" = 1 ] || step 60 "compiled ahead" "$folder/tables.txt" "$python" \
+        -m deepseek_cli.benchmarks.kernel_variants --compile-only
+}
 if does check; then
-    step 100 "benchmark" "$folder/tables.txt" "$python" -m deepseek_cli.main bench kernels --grid "$grid" \
-        --seconds 0.6 --output "$scratch/bench" --overwrite
+    compile_ahead
+    step 110 "benchmark" "$folder/tables.txt" "$python" -m deepseek_cli.main bench kernels --grid "$grid" \
+        --seconds 1.5 --output "$scratch/bench" --overwrite
     cp "$scratch/bench/results.json" "$folder/bench.json" 2> /dev/null
+    step 60 "tests of the shipped tiles" "$folder/tests.txt" "${pytest[@]}" $tests/test_production_tiles.py \
+        $tests/test_planted_faults.py
+    step 60 "other operators" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_rows.py $tests/test_triton_lora.py \
+        $tests/test_fp8_kernels.py $tests/test_four_bit_kernels.py $tests/test_triton_epilogue.py -m "not slow"
+    step "${LAYER_SECONDS:-60}" "layer tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_layer.py \
+        $tests/test_triton_kernels.py $tests/test_tune.py -m "not slow"
+fi
+if does compare && [ "$is_dry" = 1 ]; then
+    step 90 whole_model_on_gpu "$folder/tables.txt" env -u TRITON_INTERPRET "$python" \
+        -m deepseek_cli.benchmarks.whole_model_on_gpu --tiny --per-row 0.01 --output "$scratch/results"
 fi
 if does compare && [ "$is_dry" != 1 ]; then
+    timed 175 whole_model_on_gpu
     timed 45 host_cost
     timed 60 lora_on_gpu
-    timed 75 fp8_on_gpu
     timed 60 four_bit_on_gpu
+    timed 75 fp8_on_gpu
+    [[ kernel_variants =~ ${ONLY:-.} ]] && ONLY=. compile_ahead
     timed 60 kernel_variants
 fi
 if does profile; then
     step 30 "profile" "$folder/profile.txt" "$python" -m deepseek_cli.benchmarks.kernel_profile
-    step "${LAYER_SECONDS:-150}" "layer tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_layer.py \
-        $tests/test_triton_kernels.py $tests/test_tune.py
 fi
 if does profile && [ "$is_dry" != 1 ]; then
+    step 150 "slow layer tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_layer.py \
+        $tests/test_triton_kernels.py $tests/test_tune.py -m slow
     # Every shape compiles kernels of its own.
     step 90 "forty random layers" "$folder/tests.txt" "${pytest[@]}" "tests/kernels/test_fuzz.py::test_layer["{0..39}"]"
     command -v compute-sanitizer > /dev/null && step 45 "memcheck" "$folder/memcheck.txt" \

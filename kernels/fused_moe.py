@@ -64,7 +64,7 @@ def fused_moe(
         down_lora: Low-rank factors added to `down_proj`.
         max_rows: At most so many slots are used, so the buffers have so many rows: for a device that has few of the
             experts. More are an error on a CPU; on a GPU, where counting would stall the stream, the tokens that
-            found no row come out NaN. Not with low-rank factors.
+            found no row come out NaN.
 
     Returns:
         [T, H] in the dtype of `hidden_states` (under autocast: in autocast's dtype).
@@ -95,14 +95,14 @@ def fused_moe(
     floats = (hidden_states, gate_up_proj, down_proj, topk_weights, *(() if gate_up_bias is None else (gate_up_bias,)))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
     indices, weights = topk_indices.contiguous(), topk_weights.contiguous()
-    max_rows = _checked_max_rows(max_rows, indices, gate_up_lora, down_lora)
+    max_rows = _checked_max_rows(max_rows, indices)
     operands = (hidden_states.contiguous(), gate_up_proj, down_proj, indices, weights, activation, keep, gate_up_bias)
     operands = (*operands, max_rows)
     if gate_up_lora is None and down_lora is None:
         output = _experts(operands, floats)
     else:
         check_factors(gate_up_proj, down_proj, gate_up_bias, gate_up_lora, down_lora)
-        output = fused_moe_lora(operands[:5], gate_up_lora, down_lora, activation, gate_up_bias)
+        output = fused_moe_lora(operands[:5], gate_up_lora, down_lora, activation, gate_up_bias, max_rows)
     if down_bias is None:
         return output
     return output + routed_bias(down_bias.to(output.dtype), indices, weights)
@@ -216,14 +216,12 @@ def _check_biases(gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, do
                 raise ValueError(f"{name}: got {what} {got}, expected {fits}")
 
 
-def _checked_max_rows(max_rows: int | None, indices: Tensor, *factors: LoraFactors | None) -> int | None:
+def _checked_max_rows(max_rows: int | None, indices: Tensor) -> int | None:
     """`max_rows` where it bounds anything, else None; a ValueError for one that cannot be."""
     if max_rows is None:
         return None
     if max_rows < 0:
         raise ValueError(f"max_rows: got {max_rows}, expected 0 or more")
-    if any(one is not None for one in factors):
-        raise ValueError(f"max_rows: got {max_rows} with low-rank factors, expected None")
     return max_rows if max_rows < indices.numel() else None
 
 

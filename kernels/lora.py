@@ -82,6 +82,7 @@ def fused_moe_lora(
     down: LoraFactors | None,
     activation: str,
     gate_up_bias: Tensor | None = None,
+    max_rows: int | None = None,
 ) -> Tensor:
     """Return what `fused_moe` returns, with the factors' part; `fused_moe` calls it after its checks.
 
@@ -92,6 +93,7 @@ def fused_moe_lora(
         down: Factors of the second.
         activation: Text of the epilogue.
         gate_up_bias: [E, 2I].
+        max_rows: At most so many slots are used; None for any number.
     """
     x = operands[0]
     if gate_up is None or down is None:
@@ -100,7 +102,7 @@ def fused_moe_lora(
         gate_up, down = gate_up or none, down or none
     factors = (gate_up.a, gate_up.b, down.a, down.b)
     scalings = (float(gate_up.scaling), float(down.scaling))
-    inputs: tuple[Any, ...] = (*operands, *factors, *scalings, activation, gate_up_bias)
+    inputs: tuple[Any, ...] = (*operands, *factors, *scalings, activation, gate_up_bias, max_rows)
     keep = torch.is_grad_enabled() and any([t.requires_grad for t in (x, operands[4], *factors)])
     is_packed = isinstance(operands[1], PackedMatrices)  # no operator takes those
     if not is_packed and (torch.compiler.is_compiling() or x.is_meta or torch._C._len_torch_dispatch_stack()):
@@ -148,9 +150,11 @@ def _forward(
     down_scaling: float,
     activation: str,
     gate_up_bias: Tensor | None,
+    max_rows: int | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_rows, num_experts, dtype = topk_indices.numel(), gate_up_proj.shape[0], hidden_states.dtype
+    num_slots, num_experts, dtype = topk_indices.numel(), gate_up_proj.shape[0], hidden_states.dtype
+    num_rows = num_slots if max_rows is None else max_rows
     inputs = (hidden_states, gate_up_proj.to(dtype), down_proj.to(dtype))
     bias = None if gate_up_bias is None else gate_up_bias.to(dtype)
     rows = [hidden_states.new_empty(num_rows, a.shape[0] // num_experts) for a in (gate_up_a, down_a)]
@@ -159,12 +163,12 @@ def _forward(
         with on_device_of(hidden_states):
             pair = adapters_gpu.make_adapters(factors, scalings, rows, num_experts)
             output, kept, metadata = experts_gpu.forward(
-                *inputs, topk_indices, topk_weights, activation, keep, bias, pair
+                *inputs, topk_indices, topk_weights, activation, keep, bias, pair, max_rows
             )
         return output, kept, *_kept(rows, metadata, keep, topk_indices)
-    order = experts_cpu.route(topk_indices, num_experts)
+    order = experts_cpu.route(topk_indices, num_experts, max_rows)
     adapters = _adapters(factors, scalings, rows, order.expert_start, dtype)
-    if num_rows <= decode.MAX_ROWS:
+    if num_slots <= decode.MAX_ROWS:
         row_slot = order.row_slot if keep else None
         output, kept = decode.forward(*inputs, topk_indices, topk_weights, activation, row_slot, bias, adapters)
     else:
@@ -200,9 +204,10 @@ def _(
     down_scaling: float,
     activation: str,
     gate_up_bias: Tensor | None,
+    max_rows: int | None,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    num_rows, (num_experts, twice_width, _) = topk_indices.numel(), gate_up_proj.shape
+    num_slots, (num_experts, twice_width, _) = topk_indices.numel(), gate_up_proj.shape
     if not keep:
         nothing = (hidden_states.new_empty(0) for _ in range(2))
         return (
@@ -211,8 +216,9 @@ def _(
             *nothing,
             *SlotOrder.none_like(topk_indices),
         )
+    num_rows = num_slots if max_rows is None else max_rows
     rows = (hidden_states.new_empty(num_rows, a.shape[0] // num_experts) for a in (gate_up_a, down_a))
-    order = SlotOrder.empty_like(topk_indices, num_rows, num_experts).tensors()
+    order = SlotOrder.empty_like(topk_indices, num_slots, num_experts, max_rows).tensors()
     return torch.empty_like(hidden_states), hidden_states.new_empty(num_rows, twice_width), *rows, *order
 
 
@@ -291,7 +297,7 @@ def _backward(
     ctx: Any, grad_output: Tensor | None, *_: Any, run: Callable[..., Sequence[Tensor]] = _backward_op
 ) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 14
+        return (None,) * 15
     hidden_states, topk_weights, *rest = ctx.saved_tensors
     matrices = ctx.packed or rest[10:]
     needs = [ctx.needs_input_grad[i] for i in (0, 4, 5, 6, 7, 8)]
@@ -309,7 +315,7 @@ def _backward(
         needs,
     )
     x, weights, *factors = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return x, None, None, None, weights, *factors, None, None, None, None, None
+    return x, None, None, None, weights, *factors, None, None, None, None, None, None
 
 
 class _Eager(torch.autograd.Function):
@@ -325,7 +331,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad_output, run=_backward_op._init_fn)[:13]
+        return _backward(ctx, grad_output, run=_backward_op._init_fn)[:14]
 
 
 torch.library.register_autograd("deepseek_kernels::fused_moe_lora", _backward, setup_context=_setup_context)

@@ -40,7 +40,7 @@ def fused_moe_experts_forward(
         hidden_states: [T, H].
         top_k_index: [T, K]; at or above E means unused.
         top_k_weights: [T, K].
-        max_rows: As for `fused_moe`; not looked at with adapters, which it does not go with.
+        max_rows: As for `fused_moe`.
 
     Raises:
         ValueError: The module is of a kind that the kernel does not compute.
@@ -50,8 +50,6 @@ def fused_moe_experts_forward(
     # `fused_moe` casts both.
     is_autocast = not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type)
     x = hidden_states if is_autocast else hidden_states.to(operands["gate_up_proj"].dtype)
-    if operands.get("gate_up_lora") is not None or operands.get("down_lora") is not None:
-        max_rows = None
     output = fused_moe(x, topk_indices=top_k_index, topk_weights=top_k_weights, max_rows=max_rows, **operands)
     return output.to(hidden_states.dtype)
 

@@ -1,6 +1,6 @@
 """A roofline model of the Triton products: TFLOP/s on an H100 and an H200 from what compiling tells.
 
-    deepseek-moe bench compile --predict
+    deepseek-moe bench compile --predict [--measured FILE]
 
 Registers and shared memory of the compiled kernel say how many programs a multiprocessor holds and how many blocks are
 in flight; the tile says what a step multiplies and fetches. A step takes the longest of its product, its bytes from
@@ -13,7 +13,8 @@ where they fit beside it; a kernel takes at least its bytes from memory:
 
 The constants are fitted to the 18 tiles that an H200 timed at 32,768 tokens (docs/experiments.md), nothing else; the
 check prints how far the model is from those and from what it has not seen: 4,096 tokens and whole layers. It knows no
-host, no uneven routing and no card but these two, of which the H100 was not measured.
+host, no uneven routing and no card but these two, of which the H100 was not measured. ``--measured`` holds it against
+the ``results.json`` of ``deepseek-moe bench kernels``, pass by pass.
 
 T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts.
 """
@@ -22,6 +23,8 @@ import argparse
 import math
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -31,7 +34,8 @@ from deepseek_cli.benchmarks.compile_check import Usage, compile_products
 from deepseek_cli.benchmarks.kernel_cells import Cell
 from deepseek_cli.benchmarks.kernel_variants import VARIANTS
 from deepseek_cli.benchmarks.result_files import BenchmarkRun
-from deepseek_kernels.gpu.tiles import SHIPPED, TARGETS, Tile, Tiles
+from deepseek_kernels.gpu.tiles import ROW_BUCKETS, SHIPPED, TARGETS, Tile, Tiles
+from deepseek_records.json_files import read_object
 
 PRODUCTS = ("gate_up", "down", "down_backward", "input_gradient", "weight_gradient")
 _FORWARD = ("gate_up", "down")
@@ -221,6 +225,56 @@ def report() -> tuple[list[dict[str, object]], str]:
     return rows, "\n".join(lines)
 
 
+def against_measured(path: Path, products: dict[str, Compiled]) -> tuple[list[dict[str, object]], str]:
+    """Return predicted beside measured milliseconds of every pass that a benchmark timed, as rows and as a table.
+
+    Args:
+        path: ``results.json`` of ``deepseek-moe bench kernels`` on one of `CARDS`; ``bench.json`` of
+            ``dev/measure_on_gpu.sh`` is one.
+        products: By name, all five.
+
+    Raises:
+        ValueError: It is no such file, of another card, or holds no pass that the model speaks of.
+    """
+    card, timed = _read_measured(path)
+    rows: list[dict[str, object]] = []
+    lines = ["| T, H, I, E, K | pass | predicted ms | measured ms | measured / predicted |"]
+    lines.append("| --- " * 5 + "|")
+    for row in timed:
+        cell = Cell(*(row[name] for name in ("T", "H", "I", "E", "K")))
+        forward, backward = predict_layer(products, cell, card)
+        modes = {"forward": forward, "backward": backward, "forward+backward": forward + backward}
+        predicted, measured, stderr = modes[row["mode"]], row["ms"], row.get("ms_stderr", 0.0)
+        rows.append({"cell": cell.title, "card": card, "pass": row["mode"], "predicted_ms": predicted})
+        rows[-1] |= {"measured_ms": measured, "measured_ms_stderr": stderr}
+        shape = f"{cell.T}, {cell.H}, {cell.I}, {cell.E}, {cell.K}"
+        times = f"{predicted:.2f} | {measured:.2f} ± {stderr:.2f} | {measured / predicted:.2f}"
+        lines.append(f"| {shape} | {row['mode']} | {times} |")
+    errors_found = [abs(float(row["measured_ms"]) / float(row["predicted_ms"]) - 1) for row in rows]  # type: ignore[arg-type]
+    mean = sum(errors_found) / len(errors_found)
+    lines.append(f"{card}, {len(rows)} passes: mean error {mean:.1%}, largest {max(errors_found):.0%}")
+    return rows, "\n".join(lines)
+
+
+def _read_measured(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The card, and the rows of `fused_moe` in bf16 with balanced routing and tiles of many rows."""
+    results = read_object(path, "measured")
+    gpu, rows = results.get("gpu"), results.get("rows")
+    card = next((card for card in CARDS if isinstance(gpu, str) and card in gpu), None)
+    if card is None:
+        raise ValueError(f"measured: got {path} of {gpu or 'no named GPU'}, expected one of {', '.join(CARDS)}")
+    wanted = {"implementation": "fused_moe", "dtype": "bfloat16", "routing": "balanced"}
+    found = [
+        row
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict) and "ms" in row and all(row.get(key) == value for key, value in wanted.items())
+    ]
+    found = [row for row in found if row["T"] * row["K"] > ROW_BUCKETS[-1] * row["E"]]
+    if not found:
+        raise ValueError(f"measured: got {path} without rows of fused_moe and many tokens, expected some")
+    return card, found
+
+
 def run(args: argparse.Namespace) -> int:
     """Print and save the predictions, or without ``--predict`` the table of what the kernels compile to.
 
@@ -228,9 +282,17 @@ def run(args: argparse.Namespace) -> int:
         args: The options of ``deepseek-moe bench compile``.
     """
     if not args.predict:
+        if args.measured is not None:
+            raise ValueError(f"measured: got {args.measured} without --predict, expected --predict as well")
         return compile_check.run(args)
-    bench = BenchmarkRun("compile", args.output, {"triton": triton.__version__}, overwrite=args.overwrite)
+    if args.measured is not None:
+        _read_measured(Path(args.measured))  # before minutes of compiling
+    settings = {"triton": triton.__version__, "measured": args.measured}
+    bench = BenchmarkRun("compile", args.output, settings, overwrite=args.overwrite)
     rows, text = report()
+    if args.measured is not None:
+        more, table = against_measured(Path(args.measured), shipped_products())
+        rows, text = rows + more, f"{text}\n\n{table}"
     print(text)
     bench.finish({"rows": rows}, text)
     return 0

@@ -142,7 +142,12 @@ def _cell_of(row: dict[str, Any]) -> tuple[Any, ...]:
 def _save(path: Path, rows: list[dict[str, Any]], absent: dict[str, str]) -> None:
     from deepseek_records.run_folder import write_json, write_text
 
-    write_json(path / "results.json", {"rows": rows, "speedups": compute_speedups(rows), "absent": absent})
+    results = {"rows": rows, "speedups": compute_speedups(rows), "absent": absent}
+    if any(row["device"] == "cuda" for row in rows):
+        import torch
+
+        results["gpu"] = torch.cuda.get_device_name()
+    write_json(path / "results.json", results)
     table = io.StringIO()
     writer = csv.DictWriter(table, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()

@@ -68,7 +68,7 @@ def names_of(case):
 def run(case):
     operands = [case[name] for name in ("x", "gate_up_proj", "down_proj", "ids", "weights")]
     names = ("activation", "gate_up_bias", "down_bias", "gate_up_lora", "down_lora")
-    return fused_moe(*operands, **{name: case[name] for name in names})
+    return fused_moe(*operands, max_rows=case.get("max_rows"), **{name: case[name] for name in names})
 
 
 def step(case):

@@ -3,7 +3,8 @@
 import functools
 
 import torch
-from moe_cases import assert_equals_reference, gradients, make_case
+from lora_cases import make_lora_case, names_of, reference, run, step
+from moe_cases import assert_close, assert_equals_reference, gradients, make_case
 
 from deepseek_kernels.fused_moe import fused_moe
 
@@ -22,6 +23,22 @@ def assert_bounds_change_nothing(dtype, device="cpu", **shape):
         case, used = bounded_case(dtype, device, **shape)
         bounded = functools.partial(fused_moe, max_rows=used + extra)
         assert_equals_reference(gradients(bounded, case), case, dtype)
+
+
+def assert_bounds_change_nothing_under_adapters(device="cpu", **shape):
+    """Output and all gradients with factors in buffers of as many rows as are used, and of some more."""
+    case = make_lora_case(torch.float64, device=device, E=NUM_EXPERTS, **shape)
+    used, wanted = int((case["ids"] < NUM_EXPERTS).sum()), reference(case)
+    for extra in (0, 3):
+        case["max_rows"] = used + extra
+        for name, one, other in zip(names_of(case), step(case), wanted, strict=True):
+            assert_close(name, one, other, torch.float64)
+    sizes = []
+    case["max_rows"] = used
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.shape) or t, lambda t: t):
+        run(case)
+    ranks = case["gate_up_lora"].a.shape[0] // NUM_EXPERTS
+    assert [size[0] for size in sizes if len(size) == 2 and size[1] == ranks] == [used] * 2
 
 
 def kept_rows(max_rows, device="cpu", **shape):

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
-from row_bound_cases import assert_bounds_change_nothing, bounded_case, kept_rows
+from row_bound_cases import (
+    assert_bounds_change_nothing,
+    assert_bounds_change_nothing_under_adapters,
+    bounded_case,
+    kept_rows,
+)
 
 from deepseek_kernels.cpu import decode, staged
 from deepseek_kernels.fused_moe import fused_moe
-from deepseek_kernels.lora import LoraFactors
 
 
 @pytest.fixture(params=["few", "small", "large"])
@@ -21,6 +25,11 @@ def either_path(request, monkeypatch):
 def test_a_bound_changes_nothing(num_slots, either_path):
     for dtype in (torch.float64, torch.bfloat16):
         assert_bounds_change_nothing(dtype, T=33, K=num_slots)
+
+
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_a_bound_changes_nothing_under_adapters(num_slots, either_path):
+    assert_bounds_change_nothing_under_adapters(T=33, K=num_slots)
 
 
 @pytest.mark.parametrize("pattern", ["all_unused", "one_expert"])
@@ -49,7 +58,3 @@ def test_a_bound_that_cannot_be():
     case, _ = bounded_case(torch.float32, T=2)
     with pytest.raises(ValueError, match="max_rows: got -1, expected 0 or more"):
         fused_moe(*case, max_rows=-1)
-    hidden, width = case[0].shape[1], case[2].shape[2]
-    factors = LoraFactors(torch.zeros(6 * 2, hidden), torch.zeros(2 * width, 6 * 2), 1.0)
-    with pytest.raises(ValueError, match="max_rows: got 5 with low-rank factors, expected None"):
-        fused_moe(*(tensor.detach() for tensor in case), gate_up_lora=factors, max_rows=5)

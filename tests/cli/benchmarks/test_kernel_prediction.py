@@ -1,6 +1,8 @@
 """The roofline model: what moves it, and that its error on an H200's measurements is what the page says."""
 
+import argparse
 import dataclasses
+import json
 
 import pytest
 
@@ -74,3 +76,41 @@ def test_the_facts_are_what_compiling_gives():
     kinds = kernel_prediction.errors()
     assert [len(values) for values in kinds.values()] == [10, 10, 6, 2]
     assert compile_check.EPILOGUES[""].is_plain
+
+
+def results_file(path, **changes):
+    """What `bench kernels` saves of one shape on an H100, of which the model gives the forward pass exactly."""
+    row = {"T": 32768, "H": 2048, "I": 768, "E": 128, "K": 12, "routing": "balanced", "dtype": "bfloat16"}
+    row |= {"device": "cuda", "implementation": "fused_moe"}
+    forward, _ = predict_layer(PRODUCT, CELL, "H100")
+    rows = [{**row, "mode": "forward", "ms": forward, "ms_stderr": 0.1}, {**row, "mode": "backward", "ms": 30.0}]
+    rows += [{**row, "mode": "forward", "T": 16, "ms": 1.0}, {**row, "mode": "forward", "implementation": "eager"}]
+    path.write_text(json.dumps({"rows": rows, "gpu": "NVIDIA H100 80GB HBM3", **changes}))
+    return path
+
+
+def test_every_measured_pass_stands_beside_its_prediction(tmp_path):
+    rows, table = kernel_prediction.against_measured(results_file(tmp_path / "bench.json"), PRODUCT)
+    assert [row["pass"] for row in rows] == ["forward", "backward"]
+    lines = table.splitlines()
+    assert lines[2].endswith("± 0.10 | 1.00 |") and "| backward |" in lines[3] and "30.00 ± 0.00" in lines[3]
+    assert lines[-1].startswith("H100, 2 passes: mean error")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpu": "NVIDIA A100"}, "of NVIDIA A100, expected one of H100, H200"),
+        ({"gpu": None}, "of no named GPU"),
+        ({"rows": []}, "without rows of fused_moe"),
+    ],
+)
+def test_a_file_that_says_nothing_of_the_model(tmp_path, changes, message):
+    path = results_file(tmp_path / "bench.json", **changes)
+    with pytest.raises(ValueError, match=f"measured: got .*{message}"):
+        kernel_prediction.against_measured(path, PRODUCT)
+
+
+def test_measured_goes_with_predict(tmp_path):
+    with pytest.raises(ValueError, match="measured: got x without --predict"):
+        kernel_prediction.run(argparse.Namespace(predict=False, measured="x"))

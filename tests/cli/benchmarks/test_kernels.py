@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from deepseek_cli.benchmarks import kernel_table
+from deepseek_cli.benchmarks.kernel_cells import Cell
 
 
 def parse(*arguments):
@@ -160,3 +162,31 @@ def test_work_of_other_processes_is_noticed():
     row |= {"share_of_matmul_peak": 0.5, "kept_bytes_per_token": None, "peak_memory_bytes": None}
     assert "kept 0.9 cores busy" in kernel_table._format_rows("", [{**row, "other_work_cores": 0.9}], set())
     assert "busy" not in kernel_table._format_rows("", [{**row, "other_work_cores": 0.1}], set())
+
+
+def test_a_short_step_on_a_gpu_is_timed_right_behind_another(monkeypatch):
+    """Once it has shown to be short; a first time that compiled something does not count."""
+    from deepseek_cli.benchmarks import kernel_timing
+
+    first = {"short": 50.0, "long": 40.0}
+    calls = []
+
+    def time_of(name, device, *, is_second):
+        calls.append((name, is_second))
+        return [first.pop(name, 5.0 if name == "short" else 20.0)] * 2
+
+    monkeypatch.setattr(kernel_timing, "_time", time_of)
+    timings = kernel_timing.interleave({"short": "short", "long": "long"}, 0.3, "cuda")
+    assert [is_second for name, is_second in calls if name == "short"][:3] == [False, False, True]
+    assert not any(is_second for name, is_second in calls if name == "long")
+    assert timings["short"][-1].ms == 5 and timings["short"][-1].stderr == 0
+    assert timings["long"][-1].ms == 20 and timings["long"][-1].num_rounds >= 3
+
+
+def test_eager_is_left_out_of_many_tokens_on_a_gpu():
+    from deepseek_cli.benchmarks.kernels import _reason_to_skip
+
+    for num_tokens, device, is_left_out in ((1024, "cuda", True), (16, "cuda", False), (1024, "cpu", False)):
+        cell = Cell(num_tokens, 64, 48, 8, 2)
+        assert (_reason_to_skip(cell, "eager", torch.float32, device) is not None) == is_left_out
+        assert _reason_to_skip(cell, "grouped_mm", torch.float32, device) is None

@@ -13,7 +13,13 @@ if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 from moe_cases import assert_equals_reference, gradients, make_case
-from row_bound_cases import NUM_EXPERTS, assert_bounds_change_nothing, bounded_case, kept_rows
+from row_bound_cases import (
+    NUM_EXPERTS,
+    assert_bounds_change_nothing,
+    assert_bounds_change_nothing_under_adapters,
+    bounded_case,
+    kept_rows,
+)
 
 from deepseek_kernels.fused_moe import fused_moe
 from deepseek_kernels.gpu import combine as combine_module
@@ -46,6 +52,11 @@ def test_one_expert_per_token_in_bf16(no_combine):
 @pytest.mark.parametrize("num_slots", [1, 3])
 def test_a_bound_changes_nothing(num_slots):
     assert_bounds_change_nothing(torch.float64, DEVICE, T=23, K=num_slots, H=19, I=17)
+
+
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_a_bound_changes_nothing_under_adapters(num_slots):
+    assert_bounds_change_nothing_under_adapters(DEVICE, T=23, K=num_slots, H=19, I=17)
 
 
 def test_less_is_kept():
