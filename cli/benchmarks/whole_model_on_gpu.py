@@ -78,6 +78,8 @@ class Measurement:
                 row |= measure()
             except torch.OutOfMemoryError:
                 row["out_of_memory"] = True
+            except Exception as error:  # whatever it is, the rows after it are measured
+                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             row["took_s"] = round(time.monotonic() - begun, 1)
         self.result["rows"].append(row)
         print(json.dumps(row), flush=True)
@@ -305,7 +307,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         if row["what"] == "build":
             continue
-        speed = "out of memory" if "out_of_memory" in row else row.get("left_out", "")
+        speed = "out of memory" if "out_of_memory" in row else row.get("failed", row.get("left_out", ""))
         if "tokens_per_second" in row:
             stderr = row["tokens_per_second"] * row["seconds_stderr"] / row["seconds"]
             speed = f"{row['tokens_per_second']:.1f} ± {stderr:.1f}"

@@ -42,11 +42,15 @@ def test_what_does_not_fit_or_has_no_time_is_said(tmp_path):
     row = {"model": "M", "kind": "bf16", "what": "train", "implementation": "grouped_mm"}
     run.result["counted_gib"] = {}
     assert run.add(dict(row), fail)["out_of_memory"]
+    assert run.add(dict(row), lambda: 1 / 0)["failed"] == "ZeroDivisionError: division by zero"
     run.end = 0
     assert run.add(dict(row), fail)["left_out"] == "no time"
     assert json.loads((tmp_path / "rows.json").read_text()) == run.result
     lines = bench.table(run.result).splitlines()
-    assert lines[2:] == [f"| M | bf16 | train | grouped_mm | {why} |  |  |  |" for why in ("out of memory", "no time")]
+    assert lines[2:] == [
+        f"| M | bf16 | train | grouped_mm | {why} |  |  |  |"
+        for why in ("out of memory", "ZeroDivisionError: division by zero", "no time")
+    ]
 
 
 def test_it_needs_a_gpu(capsys):
