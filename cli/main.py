@@ -28,6 +28,7 @@ SUBCOMMANDS = (
     "adapt",
     "distill",
     "shrink",
+    "upcycle",
     "quantize",
     "sft",
     "align",

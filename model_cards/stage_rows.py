@@ -16,6 +16,7 @@ _TITLES = {
     "adapt": "Continued pretraining on a domain",
     "distill": "Distillation from a larger model",
     "shrink": "Cut out of a larger model",
+    "upcycle": "Made of a dense model",
     "sft": "Supervised fine-tuning on conversations",
     "dpo": "Alignment by DPO",
     "align": "Alignment by PPO",

@@ -25,6 +25,7 @@ STAGE_ORDER = (
     "tokenizer",
     "pretrain",
     "shrink",
+    "upcycle",
     "adapt",
     "distill",
     "sft",

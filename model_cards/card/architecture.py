@@ -24,6 +24,7 @@ _DONE = {
     "grpo": "aligned by GRPO",
     "train": "trained with transformers' Trainer",
     "shrink": "cut out of a larger model",
+    "upcycle": "made of a dense model: its experts began as copies of the dense feed-forward layers",
     "distill": "distilled from a teacher",
     "quantize": "quantized: its routed experts are in 4 bits, by AWQ",
 }

@@ -30,6 +30,11 @@ NOT_RUN = (
     *("--compare", "crows_pairs", "org/name", "tempt", "runs/two", "--private", "--revision", "--use-mtp"),
     "--allow-weak-sandbox",
     *("path/to/fixed", "--to expert_lora", "my-sft.yaml", "runs/seed-0"),  # what the demo does not make
+    *(
+        "path/to/llama",
+        "runs/demo-real",
+        "-real ",
+    ),  # no dense model is at hand; test_upcycle.py and make demo-real run them
     "push runs/demo someone/my-moe --license apache-2.0",  # needs the Hub
     *("distill distill-demo", "hidden_size=96", "--group 32"),  # too large for this demo, which is of debug size
 )

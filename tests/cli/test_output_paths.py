@@ -25,6 +25,7 @@ COMMANDS = {
     "data": ["data", "data-debug", "--output"],
     "distill": ["distill", "distill-debug", "--teacher", MODEL, "--output"],
     "shrink": ["shrink", MODEL, "--set", "n_routed_experts=4", "--"],
+    "upcycle": ["upcycle", MODEL.replace("ours", "llama"), "--"],
     "quantize": ["quantize", MODEL, "--group", "16", "--"],
     "demo, dry": ["demo", "--dry-run", "--output"],
     "data, dry": ["data", "data-debug", "--dry-run", "--output"],
@@ -71,7 +72,20 @@ def test_a_file_where_a_folder_is_needed(name, file, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "evaluate", "card", "export", "bench step", "pretrain", "data", "distill", "shrink", "quantize"]
+    "name",
+    [
+        "demo",
+        "evaluate",
+        "card",
+        "export",
+        "bench step",
+        "pretrain",
+        "data",
+        "distill",
+        "shrink",
+        "quantize",
+        "upcycle",
+    ],
 )
 @pytest.mark.parametrize("place", ["/proc/nothing/here", "zero\0byte", "x" * 300])
 def test_a_place_that_cannot_be_written(name, place, capsys):

@@ -13,6 +13,7 @@ from deepseek_training.data.texts import count_bytes
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
 from deepseek_training.recipes.quantize import QuantizeSettings
 from deepseek_training.recipes.shrink import ShrinkSettings
+from deepseek_training.recipes.upcycle import UpcycleSettings
 from deepseek_training.trainer.bigram import BigramModel
 from deepseek_training.trainer.bits_per_byte import BitsPerByte, measure_bigram, measure_model
 
@@ -60,7 +61,9 @@ class HeldOut:
         """The texts, under the name that each held-out set has for its content."""
         return self.texts
 
-    def measure(self, model: Any, recipe: TrainerSettings | ShrinkSettings | QuantizeSettings) -> BitsPerByte:
+    def measure(
+        self, model: Any, recipe: TrainerSettings | ShrinkSettings | QuantizeSettings | UpcycleSettings
+    ) -> BitsPerByte:
         """Return the model's bits per byte on this set."""
         return measure_model(
             model,

@@ -20,6 +20,7 @@ from deepseek_training.launch.step_time import MOST_BYTES
 from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe, TrainerSettings
 from deepseek_training.recipes.quantize import QuantizeSettings
 from deepseek_training.recipes.shrink import ShrinkSettings
+from deepseek_training.recipes.upcycle import UpcycleSettings
 from deepseek_training.trainer.distributed_engine import building_as_configured
 from deepseek_training.trainer.expert_parallel import split_experts
 from modeling_deepseek import DeepseekConfig
@@ -87,7 +88,9 @@ def check_model(recipe: TrainerSettings, model: PreTrainedModel) -> None:
     check_bias_speed(model, recipe.bias_update_speed)
 
 
-def check_context(recipe: TrainerSettings | ShrinkSettings | QuantizeSettings, config: PreTrainedConfig) -> None:
+def check_context(
+    recipe: TrainerSettings | ShrinkSettings | QuantizeSettings | UpcycleSettings, config: PreTrainedConfig
+) -> None:
     """Raise a one-line ValueError if the blocks do not fit the model's context."""
     if recipe.sequence_length > config.max_position_embeddings:
         raise ValueError(
