@@ -18,7 +18,7 @@ from deepseek_records.exit_codes import DONE, MISSED
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # MMLU questions of each of the 57 subjects, HumanEval problems: their standard errors stand beside the scores.
-LIMIT = "mmlu=4,humaneval=10"
+LIMIT = "mmlu=5,humaneval=20"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def list_commands(root: Path) -> dict[str, list[str]]:
         root: The folder of the runs.
     """
     path = {name: str(root / name) for name in ("dense", "upcycle", "before", "adapt", "sft", "align", "after")}
-    score = ["--tasks", "mmlu,humaneval", "--limit", LIMIT, "--max-new-tokens", "96", "--batch-size", "20"]
+    score = ["--tasks", "mmlu,humaneval", "--limit", LIMIT, "--max-new-tokens", "128", "--batch-size", "20"]
     score += ["--experts-implementation", "fused_moe"]
     stages = {
         name: [name, f"{name}-real", "--model", f"{path[before]}/model", "--output", path[name]]
