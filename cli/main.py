@@ -42,6 +42,7 @@ SUBCOMMANDS = (
     "merge",
     "export",
     "card",
+    "document",
     "push",
     "params",
     "plan",

@@ -6,10 +6,11 @@ are several models, and are refused in one line.
 """
 
 import filecmp
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deepseek_records.leaks import scrub
+from deepseek_records.run_files import is_own_run
 from deepseek_records.run_folder import MODEL_FOLDER, RunFolder
 from deepseek_records.stages import MODEL_MARKS, Stage, read_stages
 
@@ -69,6 +70,40 @@ def read_lineage(run_path: str | Path) -> Lineage:
             f"run: got {path} with the models {', '.join(models)} and no run, expected one model; pass one of them, "
             f"for example {path / models[0]}"
         ) from None
+
+
+def read_whole_lineage(run_path: str | Path) -> Lineage:
+    """Return the one model that a run folder is about, with the runs elsewhere that it was made from.
+
+    Args:
+        run_path: As for `read_lineage`.
+
+    Raises:
+        FileNotFoundError: As for `read_lineage`.
+        ValueError: As for `read_lineage`, or a run elsewhere cannot be read.
+    """
+    lineage = read_lineage(run_path)
+    stages, base = dict(lineage.stages), lineage.base
+    seen = {stage.run.path.resolve() for stage in stages.values()}
+    while lineage.final is not None and (folder := _run_of(base)) is not None and folder not in seen:
+        seen.add(folder)
+        (stage,) = read_stages(folder).values()
+        name = stage.name if stage.name not in stages else f"{stage.name} of {folder.name}"
+        while name in stages:
+            name = f"{name}, before"
+        stages = {name: replace(stage, name=name), **stages}
+        base = source_of(stage)
+    return replace(lineage, stages=stages, base=base)
+
+
+def _run_of(model: str | None) -> Path | None:
+    """The finished run that left a model, resolved; None where the path leads to none."""
+    path = Path(model or "").expanduser()
+    if not model or not path.is_dir():
+        return None
+    path = path.resolve()
+    folders = [path, path.parent] if is_model_folder(path) else [path]
+    return next((one for one in folders if is_own_run(one) and RunFolder(one).is_finished), None)
 
 
 def is_model_folder(path: Path) -> bool:

@@ -45,6 +45,7 @@ _OWN_FOLDERS = {
     "dropped": ("*.jsonl", "*.partial"),
     "work": ("part-*", "train-*", "validation-*"),
     ".eval_results": ("*.yaml",),
+    "documents": ("technical_documentation.*", "training_content_summary.*", "high_risk_documentation.*"),
 }
 
 

@@ -29,6 +29,7 @@ from deepseek_model_cards.card.metadata import (
 )
 from deepseek_model_cards.card.model_facts import ModelFacts, read_facts
 from deepseek_model_cards.card.parameter_table import try_to_count
+from deepseek_model_cards.eu.fields import read_forms
 from deepseek_model_cards.stage_rows import data_row, energy_estimate, stage_row, total_seconds
 from deepseek_model_cards.summary_table import pair_results
 from deepseek_model_cards.wording import format_seconds, format_value, label_dataset, label_figure
@@ -89,6 +90,7 @@ def write_card(
     place = repo_id or _place_from(target, facts.path)
     values = describe_run(lineage, name=name, place=place, facts=facts, license=license_found, target=target)
     values["cleanings"] = cleaning_rows(lineage, None if repo_id else target)
+    values["documents"] = [] if repo_id else _documents_near(target)
     if template is not None:
         check_template(Path(template), known=set(values) | set(metadata.to_dict()))
     # from_template fills {{ card_data }} itself and gives the template every metadata field; ours come on top.
@@ -98,6 +100,17 @@ def write_card(
         draw_block(facts.config, target / PICTURE)
     write_eval_results(lineage, target)
     return target / "README.md"
+
+
+def _documents_near(target: Path) -> list[tuple[str, str]]:
+    """What `deepseek-moe document` left beside the card, or in ``documents`` there: titles and links."""
+    folders = (target, target / "documents")
+    return [
+        (form.title, path.relative_to(target).as_posix())
+        for form in read_forms().values()
+        for path in (folder / f"{form.file}.md" for folder in folders)
+        if path.is_file()
+    ]
 
 
 def check_template(path: Path, known: set[str]) -> None:

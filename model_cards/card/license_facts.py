@@ -58,7 +58,7 @@ def find_license(given: str | None, *, folder: Path | None, base: str | None) ->
         if given not in LICENSES:
             raise ValueError(f"license: got {given!r}, expected an id of the Hub's such as apache-2.0, mit or other")
         return License({"license": given}, f"License: {given}, stated when this card was written.")
-    if folder is not None and (fields := _read_fields(folder / "README.md")):
+    if folder is not None and (fields := read_license(folder / "README.md")):
         return License(fields, f"License: {_name(fields)}, as the README.md beside the weights states.")
     if base is not None and (fields := _read_base(base)):
         name = Path(base).name if Path(base).is_absolute() else base
@@ -77,15 +77,20 @@ def _read_base(base: str) -> dict[str, str]:
     path = Path(base).expanduser()
     if path.is_dir():
         places = [path / "README.md", path.parent / "README.md"] if path.name == "model" else [path / "README.md"]
-        return next((fields for fields in map(_read_fields, places) if fields), {})
+        return next((fields for fields in map(read_license, places) if fields), {})
     try:
         cached = try_to_load_from_cache(base, "README.md")
     except HFValidationError:
         return {}
-    return _read_fields(Path(cached)) if isinstance(cached, str) else {}
+    return read_license(Path(cached)) if isinstance(cached, str) else {}
 
 
-def _read_fields(readme: Path) -> dict[str, str]:
+def read_license(readme: Path) -> dict[str, str]:
+    """Return the metadata on the license in a card: ``license`` and maybe ``license_name`` and ``license_link``.
+
+    Args:
+        readme: The card; where it is absent or broken it states nothing.
+    """
     if not readme.is_file():
         return {}
     try:

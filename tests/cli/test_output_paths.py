@@ -34,6 +34,7 @@ COMMANDS = {
     "evaluate": ["evaluate", MODEL, "--tasks", "mmlu", "--limit", "1", "--output"],
     "evaluate two": ["evaluate", MODEL, FOREIGN, "--tasks", "mmlu", "--limit", "1", "--output"],
     "card": ["card", MODEL, "--output"],
+    "document": ["document", MODEL],
     "export": ["export", MODEL],
     "export gguf": ["export", MODEL, "--to", "gguf"],
     **{
