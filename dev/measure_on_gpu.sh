@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# What needs a GPU, in three parts of under nine minutes each, or several of them one after another.
+# What needs a GPU, in four parts:
 #
 #   bash dev/measure_on_gpu.sh [FOLDER] [PART ...]
 #
-#   check      correctness on the device, then the fused layer beside its peers
-#   compare    whole models, the host's share, LoRA, 4 bits, FP8 and each product with other tiles, beside what they
-#              replace
-#   profile    time per kernel, Nsight Compute, compute-sanitizer, the slow layer tests and forty random layers
+#   check      correctness on the device                                                          490 s at most
+#   bench      the fused layer beside its peers                                                   170
+#   compare    whole models, the host's share, LoRA, 4 bits, FP8 and each product with other
+#              tiles, beside what they replace                                                    515
+#   profile    time per kernel, Nsight Compute, compute-sanitizer, the slow layer tests and forty
+#              random layers                                                                      360
+#
+# Each needs a call of its own, with LIMIT at least so large: a part that comes second, or has less time, is cut. The
+# limits leave room beyond what the steps took on an H100 with twelve processes and nothing compiled.
 #
 # Run from the repository root with torch, triton and pytest. No step stops the ones after it, each has a time limit, and
 # what it measured until then is kept. All steps together end after LIMIT seconds (default 520). Without parts: all
-# three. ONLY='lora|fp8' runs the steps with such a name. FOLDER (default: $OUT, else runs/gpu) gets at most seven files:
+# four. ONLY='lora|fp8' runs the steps with such a name. FOLDER (default: $OUT, else runs/gpu) gets at most seven files:
 #
 #   summary.txt     one line per step, the machine, the end of every table
 #   tests.txt       what failed, in full
@@ -27,10 +32,10 @@ begun=$SECONDS
 limit=${LIMIT:-520}
 folder=$(realpath -m "${1:-${OUT:-runs/gpu}}")
 parts=" ${*:2} "
-[ "$#" -gt 1 ] || parts=" check compare profile "
+[ "$#" -gt 1 ] || parts=" check bench compare profile "
 for part in $parts; do
-    [[ " check compare profile " == *" $part "* ]] || {
-        echo "part: got $part, expected check, compare or profile" >&2
+    [[ " check bench compare profile " == *" $part "* ]] || {
+        echo "part: got $part, expected check, bench, compare or profile" >&2
         exit 2
     }
 done
@@ -56,7 +61,7 @@ if [ "${DRY_RUN:-0}" = 1 ]; then
 fi
 workers=()
 "$python" -c "import xdist" 2> /dev/null && [ "${DRY_RUN:-0}" != 1 ] && workers=(-n 12 --dist loadgroup)
-pytest=("$python" -m pytest -p no:cacheprovider -q --maxfail=40 --tb=short "${workers[@]}" "${select[@]}")
+pytest=("$python" -m pytest -p no:cacheprovider -p no:benchmark --maxfail=40 --tb=short "${workers[@]}" "${select[@]}")
 
 say() { echo "[$((SECONDS - begun)) s] $*" | tee -a "$folder/summary.txt"; }
 
@@ -100,26 +105,25 @@ timed() {
 mkdir -p "$scratch/results"
 
 if does check; then
-    # What never ran on a device first: the limit cuts what comes last.
-    step 80 "tests on the device" "$folder/tests.txt" "${pytest[@]}" $tests/test_rows_on_device.py \
+    step 200 "tests on the device" "$folder/tests.txt" "${pytest[@]}" $tests/test_rows_on_device.py \
         $tests/test_on_device.py $tests/test_lora_on_device.py $tests/test_fp8_on_device.py \
         $tests/test_four_bit_on_device.py
+    step 130 "tests of the shipped tiles" "$folder/tests.txt" "${pytest[@]}" $tests/test_production_tiles.py \
+        $tests/test_planted_faults.py
+    step 80 "other operators" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_rows.py $tests/test_triton_lora.py \
+        $tests/test_fp8_kernels.py $tests/test_four_bit_kernels.py $tests/test_triton_epilogue.py -m "not slow"
+    step 80 "layer tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_layer.py \
+        $tests/test_triton_kernels.py $tests/test_tune.py -m "not slow"
 fi
 compile_ahead() { # so that no timing waits for the compiler
     [ "$is_dry" = 1 ] || step 60 "compiled ahead" "$folder/tables.txt" "$python" \
         -m deepseek_cli.benchmarks.kernel_variants --compile-only
 }
-if does check; then
+if does bench; then
     compile_ahead
     step 110 "benchmark" "$folder/tables.txt" "$python" -m deepseek_cli.main bench kernels --grid "$grid" \
         --seconds 1.5 --output "$scratch/bench" --overwrite
     cp "$scratch/bench/results.json" "$folder/bench.json" 2> /dev/null
-    step 60 "tests of the shipped tiles" "$folder/tests.txt" "${pytest[@]}" $tests/test_production_tiles.py \
-        $tests/test_planted_faults.py
-    step 60 "other operators" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_rows.py $tests/test_triton_lora.py \
-        $tests/test_fp8_kernels.py $tests/test_four_bit_kernels.py $tests/test_triton_epilogue.py -m "not slow"
-    step "${LAYER_SECONDS:-60}" "layer tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_layer.py \
-        $tests/test_triton_kernels.py $tests/test_tune.py -m "not slow"
 fi
 if does compare && [ "$is_dry" = 1 ]; then
     step 90 whole_model_on_gpu "$folder/tables.txt" env -u TRITON_INTERPRET "$python" \
@@ -129,7 +133,7 @@ if does compare && [ "$is_dry" != 1 ]; then
     timed 175 whole_model_on_gpu
     timed 45 host_cost
     timed 60 lora_on_gpu
-    timed 60 four_bit_on_gpu
+    timed 40 four_bit_on_gpu
     timed 75 fp8_on_gpu
     [[ kernel_variants =~ ${ONLY:-.} ]] && ONLY=. compile_ahead
     timed 60 kernel_variants

@@ -1,5 +1,6 @@
 """Routing patterns and tolerances shared by the tests of the kernels, of the CPU path and of the benchmark."""
 
+import pytest
 import torch
 
 from deepseek_kernels.expert_loop import TILE_TOLERANCE, expert_loop, largest_tile_error
@@ -14,6 +15,12 @@ NAMES = ("output", "hidden_states", "gate_up_proj", "down_proj", "topk_weights")
 def runs_descriptors():
     """Whether descriptors run here: in the interpreter, and on a GPU with a copy engine."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
+
+
+def also(*values):
+    """More values of a parameter; the interpreter, which takes seconds for each, has them in the slow run only."""
+    marks = () if torch.cuda.is_available() else (pytest.mark.slow,)
+    return [pytest.param(value, marks=marks) for value in values]
 
 
 def make_ids(pattern, T, K, E, generator):

@@ -16,6 +16,7 @@ if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
 from epilogue_cases import EPILOGUES
 from four_bit_cases import assert_equals_reference, pack, packed_case, results, unpacked
 from lora_cases import leaves_of, make_lora_case
+from moe_cases import also
 
 from deepseek_kernels.four_bit import FourBitFormat
 from deepseek_kernels.fused_moe import fused_moe
@@ -35,11 +36,6 @@ SHAPES = {
     "nf4 whole rows": ("nf4", 32, 96, 32),
 }
 pytestmark = pytest.mark.usefixtures("guarded_buffers")
-
-
-def also(*values):
-    """More values of a parameter; the interpreter, which takes seconds for each, has them in the slow run only."""
-    return [pytest.param(value, marks=pytest.mark.slow) if DEVICE == "cpu" else value for value in values]
 
 
 def case_of(shape, dtype=torch.bfloat16, **settings):

@@ -5,6 +5,8 @@ Like ``test_triton_kernels.py`` these run on a GPU, or in a process started with
 """
 
 import os
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ pytest.importorskip("triton")
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from moe_cases import assert_equals_reference, gradients, make_case
+from moe_cases import also, assert_equals_reference, gradients, make_case
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_kernels.fused_moe import fused_moe
@@ -23,11 +25,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATTERNS = ["some_unused", "empty_experts", "one_expert", "all_unused"]
 ODD = {"H": 35, "I": 19}
 pytestmark = pytest.mark.usefixtures("guarded_buffers")
-
-
-def also(*values):
-    """More values of a parameter; the interpreter, which takes seconds for each, has them in the slow run only."""
-    return [pytest.param(*value, marks=pytest.mark.slow) if DEVICE == "cpu" else value for value in values]
 
 
 def case_of(dtype, **shape):
@@ -50,13 +47,13 @@ def test_routing_patterns_in_every_dtype(dtype, pattern, T):
     assert_equals_reference(gradients(fused_moe, case), case, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, *also((torch.float32,), (torch.float16,))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *also(torch.float32, torch.float16)])
 def test_dtypes(dtype):
     case = case_of(dtype, T=7, **ODD)
     assert_equals_reference(gradients(fused_moe, case), case, dtype)
 
 
-@pytest.mark.parametrize("pattern", ["some_unused", *also(("one_expert",))])
+@pytest.mark.parametrize("pattern", ["some_unused", *also("one_expert")])
 def test_sixty_four_tokens(pattern):
     case = case_of(torch.float32, T=64, H=17, I=9, pattern=pattern)
     assert_equals_reference(gradients(fused_moe, case), case, torch.float32)
@@ -72,7 +69,7 @@ def test_sixty_four_slots_a_token():
     assert_equals_reference(gradients(fused_moe, case), case, torch.float32)
 
 
-@pytest.mark.parametrize("activation", ["gelu", *also(("gelu_pytorch_tanh",))])
+@pytest.mark.parametrize("activation", ["gelu", *also("gelu_pytorch_tanh")])
 def test_activations(activation):
     case = case_of(torch.bfloat16, T=7, H=19, I=17)
     assert_equals_reference(gradients(fused_moe, case, activation), case, torch.bfloat16, activation)
@@ -84,7 +81,7 @@ def test_repeat_runs_are_bit_equal():
         assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("T", [1, 4, 5, *also((40,))])
+@pytest.mark.parametrize("T", [1, 4, 5, *also(40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_forward_pass_is_the_same_with_gradients_and_without(dtype, T):
     """PPO's old log-probabilities come from the one, the update's from the other; their first ratio has to be 1."""
@@ -142,7 +139,7 @@ def test_kept_for_backward_is_input_preactivation_and_integers(dtype):
     assert integers <= 4 * (2 * T * K + 2 * (E + 1) + 4 * 16)
 
 
-@pytest.mark.parametrize("frozen", [(1, 2), (0, 1, 2), *also(((0,),), ((4,),), ((1, 2, 4),))])
+@pytest.mark.parametrize("frozen", [(1, 2), (0, 1, 2), *also((0,), (4,), (1, 2, 4))])
 def test_only_wanted_gradients_are_computed(frozen):
     shape = {"T": 5, "H": 17, "I": 5}
     full = gradients(fused_moe, case_of(torch.float32, **shape))
@@ -189,7 +186,7 @@ def test_autocast_keeps_no_copy_of_the_weights():
     assert copies == []
 
 
-@pytest.mark.parametrize("use_reentrant", [False, *also((True,))])
+@pytest.mark.parametrize("use_reentrant", [False, *also(True)])
 def test_activation_checkpointing(use_reentrant):
     def recomputed(*t, activation):
         return checkpoint(fused_moe, *t, use_reentrant=use_reentrant)
@@ -206,7 +203,7 @@ def gradcheck(activation="silu", **shape):
     return torch.autograd.gradcheck(function, (x, gate_up, down, weights))
 
 
-@pytest.mark.parametrize("activation", also(("silu",)))
+@pytest.mark.parametrize("activation", also("silu"))
 def test_gradcheck(activation):
     assert gradcheck(activation, T=2, H=2, I=1, E=2, K=2)
 
@@ -215,3 +212,21 @@ def test_gradcheck(activation):
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
 def test_gradcheck_larger(activation):
     assert gradcheck(activation, T=4, H=3, I=2, E=3, K=2)
+
+
+@pytest.mark.parametrize("name", ["test_triton_layer", "test_four_bit_kernels"])
+def test_a_device_takes_the_values_that_the_interpreter_takes(name, monkeypatch):
+    """Nothing but a device runs the values of `also` as they are there."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def values_by_test(has_gpu):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+        tests = runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))
+        marks = [(test, mark) for test in tests for mark in getattr(tests[test], "pytestmark", ())]
+        return [(test, mark.args[0], list(map(bare, mark.args[1]))) for test, mark in marks if mark.args]
+
+    def bare(value):  # of `pytest.param` what a test gets
+        return value.values if hasattr(value, "marks") else (value,)
+
+    on_device = values_by_test(True)
+    assert len(on_device) >= 5 and on_device == values_by_test(False)
