@@ -27,6 +27,9 @@ from deepseek_records.matmul_rate import measure_matmul_rate
 _WORK = {"forward": 1, "backward": 2, "forward+backward": 3}  # in forward passes
 # Of a tile's norm. The others may round the experts' outputs and the router weights once more than `fused_moe` does.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 8e-3}
+# FP8 rounds by 6.7e-2 of a layer's norm (23.5 dB) whatever the kernels, and a weight gradient's tile of an expert of
+# two rows by 1.1e-1; the products themselves are held to 2e-2 by tests that round alike.
+_FP8_TOLERANCE = 1.5e-1
 _CAPTURABLE = ("fused_moe", "grouped_mm", "batched_mm")
 # One replay between two marks of an idle stream would mostly measure the launch of the graph.
 _REPLAYS = 20
@@ -172,13 +175,23 @@ def _steps_that_agree(
                 if isinstance(error, ImportError | OSError):  # Asked again, transformers would look on the Hub again.
                     _CANNOT_LOAD[name] = reason
             else:
-                reason = _difference(results, wanted, _TOLERANCE[layer.x.dtype])
+                reason = _difference(results, wanted, tolerance_of(name, layer.x.dtype))
                 del results
         if reason is None:
             steps[name] = step
         else:
             skipped[name] = reason
     return steps, skipped
+
+
+def tolerance_of(name: str, dtype: torch.dtype) -> float:
+    """Return how far a 128 x 128 tile may be off the loop in float32, relative to its norm.
+
+    Args:
+        name: Of the implementation.
+        dtype: Of its operands.
+    """
+    return _FP8_TOLERANCE if name == "fused_moe_fp8" else _TOLERANCE[dtype]
 
 
 def _ignore() -> None:
@@ -213,6 +226,8 @@ def _difference(results: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: 
 def _reason_to_skip(cell: Cell, name: str, dtype: torch.dtype, device: str) -> str | None:
     if name == "eager" and device == "cuda" and not cell.is_decode:
         return "its steps of a fifth of a second would leave the others few rounds"
+    if name == "fused_moe_fp8" and device == "cpu":
+        return "on a CPU it states accuracy and is slower than bf16"
     if name == "batched_mm":
         num_bytes = 3 * cell.T * cell.K * cell.H * cell.I * dtype.itemsize
         if num_bytes > (2 * 2**30 if device == "cpu" else 32 * 2**30):

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from deepseek_cli.benchmarks import kernel_table
+from deepseek_cli.benchmarks import kernel_table, kernels
 from deepseek_cli.benchmarks.kernel_cells import Cell
+from deepseek_cli.benchmarks.kernel_peers import find_implementations
 
 
 def parse(*arguments):
@@ -55,6 +56,26 @@ def test_speedup_is_over_the_best_other():
     (entry,) = kernel_table.compute_speedups([{**row, "ms_stderr": 0.03 * row["ms"]} for row in rows if "ms" in row])
     assert entry["speedup_stderr"] == pytest.approx(1.5 * 0.03 * 2**0.5)
     assert kernel_table.compute_speedups(rows[:1]) == [] and kernel_table.compute_speedups(rows[1:]) == []
+
+
+def test_fp8_of_our_own_is_no_other():
+    row = {"T": 1, "H": 2, "I": 3, "E": 4, "K": 1, "routing": "balanced", "dtype": "bfloat16", "mode": "forward"}
+    times = {"fused_moe": 2.0, "fused_moe_fp8": 1.0, "grouped_mm": 3.0}
+    (entry,) = kernel_table.compute_speedups([{**row, "implementation": name, "ms": ms} for name, ms in times.items()])
+    assert entry["best_other"] == "grouped_mm" and entry["speedup"] == 1.5
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_fp8_is_held_to_its_own_rounding(is_training):
+    layer = kernels._Layer(Cell(64, 256, 128, 4, 2, dtype="bfloat16"), "cpu")
+    implementation = find_implementations()[0]["fused_moe_fp8"]
+    got = layer.make_step("fused_moe_fp8", implementation, is_training)(lambda: None)
+    wanted = layer.reference(is_training)
+    allowed = kernels.tolerance_of("fused_moe_fp8", torch.bfloat16)
+    assert kernels._difference(got, wanted, allowed) is None
+    assert "output by" in kernels._difference(got, wanted, kernels.tolerance_of("fused_moe", torch.bfloat16))
+    got[0][:, 128:] *= 1.2  # a scale that is off
+    assert "output by" in kernels._difference(got, wanted, allowed)
 
 
 def test_a_gpu_grid_without_a_gpu_is_one_line(monkeypatch, tmp_path):
