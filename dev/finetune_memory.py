@@ -5,7 +5,7 @@
 The count is `deepseek_cli.benchmarks.finetune_count`'s; ``whole_model_on_gpu`` beside it measures the same on a GPU.
 """
 
-from deepseek_cli.benchmarks.finetune_count import GIB, count, released_models
+from deepseek_cli.benchmarks.finetune_count import GIB, PARTS, count, released_models
 
 # A tenth of a card is left for what is not counted.
 CARDS, USABLE = (12, 16, 24, 32, 48, 80), 0.9
@@ -13,8 +13,9 @@ CARDS, USABLE = (12, 16, 24, 32, 48, 80), 0.9
 
 def main() -> None:
     """Print the table."""
-    print("| model | parameters | experts | the rest | adapter | activations | sum, GiB | fits on |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    titles = ("model", "parameters", *PARTS, "sum, GiB", "fits on")
+    print("| " + " | ".join(titles) + " |")
+    print("| " + " | ".join(["---"] * len(titles)) + " |")
     for name, config in released_models().items():
         parameters, parts = count(config, name)
         card = next(card for card in CARDS if sum(parts) <= USABLE * card * GIB)

@@ -2,8 +2,9 @@
 
 ``dev/finetune_memory.py`` prints the count, ``whole_model_on_gpu.py`` measures it. Shapes only, on the meta device;
 nothing is downloaded. Weights are what `quantize_experts` would store, the adapter is PEFT's own on such a model,
-activations are `deepseek-moe plan`'s formula with every layer made again in the backward pass. Not counted: the
-allocator's fragmentation, the CUDA context and one projection of one layer in bf16.
+activations are `deepseek-moe plan`'s formula with every layer made again in the backward pass. A step takes most where
+its backward pass begins, with nothing but the layers' inputs and the loss in memory, or in the last layer that the
+backward pass makes again. Not counted: the allocator's rounding and fragmentation, and the CUDA context.
 """
 
 import torch
@@ -17,6 +18,10 @@ from deepseek_training.launch.cluster.shape import ModelShape, read_shape
 
 GIB = 2**30
 TOKENS, RANK = 2048, 8
+PARTS = ("experts", "the rest", "adapter", "layers' inputs", "loss or a layer")
+# Per logit, in fp32, where the backward pass begins: the log-softmax that it kept, its gradient and the logits' one.
+_LOSS_BYTES = 12
+_ONE_SEQUENCE = Layout(data=1, batch=1, length=TOKENS)
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 # Both latent-attention models: DeepSeek-V2-Lite (arXiv 2405.04434, appendix B) and Moonlight (arXiv 2502.16982).
 LATENT = {
@@ -74,8 +79,8 @@ def weight_bytes(shape: ModelShape, model: torch.nn.Module) -> tuple[int, int]:
     return experts, 2 * (shape.total - sum(layer.routed for layer in shape.layers))
 
 
-def adapter_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of an adapter on attention's output and experts, its gradient and AdamW's moments, in fp32.
+def adapter_parameters(model: torch.nn.Module) -> int:
+    """Return the parameters of an adapter on attention's output and experts.
 
     Args:
         model: On the meta device.
@@ -83,23 +88,34 @@ def adapter_bytes(model: torch.nn.Module) -> int:
     config = LoraConfig(r=RANK, target_modules=["o_proj"], target_parameters=list(EXPERTS))
     with torch.device("meta"):
         adapted = get_peft_model(model, config)
-    return 16 * sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    return sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
 
 
-def kept_bytes(shape: ModelShape) -> float:
-    """Return the bytes of the activations and logits of one sequence.
+def input_bytes(shape: ModelShape) -> float:
+    """Return the bytes of the layers' inputs that one sequence keeps.
 
     Args:
         shape: Of the model.
     """
-    layout = Layout(data=1, batch=1, length=TOKENS)
-    inputs = sum(activation_bytes(shape, layer, layout, recompute="full") for layer in shape.layers)
-    widest = max(activation_bytes(shape, layer, layout, recompute="none") for layer in shape.layers)
-    return TOKENS * (inputs + widest + 6 * shape.vocabulary)
+    return TOKENS * sum(activation_bytes(shape, layer, _ONE_SEQUENCE, recompute="full") for layer in shape.layers)
+
+
+def passing_bytes(shape: ModelShape, num_adapter: int) -> float:
+    """Return the bytes of what comes and goes within a step: the loss, or one layer with all gradients.
+
+    Args:
+        shape: Of the model.
+        num_adapter: Parameters of the adapter.
+    """
+    loss = TOKENS * _LOSS_BYTES * shape.vocabulary
+    widest = max(activation_bytes(shape, layer, _ONE_SEQUENCE, recompute="none") for layer in shape.layers)
+    # Gates and ups of all experts, in bf16 while they are multiplied.
+    dense = 2 * shape.num_experts * 2 * shape.expert_width * shape.hidden
+    return max(loss, TOKENS * widest + dense + 4 * num_adapter)
 
 
 def count(config: PreTrainedConfig, name: str) -> tuple[int, list[float]]:
-    """Return the parameters of a model and the bytes of experts, the rest, adapter and activations.
+    """Return the parameters of a model and the bytes of each of `PARTS`.
 
     Args:
         config: Of the model.
@@ -108,4 +124,7 @@ def count(config: PreTrainedConfig, name: str) -> tuple[int, list[float]]:
     shape = read_shape(config, name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return shape.total, [*weight_bytes(shape, model), adapter_bytes(model), kept_bytes(shape)]
+    weights = weight_bytes(shape, model)
+    num_adapter = adapter_parameters(model)
+    # The adapter and AdamW's two moments in fp32.
+    return shape.total, [*weights, 12 * num_adapter, input_bytes(shape), passing_bytes(shape, num_adapter)]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 pytest.importorskip("peft")
 pytest.importorskip("triton")
@@ -14,6 +15,7 @@ pytest.importorskip("triton")
 from deepseek_cli.benchmarks import whole_model_on_gpu as bench
 from deepseek_cli.benchmarks.drawn_models import adapted, build, changed, tiny
 from deepseek_cli.benchmarks.finetune_count import count, released_models
+from deepseek_cli.benchmarks.kernel_memory import peak_memory
 
 
 def test_a_shorter_model_keeps_all_other_sizes():
@@ -29,9 +31,22 @@ def test_a_model_in_4_bits_takes_what_is_counted():
     model = adapted(build(config, "4-bit", "cpu"))
     experts = sum(b.nbytes for name, b in model.named_buffers() if ".four_bit." in name)
     leaves = [p for p in model.parameters() if p.requires_grad]
-    counted_experts, _, counted_adapter, _ = count(config, "")[1]
+    counted_experts, _, counted_adapter, *_ = count(config, "")[1]
     assert experts == counted_experts
-    assert {p.dtype for p in leaves} == {torch.float32} and 16 * sum(p.numel() for p in leaves) == counted_adapter
+    assert {p.dtype for p in leaves} == {torch.float32} and 12 * sum(p.numel() for p in leaves) == counted_adapter
+
+
+def test_the_loss_takes_twelve_bytes_per_logit():
+    num_tokens, vocabulary = 256, 65536
+    hidden = torch.randn(num_tokens, 8).bfloat16().requires_grad_()
+    head, labels = torch.randn(vocabulary, 8).bfloat16(), torch.arange(num_tokens)
+
+    def step():
+        ForCausalLMLoss(hidden @ head.T, labels, vocabulary).backward()
+
+    step()
+    peak = peak_memory(step, "cpu")
+    assert peak is None or 11.5 <= peak / num_tokens / vocabulary <= 12.8
 
 
 def test_what_does_not_fit_or_has_no_time_is_said(tmp_path):
