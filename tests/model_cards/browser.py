@@ -29,6 +29,7 @@ class Page:
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self.out, self.input = os.fdopen(to_browser, "wb", 0), os.fdopen(from_browser, "rb", 0)
         self.buffer, self.number, self.session = b"", 0, None
+        self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.call("Page.enable")
@@ -53,14 +54,15 @@ class Page:
             if answer.get("id") == self.number:
                 assert "error" not in answer, answer
                 return answer["result"]
+            self.events.append(answer)
 
-    def open(self, path: Path, width: int, scheme: str, height: int = 900) -> None:
-        """Load a file at a width, in a light or a dark scheme."""
+    def open(self, path: Path | str, width: int, scheme: str, height: int = 900) -> None:
+        """Load a file or an address at a width, in a light or a dark scheme."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.call("Emulation.setDeviceMetricsOverride", **size)
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         self.run("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
         self.run("new Promise(done => setTimeout(done, 300))")
 
