@@ -8,6 +8,8 @@
 #   make serve-setup  Triton Inference Server and its client, into build/serving
 #   make serve-setup-vllm  vLLM for CPUs, to compare with, into build/serving
 #   make test-serving   the tests that need them
+#   make edge-setup   ExecuTorch and onnxruntime-web, into build/edge
+#   make test-edge    exports for phones and browsers in their runtimes
 #   make test-versions  parts of the tests under other versions (dev/versions.yaml; ONLY=row: one of them)
 #   make lint       ruff (rules and format) and mypy (every signature)
 #   make docs       the pages as a site, in build/site
@@ -28,7 +30,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo demo-real test test-all test-distributed serve-setup serve-setup-vllm test-serving test-versions check lint style claims docs bench clean
+.PHONY: setup demo demo-real test test-all test-distributed serve-setup serve-setup-vllm test-serving edge-setup test-edge test-versions check lint style claims docs bench clean
 
 setup: $(VENV)/installed
 
@@ -80,6 +82,17 @@ serve-setup-vllm: setup
 
 test-serving: serve-setup
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving tests/cli
+
+# ExecuTorch in a folder of its own: the torchao that it needs changes what other libraries do where they find it.
+edge-setup: setup
+	@echo "Installing ExecuTorch and onnxruntime-web into build/edge"
+	@test -d build/edge/executorch/executorch || $(PIP) --no-deps --target build/edge/executorch executorch==1.5.1 torchao==0.18.0 pytorch-tokenizers==1.5.1 ruamel.yaml tabulate parameterized flatbuffers
+	@command -v npm > /dev/null || echo "Not installed: npm, which brings onnxruntime-web; the page's tests are skipped"
+	@test -d build/edge/browser/node_modules || ! command -v npm > /dev/null || npm install --silent --prefix build/edge/browser --ignore-scripts onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0
+	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || echo "Not installed: chromium; the page's tests are skipped"
+
+test-edge: edge-setup
+	@$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=build/edge/executorch $(BIN)/python -m pytest -m "slow or not slow" tests/serving/edge
 
 test-distributed: setup
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/training/trainer/test_distributed.py \
