@@ -5,14 +5,28 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+EDGE = ("onnx", "browser", "executorch")
 HELP = "Write a checkpoint or an adapter that others load without this package."
 EXAMPLES = """
   deepseek-moe export path/to/fixed/model exported --to deepseek_v3
   deepseek-moe export path/to/fixed/model fixed.gguf --to gguf
   deepseek-moe export runs/demo/align/model model.gguf --to gguf --fixed-experts 2
   deepseek-moe export my-adapter expert-lora --to expert_lora
+  deepseek-moe export runs/demo phone --to onnx
+  deepseek-moe export runs/demo page --to browser
 """
+# What only some formats have, with those formats.
+_OPTIONS = {
+    "fixed_experts": ("gguf",),
+    "base": ("expert_lora",),
+    "data": EDGE,
+    "gather_gib": EDGE,
+    "cache_tokens": ("executorch",),
+    "runtime": ("browser",),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", help="a checkpoint of ours: a folder or a Hub id (gguf: a folder; expert_lora: an adapter's folder)"
     )
     parser.add_argument("output", help="the folder to write, empty or absent (gguf: a folder or FILE.gguf)")
-    formats = ("deepseek_v3", "deepseek_v2", "gguf", "expert_lora")
+    formats = ("deepseek_v3", "deepseek_v2", "gguf", "expert_lora", *EDGE)
     parser.add_argument("--to", choices=formats, default="deepseek_v3", help="the format")
     parser.add_argument(
         "--fixed-experts",
@@ -32,16 +46,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", help="expert_lora: the base model, where it lies elsewhere than the adapter says (any MoE family)"
     )
+    parser.add_argument(
+        "--data", help="onnx, browser, executorch: text to measure the export on, as for evaluate (default: books)"
+    )
+    parser.add_argument(
+        "--gather-gib",
+        type=float,
+        metavar="GIB",
+        help="onnx, browser, executorch: most memory on the device for gathered experts' weights (default: 1)",
+    )
+    parser.add_argument(
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="executorch: longest text, prompt included (default: the model's context, at most 512)",
+    )
+    parser.add_argument(
+        "--runtime", metavar="DIR", help="browser: where npm installed onnxruntime-web (default: the user's cache)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the checkpoint and print where it lies."""
-    if args.base is not None and args.to != "expert_lora":
-        raise ValueError("--base: goes with --to expert_lora only")
+    for name, formats in _OPTIONS.items():
+        if getattr(args, name) is not None and args.to not in formats:
+            raise ValueError(f"--{name.replace('_', '-')}: goes with --to {', '.join(formats)} only")
+    if args.to in EDGE:
+        return _export_edge(args)
     if args.to == "gguf":
         return _export_gguf(args)
-    if args.fixed_experts is not None:
-        raise ValueError("--fixed-experts: goes with --to gguf only")
     if args.to == "expert_lora":
         from deepseek_serving.expert_lora import export_expert_lora
 
@@ -57,6 +90,42 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"no tokenizer exported: {error}", file=sys.stderr)
     print(f"{args.to} checkpoint  {args.output}")
+    return 0
+
+
+def _export_edge(args: argparse.Namespace) -> int:
+    import torch
+
+    from deepseek_records.loading import load_model, load_tokenizer
+    from deepseek_serving.edge.export_folder import check_free
+    from deepseek_serving.edge.packages import check_packages
+    from deepseek_training.data.texts import load_texts
+
+    check_packages(args.to)
+    check_free(args.output)
+    options: dict[str, Any] = {"texts": load_texts(args.data or "books", "validation")}
+    if args.gather_gib is not None:
+        options["most_gathered_gib"] = args.gather_gib
+    model, tokenizer = load_model(args.model, dtype=torch.float32), load_tokenizer(args.model)
+    if args.to == "onnx":
+        from deepseek_serving.edge.onnx_export import export_onnx
+
+        measured = export_onnx(model, tokenizer, args.output, **options)
+    elif args.to == "browser":
+        from deepseek_serving.edge.browser_export import export_browser
+
+        measured = export_browser(model, tokenizer, args.output, runtime=args.runtime, **options)
+    else:
+        from deepseek_serving.edge.executorch_export import PROGRAM, export_executorch
+
+        cache_tokens = args.cache_tokens
+        measured = {PROGRAM: export_executorch(model, tokenizer, args.output, cache_tokens=cache_tokens, **options)}
+    for name, agreement in measured.items():
+        size = Path(args.output, name).stat().st_size / 1e6
+        print(f"{name}  {size:.2f} MB, {agreement}")
+    print(f"{args.to} export  {args.output}")
+    if args.to == "browser":
+        print(f"open it with: python -m http.server --bind 127.0.0.1 --directory {args.output}")
     return 0
 
 
