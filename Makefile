@@ -86,7 +86,7 @@ test-serving: serve-setup
 # ExecuTorch in a folder of its own: the torchao that it needs changes what other libraries do where they find it.
 edge-setup: setup
 	@echo "Installing ExecuTorch and onnxruntime-web into build/edge"
-	@test -d build/edge/executorch/executorch || $(PIP) --no-deps --target build/edge/executorch executorch==1.5.1 torchao==0.18.0 pytorch-tokenizers==1.5.1 ruamel.yaml tabulate parameterized flatbuffers
+	@test -d build/edge/executorch/executorch || $(PIP) --no-deps --target build/edge/executorch executorch==1.5.1 torchao==0.18.0 pytorch-tokenizers==1.5.0 ruamel.yaml tabulate parameterized flatbuffers
 	@command -v npm > /dev/null || echo "Not installed: npm, which brings onnxruntime-web; the page's tests are skipped"
 	@test -d build/edge/browser/node_modules || ! command -v npm > /dev/null || npm install --silent --prefix build/edge/browser --ignore-scripts onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0
 	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || echo "Not installed: chromium; the page's tests are skipped"

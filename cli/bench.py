@@ -180,6 +180,15 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, "serving")
 
 
+def _add_edge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint of a family that export --to onnx takes")
+    parser.add_argument("--prompts", type=int, default=20, help="beginnings of held-out books, at least 1")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of each continuation, at least 1")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds over all prompts, at least 1")
+    parser.add_argument("--runtime", metavar="DIR", help="as for export --to browser")
+    _add_output(parser, "edge")
+
+
 def _add_attacks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder", help="sentence encoder in place of the embedded one: folder, Hub id, or minilm if installed"
@@ -274,5 +283,15 @@ Finished runs in the folder are taken as they are; one that stopped begins again
   deepseek-moe bench serving MODEL --prompts 16 --rounds 1 --most-clients 16
 """,
         _add_serving,
+    ),
+    Benchmark(
+        "edge",
+        "edge",
+        "Time one small model in the runtimes of phones and browsers, and compare the text.",
+        """
+  deepseek-moe bench edge runs/demo/align
+  PYTHONPATH=build/edge/executorch deepseek-moe bench edge runs/demo/align --runtime build/edge/browser
+""",
+        _add_edge,
     ),
 )

@@ -15,8 +15,8 @@ EXAMPLES = """
   deepseek-moe export path/to/fixed/model fixed.gguf --to gguf
   deepseek-moe export runs/demo/align/model model.gguf --to gguf --fixed-experts 2
   deepseek-moe export my-adapter expert-lora --to expert_lora
-  deepseek-moe export runs/demo phone --to onnx
-  deepseek-moe export runs/demo page --to browser
+  deepseek-moe export runs/demo/align phone --to onnx
+  deepseek-moe export runs/demo/align page --to browser
 """
 # What only some formats have, with those formats.
 _OPTIONS = {

@@ -123,7 +123,9 @@ def open_session(path: Path, num_threads: int = 1) -> Any:
     try:
         return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no base class of their own
-        raise ValueError(f"model: {path} is no ONNX file that onnxruntime reads ({str(error)[:200]})") from None
+        raise ValueError(
+            f"model: got {path}, expected an ONNX file that onnxruntime reads ({str(error)[:200]})"
+        ) from None
 
 
 def run_without_cache(session: Any, ids: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 _OPSET = 20
 # Protocol Buffers' limit of one message is 2 GiB; the graph around the weights takes the rest.
 _MOST_BYTES = 2 * 2**30 - 50 * 2**20
-# What differs by more than this from transformers is no rounding.
+# Rounding stays far below this.
 _MOST_DIFFERENCE = 1e-2
 
 
