@@ -39,7 +39,7 @@ class DecoderGraph(nn.Module):
         super().__init__()
         self.model = model
         self.has_cache = has_cache
-        self.layers = [layer for layer in find_moe_layers(model) if layer.experts is not None]
+        self.experts = [layer.experts for layer in find_moe_layers(model) if layer.experts is not None]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Any:
         """Return logits and, with a cache, the weights of the experts and the cache with the new tokens in it.
@@ -53,13 +53,13 @@ class DecoderGraph(nn.Module):
             Logits `[B, S, vocabulary]`; with a cache a tuple of these, `expert_weights` `[L, B, S, E]` (0 where an
             expert is not used), and per layer the two tensors of `past` with P + S tokens.
         """
-        cache = DynamicCache(ddp_cache_data=past, config=self.model.config) if self.has_cache else None
+        cache = DynamicCache(ddp_cache_data=past, config=self.model.config)
         with self._recorded() as weights:
             output = self.model(
                 input_ids=input_ids,
                 attention_mask=causal_mask(attention_mask, input_ids.shape[1]),
                 position_ids=positions_of(attention_mask)[:, -input_ids.shape[1] :],
-                past_key_values=cache,
+                past_key_values=cache if self.has_cache else None,
                 use_cache=self.has_cache,
             )
         if not self.has_cache:
@@ -78,7 +78,7 @@ class DecoderGraph(nn.Module):
             is_expert = topk_indices.unsqueeze(-1) == torch.arange(experts.num_experts)
             found.append((is_expert * topk_weights.float().unsqueeze(-1)).sum(1))
 
-        handles = [layer.experts.register_forward_pre_hook(record) for layer in self.layers]
+        handles = [experts.register_forward_pre_hook(record) for experts in self.experts]
         try:
             yield found
         finally:

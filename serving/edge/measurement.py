@@ -70,7 +70,7 @@ class ProbeText:
         lengths = np.cumsum([len(document) for document in documents])
         num_kept = min(len(documents), int(np.searchsorted(lengths, most_tokens)) + 1)
         documents = [document[:most_tokens] for document in documents[:num_kept]]
-        self.windows = [
+        self.windows: list[tuple[np.ndarray, Window]] = [
             (documents[window.document][window.begin : window.end].astype(np.int64), window)
             for window in cut_windows(documents, min(most_window, 128, model.config.max_position_embeddings))
         ]

@@ -10,13 +10,16 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from deepseek_serving.edge.decoder_graph import PROMPT_CHUNK, DecoderGraph, check_exportable
@@ -100,7 +103,7 @@ def write_graphs(model: PreTrainedModel, folder: Path, names: Sequence[str] = GR
         names: Which of `GRAPHS`; one in 8 bits needs the one in fp32 before it.
     """
     with traceable(model):
-        for name in names:
+        for name in tqdm(names, desc="graphs", unit="graph", leave=False):
             if name.endswith("_int8.onnx"):
                 quantize_graph(folder / name.replace("_int8", ""), folder / name)
             else:
@@ -250,15 +253,22 @@ def measure_graphs(folder: Path, probe: ProbeText, names: Sequence[str] = GRAPHS
     measured = {}
     for name in names:
         if "without" in name:
-            session = open_session(folder / name)
-            measured[name] = probe.compare(lambda ids, session=session: run_without_cache(session, ids[None])[0])
+            measured[name] = probe.compare(partial(_read_without_cache, open_session(folder / name)))
         else:
-            decoder = OnnxDecoder(folder / name, PROMPT_CHUNK)
-            measured[name] = probe.compare(lambda ids, decoder=decoder: decoder.read(ids)[0])
+            measured[name] = probe.compare(partial(_read, OnnxDecoder(folder / name, PROMPT_CHUNK)))
         difference = measured[name].largest_logit_difference
         if "int8" not in name and not difference <= _MOST_DIFFERENCE:  # also NaN
             raise ValueError(f"model: {name} differs from the model by {difference:.2g}, expected rounding only")
     return measured
+
+
+def _read(decoder: OnnxDecoder, ids: np.ndarray) -> np.ndarray:
+    return decoder.read(ids)[0]
+
+
+def _read_without_cache(session: Any, ids: np.ndarray) -> np.ndarray:
+    logits: np.ndarray = run_without_cache(session, ids[None])[0]
+    return logits
 
 
 def fill_readme(template: str, facts: ModelFacts, measured: dict[str, Agreement]) -> str:
