@@ -159,13 +159,13 @@ class TestInChromium:
 
     def test_a_file_that_is_absent_is_named(self, exported):
         _, folder = exported
-        moved = folder / "model_int8.onnx"
+        moved = folder / "model.onnx"
         moved.rename(folder / "elsewhere.onnx")
         try:
             with serving(folder) as url, open_browser() as page:
                 page.open(url, 820, "light")
                 wait_for(page, "!document.getElementById('trouble').hidden")
-                assert "model_int8.onnx: the server answers 404" in page.run("document.body.innerText")
+                assert "model.onnx: the server answers 404" in page.run("document.body.innerText")
         finally:
             (folder / "elsewhere.onnx").rename(moved)
 
