@@ -8,6 +8,7 @@ but the first is a command that a user could type, and is printed before it runs
 """
 
 import argparse
+import json
 import shlex
 import sys
 import time
@@ -19,6 +20,8 @@ from deepseek_records.exit_codes import DONE, MISSED
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # MMLU questions of each of the 57 subjects, HumanEval problems: their standard errors stand beside the scores.
 LIMIT = "mmlu=5,humaneval=20"
+# Whole held-out abstracts of medicine, to compare pair by pair what adapt's own figure sees the beginnings of.
+ABSTRACTS, NUM_ABSTRACTS = "abstracts.jsonl", 24
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, FileNotFoundError) as error:
             print(f"demo-real: error: {error}", file=sys.stderr)
             return 2
+    write_abstracts(root / ABSTRACTS)
     for number, (name, command) in enumerate(commands.items(), start=1):
         title = f"[{number}/{len(commands)}] {name}"
         if (root / name / "summary.json").is_file():
@@ -73,6 +77,7 @@ def list_commands(root: Path) -> dict[str, list[str]]:
         root: The folder of the runs.
     """
     path = {name: str(root / name) for name in ("dense", "upcycle", "before", "adapt", "sft", "align", "after")}
+    text = ["--tasks", "bits_per_byte", "--data", str(root / ABSTRACTS), "--batch-size", "4"]
     score = ["--tasks", "mmlu,humaneval", "--limit", LIMIT, "--max-new-tokens", "128", "--batch-size", "20"]
     score += ["--experts-implementation", "fused_moe"]
     stages = {
@@ -83,6 +88,9 @@ def list_commands(root: Path) -> dict[str, list[str]]:
         "upcycle": ["upcycle", path["dense"], path["upcycle"], "--n-routed-experts", "4"],
         "before": ["evaluate", path["upcycle"], *score, "--output", path["before"]],
         **stages,
+        "text_before": ["evaluate", path["upcycle"], *text, "--output", str(root / "text_before")],
+        "text_after": ["evaluate", path["adapt"], *text, "--output", str(root / "text_after")],
+        "text_compare": ["evaluate", "--compare", str(root / "text_before"), str(root / "text_after")],
         "after": ["evaluate", path["align"], *score, "--output", path["after"]],
         "compare": ["evaluate", "--compare", path["before"], path["after"]],
         "table": ["evaluate", "--table", *(path[name] for name in ("upcycle", "adapt", "sft", "align"))],
@@ -134,6 +142,19 @@ def read_gguf(source: Path, output: Path) -> None:
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(output)
+
+
+def write_abstracts(path: Path) -> None:
+    """Write the first held-out abstracts of the embedded medical text.
+
+    Args:
+        path: JSON lines with a column `text`.
+    """
+    from deepseek_records.run_folder import write_text
+    from deepseek_training.data.corpus import Corpus
+
+    texts = [str(text) for text in Corpus.load("medicine", None).validation[:NUM_ABSTRACTS]]
+    write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 if __name__ == "__main__":
