@@ -98,7 +98,7 @@ class OnnxDecoder:
             written.append(int(logits[-1].argmax()))
             if len(written) >= num_new or written[-1] in eos_token_ids:
                 return written
-            seen = np.ones((1, len(ids) + len(written)), np.int64)
+            seen: np.ndarray = np.ones((1, len(ids) + len(written)), np.int64)
             batch, _, past = self.step(np.array([written[-1:]]), seen, past)
             logits = batch[0]
 
