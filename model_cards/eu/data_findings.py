@@ -86,6 +86,8 @@ def _cleanings(records: RunRecords) -> Iterator[tuple[Stage, int, DataUse, Clean
 def _cleaned_sources(records: RunRecords) -> Iterator[tuple[str, Any, str, tuple[str, ...]]]:
     for stage, place, row, cleaning in _cleanings(records):
         for number, source in enumerate(cleaning.sources):
+            if source.split not in (None, row.split):
+                continue
             base = f"data.{place}.cleaning.sources.{number}"
             names = [key for key in ("name", "source", "license") if getattr(source, key) != "not stated"]
             yield _name(row), source, records.of_stage(stage), tuple(f"{base}.{key}" for key in names)
@@ -105,7 +107,7 @@ def obtained(records: RunRecords) -> Found:
                     findings.append(one(f"{stage.name} read {path}", records.of_stage(stage, RECIPE_FILE), key))
     for stage, place, row, cleaning in _cleanings(records):
         for number, kept in enumerate(cleaning.sources):
-            if kept.num_rows is not None:
+            if kept.num_rows is not None and kept.split in (None, row.split):
                 key = f"data.{place}.cleaning.sources.{number}.num_rows"
                 text = f"cleaning kept {kept.num_rows:,} documents of {kept.name} in {_name(row)}"
                 findings.append(one(text, records.of_stage(stage), key))

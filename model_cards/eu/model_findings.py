@@ -8,6 +8,7 @@ from typing import Any
 from deepseek_model_cards.card.architecture import architecture_rows
 from deepseek_model_cards.card.license_facts import find_license, read_license
 from deepseek_model_cards.card.metadata import is_hub_id
+from deepseek_model_cards.card.parameter_table import try_to_count
 from deepseek_model_cards.eu.contradictions import check_names, check_not_before, check_number
 from deepseek_model_cards.eu.findings import Finding, Found, Source, one
 from deepseek_model_cards.eu.run_records import RunRecords
@@ -147,13 +148,17 @@ def _weight_source(records: RunRecords) -> Source:
 
 def total_size(records: RunRecords) -> Found:
     """Return the parameters counted in the files of weights, and the form's range."""
-    table = records.table
+    table, source, note = records.table, _weight_source(records), ""
+    if table is None and len(records.stages) > 1 and records.stages[-1].kind == "quantize":
+        before = records.stages[-2]
+        folder = before.run.model_path
+        table, source = try_to_count(folder), Source(records.of_stage(before, f"{folder.name}/*.safetensors"))
+        note = ", counted before they were quantized"
     if table is None or not table.total:
         return Found()
     ranges = (*_RANGES, *_LARGE_RANGES)
     name = next((name for most, name in ranges if table.total <= most), "more than 1T")
-    text = f"{table.total:,} parameters ({format_count(table.total)}); range {name}"
-    source = _weight_source(records)
+    text = f"{table.total:,} parameters ({format_count(table.total)}); range {name}{note}"
     findings = [Finding(text, (source,))]
     if table.active and table.active != table.total:
         findings.append(

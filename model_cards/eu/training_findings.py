@@ -26,6 +26,8 @@ _AIMS = {
     "grpo": "a reward within groups of answers (GRPO)",
     "distill": "agreement with a teacher",
 }
+# They change a model and train on nothing.
+_WITHOUT_TRAINING = ("shrink", "quantize")
 SECONDS_PER_DAY = 86_400
 # Article 51(2): above it a model is presumed to have high-impact capabilities.
 SYSTEMIC_FLOPS = 1e25
@@ -143,7 +145,7 @@ def compute(records: RunRecords) -> Found:
         for one in known
     ]
     total = sum(one.flops for one in known)
-    lacking = [stage.name for stage, one in counted if one is None]
+    lacking = [stage.name for stage, one in counted if one is None and stage.kind not in _WITHOUT_TRAINING]
     side = "below" if total < SYSTEMIC_FLOPS else "not below"
     what = "of these stages" if lacking or records.missing_past else "in all"
     text = f"{what} {total:.3g} FLOPs, {side} the 10^25 of Article 51(2)"

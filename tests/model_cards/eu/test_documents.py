@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from deepseek_model_cards.eu.documents import read_documents, write_documents
 from deepseek_model_cards.eu.entries import Status
@@ -148,6 +150,21 @@ def test_the_fields_that_files_can_fill_are_filled(run):
     assert any("70,000 tokens" in text for text in shown["training_compute"])
     assert status["training_compute"] == Status.PART  # of the alignment no tokens are recorded
     assert status["training_energy"] == Status.PART and status["provider_name"] == Status.OPEN
+
+
+def test_a_quantized_model_has_the_parameters_that_it_had_before(run, builders):
+    """Packed weights do not tell how many they hold; what was quantized does. It adds no training."""
+    quantized = builders["stage"](
+        run, "quantize", settings={"model": str(run / "align" / "model"), "bits": 4}, summary={"seconds": 2.0}
+    )
+    shutil.copytree(run / "align" / "model", quantized.model_path)
+    packed = torch.zeros(4, 4, dtype=torch.uint8)
+    save_file({"model.layers.1.mlp.experts.down_proj": packed}, quantized.model_path / "model.safetensors")
+    before = texts(read_documents(run / "align"))["technical", "total_size"][0]
+    entries = read_documents(run).documents["technical"].entries
+    text = entries["total_size"].found.findings[0].text
+    assert text == f"{before}, counted before they were quantized"
+    assert "quantize" not in entries["training_compute"].wants
 
 
 def test_the_hash_and_the_count_follow_the_weights(run):
