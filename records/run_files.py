@@ -26,7 +26,7 @@ _OWN_FILES = (
     *(RECIPE_FILE, ENVIRONMENT_FILE, INPUTS_FILE, METRICS_FILE, SUMMARY_FILE, LOCK_FILE),
     *("results.json", "results.csv", "table.txt", "curves.png", "before.json", "samples.jsonl", "samples_*.jsonl"),
     *("prompts_*.jsonl.gz", "report.html", "README.md", "block.png", "counts.json", "croissant.json", "*.partial"),
-    *("explain.json", "explain.html"),
+    *("explain.json", "explain.html", "media.html"),
 )
 # What `save_pretrained`, `Trainer` and FSDP write into a model or a checkpoint.
 _WEIGHT_FILES = (
@@ -35,6 +35,7 @@ _WEIGHT_FILES = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.model", "*.tiktoken", "*.jinja", ".metadata", "latest", "zero_to_fp32.py", "README.md", "*.partial"),
     *("configuration_*.py", "modeling_*.py", "preprocessor_config.json", "events.out.tfevents.*"),
+    *("processor_config.json", "written_by.json"),
 )
 _OWN_FOLDERS = {
     **{
@@ -46,6 +47,7 @@ _OWN_FOLDERS = {
     "work": ("part-*", "train-*", "validation-*"),
     ".eval_results": ("*.yaml",),
     "documents": ("technical_documentation.*", "training_content_summary.*", "high_risk_documentation.*"),
+    "media": ("*.png", "*.wav"),
 }
 
 
