@@ -15,7 +15,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,6 +31,7 @@ from modeling_deepseek import (
     DeepseekForCausalLM,
     DeepseekForSequenceClassification,
     DeepseekModel,
+    DeepseekMultimodalConfig,
     FourBitExpertsConfig,
 )
 from modeling_deepseek.checkpoint_check import check_index
@@ -116,6 +119,21 @@ def load_tokenizer(
     if Path(source).is_dir() and not _has_tokenizer(Path(source)):
         raise FileNotFoundError(f"tokenizer: {source} holds none, expected tokenizer.json or a vocabulary")
     return _load(AutoTokenizer, "tokenizer", source, trust_remote_code=trust_remote_code)
+
+
+def load_processor(name_or_path: str | Path) -> Any:
+    """Return the processor of a model that sees or hears: its tokenizer, image processor and feature extractor.
+
+    Args:
+        name_or_path: A checkpoint folder, a run folder of ours, or a Hub id.
+
+    Raises:
+        FileNotFoundError: A local path is absent or holds no checkpoint.
+        ValueError: A file is damaged, or a Hub id cannot be fetched.
+    """
+    source = resolve_checkpoint(name_or_path)
+    _check_json("processor", source, ("config.json", "processor_config.json", "tokenizer_config.json"))
+    return _load(AutoProcessor, "processor", source)
 
 
 def load_config(name_or_path: str | Path) -> PreTrainedConfig:
@@ -268,6 +286,8 @@ def _choose_class(auto_class: type, source: str) -> type:
         settings, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError):  # the load that follows says in one line why
         return auto_class
+    if auto_class is AutoModelForCausalLM and settings.get("model_type") == DeepseekMultimodalConfig.model_type:
+        return AutoModelForImageTextToText  # without images it reads and writes as any other
     return own if settings.get("model_type") == "deepseek_v3" else auto_class
 
 
