@@ -34,6 +34,7 @@ SUBCOMMANDS = (
     "align",
     "grpo",
     "dpo",
+    "multimodal",
     "evaluate",
     "generate",
     "explain",

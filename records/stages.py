@@ -32,6 +32,7 @@ STAGE_ORDER = (
     "dpo",
     "align",
     "grpo",
+    "multimodal",
     "quantize",
     "evaluate",
 )

@@ -115,7 +115,12 @@ def plan_training(
     memory = training_bytes(size, model, recipe.batch_size * recipe.sequence_length)
     tokens = per_step * recipe.sequence_length
     seconds = _time_step(recipe, args, model) if memory < free_bytes() else None
-    unit = {"sft": "conversations, at most", "dpo": "pairs, at most twice"}.get(command, "blocks of")
+    units = {
+        "sft": "conversations, at most",
+        "dpo": "pairs, at most twice",
+        "multimodal": "questions, at most, and text of",
+    }
+    unit = units.get(command, "blocks of")
     return Plan(
         command,
         (

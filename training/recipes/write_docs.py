@@ -12,6 +12,7 @@ from deepseek_training.recipes.distill import DistillRecipe
 from deepseek_training.recipes.dpo import DpoRecipe
 from deepseek_training.recipes.grpo import GrpoRecipe
 from deepseek_training.recipes.loading import describe_recipe, list_recipes
+from deepseek_training.recipes.multimodal import MultimodalRecipe
 from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe, PretrainRecipe
 from deepseek_training.recipes.sft import SftRecipe
 
@@ -24,6 +25,7 @@ STAGES = {
     "align": AlignRecipe,
     "grpo": GrpoRecipe,
     "dpo": DpoRecipe,
+    "multimodal": MultimodalRecipe,
 }
 _INTRODUCTION = """# Recipes
 
