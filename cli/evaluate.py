@@ -10,7 +10,7 @@ from deepseek_model_cards.benchmarks import score_interval
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.summary import Result
 
-HELP = "Score a causal language model: knowledge, code, bias, robustness, refusals."
+HELP = "Score a causal language model: knowledge, code, bias, robustness, refusals, images and sounds."
 EXAMPLES = """
   deepseek-moe evaluate runs/demo/align --tasks mmlu,humaneval --max-new-tokens 256 --dry-run
   deepseek-moe evaluate runs/demo/align --tasks mmlu --limit 2
@@ -20,6 +20,7 @@ EXAMPLES = """
   deepseek-moe evaluate path/to/model --tasks mmlu,long_tail,winobias,bbq,refusal --limit 20 --output runs/held
   deepseek-moe evaluate path/to/model --tasks crows_pairs --data crows_pairs=path/to/crows_pairs_anonymized.csv
   deepseek-moe evaluate runs/demo/adapt --tasks bits_per_byte --data my_texts --output runs/my_texts
+  deepseek-moe evaluate runs/multimodal --tasks digits,shapes,tones --output runs/seen
   deepseek-moe evaluate runs/demo/sft runs/demo/align --tasks mmlu --limit 1 --output runs/both
   deepseek-moe evaluate http://127.0.0.1:8000 --tasks humaneval --limit 20 --max-new-tokens 256 --output runs/served
   deepseek-moe evaluate --compare runs/before runs/after
@@ -202,6 +203,7 @@ def run(args: argparse.Namespace) -> int:
             if find_task(name).name not in asked:
                 raise ValueError(f"{option}: got {name}, expected one of the --tasks ({', '.join(sorted(asked))})")
     from deepseek_eval.endpoint import is_endpoint
+    from deepseek_model_cards.report.media_page import write_media_page
     from deepseek_model_cards.report.report import write_report
 
     if (args.dry_run or len(args.models) > 1) and any(is_endpoint(model) for model in args.models):
@@ -213,7 +215,9 @@ def run(args: argparse.Namespace) -> int:
     results = _score_samples(args, tasks, limit) if args.samples else _evaluate_model(args, tasks, limit)
     print(format_results(results, RunFolder(args.output).summary.results))
     report = write_report(args.output, Path(args.output) / "report.html", with_items=True)
-    print(f"\nWritten to {args.output}: results.json, samples_<task>.jsonl and {report.name}")
+    media = write_media_page(args.output, Path(args.output) / "media.html")
+    pages = report.name if media is None else f"{report.name}, {media.name}"
+    print(f"\nWritten to {args.output}: results.json, samples_<task>.jsonl and {pages}")
     return 0
 
 

@@ -17,8 +17,10 @@ from deepseek_eval.answers.loglikelihood import encode_items
 from deepseek_eval.answers.prompt_style import apply_chat, apply_style
 from deepseek_eval.model_loading import LoadedModel, limit_context, load_model
 from deepseek_eval.questions import Questions, read_questions
+from deepseek_eval.runners.media import check_model
 from deepseek_eval.runners.text import put_requests
 from deepseek_eval.settings import EvalSettings
+from deepseek_records.media.asking import encode_question
 from deepseek_records.run_folder import RunFolder
 from deepseek_records.user_text import encode_documents_plainly
 
@@ -86,6 +88,11 @@ def _plan_task(loaded: LoadedModel, questions: Questions, settings: EvalSettings
     if task.kind == "text":
         encoded = encode_documents_plainly([item.prompt for item in items], loaded.tokenizer)
         return TaskPlan(questions, shots, sum(map(len, encoded)))
+    if task.kind == "media":
+        check_model(loaded, task, items)
+        read = 3 * sum(len(encode_question(item.media, loaded.processor)) for item in items)
+        steps = 3 * -(-len(items) // settings.batch_size) * (settings.max_new_tokens or task.max_new_tokens)
+        return TaskPlan(questions, shots, read, steps)
     if task.kind == "choice" and style == "base":
         return TaskPlan(questions, shots, sum(len(row.token_ids) for row in encode_items(loaded, items)))
     if task.kind in ("choice", "continuation"):

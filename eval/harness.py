@@ -15,6 +15,7 @@ from deepseek_eval.questions import Questions, read_questions
 from deepseek_eval.run_summary import data_rows, result_rows
 from deepseek_eval.runners.choice import run_choice_task
 from deepseek_eval.runners.document import run_text_task
+from deepseek_eval.runners.media import run_media_task
 from deepseek_eval.runners.program import run_program_task
 from deepseek_eval.runners.text import run_completion_task, run_continuation_task
 from deepseek_eval.settings import EvalSettings
@@ -89,5 +90,7 @@ def _run_task(
         return run_program_task(run, loaded, task, items, settings, source)
     if task.kind == "text":
         return run_text_task(run, loaded, task, items, settings)
+    if task.kind == "media":
+        return run_media_task(run, loaded, task, items, settings)
     answer = run_completion_task if task.kind == "completion" else run_continuation_task
     return answer(run, loaded, task, items, settings)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepseek_records import loading
+from modeling_deepseek import DeepseekMultimodalConfig
 
 # What lm-evaluation-harness 0.4.13 assumes when neither model nor tokenizer names a context length.
 DEFAULT_MAX_LENGTH = 2048
@@ -28,11 +29,13 @@ class LoadedModel:
         model: In evaluation mode, on its device.
         tokenizer: As saved beside the model.
         max_length: The context in tokens.
+        processor: Of a model that sees or hears, which also holds the tokenizer.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    processor: Any = None
 
 
 def load_model(
@@ -69,7 +72,9 @@ def load_model(
     if adapter is not None:
         model = _add_adapter(model, adapter)
     loading.check_vocabulary(model, tokenizer)
-    return LoadedModel(model.eval().to(device), tokenizer, find_max_length(model.config, tokenizer))
+    is_multimodal = isinstance(model.config, DeepseekMultimodalConfig)
+    processor = loading.load_processor(name_or_path) if is_multimodal else None
+    return LoadedModel(model.eval().to(device), tokenizer, find_max_length(model.config, tokenizer), processor)
 
 
 def limit_context(loaded: LoadedModel, max_length: int | None) -> LoadedModel:

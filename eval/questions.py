@@ -12,7 +12,7 @@ from typing import Any
 
 from deepseek_eval.settings import EvalSettings
 from deepseek_eval.tasks.catalogue import find_task
-from deepseek_eval.tasks.task import ChoiceItem, DataSet, ProgramItem, Task, TextItem
+from deepseek_eval.tasks.task import ChoiceItem, DataSet, MediaQuestion, ProgramItem, Task, TextItem
 from deepseek_records.hashes import hash_rows, hash_texts
 
 NOT_STATED = "not stated"
@@ -128,6 +128,8 @@ def hash_question(item: Any) -> str:
         parts = [item.prompt.removeprefix(item.context), item.tests]
     elif isinstance(item, TextItem):
         parts = [item.prompt]
+    elif isinstance(item, MediaQuestion):
+        parts = item.media.to_row()
     else:
         parts = [item.prompt.removeprefix(item.context), item.target, item.group]
     return hash_rows([parts])[:_NUM_DIGITS]

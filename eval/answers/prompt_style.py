@@ -33,7 +33,7 @@ def check_style(style: str, tasks: Sequence[Task]) -> None:
     """
     if style not in STYLES:
         raise ValueError(f"prompt_style: got {style!r}, expected {' or '.join(STYLES)}")
-    without = [task.name for task in tasks if task.kind in (*_CHOICE_KINDS, "text") and not task.has_chat]
+    without = [task.name for task in tasks if task.kind in (*_CHOICE_KINDS, "text", "media") and not task.has_chat]
     if style == "chat" and without:
         raise ValueError(f"prompt_style = chat: task {without[0]} has base only")
 

@@ -88,7 +88,7 @@ def read_routing(
         def hook(router: nn.Module, args: Any, output: Any) -> None:
             choice = choice_of(layers[number], output)
             widths[number] = choice.num_experts
-            chosen[number].append(_slots(choice)[is_token.flatten().to(choice.router_logits.device)].cpu().numpy())
+            chosen[number].append(slots_of(choice)[is_token.flatten().to(choice.router_logits.device)].cpu().numpy())
 
         return hook
 
@@ -130,8 +130,12 @@ def choice_of(layer: MoeLayer, output: object) -> RouterChoice:
     return choice
 
 
-def _slots(choice: RouterChoice) -> torch.Tensor:
-    """[T, K] int16, -1 where unused."""
+def slots_of(choice: RouterChoice) -> torch.Tensor:
+    """Return the experts of each token, `[T, K]` int16, -1 where a slot is unused.
+
+    Args:
+        choice: A router's.
+    """
     if choice.is_chosen is None:
         assert choice.topk_indices is not None
         return choice.topk_indices.masked_fill(~choice.is_used, -1).short()

@@ -9,6 +9,7 @@ from deepseek_eval.tasks import (
     humaneval,
     long_tail,
     mbpp,
+    media,
     mmlu,
     mmlu_pro,
     mmlu_redux,
@@ -25,6 +26,7 @@ _ALL = (
     *(mmlu_pro.TASK, mmlu_redux.TASK),
     *(crows_pairs.TASK, winobias.TASK, bbq.TASK, long_tail.TASK, mmlu_robust.TASK, refusal.TASK),
     bits_per_byte.TASK,
+    *media.TASKS,
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 

@@ -2,7 +2,8 @@
 
 Every task file builds one `Task`; ``harness.py`` runs it. Its kind says how the model answers: ``choice`` by the one
 token that each choice adds to the prompt, ``continuation`` by the log-likelihood of choices of any length, ``program``
-by code that is run, ``completion`` by text that a metric reads, ``text`` by the log-likelihood of whole documents.
+by code that is run, ``completion`` by text that a metric reads, ``text`` by the log-likelihood of whole documents,
+``media`` by text about images and sounds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deepseek_records.media.item import MediaItem
 from deepseek_records.results import Benchmark, Published
 
 
@@ -146,6 +148,25 @@ class TextItem:
 
 
 @dataclass(frozen=True)
+class MediaQuestion:
+    """One question about images or sounds.
+
+    Args:
+        id: Unique within the task.
+        prompt: The question.
+        target: The right answer.
+        group: What the score is also broken down by.
+        media: The same with its images and sounds.
+    """
+
+    id: str
+    prompt: str
+    target: str
+    group: str
+    media: MediaItem
+
+
+@dataclass(frozen=True)
 class DataSet:
     """A published data set: what a task's questions may be called if they are exactly these.
 
@@ -172,7 +193,7 @@ class DataSet:
     benchmark: Benchmark | None = None
 
 
-Item = ChoiceItem | ProgramItem | CompletionItem | TextItem
+Item = ChoiceItem | ProgramItem | CompletionItem | TextItem | MediaQuestion
 
 
 @dataclass(frozen=True)
@@ -202,7 +223,7 @@ class Task:
 
     Args:
         name: What ``--tasks`` calls it.
-        kind: ``choice``, ``continuation``, ``program``, ``completion`` or ``text``.
+        kind: ``choice``, ``continuation``, ``program``, ``completion``, ``text`` or ``media``.
         build_items: Called with the number of shots, the limit and the data folder (or Hub id); yields items in order.
         data: The published data set that it asks by default.
         figures: The metric's figures that are shown.

@@ -1,0 +1,1 @@
+"""One `evaluate` metric, loaded by folder."""
