@@ -6,7 +6,7 @@ Each way is printed only where the model's files say that it works. Tests run th
 import shlex
 from typing import Any
 
-from deepseek_model_cards.card.model_facts import OURS, ModelFacts
+from deepseek_model_cards.card.model_facts import MULTIMODAL, OURS, ModelFacts
 from deepseek_records.stages import Stage
 from modeling_deepseek.packed_checkpoint import CT_METHOD
 
@@ -47,6 +47,9 @@ def loading_ways(facts: ModelFacts, place: str, base: str | None) -> list[Way]:
         return []
     if facts.config.get("quantization_config", {}).get("quant_method") == CT_METHOD:
         return [_packed_way(facts, place), _way(_DENSE_TITLE, facts, place, package=facts.model_type == OURS)]
+    if facts.model_type == MULTIMODAL:
+        trusted = (False, True) if facts.has_own_code else (False,)
+        return [_multimodal_way(facts, place, is_trusted=is_trusted) for is_trusted in trusted]
     if facts.model_type == OURS:
         ways = [_way("With the package", facts, place, package=True)]
         if facts.has_own_code:
@@ -68,6 +71,28 @@ def _way(title: str, facts: ModelFacts, place: str, *, package: bool = False, is
     if facts.has_tokenizer:
         lines.append(_CLASSIFY if facts.is_classifier else _GENERATE)
     return {"title": title, "language": "python", "code": (_PACKAGE if package else "") + "\n".join(lines)}
+
+
+def _multimodal_way(facts: ModelFacts, place: str, *, is_trusted: bool) -> Way:
+    trust = ", trust_remote_code=True" if is_trusted else ""
+    media = 'images=Image.new("RGB", (32, 32), "red")' if facts.sees else "audio=np.zeros(4000, dtype=np.float32)"
+    sign, what = ("<image>", "What is in the picture?") if facts.sees else ("<audio>", "What is heard?")
+    lines = [
+        "from PIL import Image" if facts.sees else "import numpy as np",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        f'processor = AutoProcessor.from_pretrained("{place}"{trust})',
+        f'model = AutoModelForImageTextToText.from_pretrained("{place}"{trust})',
+        f'text = "{sign}\\n{what}\\n"',
+        "if processor.tokenizer.chat_template:",
+        '    turns = [{"role": "user", "content": text.strip()}]',
+        "    text = processor.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)",
+        f'inputs = processor(text=text, {media}, return_tensors="pt")',
+        "output = model.generate(**inputs, max_new_tokens=10)",
+        'print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    title = "Without it, by the code beside the weights" if is_trusted else "With the package"
+    return {"title": title, "language": "python", "code": ("" if is_trusted else _PACKAGE) + "\n".join(lines)}
 
 
 def _packed_way(facts: ModelFacts, place: str) -> Way:

@@ -21,7 +21,13 @@ from deepseek_records.lineage import Lineage, find_parent
 from deepseek_records.stages import Stage, is_number
 from deepseek_records.summary import Benchmark, Result
 
-PIPELINE_TAGS = {"text-generation", "text-classification", "feature-extraction"}
+PIPELINE_TAGS = {
+    "text-generation",
+    "text-classification",
+    "feature-extraction",
+    "image-text-to-text",
+    "audio-text-to-text",
+}
 
 
 def build_metadata(
@@ -45,7 +51,7 @@ def build_metadata(
     results = model_index_results(lineage)
     data = ModelCardData(
         library_name="peft" if facts.is_adapter else "transformers",
-        pipeline_tag="text-classification" if facts.is_classifier else "text-generation",
+        pipeline_tag=facts.pipeline_tag,
         tags=_tags(lineage, facts, is_made_here) or None,
         language=sorted({code for row in rows if row.used_for == "training" for code in row.languages}) or None,
         datasets=sorted(datasets) or None,
@@ -103,6 +109,8 @@ def _tags(lineage: Lineage, facts: ModelFacts, is_made_here: bool) -> list[str]:
         tags.append("custom_code")
     if facts.is_adapter:
         tags += ["adapter", str(facts.adapter.get("peft_type", "lora")).lower()]
+    if facts.sees and facts.hears:
+        tags.append("audio-text-to-text")  # the Hub takes one pipeline tag
     kinds = [stage.kind for stage in lineage.stages.values() if stage.is_finished]
     methods = [tag for kind, tag in (("dpo", "dpo"), ("align", "ppo"), ("grpo", "grpo")) if kind in kinds]
     return [*tags, *(["reinforcement-learning"] if {"ppo", "grpo"} & set(methods) else []), *methods]

@@ -12,6 +12,7 @@ from typing import Any
 from deepseek_records.json_files import read_object
 
 OURS = "deepseek_moe"
+MULTIMODAL = "deepseek_multimodal"
 # What `block_picture` draws and describes truly: latent attention and DeepSeek-V3's router, or ours.
 DRAWN = (OURS, "deepseek_v3")
 _ROUTED = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
@@ -60,6 +61,23 @@ class ModelFacts:
     def is_classifier(self) -> bool:
         """True for a sequence classifier."""
         return any("SequenceClassification" in name for name in self.config.get("architectures") or [])
+
+    @property
+    def sees(self) -> bool:
+        """True where it takes images."""
+        return bool(self.config.get("vision_config"))
+
+    @property
+    def hears(self) -> bool:
+        """True where it takes sounds."""
+        return bool(self.config.get("audio_config"))
+
+    @property
+    def pipeline_tag(self) -> str:
+        """The task, as the Hub calls it."""
+        if self.is_classifier:
+            return "text-classification"
+        return "image-text-to-text" if self.sees else "audio-text-to-text" if self.hears else "text-generation"
 
     @property
     def is_drawn(self) -> bool:
