@@ -2,6 +2,7 @@
 #
 #   make demo       the whole path at small size, offline, into runs/demo
 #   make demo-real  a pretrained model of 135 million parameters as a mixture of experts, into runs/demo-real
+#   make demo-futures  after make demo: seeing and hearing, into runs/futures
 #   make test       the default tests (under 8 minutes on two cores)
 #   make test-all   also the tests marked slow, and the site
 #   make test-distributed   several processes: engines, resuming, failures; about twenty minutes
@@ -30,7 +31,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo demo-real test test-all test-distributed serve-setup serve-setup-vllm test-serving edge-setup test-edge test-versions check lint style claims docs bench clean
+.PHONY: setup demo demo-real demo-futures test test-all test-distributed serve-setup serve-setup-vllm test-serving edge-setup test-edge test-versions check lint style claims docs bench clean
 
 setup: $(VENV)/installed
 
@@ -58,6 +59,11 @@ $(VENV)/smollm2: $(VENV)/installed
 
 demo-real: $(VENV)/smollm2
 	@$(OFFLINE) $(BIN)/python -m deepseek_cli.demo_real
+
+# One part after another, each of the demo's models; under 20 minutes together.
+demo-futures: demo
+	@$(OFFLINE) $(BIN)/deepseek-moe multimodal multimodal-demo --output runs/futures/multimodal --overwrite
+	@$(OFFLINE) $(BIN)/deepseek-moe evaluate runs/futures/multimodal --tasks digits,shapes,tones --output runs/futures/seen --overwrite
 
 test: setup
 	@$(OFFLINE) $(PYTEST)
