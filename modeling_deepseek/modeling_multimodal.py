@@ -142,8 +142,11 @@ class DeepseekMultimodalModel(DeepseekMultimodalPreTrainedModel):
         Returns:
             `[M, T, D]`.
         """
-        states = self.audio_tower(input_features.to(self.audio_tower.dtype), output_hidden_states=True).hidden_states
-        return self.audio_projector(states[self.config.audio_feature_layer])
+        output = self.audio_tower(input_features.to(self.audio_tower.dtype), output_hidden_states=True)
+        # The last one after the encoder's norm, where it has one: before, a new AST's are a tenth of a unit in size.
+        is_last = self.config.audio_feature_layer == -1
+        features = output.last_hidden_state if is_last else output.hidden_states[self.config.audio_feature_layer]
+        return self.audio_projector(features)
 
     def forward(
         self,
