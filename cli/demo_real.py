@@ -20,6 +20,8 @@ from deepseek_records.exit_codes import DONE, MISSED
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # MMLU questions of each of the 57 subjects, HumanEval problems: their standard errors stand beside the scores.
 LIMIT = "mmlu=5,humaneval=20"
+# What every model is asked; it writes the likeliest token each time.
+QUESTION = "<|im_start|>user\nWhat are the symptoms of diabetes?<|im_end|>\n<|im_start|>assistant\n"
 # Whole held-out abstracts of medicine, to compare pair by pair what adapt's own figure sees the beginnings of.
 ABSTRACTS, NUM_ABSTRACTS = "abstracts.jsonl", 24
 
@@ -80,12 +82,14 @@ def list_commands(root: Path) -> dict[str, list[str]]:
     text = ["--tasks", "bits_per_byte", "--data", str(root / ABSTRACTS), "--batch-size", "4"]
     score = ["--tasks", "mmlu,humaneval", "--limit", LIMIT, "--max-new-tokens", "128", "--batch-size", "20"]
     score += ["--experts-implementation", "fused_moe"]
-    stages = {
-        name: [name, f"{name}-real", "--model", f"{path[before]}/model", "--output", path[name]]
-        for before, name in (("upcycle", "adapt"), ("adapt", "sft"), ("sft", "align"))
-    }
+    ask = ["--prompt", QUESTION, "--special-tokens", "--temperature", "0", "--max-new-tokens", "60"]
+    stages = {}
+    for before, name in (("upcycle", "adapt"), ("adapt", "sft"), ("sft", "align")):
+        stages[name] = [name, f"{name}-real", "--model", f"{path[before]}/model", "--output", path[name]]
+        stages[f"answer of {name}"] = ["generate", path[name], *ask]
     return {
         "upcycle": ["upcycle", path["dense"], path["upcycle"], "--n-routed-experts", "4"],
+        "answer of upcycle": ["generate", path["upcycle"], *ask],
         "before": ["evaluate", path["upcycle"], *score, "--output", path["before"]],
         **stages,
         "text_before": ["evaluate", path["upcycle"], *text, "--output", str(root / "text_before")],
@@ -93,7 +97,6 @@ def list_commands(root: Path) -> dict[str, list[str]]:
         "text_compare": ["evaluate", "--compare", str(root / "text_before"), str(root / "text_after")],
         "after": ["evaluate", path["align"], *score, "--output", path["after"]],
         "compare": ["evaluate", "--compare", path["before"], path["after"]],
-        "table": ["evaluate", "--table", *(path[name] for name in ("upcycle", "adapt", "sft", "align"))],
     }
 
 

@@ -84,8 +84,8 @@ def upcycled_config(
     """
     target = TARGETS.get(dense.model_type)
     if target is None:
-        known = ", ".join(sorted(TARGETS))
-        raise ValueError(f"model: got type {dense.model_type}, expected a dense model of one of {known}")
+        types = ", ".join(sorted(TARGETS))
+        raise ValueError(f"model: got type {dense.model_type}, expected a dense model of one of {types}")
     if getattr(dense, "quantization_config", None) is not None:
         raise ValueError("model: got quantized weights, expected ordinary ones to copy; upcycle first, then quantize")
     _check_numbers(n_routed_experts, num_experts_per_tok, granularity, dense.intermediate_size)
@@ -166,6 +166,7 @@ def upcycle(dense: PreTrainedModel, config: PreTrainedConfig, *, router_std: flo
         raise ValueError(f"model: got {strange[0]}, which has no place in {config.model_type}")
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
+        assert layer.experts is not None, "the targets are classes with fused experts"
         gate, up, down = (source[f"{layer.name}.{part}.weight"] for part in _FEED_FORWARD)
         _fill(layer.experts, gate, up, down)
         pieces = gate.shape[0] // layer.experts.down_proj.shape[2]
@@ -196,7 +197,7 @@ def spread_of_copies(model: PreTrainedModel, granularity: int = 1) -> float:
     """
     apart = whole = 0.0
     for layer in find_moe_layers(model):
-        assert layer.experts is not None, "upcycle makes classes with fused experts"
+        assert layer.experts is not None, "the targets are classes with fused experts"
         for stack in (layer.experts.gate_up_proj, layer.experts.down_proj):
             copies = stack.detach().double().view(-1, granularity, *stack.shape[1:])
             mean = copies.mean(0, keepdim=True)
