@@ -45,7 +45,7 @@ LATENT = {
 
 
 def released_models() -> dict[str, PreTrainedConfig]:
-    """Return configurations by name, as the models' own config.json have them."""
+    """Return configurations by name, with the sizes of the models' own config.json."""
     return {
         "DeepSeek-V2-Lite": DeepseekV2Config(**LATENT, intermediate_size=10944, vocab_size=102400),
         "Moonlight-16B-A3B": DeepseekV3Config(**LATENT, intermediate_size=11264, vocab_size=163840),
