@@ -8,7 +8,7 @@ from typing import Any
 
 HELP = "Write the file that starts a stage on several processes: one machine, Slurm, Kubernetes or Ray."
 EXAMPLES = """
-  deepseek-moe launch pretrain-demo --on local --gpus-per-node 8 --output runs/demo
+  deepseek-moe launch pretrain-1b --on local --gpus-per-node 8 --output runs/1b
   deepseek-moe launch my_recipe.yaml --stage pretrain --on slurm --nodes 64 --engine zero3 --output runs/large
   deepseek-moe launch adapt-demo --on kubernetes --nodes 4 --image me/moe:1 --claim runs --output /runs/adapt
   deepseek-moe launch pretrain-debug --on slurm --cpu --processes-per-node 2 --output runs/first --seed 3
@@ -89,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
         python=python,
     )
     check_job(job, args.on)
-    _load(args.recipe, job.stage, parse_overrides(args.settings))  # refuses now what every node would refuse
+    recipe = _load(args.recipe, job.stage, parse_overrides(args.settings))  # refuses now what every node would refuse
+    if args.engine != "ddp" and getattr(recipe, "optimizer", "adamw") != "adamw":
+        raise ValueError(f"optimizer: got {recipe.optimizer} with --engine {args.engine}, expected adamw")
     text = render_job(job, args.on)
     if args.file is None:
         print(text, end="")
@@ -133,9 +135,9 @@ def _find_stage(recipe: str, settings: list[str]) -> str:
     return takes[0]
 
 
-def _load(recipe: str, stage: str, settings: dict[str, Any]) -> None:
+def _load(recipe: str, stage: str, settings: dict[str, Any]) -> Any:
     from deepseek_training.recipes.loading import load_recipe
 
     module, name = _RECIPES[stage].split(".")
     recipe_class = getattr(importlib.import_module(f"deepseek_training.recipes.{module}"), name)
-    load_recipe(recipe, recipe_class, settings)
+    return load_recipe(recipe, recipe_class, settings)

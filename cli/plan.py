@@ -19,7 +19,11 @@ _LAYOUT = ("data", "tensor", "pipeline", "virtual", "expert", "zero")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", nargs="?", help="a preset (154b, 7.7b), a recipe, a run folder or a checkpoint")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="a preset, a recipe (only its model is read), a run folder or a checkpoint",
+    )
     parser.add_argument("--gpus", type=int, metavar="N", help="how many there are")
     parser.add_argument("--gpu", default="h100", help="which: a100, h100, h800, h200 or b200")
     parser.add_argument("--tokens", type=float, default=1.2e12, help="tokens to train on")

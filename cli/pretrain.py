@@ -9,7 +9,8 @@ HELP = "Pretrain a model from scratch on plain text (stage 1)."
 EXAMPLES = """
   deepseek-moe pretrain pretrain-debug --output runs/first
   deepseek-moe pretrain pretrain-demo --data my_texts/ --max-steps 2000 --output runs/mine
-  deepseek-moe pretrain pretrain-demo --preset 154b --dry-run
+  deepseek-moe pretrain pretrain-1b --data my_texts/ --output runs/1b
+  deepseek-moe pretrain pretrain-154b --dry-run
   deepseek-moe pretrain my_recipe.yaml --model "{n_routed_experts: 32}" --output runs/more_experts
 
 An interrupted run goes on when the same command is given again.

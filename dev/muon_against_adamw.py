@@ -105,6 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="folder of the trainings")
     parser.add_argument("--recipe", default="pretrain-demo")
+    parser.add_argument("--steps", type=int, default=700, help="of AdamW; as many fewer of Muon as a step costs more")
     parser.add_argument("--rates", type=float, nargs="+", default=[1.5e-3, 3e-3, 4.5e-3, 6e-3, 1.2e-2, 2.4e-2])
     parser.add_argument("--full", nargs="+", default=["adamw=3e-3", "muon=1.2e-2"], help="optimizer=rate")
     parser.add_argument("--share", type=float, default=0.5, help="of the steps, to compare learning rates by")
@@ -120,7 +121,7 @@ def main() -> int:
         ratio_file.write_text(json.dumps(step_cost(recipe, args.pairs)))
     ratio, error = json.loads(ratio_file.read_text())
     print(f"a step of Muon costs {ratio:.3f} +- {error:.3f} steps of AdamW")
-    steps = {"adamw": recipe.max_steps, "muon": round(recipe.max_steps / ratio)}
+    steps = {"adamw": args.steps, "muon": round(args.steps / ratio)}
     for name in OPTIMIZERS:
         for rate in args.rates:
             settings = {"optimizer": name, "learning_rate": rate, "max_steps": round(steps[name] * args.share)}

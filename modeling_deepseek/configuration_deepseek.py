@@ -125,7 +125,8 @@ class DeepseekConfig(DeepseekV3Config):
         """Return a named size, with some settings replaced.
 
         Args:
-            name: ``"154b"``, ``"7.7b"``, ``"nano"`` (about 3 M) or ``"debug"`` (under 1 M).
+            name: ``"154b"``, ``"7.7b"``, ``"1b"``, ``"100m"``, ``"20m"``, ``"nano"`` (about 3 M) or ``"debug"``
+                (under 1 M).
             **overrides: Settings to replace, for example ``vocab_size``.
 
         Raises:

@@ -27,7 +27,7 @@ def test_the_engine_of_transformers_has_no_pipeline(capsys):
 
 
 def test_a_recipes_model_and_a_fixed_layout(capsys):
-    assert main(["plan", "pretrain-demo", "--gpus", "4", "--data", "4", "--zero", "3", "--batch", "64"]) == 0
+    assert main(["plan", "pretrain-1b", "--gpus", "4", "--data", "4", "--zero", "3", "--batch", "64"]) == 0
     assert "DP 4 x TP 1 x PP 1, EP" in capsys.readouterr().out
 
 

@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from deepseek_records.loading import load_model, resolve_checkpoint
-from deepseek_training.launch.step_time import MOST_BYTES, random_batch, time_passes
+from deepseek_training.launch.cluster.devices import DEVICES
+from deepseek_training.launch.step_time import MOST_BYTES, random_batch, time_passes, timed_rows
 from deepseek_training.recipes.dpo import DpoRecipe
 from deepseek_training.trainer.checkpoints import is_complete, step_of
 from modeling_deepseek.families import find_moe_layers
@@ -137,10 +138,30 @@ def plan_training(
                 + (f" over {args.world_size} processes" if args.world_size > 1 else "")
                 + f"; {passes:.2g} passes over the data",
             ),
+            ("compute", describe_compute(size, tokens * recipe.max_steps)),
             ("memory", describe_memory(memory)),
             ("time", describe_time(seconds and seconds * recipe.max_steps, "the steps; measurements come on top")),
             *switches(model, recipe, args),
         ),
+    )
+
+
+def describe_compute(size: ModelSize, num_tokens: float) -> str:
+    """Return a training's tokens and FLOPs in words, and what these are on one H100.
+
+    Six FLOPs per active parameter and token, four where most parameters are frozen; attention over the context is left
+    out. The share of the peak is an assumption; `deepseek-moe plan` estimates it for a layout.
+
+    Args:
+        size: The model's.
+        num_tokens: Trained on in all.
+    """
+    per_parameter = 6 if size.trained > size.total / 2 else 4
+    flops = per_parameter * size.active * num_tokens
+    hours = flops / (0.4 * DEVICES["h100"].bf16_flops) / 3600
+    text = f"{_short(num_tokens)} tokens, about {flops:.2g} FLOPs"
+    return (
+        text if hours < 0.1 else f"{text}: {hours:,.{0 if hours >= 10 else 1}f} h on one H100 at 40% of its bf16 peak"
     )
 
 
@@ -179,8 +200,9 @@ def _cached_bytes() -> int:
 def _time_step(recipe: Any, args: TrainingArguments, model: PreTrainedModel) -> float | None:
     if args.world_size > 1:
         return None
-    batch = random_batch(model, recipe.batch_size, recipe.sequence_length)
-    passes = recipe.gradient_accumulation_steps
+    rows = timed_rows(recipe.batch_size, recipe.sequence_length, args.device)
+    batch = random_batch(model, rows, recipe.sequence_length)
+    passes = recipe.gradient_accumulation_steps * recipe.batch_size / rows
     if isinstance(recipe, DpoRecipe):  # two answers each, and the reference's forward passes, a third of the whole
         passes *= 8 / 3
     return time_passes(model, batch, num_passes=passes, device=args.device, is_bf16=recipe.bf16)

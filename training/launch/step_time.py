@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from modeling_deepseek.training_pass import set_accumulation_steps
 
 MOST_BYTES = 2**30  # a copy of a larger model may not fit beside it
+MOST_TOKENS_ON_A_CPU = 2048  # of a timed pass, which would take minutes with more
 
 
 def time_passes(
@@ -51,6 +52,17 @@ def time_passes(
 def is_timeable(model: PreTrainedModel) -> bool:
     """Return whether a copy may be made of a model to time it."""
     return model.device.type != "meta" and sum(p.numel() * p.element_size() for p in model.parameters()) < MOST_BYTES
+
+
+def timed_rows(batch_size: int, length: int, device: torch.device) -> int:
+    """Return how many rows of a batch are timed; the time of all is in proportion.
+
+    Args:
+        batch_size: Rows of a pass.
+        length: Tokens per row.
+        device: Where they are timed.
+    """
+    return batch_size if device.type != "cpu" else max(1, min(batch_size, MOST_TOKENS_ON_A_CPU // length))
 
 
 def random_batch(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, torch.Tensor]:

@@ -204,7 +204,7 @@ class PretrainRecipe(TextSettings):
     tokenizer: str | None = setting(None, help="Folder or Hub id of a tokenizer; null: train one on tokenizer_data.")
     tokenizer_data: list[str] = setting([], help="What a new tokenizer is trained on; empty: the training text.")  # noqa: RUF009
     vocab_size: int = setting(2048, help="Tokens of a new tokenizer, 259 to 10,000,000.")
-    preset: str = setting("nano", help="Model size: 154b, 7.7b, nano or debug.")
+    preset: str = setting("nano", help="Model size: 154b, 7.7b, 1b, 100m, 20m, nano or debug.")
     model: dict[str, Any] = setting(  # noqa: RUF009
         {},
         help="Settings of DeepseekConfig that replace the preset's.",
