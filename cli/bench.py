@@ -189,6 +189,14 @@ def _add_edge(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, "edge")
 
 
+def _add_update(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="some of the table's, quoted (default: all)")
+    parser.add_argument("--seeds", type=int, default=3, help="sequences of each method, at least 1")
+    parser.add_argument("--steps", type=int, default=30, help="of each update, at least 1")
+    parser.add_argument("--first-steps", type=int, default=200, help="of the first model's pretraining, at least 1")
+    _add_output(parser, "update")
+
+
 def _add_attacks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder", help="sentence encoder in place of the embedded one: folder, Hub id, or minilm if installed"
@@ -273,6 +281,18 @@ Finished runs in the folder are taken as they are; one that stopped begins again
   deepseek-moe bench attacks --encoder minilm --output runs/bench-attacks-minilm
 """,
         _add_attacks,
+    ),
+    Benchmark(
+        "update",
+        "update_methods",
+        "Teach a small model five texts one after another by nine methods: what is gained and forgotten.",
+        """
+  deepseek-moe bench update
+  deepseek-moe bench update --methods naive "replay + merge" --seeds 1 --output /tmp/update
+
+An interrupted one goes on behind the last sequence that it finished.
+""",
+        _add_update,
     ),
     Benchmark(
         "serving",

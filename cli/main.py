@@ -40,6 +40,7 @@ SUBCOMMANDS = (
     "explain",
     "serve",
     "monitor",
+    "update",
     "merge",
     "export",
     "card",

@@ -263,6 +263,8 @@ def resolve_checkpoint(
         FileNotFoundError: A local path is absent or holds no checkpoint.
     """
     path = Path(name_or_path).expanduser()
+    if path.is_symlink() and path.is_dir():
+        path = path.resolve()  # of a link that moves, as `update` keeps one, all files are of one model
     if (path / "model" / "config.json").is_file():
         return str(path / "model")
     if path.is_dir():

@@ -21,17 +21,29 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"
 MODEL_FOLDER = "model"
+# Of `deepseek-moe update`: below a run, and in the folder of one update.
+UPDATES_FOLDER = "updates"
+CURRENT_LINK = "current"
+GATES_FILE = "gates.json"
+REPLAY_FILE = "replay.npz"
 
 _OWN_FILES = (
     *(RECIPE_FILE, ENVIRONMENT_FILE, INPUTS_FILE, METRICS_FILE, SUMMARY_FILE, LOCK_FILE),
     *("results.json", "results.csv", "table.txt", "curves.png", "before.json", "samples.jsonl", "samples_*.jsonl"),
     *("prompts_*.jsonl.gz", "report.html", "README.md", "block.png", "counts.json", "croissant.json", "*.partial"),
-    *("explain.json", "explain.html", "media.html"),
+    *("explain.json", "explain.html", "media.html", GATES_FILE, REPLAY_FILE, "rolled_back.json"),
 )
 # What `save_pretrained`, `Trainer` and FSDP write into a model or a checkpoint.
 _WEIGHT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.distcp"),
-    *("config.json", "generation_config.json", "adapter_config.json", "*_state.json", "complete.json"),
+    *(
+        "config.json",
+        "generation_config.json",
+        "adapter_config.json",
+        "*_state.json",
+        "complete.json",
+        "written_by.json",
+    ),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.model", "*.tiktoken", "*.jinja", ".metadata", "latest", "zero_to_fp32.py", "README.md", "*.partial"),
     *("configuration_*.py", "modeling_*.py", "preprocessor_config.json", "events.out.tfevents.*"),
@@ -39,7 +51,11 @@ _WEIGHT_FILES = (
 )
 _OWN_FOLDERS = {
     **{
-        name: _WEIGHT_FILES for name in (MODEL_FOLDER, "checkpoints", "value_model", "reference", "adapter", "unsplit")
+        name: _WEIGHT_FILES
+        for name in (
+            *(MODEL_FOLDER, "checkpoints", "value_model", "reference", "adapter", "unsplit"),
+            *("trained", "trained.partial", "candidates"),
+        )
     },
     "plots": ("*.png", "*.svg"),
     "data": ("train-*", "validation-*"),

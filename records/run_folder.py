@@ -102,7 +102,7 @@ class RunFolder:
                     f"output: {run.path} is not empty and holds no run of ours; pass another --output"
                 )
             lock_run(run.path)
-            if not (overwrite or run._has_only_begun()):
+            if not (overwrite or run.has_only_begun()):
                 run._check_resumable(settings, free)
                 return cls(path, is_resumed=True)
             delete_run(run.path, hint="pass another --output")
@@ -140,12 +140,12 @@ class RunFolder:
             FileExistsError: As for `create`.
         """
         run = cls(check_output(path))
-        if run.path.exists() and any(run.path.iterdir()) and not run._has_only_begun():
+        if run.path.exists() and any(run.path.iterdir()) and not run.has_only_begun():
             run._check_resumable(settings, free)
         return run
 
-    def _has_only_begun(self) -> bool:
-        """True for a run that stopped, say at a wrong setting, before it wrote anything worth keeping."""
+    def has_only_begun(self) -> bool:
+        """Tell whether this is a run that stopped, say at a wrong setting, before it wrote anything worth keeping."""
         names = {path.name for path in self.path.iterdir()}
         return names - {INPUTS_FILE, LOCK_FILE} == {RECIPE_FILE, ENVIRONMENT_FILE}
 

@@ -27,6 +27,7 @@ STAGE_ORDER = (
     "shrink",
     "upcycle",
     "adapt",
+    "update",
     "distill",
     "sft",
     "dpo",

@@ -102,6 +102,21 @@ def merge_tensors(name: str, old: torch.Tensor, new: torch.Tensor, alpha: float)
     return torch.lerp(old.float(), new.float(), alpha).to(old.dtype)
 
 
+def check_plain(source: Path) -> None:
+    """Refuse a checkpoint that cannot be interpolated.
+
+    Args:
+        source: Its folder.
+
+    Raises:
+        FileNotFoundError: It is not in safetensors.
+        ValueError: Its weights are quantized.
+    """
+    if read_object(source / "config.json", "model").get("quantization_config"):
+        raise ValueError(f"model: got {source} with quantized weights, expected fp32, bf16 or fp16")
+    _tensor_files(source)
+
+
 def _checkpoint(name: str | Path) -> Path:
     source = resolve_checkpoint(name)
     if is_adapter(source):
@@ -118,8 +133,7 @@ def _check_same_model(old: Path, new: Path) -> None:
     changed = [key for key in keys if settings[0].get(key) != settings[1].get(key)]
     if changed:
         raise ValueError(f"model: got {old} and {new}, which differ in {', '.join(changed[:5])}, expected one model")
-    if settings[0].get("quantization_config"):
-        raise ValueError(f"model: got {old} with quantized weights, expected fp32, bf16 or fp16")
+    check_plain(old)
     if hash_tokenizer(load_tokenizer(old)) != hash_tokenizer(load_tokenizer(new)):
         raise ValueError(
             f"tokenizer: got different ones in {old} and {new}, expected one; equal ids must mean equal text"

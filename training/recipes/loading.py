@@ -11,6 +11,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,8 +166,21 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, recipe_class: type) ->
         recipe_class: The dataclass; read the given ones back with `collect_overrides`.
     """
     parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or one of {', '.join(list_recipes())}")
+    add_setting_arguments(parser, recipe_class)
+
+
+def add_setting_arguments(parser: argparse.ArgumentParser, recipe_class: type, *, but: Collection[str] = ()) -> None:
+    """Add one option a setting; underscores and dashes both work.
+
+    Args:
+        parser: The subcommand's parser.
+        recipe_class: The dataclass; read the given ones back with `collect_overrides`.
+        but: Settings that the command itself decides.
+    """
     group = parser.add_argument_group("settings", "each replaces the recipe's value; YAML syntax for the value")
     for field in offered(recipe_class):
+        if field.name in but:
+            continue
         text = f"{field.metadata['help']} (default: {_default_text(field)})".replace("%", "%%")
         option = f"--{field.name.replace('_', '-')}"
         kinds = {"dest": f"setting_{field.name}", "default": argparse.SUPPRESS, "metavar": "VALUE"}

@@ -220,7 +220,7 @@ class PretrainRecipe(TextSettings):
 
 
 @dataclasses.dataclass(kw_only=True)
-class AdaptRecipe(EsftSettings, MtpSettings, TextSettings):
+class AdaptRecipe(TextSettings, EsftSettings, MtpSettings):
     """The settings of `adapt`."""
 
     data: str | list[dict[str, Any]] = setting(  # noqa: RUF009

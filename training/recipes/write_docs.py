@@ -15,11 +15,13 @@ from deepseek_training.recipes.loading import describe_recipe, list_recipes
 from deepseek_training.recipes.multimodal import MultimodalRecipe
 from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe, PretrainRecipe
 from deepseek_training.recipes.sft import SftRecipe
+from deepseek_training.recipes.update import UpdateRecipe
 
 STAGES = {
     "data": DataRecipe,
     "pretrain": PretrainRecipe,
     "adapt": AdaptRecipe,
+    "update": UpdateRecipe,
     "distill": DistillRecipe,
     "sft": SftRecipe,
     "align": AlignRecipe,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from deepseek_records.document_tokens import cut_windows, score_windows
+from deepseek_records.document_tokens import Window, cut_windows, score_windows
 from deepseek_training.trainer.bigram import BigramModel
 
 
@@ -74,7 +74,6 @@ def measure_model(
     return BitsPerByte.from_windows(nats, num_tokens, num_bytes)
 
 
-@torch.no_grad()
 def measure_windows(
     model: torch.nn.Module, documents: Sequence[np.ndarray], *, sequence_length: int, batch_size: int
 ) -> tuple[list[float], list[int]]:
@@ -86,6 +85,32 @@ def measure_windows(
         sequence_length: Tokens the model sees at once.
         batch_size: Windows a forward pass.
     """
+    windows, nats = _score(model, documents, sequence_length, batch_size)
+    return nats, [window.num_targets for window in windows]
+
+
+def measure_documents(
+    model: torch.nn.Module, documents: Sequence[np.ndarray], *, sequence_length: int, batch_size: int
+) -> np.ndarray:
+    """Return each document's summed -log P, `[N]` float64 in nats.
+
+    Args:
+        model: A causal language model.
+        documents: As for `measure_model`, as are the next two.
+        sequence_length: Tokens the model sees at once.
+        batch_size: Windows a forward pass.
+    """
+    sums: np.ndarray = np.zeros(len(documents))
+    for window, nats in zip(*_score(model, documents, sequence_length, batch_size), strict=True):
+        sums[window.document] += nats
+    return sums
+
+
+@torch.no_grad()
+def _score(
+    model: torch.nn.Module, documents: Sequence[np.ndarray], sequence_length: int, batch_size: int
+) -> tuple[list[Window], list[float]]:
+    """The windows of documents, and of each its summed -log P."""
     windows = cut_windows(documents, sequence_length)
     # equal lengths together, so that short documents cost no padding; the order is undone by summing
     windows.sort(key=lambda window: window.begin - window.end)
@@ -97,7 +122,7 @@ def measure_windows(
             nats += score_windows(model, documents, windows[start : start + batch_size])
     finally:
         model.train(was_training)
-    return nats, [window.num_targets for window in windows]
+    return windows, nats
 
 
 def measure_bigram(

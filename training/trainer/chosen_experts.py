@@ -200,7 +200,7 @@ def freeze_others(model: PreTrainedModel, chosen: Sequence[ChosenLayer]) -> list
         parameter.requires_grad_(False)
     layers = find_moe_layers(model)
     for layer in layers:
-        share = getattr(layer.router, "share", None)
+        share: Any = getattr(layer.router, "share", None)
         if getattr(share, "target", None) is not None:
             share.target = None  # p stays where it is; the configuration, and so what is saved, keeps its target
     by_name, found = {layer.name: layer for layer in layers}, []
@@ -244,7 +244,7 @@ class RowAdamW(torch.optim.AdamW):
         super().__init__(self._slices, **settings)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """Take a step from the parameters' gradients.
 
         Args:

@@ -1,0 +1,185 @@
+"""Five updates in sequence by nine methods: what is gained, what is forgotten, over seeds.
+
+``deepseek-moe bench update`` pretrains a small model on dialogues for each seed, then teaches it books, medicine,
+finance, Chinese prose and Python one after another by each method, at equal tokens. It may be stopped at any time; the
+same command again goes on behind the last finished method.
+
+With R[i][j] the bits per byte on text j after update i (0: before the first; text 0 is the first model's own):
+
+    final      mean_j R[5][j]                                what the last model is worth on all six texts
+    gained     mean_{j>0} (R[j-1][j] - R[j][j])              what each update gains on its own text
+    forgotten  mean_{j<5} (R[5][j] - R[j][j])                minus backward transfer (Lopez-Paz and Ranzato, 2017)
+    forward    mean_{j>1} (R[0][j] - R[j-1][j])              what earlier updates gave to a text before its own
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from deepseek_cli.benchmarks.result_files import RESULTS_FILE, BenchmarkRun
+from deepseek_cli.benchmarks.update_sequence import METHODS, UpdateSequence
+from deepseek_cli.benchmarks.update_texts import FIRST, LATER, read_lesson
+from deepseek_records.loading import load_model
+from deepseek_records.run_folder import write_json
+from deepseek_records.statistics import mean_with_error
+from deepseek_training.data.tokenizer import train_tokenizer
+from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
+from deepseek_training.stages.pretrain import pretrain
+
+_LENGTH, _BATCH_SIZE, _HELD_OUT_BYTES, _VOCABULARY = 64, 16, 24_000, 1024
+TEXTS = (FIRST, *LATER)
+FIGURES = ("final", "gained", "forgotten", "forward")
+Measured = dict[str, float]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what is missing, print the table, and write figures and picture.
+
+    Args:
+        args: The options of ``deepseek-moe bench update``.
+
+    Raises:
+        ValueError: An option that cannot work.
+    """
+    methods = args.methods or list(METHODS)
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise ValueError(f"methods: got {unknown[0]!r}, expected some of {', '.join(METHODS)}")
+    for name in ("seeds", "steps", "first_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}: got {getattr(args, name)}, expected at least 1")
+    settings = {name: getattr(args, name) for name in ("seeds", "steps", "first_steps")}
+    bench = BenchmarkRun("update", args.output, {**settings, "methods": methods}, overwrite=args.overwrite)
+    root = bench.folder.path
+    kept = json.loads((root / RESULTS_FILE).read_text()) if (root / RESULTS_FILE).is_file() else {}
+    runs: dict[str, dict[str, list[Measured]]] = kept.get("runs", {})
+    texts = [read_lesson(name) for name in TEXTS]
+    tokenizer = train_tokenizer([text for one in texts for text in one.train], _VOCABULARY)
+    bar = tqdm(total=args.seeds * len(methods), desc="update", unit="sequence")
+    for seed in range(args.seeds):
+        of_seed = runs.setdefault(str(seed), {})
+        missing = [name for name in methods if name not in of_seed]
+        bar.update(len(methods) - len(missing))
+        if not missing:
+            continue
+        model = _first_model(root, texts[0].train, texts[0].held_out, tokenizer, seed, args.first_steps)
+        lessons = UpdateSequence.prepare(model, tokenizer, texts, length=_LENGTH, held_out_bytes=_HELD_OUT_BYTES)
+        of_seed.setdefault("before", [lessons.measure(model)])
+        for name in missing:
+            of_seed[name] = lessons.run(METHODS[name], steps=args.steps, seed=seed, batch_size=_BATCH_SIZE)
+            write_json(root / RESULTS_FILE, {"runs": runs})
+            bar.update()
+    bar.close()
+    figures = {name: summarize(runs, name) for name in methods}
+    table = format_table(figures)
+    print(table)
+    from deepseek_cli.benchmarks.update_picture import draw
+
+    (root / "plots").mkdir(exist_ok=True)
+    draw(runs, figures, root / "plots" / "update.png")
+    bench.finish({"runs": runs, "figures": figures}, table)
+    return 0
+
+
+def _first_model(
+    root: Path, train: list[str], held_out: list[str], tokenizer: Any, seed: int, steps: int
+) -> PreTrainedModel:
+    """A small model that knows the first text, pretrained by the stage itself beside the benchmark's folder."""
+    folder = root.with_name(f"{root.name}-first")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"text": text, "split": "train"} for text in train]
+    rows += [{"text": text, "split": "validation"} for text in held_out]
+    (folder / "dialogues.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    recipe = PretrainRecipe(
+        data=str(folder / "dialogues.jsonl"),
+        tokenizer=str(folder / "tokenizer"),
+        preset="debug",
+        model={"router_bias_update_speed": 0.01},
+        seed=seed,
+        sequence_length=_LENGTH,
+        batch_size=_BATCH_SIZE,
+        max_steps=steps,
+        learning_rate=5e-3,
+        warmup_steps=20,
+        eval_bytes=20_000,
+        check_bigram=False,
+        report_to=[],
+    )
+    path = folder / f"seed{seed}-{steps}"
+    if not (path / "summary.json").is_file():
+        pretrain(recipe, path)
+    return load_model(path)
+
+
+def matrix(before: Measured, measured: list[Measured]) -> np.ndarray:
+    """Return R, `[updates + 1, texts]`.
+
+    Args:
+        before: Bits per byte before the first update.
+        measured: After each.
+    """
+    return np.array([[row[name] for name in TEXTS] for row in (before, *measured)])
+
+
+def figures_of(before: Measured, measured: list[Measured]) -> Measured:
+    """Return the figures of one sequence; joint training has only the last.
+
+    Args:
+        before: Bits per byte before the first update.
+        measured: After each.
+    """
+    table = matrix(before, measured)
+    found = {"final": float(table[-1].mean())}
+    last = len(TEXTS) - 1
+    if len(table) == last + 1:
+        diagonal = table.diagonal()
+        found["gained"] = float(np.mean([table[j - 1, j] - table[j, j] for j in range(1, last + 1)]))
+        found["forgotten"] = float(np.mean([table[last, j] - diagonal[j] for j in range(last)]))
+        found["forward"] = float(np.mean([table[0, j] - table[j - 1, j] for j in range(2, last + 1)]))
+    return found
+
+
+def summarize(runs: dict[str, dict[str, list[Measured]]], name: str) -> dict[str, Any]:
+    """Return a method's figures, mean and standard error over seeds, and the difference of `final` from naive's.
+
+    Args:
+        runs: By seed and method.
+        name: The method.
+    """
+    each = [figures_of(of_seed["before"][0], of_seed[name]) for of_seed in runs.values()]
+    found: dict[str, Any] = {key: mean_with_error([one[key] for one in each]) for key in FIGURES if key in each[0]}
+    if all("naive" in of_seed for of_seed in runs.values()) and name != "naive":
+        naive = [figures_of(of_seed["before"][0], of_seed["naive"])["final"] for of_seed in runs.values()]
+        changes = [one["final"] - other for one, other in zip(each, naive, strict=True)]
+        found["against_naive"] = mean_with_error(changes)
+    return found
+
+
+def format_table(figures: dict[str, dict[str, Any]]) -> str:
+    """Return the table as Markdown.
+
+    Args:
+        figures: By method.
+    """
+    lines = [
+        "| method | final, mean of six texts | against naive, paired | gained per update | forgotten | forward |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in figures.items():
+        cells = [_shown(row.get("final"), ".3f"), _shown(row.get("against_naive"), "+.3f")]
+        cells += [_shown(row.get(key), "+.3f") for key in ("gained", "forgotten", "forward")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _shown(pair: tuple[float, float | None] | None, spec: str) -> str:
+    if pair is None:
+        return ""
+    value, error = pair
+    return format(value, spec) if error is None else f"{value:{spec}} ± {error:.3f}"
