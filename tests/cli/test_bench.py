@@ -21,7 +21,19 @@ def stop(capsys, *words):
 def test_all_are_listed(capsys):
     code, printed = stop(capsys, "--help")
     assert code == 0
-    assert NAMES == ["kernels", "compile", "step", "lora", "ppo", "experts", "rewards", "attacks", "serving", "edge"]
+    assert NAMES == [
+        "kernels",
+        "compile",
+        "step",
+        "lora",
+        "ppo",
+        "experts",
+        "rewards",
+        "attacks",
+        "update",
+        "serving",
+        "edge",
+    ]
     assert all(f"\n    {benchmark.name} " in printed.out for benchmark in bench.BENCHMARKS)
 
 

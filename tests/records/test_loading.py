@@ -154,3 +154,16 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     get_peft_model(deep, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"^adapter: .* \(2 of its 4 tensors belong to no module, .*layers\.1\."):
         merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "base"))
+
+
+def test_a_link_is_followed_once(tmp_path):
+    """A link that moves while a model is loaded must not mix two models."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    link = tmp_path / "current"
+    link.symlink_to("one")
+    assert resolve_checkpoint(link) == str(tmp_path / "one")
+    link.unlink()
+    link.symlink_to("two")
+    assert resolve_checkpoint(link) == str(tmp_path / "two")

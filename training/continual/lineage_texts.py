@@ -38,9 +38,9 @@ class TaughtText:
 
     @property
     def key(self) -> str:
-        """Tells sources apart."""
+        """Tells sources apart, whatever column is read: of two the first counts."""
         path = Path(self.source.path)
-        return f"{path.resolve() if path.exists() else self.source.path} {self.source.column}"
+        return str(path.resolve()) if path.exists() else self.source.path
 
     def load(self) -> Corpus:
         """Return its documents.
@@ -98,7 +98,7 @@ def _stages(run: Path, model: Path) -> Iterator[tuple[Path, str, dict[str, Any]]
         (stage,) = read_stages(folder).values()
         yield folder, stage.kind, stage.run.settings
         named = source_of(stage)
-        path = Path(named).expanduser().absolute() if named else None
+        path = Path(named).expanduser().resolve() if named else None  # also through the link to a model in force
         if path is None or not path.exists():
             return
         folder = path.parent if path.name in ("model", "adapter") else path
