@@ -7,7 +7,7 @@ same command again goes on behind the last finished method.
 With R[i][j] the bits per byte on text j after update i (0: before the first; text 0 is the first model's own):
 
     final      mean_j R[5][j]                                what the last model is worth on all six texts
-    gained     mean_{j>0} (R[j-1][j] - R[j][j])              what each update gains on its own text
+    learned    mean_{j>0} (R[0][j] - R[j][j])                what a text has gained once it was taught
     forgotten  mean_{j<5} (R[5][j] - R[j][j])                minus backward transfer (Lopez-Paz and Ranzato, 2017)
     forward    mean_{j>1} (R[0][j] - R[j-1][j])              what earlier updates gave to a text before its own
 """
@@ -33,7 +33,7 @@ from deepseek_training.stages.pretrain import pretrain
 
 _LENGTH, _BATCH_SIZE, _HELD_OUT_BYTES, _VOCABULARY = 64, 16, 24_000, 1024
 TEXTS = (FIRST, *LATER)
-FIGURES = ("final", "gained", "forgotten", "forward")
+FIGURES = ("final", "learned", "forgotten", "forward")
 Measured = dict[str, float]
 
 
@@ -139,7 +139,7 @@ def figures_of(before: Measured, measured: list[Measured]) -> Measured:
     last = len(TEXTS) - 1
     if len(table) == last + 1:
         diagonal = table.diagonal()
-        found["gained"] = float(np.mean([table[j - 1, j] - table[j, j] for j in range(1, last + 1)]))
+        found["learned"] = float(np.mean([table[0, j] - table[j, j] for j in range(1, last + 1)]))
         found["forgotten"] = float(np.mean([table[last, j] - diagonal[j] for j in range(last)]))
         found["forward"] = float(np.mean([table[0, j] - table[j - 1, j] for j in range(2, last + 1)]))
     return found
@@ -168,12 +168,12 @@ def format_table(figures: dict[str, dict[str, Any]]) -> str:
         figures: By method.
     """
     lines = [
-        "| method | final, mean of six texts | against naive, paired | gained per update | forgotten | forward |",
+        "| method | final, mean of six texts | against naive, paired | learned | forgotten | forward |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in figures.items():
         cells = [_shown(row.get("final"), ".3f"), _shown(row.get("against_naive"), "+.3f")]
-        cells += [_shown(row.get(key), "+.3f") for key in ("gained", "forgotten", "forward")]
+        cells += [_shown(row.get(key), "+.3f") for key in ("learned", "forgotten", "forward")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

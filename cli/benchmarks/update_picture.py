@@ -1,4 +1,4 @@
-"""The picture of ``deepseek-moe bench update``: forgetting matrices, and what each method gains and forgets."""
+"""The picture of ``deepseek-moe bench update``: forgetting matrices, and what each method learns and forgets."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ def draw(runs: dict[str, dict[str, Any]], figures: dict[str, dict[str, Any]], pa
         figures: By method.
         path: The file.
     """
-    shown = [name for name in _SHOWN if name in figures] or [name for name in figures if "gained" in figures[name]][:2]
+    shown = [name for name in _SHOWN if name in figures] or [name for name in figures if "learned" in figures[name]][
+        :2
+    ]
     figure, axes = plt.subplots(1, len(shown) + 1, figsize=(5 * len(shown) + 5, 4.4), layout="constrained")
     axes = np.atleast_1d(axes)
     changes = {name: _mean_change(runs, name) for name in shown}
@@ -39,15 +41,15 @@ def draw(runs: dict[str, dict[str, Any]], figures: dict[str, dict[str, Any]], pa
     axis = axes[-1]
     placed: list[tuple[float, float]] = []
     for name, row in figures.items():
-        if "gained" not in row:
+        if "learned" not in row:
             continue
-        (x, x_error), (y, y_error) = row["gained"], row["forgotten"]
+        (x, x_error), (y, y_error) = row["learned"], row["forgotten"]
         axis.errorbar(x, y, xerr=x_error or 0, yerr=y_error or 0, fmt="o", capsize=3)
         is_crowded = any(abs(x - other) < 0.12 and abs(y - lower) < 0.05 for other, lower in placed)
         axis.annotate(name, (x, y), xytext=(6, -13 if is_crowded else 4), textcoords="offset points", fontsize=9)
         placed.append((x, y))
     axis.axhline(0, color="gray", linewidth=0.8)
-    axis.set_xlabel("gained per update, bits per byte")
+    axis.set_xlabel("learned of each text, bits per byte")
     axis.set_ylabel("forgotten at the end, bits per byte")
     axis.set_title("right: learns more; low: forgets less")
     axis.margins(0.2)
