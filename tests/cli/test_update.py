@@ -121,7 +121,8 @@ def gates(run, number=1):
 
 
 def test_an_update_is_kept_measured_and_rolled_back(run, texts, capsys):
-    assert call(run, texts / "notes.jsonl") == 0, capsys.readouterr().err
+    # The tales are known almost by heart: a fifth of their few bits is little.
+    assert call(run, texts / "notes.jsonl", "--max-loss", "0.2") == 0, capsys.readouterr().err
     told, found = gates(run), capsys.readouterr().out
     assert told["accepted"] and "kept at alpha" in found
     assert {(one["kind"], one["dataset"]) for one in told["findings"]} == {
