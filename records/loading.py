@@ -279,6 +279,15 @@ def resolve_checkpoint(
     return name
 
 
+def auto_class_of(config: PreTrainedConfig) -> type:
+    """Return the Auto class of a language model; of one that sees or hears another one, for text works alike.
+
+    Args:
+        config: Its configuration.
+    """
+    return AutoModelForImageTextToText if isinstance(config, DeepseekMultimodalConfig) else AutoModelForCausalLM
+
+
 def _choose_class(auto_class: type, source: str) -> type:
     """Our class for DeepSeek-V3's own checkpoints: it keeps prediction layers, reads FP8 right, checks the files."""
     own = _OWN_CLASSES.get(auto_class)
@@ -289,7 +298,7 @@ def _choose_class(auto_class: type, source: str) -> type:
     except (OSError, ValueError):  # the load that follows says in one line why
         return auto_class
     if auto_class is AutoModelForCausalLM and settings.get("model_type") == DeepseekMultimodalConfig.model_type:
-        return AutoModelForImageTextToText  # without images it reads and writes as any other
+        return AutoModelForImageTextToText
     return own if settings.get("model_type") == "deepseek_v3" else auto_class
 
 

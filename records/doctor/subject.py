@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deepseek_records.json_files import read_object
-from deepseek_records.loading import load_model, load_tokenizer, resolve_checkpoint
+from deepseek_records.loading import auto_class_of, load_model, load_tokenizer, resolve_checkpoint
 from modeling_deepseek.checkpoint_check import StoredTensor, read_headers
 from modeling_deepseek.families import MoeLayer, find_moe_layers
 
@@ -84,7 +84,7 @@ class Subject:
     @property
     def is_ours(self) -> bool:
         """Whether the model is of `modeling_deepseek`."""
-        return self.config.model_type == OUR_TYPE
+        return self.config.get_text_config().model_type == OUR_TYPE
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -123,7 +123,7 @@ class Subject:
     def skeleton(self) -> PreTrainedModel:
         """The model without storage."""
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config)
+            return auto_class_of(self.config).from_config(self.config)
 
     @cached_property
     def layers(self) -> list[MoeLayer]:

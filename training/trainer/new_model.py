@@ -23,7 +23,7 @@ from deepseek_training.recipes.shrink import ShrinkSettings
 from deepseek_training.recipes.upcycle import UpcycleSettings
 from deepseek_training.trainer.distributed_engine import building_as_configured
 from deepseek_training.trainer.expert_parallel import split_experts
-from modeling_deepseek import DeepseekConfig
+from modeling_deepseek import DeepseekConfig, DeepseekMultimodalConfig
 
 
 def new_model(
@@ -84,6 +84,10 @@ def model_config(recipe: PretrainRecipe, **vocabulary: int | None) -> DeepseekCo
 
 def check_model(recipe: TrainerSettings, model: PreTrainedModel) -> None:
     """Raise a one-line ValueError if a model that was loaded cannot be trained as the recipe says."""
+    if isinstance(model.config, DeepseekMultimodalConfig):
+        raise ValueError(
+            f"model: got {type(model).__name__}, which sees or hears, expected a language model; train that one before"
+        )
     check_context(recipe, model.config)
     check_bias_speed(model, recipe.bias_update_speed)
 

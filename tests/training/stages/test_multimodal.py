@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from multimodal_model import TINY_AUDIO, TINY_VISION, text_model
+from multimodal_model import TINY_AUDIO, TINY_VISION, multimodal_path, text_model  # noqa: F401
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
@@ -197,6 +197,17 @@ def test_wrong_calls_end_in_one_line(base_path, pictures, tmp_path, capsys, sett
     lines = capsys.readouterr().err.strip().splitlines()
     assert said in lines[-1] and lines[-1].startswith("deepseek-moe multimodal: error: ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [["multimodal", "multimodal-debug"], ["adapt", "adapt-debug"], ["sft", "sft-debug"]])
+def test_a_model_that_sees_is_not_trained_as_text(multimodal_path, tmp_path, capsys, words):  # noqa: F811
+    assert main([*words, "--model", str(multimodal_path), "--output", str(tmp_path / "run")]) == BAD_INPUT
+    assert "which sees or hears, expected a language model" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_doctor_looks_at_a_model_that_sees(multimodal_path, capsys):  # noqa: F811
+    assert main(["doctor", str(multimodal_path)]) == 0
+    assert "7 passed" in capsys.readouterr().out
 
 
 def test_a_damaged_picture_is_told_before_any_work(base_path, pictures, tmp_path, capsys):
