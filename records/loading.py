@@ -279,7 +279,7 @@ def resolve_checkpoint(
     return name
 
 
-def auto_class_of(config: PreTrainedConfig) -> type:
+def auto_class_of(config: PreTrainedConfig) -> Any:
     """Return the Auto class of a language model; of one that sees or hears another one, for text works alike.
 
     Args:
