@@ -197,6 +197,17 @@ def _add_update(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, "update")
 
 
+def _add_smaller(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder or Hub id, of ours or another family with experts")
+    parser.add_argument("--group", type=int, default=128, help="weights that share a scale, as for quantize")
+    parser.add_argument("--cuts", nargs="+", type=int, default=[25, 50, 75], help="percents of the experts to cut")
+    parser.add_argument("--recipe", default="distill-heal", help="name or YAML file of the distill recipe that heals")
+    parser.add_argument("--calibration-tokens", type=int, default=16384, help="tokens that calibrate the rounding")
+    parser.add_argument("--eval-bytes", type=int, default=150_000, help="of held-out text to measure on")
+    parser.add_argument("--seed", type=int, default=0, help="of the healing")
+    _add_output(parser, "smaller")
+
+
 def _add_attacks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder", help="sentence encoder in place of the embedded one: folder, Hub id, or minilm if installed"
@@ -313,5 +324,17 @@ An interrupted one goes on behind the last sequence that it finished.
   PYTHONPATH=build/edge/executorch deepseek-moe bench edge runs/demo/align --runtime build/edge/browser
 """,
         _add_edge,
+    ),
+    Benchmark(
+        "smaller",
+        "smaller",
+        "Size on disk against bits per byte: rounded experts, fewer experts, healed ones, both.",
+        """
+  deepseek-moe bench smaller runs/demo/pretrain/model --group 32
+  deepseek-moe bench smaller runs/demo/pretrain/model --group 32 --cuts 50 --output runs/half
+
+Finished stages in the folder's variants/ are taken as they are; an interrupted one goes on.
+""",
+        _add_smaller,
     ),
 )

@@ -64,6 +64,8 @@ _OWN_FOLDERS = {
     ".eval_results": ("*.yaml",),
     "documents": ("technical_documentation.*", "training_content_summary.*", "high_risk_documentation.*"),
     "media": ("*.png", "*.wav"),
+    # what `bench smaller` makes: run folders, checkpoints, graphs, and a teacher's cache
+    "variants": (*_OWN_FILES, *_WEIGHT_FILES, "*.onnx", "*.png", "cache.json"),
 }
 
 

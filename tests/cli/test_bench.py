@@ -33,6 +33,7 @@ def test_all_are_listed(capsys):
         "update",
         "serving",
         "edge",
+        "smaller",
     ]
     assert all(f"\n    {benchmark.name} " in printed.out for benchmark in bench.BENCHMARKS)
 

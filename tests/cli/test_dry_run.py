@@ -59,7 +59,7 @@ def test_demo(capsys):
 
 @pytest.mark.parametrize("name", [one.name for one in BENCHMARKS if one.name != "rewards"])
 def test_bench(name, capsys):
-    assert main(["bench", name, *([MODEL] if name == "serving" else []), "--dry-run"]) == 0
+    assert main(["bench", name, *([MODEL] if name in ("serving", "edge", "smaller") else []), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"bench {name}: ") and re.search(rf"  output +runs/bench-{name}\n", out)
     assert out.endswith("dry run: nothing was written\n")

@@ -11,6 +11,7 @@ from deepseek_records.output_paths import check_output, make_output
 
 MODEL = str(Path(__file__).resolve().parents[1] / "eval/reference/ours")
 FOREIGN = str(Path(__file__).resolve().parents[1] / "eval/reference/v3")
+OF_A_MODEL = ("serving", "edge", "smaller")  # benchmarks
 STAGES = ("pretrain", "adapt", "sft", "align", "dpo", "grpo")
 ONE_FILE = {
     "plan": (["plan", "7.7b", "--gpus", "64", "--gpu", "h200"], "--json"),
@@ -38,7 +39,7 @@ COMMANDS = {
     "export": ["export", MODEL],
     "export gguf": ["export", MODEL, "--to", "gguf"],
     **{
-        f"bench {one.name}": ["bench", one.name, *([MODEL] if one.name == "serving" else []), "--output"]
+        f"bench {one.name}": ["bench", one.name, *([MODEL] if one.name in OF_A_MODEL else []), "--output"]
         for one in BENCHMARKS
         if one.name != "rewards"
     },

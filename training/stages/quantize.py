@@ -34,7 +34,7 @@ from modeling_deepseek.families import find_moe_layers
 from modeling_deepseek.four_bit_experts import PROJECTIONS, FourBitWeights, find_format, packable_experts
 from modeling_deepseek.packed_checkpoint import check_packable_names, save_packed
 
-__all__ = ["QuantizeSettings", "quantize"]
+__all__ = ["QuantizeSettings", "check_model", "quantize"]
 
 
 def quantize(
@@ -55,7 +55,7 @@ def quantize(
     """
     started = time.monotonic()
     config = read_config(settings.model)
-    shapes = _check_model(config, settings)
+    shapes = check_model(config, settings)
     check_context(settings, config)
     tokenizer = load_tokenizer(settings.model)
     corpus = Corpus.load(settings.data, settings.data_column)
@@ -112,8 +112,16 @@ def _awq_settings(settings: QuantizeSettings) -> AwqSettings:
     )
 
 
-def _check_model(config: PreTrainedConfig, settings: QuantizeSettings) -> PreTrainedModel:
-    """Refuse, before a weight is read, what cannot be stored; returns the model without weights."""
+def check_model(config: PreTrainedConfig, settings: QuantizeSettings) -> PreTrainedModel:
+    """Refuse, before a weight is read, what cannot be stored; returns the model without weights.
+
+    Args:
+        config: The model's.
+        settings: How it is to be quantized.
+
+    Raises:
+        ValueError: The experts cannot be stored so, or are quantized already.
+    """
     stored: Any = getattr(config, "quantization_config", None)
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
