@@ -127,7 +127,8 @@ def measure(variant: Variant, reference: Reference) -> Row:
         variant: As it is stored.
         reference: What the original says.
     """
-    found: Any = reference.compare(variant.load())  # type: ignore[arg-type]
+    model: Any = variant.load()
+    found = reference.compare(model)
     return Row(
         variant.name,
         variant.kind,
