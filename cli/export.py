@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ EXAMPLES = """
   deepseek-moe export path/to/fixed/model fixed.gguf --to gguf
   deepseek-moe export runs/demo/align/model model.gguf --to gguf --fixed-experts 2
   deepseek-moe export my-adapter expert-lora --to expert_lora
+  deepseek-moe export runs/pretrain/checkpoints/checkpoint-4000 whole
   deepseek-moe export runs/demo/align phone --to onnx
   deepseek-moe export runs/demo/align page --to browser
 """
@@ -35,8 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", help="a checkpoint of ours: a folder or a Hub id (gguf: a folder; expert_lora: an adapter's folder)"
     )
     parser.add_argument("output", help="the folder to write, empty or absent (gguf: a folder or FILE.gguf)")
-    formats = ("deepseek_v3", "deepseek_v2", "gguf", "expert_lora", *EDGE)
-    parser.add_argument("--to", choices=formats, default="deepseek_v3", help="the format")
+    formats = ("deepseek_v3", "deepseek_v2", "gguf", "expert_lora", "whole", *EDGE)
+    parser.add_argument(
+        "--to",
+        choices=formats,
+        help="the format (default: deepseek_v3; of a checkpoint that several processes wrote in parts whole, the "
+        "ordinary checkpoint with per-expert names that every other command reads)",
+    )
     parser.add_argument(
         "--fixed-experts",
         type=int,
@@ -68,9 +75,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the checkpoint and print where it lies."""
+    from deepseek_records.checkpoint_parts import is_in_parts
+
+    if args.to is None:
+        args.to = "whole" if is_in_parts(args.model) else "deepseek_v3"
     for name, formats in _OPTIONS.items():
         if getattr(args, name) is not None and args.to not in formats:
             raise ValueError(f"--{name.replace('_', '-')}: goes with --to {', '.join(formats)} only")
+    if args.to == "whole":
+        return _export_whole(args)
     if args.to in EDGE:
         return _export_edge(args)
     if args.to == "gguf":
@@ -90,6 +103,25 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"no tokenizer exported: {error}", file=sys.stderr)
     print(f"{args.to} checkpoint  {args.output}")
+    return 0
+
+
+def _export_whole(args: argparse.Namespace) -> int:
+    from deepseek_records.checkpoint_parts import is_in_parts, join_parts
+    from deepseek_records.loading import load_tokenizer
+    from deepseek_records.output_paths import check_output
+
+    if not is_in_parts(args.model):
+        raise ValueError(f"model: got {args.model}, expected a checkpoint that several processes wrote in parts")
+    started = time.monotonic()
+    num_bytes = join_parts(args.model, check_output(args.output))
+    seconds = time.monotonic() - started
+    run = Path(args.model).resolve().parents[1]  # a finished one holds the tokenizer, in its model
+    try:
+        load_tokenizer(run).save_pretrained(args.output)
+    except (ValueError, FileNotFoundError):
+        print("no tokenizer exported: the run has not finished", file=sys.stderr)
+    print(f"whole checkpoint  {args.output}: {num_bytes / 1e6:.2f} MB in {seconds:.1f} s")
     return 0
 
 

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from deepseek_records.checkpoint_parts import is_in_parts
 from deepseek_records.json_files import read_object
 from deepseek_records.kept_mtp import keep_mtp
 from modeling_deepseek import (
@@ -261,6 +262,7 @@ def resolve_checkpoint(
 
     Raises:
         FileNotFoundError: A local path is absent or holds no checkpoint.
+        ValueError: The checkpoint is in parts.
     """
     path = Path(name_or_path).expanduser()
     if path.is_symlink() and path.is_dir():
@@ -270,6 +272,11 @@ def resolve_checkpoint(
     if path.is_dir():
         if not any((path / name).is_file() for name in marks):
             raise FileNotFoundError(f"{setting}: {path} holds no config.json, expected a checkpoint or a finished run")
+        if is_in_parts(path):
+            raise ValueError(
+                f"{setting}: {path} was written in parts by several processes; put them together first: deepseek-moe "
+                f"export {path} OUTPUT"
+            )
         return str(path)
     name = str(name_or_path)
     if path.exists():

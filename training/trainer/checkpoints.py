@@ -1,8 +1,9 @@
 """Checkpoints that a resumed run can trust.
 
-`transformers.Trainer` writes a checkpoint file by file, so a killed run may leave one cut short. `CheckpointMarker`
-lists the files and their sizes once all are written; `last_complete_checkpoint` takes only folders whose list still
-holds, and names the others. `load_weights` reads a model back, for every stage's way of resuming.
+`transformers.Trainer` writes a checkpoint file by file, so a killed run may leave one cut short. The stages have it
+write under a temporary name; `publish_checkpoint` lists the files and their sizes once every process has written all,
+and renames the folder. `last_complete_checkpoint` takes only folders whose list still holds, and names the others.
+`load_weights` reads a model back, for every stage's way of resuming.
 """
 
 import json
@@ -21,27 +22,53 @@ from deepseek_training.mtp.trained_class import TrainsMtp
 from modeling_deepseek.modeling_deepseek import DeepseekPreTrainedModel
 
 MARKER_FILE = "complete.json"
+# Beside the checkpoints, with the one that is not whole yet.
+BEING_WRITTEN = "being_written"
+_INCOMPLETE = "%s is incomplete (the run was stopped while writing it); it is deleted"
 _NAME = re.compile(r"checkpoint-(\d+)")
 logger = logging.getLogger(__name__)
 
 
 class CheckpointMarker(TrainerCallback):
-    """Marks each checkpoint as complete after the trainer has written all of it, then deletes the older ones.
+    """Deletes the older checkpoints after a newer one is complete, and marks it where that was not done yet.
 
     `Trainer`'s own `save_total_limit` would delete the last good checkpoint before its successor is marked.
     """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the marker; `Trainer` calls this after the last file of a checkpoint."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every process writes its random state into the checkpoint
+        _wait_for_all()  # every process writes its random state into the checkpoint
         if not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        mark_complete(checkpoint)
+        if not is_complete(checkpoint):
+            mark_complete(checkpoint)
         for older in checkpoint.parent.glob("checkpoint-*"):
             if _NAME.fullmatch(older.name) and step_of(older) < state.global_step:
                 shutil.rmtree(older)
+
+
+def publish_checkpoint(written: Path, *, is_first: bool) -> None:
+    """Mark a checkpoint as complete and give it its name, when every process has written it; all call it.
+
+    Args:
+        written: The folder, in `BEING_WRITTEN` beside the others.
+        is_first: Whether this process does it.
+    """
+    _wait_for_all()
+    if not is_first:
+        return
+    mark_complete(written)
+    checkpoint = written.parents[1] / written.name
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint)
+    written.rename(checkpoint)
+    written.parent.rmdir()
+
+
+def _wait_for_all() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -71,14 +98,17 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     """
     if not folder.is_dir():
         return None
+    for path in (folder / BEING_WRITTEN).glob("checkpoint-*"):
+        logger.warning(_INCOMPLETE, path)
+    shutil.rmtree(folder / BEING_WRITTEN, ignore_errors=True)  # several processes may do so at once
     checkpoints = [path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
     complete = []
     for path in sorted(checkpoints, key=step_of):
         if is_complete(path):
             complete.append(path)
         else:
-            logger.warning("%s is incomplete (the run was stopped while writing it); it is deleted", path)
-            shutil.rmtree(path)
+            logger.warning(_INCOMPLETE, path)
+            shutil.rmtree(path, ignore_errors=True)
     return complete[-1] if complete else None
 
 

@@ -52,11 +52,13 @@ def hold_step(run: RunFolder, recipe: Any, args: TrainingArguments) -> None:
 def engine_name(trainer: Any) -> str:
     """Return what trains: ``fsdp2``, ``zero3``, ``expert_parallel``, or ``whole`` where every process has all.
 
+    ``fsdp2_sharded`` is FSDP2 of which each process writes its part of a checkpoint.
+
     Args:
         trainer: A stage's.
     """
     if trainer.is_fsdp_enabled:
-        return "fsdp2"
+        return "fsdp2_sharded" if trainer.writes_parts else "fsdp2"
     if trainer.is_deepspeed_enabled:
         return "zero3"
     return "expert_parallel" if trainer.is_sharded else "whole"

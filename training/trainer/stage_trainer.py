@@ -25,7 +25,13 @@ from deepseek_training.balance.expert_load_plot import LoadPlot
 from deepseek_training.balance.training_figures import TrainingFigures
 from deepseek_training.data.mixture import Mixture
 from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
-from deepseek_training.trainer.checkpoints import CheckpointMarker, last_complete_checkpoint, load_weights
+from deepseek_training.trainer.checkpoints import (
+    BEING_WRITTEN,
+    CheckpointMarker,
+    last_complete_checkpoint,
+    load_weights,
+    publish_checkpoint,
+)
 from deepseek_training.trainer.chosen_experts import ChosenRows, RowAdamW, check_esft
 from deepseek_training.trainer.distributed_engine import check_engine
 from deepseek_training.trainer.divergence import StopWhenDiverged
@@ -39,8 +45,10 @@ from deepseek_training.trainer.muon import build_muon, check_muon
 from deepseek_training.trainer.run_callbacks import MetricsFile, ProgressBar
 from deepseek_training.trainer.sample_log import SampleLog
 from deepseek_training.trainer.split_checkpoint import (
+    check_parts,
     load_split_optimizer,
     load_split_weights,
+    save_joined,
     save_split_optimizer,
     save_split_weights,
     saving_otherwise,
@@ -64,6 +72,7 @@ class ResumedTraining:
     held_out: Sequence[HeldOutSet] = ()
     figures: TrainingFigures | None = None
     chosen: Sequence[ChosenRows] = ()
+    _folder_being_written: Path | None = None
 
     @property
     def is_first(self) -> bool:
@@ -73,6 +82,13 @@ class ResumedTraining:
     @property
     def _is_split_on_loading(self) -> bool:
         return getattr(self, "is_distributed_loading_by_transformers", False)  # transformers 5.17 has no such thing
+
+    @property
+    def writes_parts(self) -> bool:
+        """True if each process writes its own part of a checkpoint."""
+        if not self.is_fsdp_enabled:
+            return self._is_split_on_loading
+        return "SHARDED_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
     @property
     def is_sharded(self) -> bool:
@@ -86,7 +102,9 @@ class ResumedTraining:
             run: The run folder.
             tokenizer: Saved beside the model.
         """
-        if self.is_sharded:
+        if self.is_fsdp_enabled and self.writes_parts:
+            save_joined(self.model, run.model_path)
+        elif self.is_sharded:
             self.save_model(str(run.model_path), _internal_call=True)
             (run.model_path / "training_args.bin").unlink(missing_ok=True)
         elif self.is_first:
@@ -132,17 +150,34 @@ class ResumedTraining:
             return
         super()._run_epoch(**kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write the model, in a checkpoint of a split one every process its part."""
-        is_checkpoint = output_dir is not None and Path(output_dir).parent == Path(self.args.output_dir)
-        if self._is_split_on_loading and is_checkpoint:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save under a temporary name; it is renamed when every process has written all of its files."""
+        self._folder_being_written = Path(self.args.output_dir, BEING_WRITTEN)
+        try:
+            super()._save_checkpoint(model, trial)
+            written = self._folder_being_written / f"checkpoint-{self.state.global_step}"
+        finally:
+            self._folder_being_written = None
+        publish_checkpoint(written, is_first=self.is_first)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._folder_being_written or super()._get_output_dir(trial))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model, in a checkpoint of parts every process its own.
+
+        Args:
+            output_dir: The folder.
+            _internal_call: As for `transformers.Trainer.save_model`.
+        """
+        if self._folder_being_written is not None and self.writes_parts:
             save_split_weights(self.model, Path(output_dir))
         else:
-            super()._save(output_dir, state_dict)
+            super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write both, of a split model every process its part, and who wrote them."""
-        if self._is_split_on_loading:
+        if self.writes_parts:
             save_split_optimizer(self.model, self._bare_optimizer, Path(output_dir))
             if self.is_first:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
@@ -153,7 +188,7 @@ class ResumedTraining:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Read what `_save_optimizer_and_scheduler` wrote."""
-        if checkpoint is None or not self._is_split_on_loading:
+        if checkpoint is None or not self.writes_parts:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         load_split_optimizer(self.model, self._bare_optimizer, Path(checkpoint))
@@ -165,7 +200,7 @@ class ResumedTraining:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Load a checkpoint by `load_weights`, which knows the experts' names on disk, and an adapter by PEFT."""
-        if self._is_split_on_loading:
+        if self.writes_parts:
             load_split_weights(self.model, Path(resume_from_checkpoint))
             return
         if self.is_sharded or isinstance(self.model, PeftModel):
@@ -189,7 +224,7 @@ class StageTraining(ResumedTraining):
     figures: TrainingFigures
 
     def __init__(self, recipe: TrainerSettings, held_out: Sequence[HeldOutSet], **kwargs: Any) -> None:
-        with saving_otherwise(kwargs["args"]):
+        with saving_otherwise(kwargs["args"], kwargs["model"]):
             super().__init__(**kwargs)
         self.recipe = recipe
         self.held_out = held_out
@@ -252,6 +287,7 @@ def run_training(
         write_samples: What the model writes now; called every `sample_steps` of the recipe.
     """
     check_engine(trainer.accelerator)
+    check_parts(trainer)
     is_loaded = isinstance(getattr(trainer.recipe, "model", None), str)  # a new model is what its settings make of it
     rows = (row for one in trainer.held_out for row in one.rows)
     base = trainer.model if is_loaded else None

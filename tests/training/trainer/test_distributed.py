@@ -7,6 +7,8 @@ because on a CPU accelerate turns FSDP into plain data parallelism without a wor
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,20 +19,24 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from deepseek_cli.main import main
+from deepseek_records.loading import load_model
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.recipes.loading import build_recipe
 from deepseek_training.stages.pretrain import PretrainRecipe, pretrain
+from deepseek_training.trainer.checkpoints import BEING_WRITTEN
 from deepseek_training.trainer.distributed_engine import launch_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 WORKER = str(Path(__file__).parents[1] / "engine_worker.py")
+SAVING_WORKER = str(Path(__file__).parents[1] / "saving_worker.py")
 COMMAND = ["-m", "deepseek_cli.main"]
 CLOCKED = {"tokens_per_second", "peak_memory_gib", "mfu"}
 ZERO3 = pytest.param(
     "zero3", marks=pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
 )
-ENGINES = ["torchrun", "fsdp2", ZERO3]
+ENGINES = ["torchrun", "fsdp2", "fsdp2_sharded", ZERO3]
 EXPECTED = {
     "torchrun": {
         "engine": "MULTI_CPU",
@@ -40,6 +46,13 @@ EXPECTED = {
         "is_leaf": False,
     },
     "fsdp2": {
+        "engine": "FSDP",
+        "wrapper": "FSDPDeepseekForCausalLM",
+        "parameters": ["DTensor"],
+        "is_partitioned": False,
+        "is_leaf": False,
+    },
+    "fsdp2_sharded": {
         "engine": "FSDP",
         "wrapper": "FSDPDeepseekForCausalLM",
         "parameters": ["DTensor"],
@@ -98,8 +111,8 @@ def launch(engine, settings, output, program=(WORKER,), processes=2, **environme
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
     )
-    assert (done.returncode == 0) != ("STOP_AT" in environment), done.stderr[-3000:]
-    return done.stdout
+    assert (done.returncode == 0) != bool(environment), done.stderr[-3000:]
+    return done.stderr if environment else done.stdout
 
 
 def trace(run):
@@ -219,3 +232,55 @@ def test_split_experts_go_on_in_another_number_of_processes(begun, ended, size, 
     launch("expert_parallel", split_settings, path, processes=begun, STOP_AT="7")
     launch("expert_parallel", {**split_settings, "expert_parallel_size": size}, path, program=COMMAND, processes=ended)
     assert_same_trace(split_run, RunFolder(path))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "processes"),
+    [
+        ("kill", "process 0 of 2 was left alone in step 9, another is gone", (2, 1)),
+        ("full", "process 1 could not write its part of checkpoint-8, is the disk full?", (4,)),
+    ],
+)
+def test_a_checkpoint_that_not_all_have_written_is_not_chosen(fault, message, processes, settings, launched, tmp_path):
+    """At step 8 one process is killed, or its disk is full, after the weights; the one of step 4 stands."""
+    whole, path = launched("fsdp2_sharded"), tmp_path / "run"
+    told = launch("fsdp2_sharded", settings, path, program=[SAVING_WORKER], FAULT=fault, SAVE_STEP="8")
+    assert "deepseek-moe pretrain: error: " in told and message in told
+    assert {folder.name for folder in (path / "checkpoints").iterdir()} == {"checkpoint-4", BEING_WRITTEN}
+    for count in processes:
+        again = tmp_path / str(count) / "run"
+        shutil.copytree(path, again)
+        launch("fsdp2_sharded", settings, again, program=COMMAND, processes=count)
+        assert_same_trace(whole, RunFolder(again))
+        if count == 2:
+            assert trace(RunFolder(again)) == trace(whole)
+        one, two = (load_file(folder / "model" / "model.safetensors") for folder in (whole.path, again))
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=0, atol=0 if count == 2 else 2e-3)
+
+
+def test_sharded_and_whole_checkpoints_end_with_the_same_bits(launched):
+    whole, sharded = launched("fsdp2"), launched("fsdp2_sharded")
+    assert trace(whole) == trace(sharded)
+    expected, found = (load_file(run.model_path / "model.safetensors") for run in (whole, sharded))
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2_sharded", "expert_parallel"])
+def test_export_puts_the_parts_together(engine, request, tmp_path, capsys):
+    """No process group is needed; the last checkpoint's weights are the run's model."""
+    sharded = engine == "fsdp2_sharded"
+    run = request.getfixturevalue("launched")(engine) if sharded else request.getfixturevalue("split_run")
+    checkpoint = run.path / "checkpoints" / "checkpoint-12"
+    assert main(["export", str(checkpoint), str(tmp_path / "whole")]) == 0
+    assert re.search(r"whole checkpoint .*: 1\.\d\d MB in \d+\.\d s", capsys.readouterr().out)
+    expected, found = (load_file(path / "model.safetensors") for path in (run.model_path, tmp_path / "whole"))
+    assert expected.keys() - {"lm_head.weight"} == found.keys() - {"lm_head.weight"}
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    names = [{path.name for path in folder.iterdir()} for folder in (run.model_path, tmp_path / "whole")]
+    assert names[0] == names[1]  # the configuration, the code and the tokenizer too
+    tokens = torch.arange(3, 40).unsqueeze(0)
+    logits = [load_model(path)(tokens).logits for path in (run.model_path, tmp_path / "whole")]
+    assert torch.equal(*logits)
+    assert main(["generate", str(checkpoint), "--prompt", "x"]) == 2
+    assert "was written in parts by several processes; put them together first" in capsys.readouterr().err

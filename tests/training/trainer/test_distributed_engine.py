@@ -17,7 +17,7 @@ from deepseek_training.trainer.distributed_engine import (
 from deepseek_training.trainer.expert_parallel import check_expert_parallel
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
-ENGINES = {"expert_parallel": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+ENGINES = {"expert_parallel": "MULTI_GPU", "fsdp2": "FSDP", "fsdp2_sharded": "FSDP", "zero3": "DEEPSPEED"}
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,9 @@ def test_accelerate_reads_every_recipe():
     assert {path.stem for path in LAUNCH_FOLDER.glob("*.yaml")} == set(ENGINES)
     for name, engine in ENGINES.items():
         assert load_config_from_file(str(launch_config(name))).distributed_type == engine
-    with pytest.raises(ValueError, match="got 'megatron', expected one of expert_parallel, fsdp2, zero3"):
+    with pytest.raises(
+        ValueError, match="got 'megatron', expected one of expert_parallel, fsdp2, fsdp2_sharded, zero3"
+    ):
         launch_config("megatron")
 
 

@@ -13,7 +13,7 @@ from kill_worker import train
 from safetensors.torch import load_file
 
 from deepseek_records.run_folder import RunFolder
-from deepseek_training.trainer.checkpoints import MARKER_FILE, is_complete
+from deepseek_training.trainer.checkpoints import BEING_WRITTEN, MARKER_FILE, is_complete
 
 NUM_KILLS = 12
 SAVE_STEPS = 5
@@ -31,7 +31,7 @@ def wait_for_step(path, step):
 def wait_for_half_a_checkpoint(path, step):
     """Return while a checkpoint at or after a step is being written: its folder is there, its marker is not."""
     while True:
-        for folder in (path / "checkpoints").glob("checkpoint-*"):
+        for folder in (path / "checkpoints" / BEING_WRITTEN).glob("checkpoint-*"):
             if int(folder.name.split("-")[1]) >= step and not (folder / MARKER_FILE).exists():
                 return
         yield
@@ -93,7 +93,7 @@ def test_killed_a_dozen_times_it_ends_bit_for_bit_the_same(tiny_settings, tmp_pa
         waiting = wait_for_half_a_checkpoint(broken, step) if is_saving else wait_for_step(broken, step)
         num_killed += kill_when(waiting, process)
         folders = list((broken / "checkpoints").glob("checkpoint-*"))
-        half_written += [folder for folder in folders if not (folder / MARKER_FILE).exists()]
+        half_written += (broken / "checkpoints" / BEING_WRITTEN).glob("checkpoint-*")
         complete = [folder for folder in folders if is_complete(folder)]
         expected_starts += sorted(complete, key=lambda folder: int(folder.name.split("-")[1]))[-1:]
     assert num_killed >= 10 and len(half_written) >= 3

@@ -26,10 +26,11 @@ class Arguments(SimpleNamespace):
 
 
 def trainer_of(engine, processes=2):
-    names = {"fsdp2": "is_fsdp_enabled", "zero3": "is_deepspeed_enabled"}
+    names = {"fsdp2": "is_fsdp_enabled", "fsdp2_sharded": "is_fsdp_enabled", "zero3": "is_deepspeed_enabled"}
     flags = dict.fromkeys(names.values(), False)
     if engine in names:
         flags[names[engine]] = True
+    flags["writes_parts"] = engine in ("fsdp2_sharded", "expert_parallel")
     return SimpleNamespace(**flags, is_sharded=engine != "whole", args=SimpleNamespace(world_size=processes))
 
 
@@ -85,6 +86,7 @@ def test_rewarded_stages_count_prompts():
     [
         (("fsdp2", 2), ("whole", 2), "engine: got whole, expected fsdp2, which wrote"),
         (("whole", 2), ("expert_parallel", 2), "engine: got expert_parallel, expected whole"),
+        (("fsdp2", 2), ("fsdp2_sharded", 2), "engine: got fsdp2_sharded, expected fsdp2, which wrote"),
         (("zero3", 2), ("zero3", 4), "processes: got 4, expected 2, which wrote"),
     ],
 )
@@ -94,7 +96,7 @@ def test_what_an_engine_cannot_load_is_refused(wrote, goes_on, message, tmp_path
         check_writer(tmp_path, trainer_of(*goes_on))
 
 
-@pytest.mark.parametrize("engine", ["whole", "fsdp2", "expert_parallel"])
+@pytest.mark.parametrize("engine", ["whole", "fsdp2", "fsdp2_sharded", "expert_parallel"])
 def test_other_engines_take_any_number_of_processes(engine, tmp_path):
     check_writer(tmp_path, trainer_of(engine))  # nothing is said there
     write_writer(tmp_path, trainer_of(engine, 2))
