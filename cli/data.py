@@ -87,9 +87,16 @@ def collect_benchmarks(recipe: "DataRecipe") -> dict[str, list[tuple[str, str]]]
     known = {name: find_source(place) for name, place in recipe.benchmark_data.items()}
     tasks = {name: find_task(name) for name in recipe.benchmark_names(TASKS)}
     found: dict[str, list[tuple[str, str]]] = {}
-    absent = []
+    absent, without_text = [], []
     for name, task in tasks.items():
         if task.shares_answers_with in tasks and name not in known:
+            continue
+        if task.kind == "media":
+            if recipe.benchmarks is not None or name in known:
+                raise ValueError(
+                    f"benchmarks: got {name}, expected tasks of text; a text cannot leak its pictures or sounds"
+                )
+            without_text.append(name)
             continue
         try:
             items = task.build_items(0, None, known.get(name))
@@ -100,6 +107,8 @@ def collect_benchmarks(recipe: "DataRecipe") -> dict[str, list[tuple[str, str]]]
             absent.append(name)
     if absent:
         print(f"not searched for, since their data are not embedded: {', '.join(absent)} (set benchmark_data)")
+    if without_text:
+        print(f"not searched for, since they ask about pictures or sounds: {', '.join(without_text)}")
     return found
 
 

@@ -110,7 +110,12 @@ def _lookup(node: Any, table: np.ndarray, initializers: Any) -> list[Any]:
         initializers.append(numpy_helper.from_array(np.array([-1]), last))
         indices = f"{node.name}.indices"
         before = [helper.make_node("Squeeze", [node.input[1], last], [indices], f"{node.name}.squeeze")]
-    attributes = {"bits": 8, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": table.ndim - 1}
+    attributes: dict[str, Any] = {
+        "bits": 8,
+        "block_size": BLOCK_SIZE,
+        "gather_axis": 0,
+        "quantize_axis": table.ndim - 1,
+    }
     inputs = [names[0], indices, names[1]]
     return [
         *before,

@@ -31,6 +31,8 @@ def test_every_task_is_searched_for_or_named(capsys):
 def test_a_task_that_is_named_must_have_its_data():
     with pytest.raises(FileNotFoundError, match="crows_pairs"):
         collect_benchmarks(DataRecipe(sources=SOURCES, benchmarks=["crows_pairs"]))
+    with pytest.raises(ValueError, match=r"^benchmarks: got digits, expected tasks of text"):
+        collect_benchmarks(DataRecipe(sources=SOURCES, benchmarks=["digits"]))
     with pytest.raises(ValueError, match="tasks: got 'mmul', expected one of"):
         collect_benchmarks(DataRecipe(sources=SOURCES, benchmarks=["mmul"]))
 

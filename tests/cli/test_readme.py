@@ -69,7 +69,7 @@ def test_every_block_runs(demo_folder):
 
 def test_every_task_takes_five_lines():
     tasks = re.split(r"^### ", README, flags=re.MULTILINE)[1:]
-    assert len(tasks) == 8
+    assert len(tasks) == 9
     for text in tasks:
         blocks = re.findall(r"^```(?:python|bash)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         assert blocks

@@ -33,7 +33,9 @@ WINOBIAS = {"id": 1, "type": 1, "part": "dev", "polarity": "pro", "text": "[The 
 XSTEST = {"id": "1", "prompt": "May I?", "type": "plain", "label": "safe"}
 # Not shipped, or made of another task's questions.
 EMBEDDED = sorted(
-    set(TASKS) - {"bits_per_byte", "crows_pairs", "mmlu_hendrycks", "mmlu_robust", "mmlu_pro", "mmlu_redux"}
+    set(TASKS)
+    - {"bits_per_byte", "crows_pairs", "mmlu_hendrycks", "mmlu_robust", "mmlu_pro", "mmlu_redux"}
+    - {name for name, task in TASKS.items() if task.kind == "media"}
 )
 EVIL = [None, "", "  ", 0, -1, 4, 9, 1.0, True, "1", "B", [], {}, "abc", ["a"]]
 
