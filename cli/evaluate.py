@@ -23,6 +23,7 @@ EXAMPLES = """
   deepseek-moe evaluate runs/multimodal --tasks digits,shapes,tones --output runs/seen
   deepseek-moe evaluate runs/demo/sft runs/demo/align --tasks mmlu --limit 1 --output runs/both
   deepseek-moe evaluate http://127.0.0.1:8000 --tasks humaneval --limit 20 --max-new-tokens 256 --output runs/served
+  deepseek-moe evaluate http://127.0.0.1:8000 --tokenizer runs/demo/align --tasks bbq --limit 9 --output runs/bbq
   deepseek-moe evaluate --compare runs/before runs/after
   deepseek-moe evaluate --table runs/seed-0 runs/seed-1 runs/other
   deepseek-moe evaluate org/name --tasks humaneval --num-samples 10 --temperature 0.8 --output runs/humaneval
@@ -85,6 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="folder with own data files, named as the embedded, or by task a folder, file or Hub id: "
         "crows_pairs=crows_pairs_anonymized.csv,bbq=owner/name; for bits_per_byte the text, a file or folder",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default=None,
+        metavar="MODEL",
+        help="of a server's model: its folder or Hub id, for tasks that compare given words",
     )
     parser.add_argument(
         "--dry-run",
@@ -202,12 +209,17 @@ def run(args: argparse.Namespace) -> int:
         for name in given if isinstance(given, dict) else ():
             if find_task(name).name not in asked:
                 raise ValueError(f"{option}: got {name}, expected one of the --tasks ({', '.join(sorted(asked))})")
-    from deepseek_eval.endpoint import is_endpoint
+    from deepseek_eval.served_model import is_endpoint
     from deepseek_model_cards.report.media_page import write_media_page
     from deepseek_model_cards.report.report import write_report
 
-    if (args.dry_run or len(args.models) > 1) and any(is_endpoint(model) for model in args.models):
+    has_server = any(is_endpoint(model) for model in args.models)
+    if has_server and (args.dry_run or len(args.models) > 1):
         raise ValueError("evaluate: got a server with --dry-run or among several models, expected it alone")
+    if args.tokenizer is not None and args.models and not has_server:
+        raise ValueError(
+            "--tokenizer: without effect on a checkpoint, which brings its own; expected it with a server"
+        )
     if args.dry_run:
         return _describe(args, tasks, limit)
     if len(args.models) > 1:
@@ -280,7 +292,7 @@ _OF_MODELS = [
         "prompt_style",
         "seed",
     ),
-    *("dtype", "device", "adapter", "experts_implementation", "trust_remote_code", "dry_run"),
+    *("dtype", "device", "adapter", "experts_implementation", "trust_remote_code", "dry_run", "tokenizer"),
 ]
 _OF_RUNS = ["tasks", "limit", "data", "output", "overwrite", "allow_weak_sandbox"]
 
@@ -307,19 +319,28 @@ def _score_samples(args: argparse.Namespace, tasks: list[str], limit: int | dict
 
 
 def _evaluate_model(args: argparse.Namespace, tasks: list[str], limit: int | dict[str, int] | None) -> dict[str, Any]:
-    from deepseek_eval.endpoint import is_endpoint
     from deepseek_eval.harness import evaluate_model
+    from deepseek_eval.served_model import is_endpoint
 
     if is_endpoint(args.models[0]):
-        return evaluate_endpoint(args.models[0], tasks, limit, args)
+        _refuse_on_server(args)
+        if args.tokenizer is None:
+            return evaluate_endpoint(args.models[0], tasks, limit, args)
     return evaluate_model(args.models[0], **_evaluation(args, tasks, limit))
 
 
-# What a server decides by itself, or what asking it does not offer.
-_NOT_OF_ENDPOINTS = (
-    *("batch_size", "max_length", "num_samples", "prompt_style"),
-    *("dtype", "device", "adapter", "experts_implementation", "trust_remote_code"),
-)
+# What a server decides by itself, and what needs its model's tokenizer.
+_NOT_OF_SERVERS = ("dtype", "device", "adapter", "experts_implementation")
+_OF_TOKENIZERS = ("batch_size", "max_length", "num_samples", "prompt_style", "trust_remote_code")
+
+
+def _refuse_on_server(args: argparse.Namespace) -> None:
+    unused = _NOT_OF_SERVERS if args.tokenizer is not None else (*_NOT_OF_SERVERS, *_OF_TOKENIZERS)
+    given = [name for name in unused if getattr(args, name) != args.subparser.get_default(name)]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        without = "" if args.tokenizer is not None else " without --tokenizer"
+        raise ValueError(f"{options}: without effect on a server{without} ({args.models[0]})")
 
 
 def evaluate_endpoint(
@@ -334,16 +355,12 @@ def evaluate_endpoint(
         args: The options of ``evaluate``.
 
     Raises:
-        ValueError: The task cannot be asked of a server, or an option has no effect on one.
+        ValueError: The task cannot be asked of a server.
     """
     from deepseek_eval.endpoint import check_endpoint_tasks, write_samples
     from deepseek_eval.samples_reader import score_samples
 
     check_endpoint_tasks(url, tasks)
-    given = [name for name in _NOT_OF_ENDPOINTS if getattr(args, name) != args.subparser.get_default(name)]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{options}: without effect on a server ({url})")
     if len(tasks) != 1:
         raise ValueError(f"tasks: got {','.join(tasks)} for {url}, expected one, such as humaneval")
     limit = limit.get(tasks[0]) if isinstance(limit, dict) else limit

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepseek_eval.model_loading import LoadedModel, limit_context, load_model
+from deepseek_eval.model_loading import LoadedModel, limit_context, load_model, load_served
 from deepseek_eval.questions import Questions, read_questions
 from deepseek_eval.run_summary import data_rows, result_rows
 from deepseek_eval.runners.choice import run_choice_task
@@ -18,8 +18,9 @@ from deepseek_eval.runners.document import run_text_task
 from deepseek_eval.runners.media import run_media_task
 from deepseek_eval.runners.program import run_program_task
 from deepseek_eval.runners.text import run_completion_task, run_continuation_task
+from deepseek_eval.served_model import ServedModel, is_endpoint
 from deepseek_eval.settings import EvalSettings
-from deepseek_records.hashes import hash_model, hash_tokenizer
+from deepseek_records.hashes import hash_model, hash_texts, hash_tokenizer
 from deepseek_records.run_folder import RunFolder, write_json
 from deepseek_records.summary import Summary
 
@@ -30,7 +31,7 @@ def evaluate_model(
     """Score a causal language model and write ``results.json`` and ``samples_<task>.jsonl``.
 
     Args:
-        model_name_or_path: Checkpoint folder, run folder of ours, or Hub id.
+        model_name_or_path: Checkpoint folder, run folder of ours, Hub id, or the address of a server.
         output: The run folder to write.
         overwrite: Replace a run that is in the way.
         **settings: The fields of `deepseek_eval.settings.EvalSettings`.
@@ -47,17 +48,10 @@ def evaluate_model(
     started = time.monotonic()
     recipe = {"model_name_or_path": str(model_name_or_path), **chosen.to_recipe()}
     run = RunFolder.create(output, recipe, command="evaluate", seed=chosen.seed, overwrite=overwrite)
-    loaded = load_model(
-        model_name_or_path,
-        dtype=chosen.dtype,
-        device=chosen.device,
-        trust_remote_code=chosen.trust_remote_code,
-        adapter=chosen.adapter,
-        experts_implementation=chosen.experts_implementation,
-    )
-    loaded = limit_context(loaded, chosen.max_length)
+    loaded = limit_context(_load(str(model_name_or_path), chosen), chosen.max_length)
+    is_served = isinstance(loaded.model, ServedModel)
     run.hold_to(
-        model=hash_model(loaded.model),
+        model=hash_texts([str(model_name_or_path), loaded.model.name]) if is_served else hash_model(loaded.model),
         tokenizer=hash_tokenizer(loaded.tokenizer),
         **{f"questions_of_{questions.task.name}": questions.content_hash for questions in asked},
     )
@@ -78,6 +72,21 @@ def evaluate_model(
         )
     )
     return results
+
+
+def _load(source: str, settings: EvalSettings) -> LoadedModel:
+    if is_endpoint(source):
+        if settings.tokenizer is None:
+            raise ValueError(f"tokenizer: got none for {source}, expected the served model's, a folder or a Hub id")
+        return load_served(source, settings.tokenizer, trust_remote_code=settings.trust_remote_code)
+    return load_model(
+        source,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+        adapter=settings.adapter,
+        experts_implementation=settings.experts_implementation,
+    )
 
 
 def _run_task(

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deepseek_eval.served_model import ServedModel
 from deepseek_records import loading
 from modeling_deepseek import DeepseekMultimodalConfig
 
@@ -26,13 +27,13 @@ class LoadedModel:
     """A model ready to score, with its tokenizer.
 
     Args:
-        model: In evaluation mode, on its device.
+        model: A `PreTrainedModel` in evaluation mode on its device, or a `ServedModel`.
         tokenizer: As saved beside the model.
         max_length: The context in tokens.
         processor: Of a model that sees or hears, which also holds the tokenizer.
     """
 
-    model: PreTrainedModel
+    model: Any
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     processor: Any = None
@@ -75,6 +76,26 @@ def load_model(
     is_multimodal = isinstance(model.config, DeepseekMultimodalConfig)
     processor = loading.load_processor(name_or_path) if is_multimodal else None
     return LoadedModel(model.eval().to(device), tokenizer, find_max_length(model.config, tokenizer), processor)
+
+
+def load_served(url: str, tokenizer: str, *, trust_remote_code: bool = False) -> LoadedModel:
+    """Return a model behind a server, with its tokenizer.
+
+    Args:
+        url: The server, with OpenAI's protocol.
+        tokenizer: Where the model's tokenizer lies: a checkpoint or run folder, or a Hub id.
+        trust_remote_code: Run code that comes with the tokenizer.
+
+    Raises:
+        FileNotFoundError: There is no such tokenizer.
+        RunFailedError: The server does not answer.
+    """
+    loaded = loading.load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    model = ServedModel(url)
+    length = model.max_length
+    if length is None:
+        length = loaded.model_max_length if loaded.model_max_length < _NO_LIMIT else DEFAULT_MAX_LENGTH
+    return LoadedModel(model, loaded, length)
 
 
 def limit_context(loaded: LoadedModel, max_length: int | None) -> LoadedModel:

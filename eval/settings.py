@@ -43,6 +43,7 @@ class EvalSettings:
         trust_remote_code: Run the checkpoint's own code.
         adapter: PEFT adapter.
         experts_implementation: How MoE layers run.
+        tokenizer: Of a model behind a server, which does not tell its own.
         data_path: A folder with the user's own data files, named as the embedded ones; or by task name a folder, a
             file or a Hub id.
         allow_weak_sandbox: Run programs even where the machine offers less than the sandbox's minimum.
@@ -64,6 +65,7 @@ class EvalSettings:
     trust_remote_code: bool = False
     adapter: str | None = None
     experts_implementation: str | None = None
+    tokenizer: str | None = None
     data_path: str | Path | Mapping[str, str | Path] | None = None
     allow_weak_sandbox: bool = False
 

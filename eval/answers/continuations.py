@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deepseek_eval.answers.loglikelihood import keep_logits
 from deepseek_eval.model_loading import LoadedModel
+from deepseek_eval.served_model import ServedModel
 from deepseek_eval.tasks.task import ChoiceItem
 from deepseek_records.user_text import encode
 
@@ -142,6 +143,8 @@ def _sum_logprobs(loaded: LoadedModel, batch: tuple[EncodedContinuations, ...]) 
     """
     rows = [ids for row in batch for ids in row.token_ids]
     counts = [count for row in batch for count in row.num_scored]
+    if isinstance(loaded.model, ServedModel):
+        return loaded.model.sum_last(rows, counts)
     width = max(map(len, rows)) - 1
     pad_id = loaded.tokenizer.pad_token_id or 0
     device = loaded.model.device

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from deepseek_eval.model_loading import LoadedModel
+from deepseek_eval.served_model import MAX_STOPS, ServedModel
 from deepseek_eval.tasks.task import ProgramItem
 from deepseek_records.user_text import encode
 
@@ -184,6 +185,8 @@ def cut_at_stop(text: str, stops: Iterable[str]) -> str:
 def _complete(
     loaded: LoadedModel, batch: tuple[EncodedPrompt, ...], settings: SamplingSettings, on_step: Callable[[], None]
 ) -> list[str]:
+    if isinstance(loaded.model, ServedModel):
+        return loaded.model.complete(_request(prompt, settings) for prompt in batch)
     tokenizer, device = loaded.tokenizer, loaded.model.device
     width = max(len(prompt.token_ids) for prompt in batch)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -200,6 +203,19 @@ def _complete(
         stopping_criteria=StoppingCriteriaList([criterion]),
     )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+
+
+def _request(prompt: EncodedPrompt, settings: SamplingSettings) -> dict[str, Any]:
+    """A completion's fields; each sample is drawn by a seed of its own."""
+    stops = {"stop": list(prompt.item.stop[:MAX_STOPS])} if prompt.item.stop else {}
+    return {
+        "prompt": prompt.token_ids,
+        "max_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "seed": settings.seed + prompt.sample,
+        **stops,
+    }
 
 
 def _generation_config(loaded: LoadedModel, settings: SamplingSettings, pad_id: int) -> GenerationConfig:

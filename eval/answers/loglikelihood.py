@@ -21,6 +21,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from deepseek_eval.model_loading import LoadedModel
+from deepseek_eval.served_model import ServedModel
 from deepseek_eval.tasks.task import ChoiceItem
 
 logger = logging.getLogger(__name__)
@@ -169,14 +170,23 @@ def score_batches(loaded: LoadedModel, batches: Iterable[ChoiceBatch]) -> Iterat
             prefix_key = batch.prefix_key
             prefix_cache = None  # Freed before the next one is made: one prefix in memory, however many groups.
             prefix_cache = _run_prefix(loaded, batch.rows[0].token_ids[: batch.num_shared])
-        logprobs_BV = _last_logprobs(loaded, batch, prefix_cache if batch.num_shared else None)
-        for row, logprobs_V in zip(batch.rows, logprobs_BV, strict=True):
-            scores = logprobs_V[list(row.choice_ids)].tolist()
+        for row, scores in zip(batch.rows, _score_batch(loaded, batch, prefix_cache), strict=True):
             if not all(-float("inf") < score < float("inf") for score in scores):
                 raise ValueError(
                     f"model: the logits of question {row.item.id} are NaN or infinite; its scores mean nothing"
                 )
             yield row, scores
+
+
+def _score_batch(loaded: LoadedModel, batch: ChoiceBatch, prefix: DynamicCache | None) -> list[list[float]]:
+    """The log-likelihood of each choice of each question."""
+    if isinstance(loaded.model, ServedModel):
+        asked = [[*row.token_ids, choice] for row in batch.rows for choice in row.choice_ids]
+        scores = iter(loaded.model.sum_last(asked, [1] * len(asked)))
+        return [[next(scores) for _ in row.choice_ids] for row in batch.rows]
+    logprobs_BV = _last_logprobs(loaded, batch, prefix if batch.num_shared else None)
+    pairs = zip(batch.rows, logprobs_BV, strict=True)
+    return [logprobs_V[list(row.choice_ids)].tolist() for row, logprobs_V in pairs]
 
 
 def supports_shared_prefix(loaded: LoadedModel) -> bool:
@@ -187,6 +197,8 @@ def supports_shared_prefix(loaded: LoadedModel) -> bool:
     Args:
         loaded: Model and tokenizer.
     """
+    if isinstance(loaded.model, ServedModel):
+        return False
     cache = _run_prefix(loaded, [loaded.tokenizer.eos_token_id or 0, 0])
     is_plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
     if not is_plain:

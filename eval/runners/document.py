@@ -11,6 +11,7 @@ from deepseek_eval.answers.prompt_style import write_prompts
 from deepseek_eval.answers.samples_writer import AnswerFile
 from deepseek_eval.metrics.loading import score_answers
 from deepseek_eval.model_loading import DEFAULT_MAX_LENGTH, LoadedModel
+from deepseek_eval.served_model import ServedModel
 from deepseek_eval.settings import EvalSettings
 from deepseek_eval.tasks.task import Task, TextItem
 from deepseek_records.document_tokens import Window, cut_windows, mark_documents, score_windows, with_start
@@ -89,13 +90,21 @@ def _score_group(
     """By document: the summed -log P, and the number of windows."""
     sums: dict[int, tuple[float, int]] = {}
     for batch in _batches(group, _num_rows(batch_size, length)):
-        for window, nats in zip(batch, score_windows(loaded.model, documents, batch), strict=True):
+        for window, nats in zip(batch, _score_batch(loaded, documents, batch), strict=True):
             if not math.isfinite(nats):
                 raise ValueError("model: the losses of a document are NaN or infinite; its scores mean nothing")
             total, count = sums.get(window.document, (0.0, 0))
             sums[window.document] = (total + nats, count + 1)
         bar.update(len(batch))
     return sums
+
+
+def _score_batch(loaded: LoadedModel, documents: Sequence[np.ndarray], batch: list[Window]) -> list[float]:
+    """The summed -log P of each window."""
+    if not isinstance(loaded.model, ServedModel):
+        return score_windows(loaded.model, documents, batch)
+    rows = [documents[window.document][window.begin : window.end].tolist() for window in batch]
+    return [-total for total in loaded.model.sum_last(rows, [window.num_targets for window in batch])]
 
 
 def _batches(group: list[Window], size: int) -> Iterator[list[Window]]:

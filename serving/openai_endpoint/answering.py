@@ -74,12 +74,16 @@ class Answer:
         if settings.record is not None:
             is_chat = isinstance(request, ChatRequest)
             self._logprobs = TokenLogprobs(service.tokenizer, settings.record, is_chat=is_chat)
+            if generation.prompt_record is not None:
+                self._logprobs.put_before(prompt_ids, generation.prompt_record)
         self._started = time.perf_counter()
         self._first_at = self._started
         self._token_ids = list(prompt_ids)
 
     async def texts(self) -> AsyncIterator[str]:
         """Yield the text in pieces; `finish_reason` and `usage` are known after the last."""
+        if self.request.is_echoed:
+            yield self.service.tokenizer.decode(self._token_ids, skip_special_tokens=True)
         try:
             async for text in self._texts():
                 yield text
@@ -122,7 +126,7 @@ class Answer:
         if num_written > 1:
             self.service.metrics.per_token.observe((time.perf_counter() - self._first_at) / (num_written - 1))
         log = self.service.request_log
-        if log is not None:
+        if log is not None and not self.request.is_echoed:  # whoever scores texts is not whom drift is about
             ids, is_cut = np.array(self._token_ids), self.finish_reason == "length"
             self.generation.take = partial(log_request, log, ids, num_written, is_cut)
 

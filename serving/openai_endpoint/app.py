@@ -68,13 +68,16 @@ class Service:
             ids, field, asked = self._encode_chat(request), "messages", request.max_completion_tokens
         else:
             assert isinstance(request, CompletionRequest)
+            if request.echo and (request.stream or (request.n or 1) > 1):
+                raise _bad("echo", "got true with stream or n, expected one answer in one piece")
             ids, field, asked = self._encode_prompt(request), "prompt", None
         max_tokens = self._bound(request, len(ids), field, asked)
+        is_scored = request.is_echoed and request.num_top is not None
         answers: list[Answer] = []
         try:
             for index in range(request.n or 1):
                 settings = _choose_sampling(request, index)
-                generation = self.engine.submit(ids, settings, max_tokens)
+                generation = self.engine.submit(ids, settings, max_tokens, is_scored=is_scored)
                 answers.append(Answer(self, request, generation, ids, settings, index))
         except RequestRefusedError:
             for answer in answers:
@@ -91,7 +94,7 @@ class Service:
             self.request_log.close()
 
     def _encode_prompt(self, request: CompletionRequest) -> list[int]:
-        prompt = request.prompt
+        prompt = request.text_or_ids
         if isinstance(prompt, list):
             num_rows = self.engine.model.get_input_embeddings().weight.shape[0]
             if not all(0 <= number < num_rows for number in prompt):
@@ -144,6 +147,8 @@ def build_app(service: Service, api_key: str | None = None) -> Gate:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         only = {"id": service.name, "object": "model", "created": started, "owned_by": "deepseek-moe"}
+        limits = service.engine.limits
+        only["max_model_len"] = min(limits.context, limits.cache_tokens)  # as vLLM tells it, for who scores texts
         return {"object": "list", "data": [only]}
 
     @app.post("/v1/completions", response_model=None)

@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from deepseek_serving.monitoring.routing_counts import RoutingCounts, Rows, Take
 from deepseek_serving.openai_endpoint.latent_cache import use_latent_pages
+from deepseek_serving.openai_endpoint.prompt_logprobs import PromptLogprobs, PromptRecord
 from deepseek_serving.openai_endpoint.refusals import RequestRefusedError
 from deepseek_serving.openai_endpoint.sampling import RequestSampler, SamplingSettings
 
@@ -90,6 +91,7 @@ class Engine:
                 auto_switch_to_flash=False,
             ),
         )
+        self._prompts = PromptLogprobs(model, self._rows_of_pass)
         self._sampler = RequestSampler()
         processors = LogitsProcessorList([self._sampler])
         self._manager.logit_processor = ContinuousBatchingLogitsProcessorList(processors)
@@ -103,6 +105,7 @@ class Engine:
         except BaseException:
             self.__exit__()
             raise
+        self._read_scored_prompts_whole()
         if self.is_counted:
             self.routing = RoutingCounts(self.model, self._rows_of_pass)
         return self
@@ -110,6 +113,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         if self.routing is not None:
             self.routing.detach()
+        self._prompts.detach()
         self._manager.stop(block=True, timeout=30, hard_stop=True)
 
     @property
@@ -131,13 +135,16 @@ class Engine:
         error = self._manager.background_thread_status.fatal_error
         return type(error).__name__ if error is not None else "the model's thread has ended"
 
-    def submit(self, prompt_ids: list[int], settings: SamplingSettings, max_tokens: int) -> "Generation":
+    def submit(
+        self, prompt_ids: list[int], settings: SamplingSettings, max_tokens: int, *, is_scored: bool = False
+    ) -> "Generation":
         """Take on a request; the caller must close what is returned.
 
         Args:
             prompt_ids: At least one token.
             settings: How tokens are chosen.
             max_tokens: At most this many are made.
+            is_scored: Whether the prompt's own log-probabilities are read.
 
         Raises:
             RequestRefusedError: The queue is full or the server ends (503), or the model's thread has failed (500).
@@ -155,6 +162,7 @@ class Engine:
         self._live[request_id] = outputs
         if self.routing is not None:
             self.routing.begin(request_id)
+        record = self._prompts.begin(request_id, prompt_ids, settings.num_top) if is_scored else None
         self._manager.register_result_handler(request_id, outputs.put_nowait)
         self._manager.add_request(
             prompt_ids,
@@ -164,7 +172,7 @@ class Engine:
             eos_token_id=self.end_tokens or -1,
             sampling=settings,
         )
-        return Generation(self, request_id, outputs)
+        return Generation(self, request_id, outputs, record)
 
     def keep_log_probs(self) -> None:
         """Add the written tokens' log-probabilities to each request's counts."""
@@ -191,6 +199,7 @@ class Engine:
         """
         if self._live.pop(request_id, None) is None:
             return
+        self._prompts.end(request_id)
         if self.routing is not None:
             self.routing.end(request_id, take)
         if not is_finished:
@@ -200,6 +209,12 @@ class Engine:
     def _rows_of_pass(self) -> Rows:
         requests = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         return [(request.state.request_id, request.query_length) for request in requests]
+
+    def _read_scored_prompts_whole(self) -> None:
+        """Have a prompt that is scored read from its first token, though its beginning may be in the cache."""
+        cache = self._manager.batch_processor.cache
+        search = cache.search_prefix_match
+        cache.search_prefix_match = lambda name, ids: 0 if name in self._prompts else search(name, ids)
 
     def _count_blocks(self) -> int:
         """`cache_tokens` in the manager's unit: blocks of pages as full attention would have them."""
@@ -235,16 +250,24 @@ class Generation:
         engine: Where it runs.
         request_id: Its name there.
         outputs: What the engine's thread fills.
+        prompt_record: Of the prompt's tokens, one each; None where it is not scored.
 
     Attributes:
         is_finished: Whether the last token has come.
         take: Called with the request's counts at the end; for the engine's caller to set.
     """
 
-    def __init__(self, engine: Engine, request_id: str, outputs: "asyncio.Queue[GenerationOutput | None]") -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        request_id: str,
+        outputs: "asyncio.Queue[GenerationOutput | None]",
+        prompt_record: PromptRecord | None = None,
+    ) -> None:
         self.engine = engine
         self.request_id = request_id
         self.outputs = outputs
+        self.prompt_record = prompt_record
         self.is_finished = False
         self.take: Take | None = None
         self._ends_at = time.monotonic() + engine.limits.timeout_s

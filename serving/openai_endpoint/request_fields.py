@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 _Nothing = Annotated[float, Field(ge=0, le=0)]
 _One = Annotated[int, Field(ge=1, le=1)]
+_Ids = Annotated[list[int], Field(min_length=1)]
+_ONE = Field(min_length=1, max_length=1)  # a list of prompts, as some clients write the only one
 _SIGNED = 2**63
 
 
@@ -40,6 +42,11 @@ class GenerationRequest(_Strict):
     frequency_penalty: _Nothing | None = None
 
     @property
+    def is_echoed(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
+    @property
     def stops(self) -> list[str]:
         """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -53,15 +60,27 @@ class GenerationRequest(_Strict):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[int], Field(min_length=1)]
+    prompt: str | _Ids | Annotated[list[str], _ONE] | Annotated[list[_Ids], _ONE]
     best_of: _One | None = None
-    echo: Literal[False] | None = None
+    echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property
     def num_top(self) -> int | None:
         """The field `logprobs`."""
         return self.logprobs
+
+    @property
+    def is_echoed(self) -> bool:
+        """The field `echo`."""
+        return bool(self.echo)
+
+    @property
+    def text_or_ids(self) -> str | list[int]:
+        """The prompt, out of its list if it came in one."""
+        if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
+            return self.prompt[0]
+        return self.prompt  # type: ignore[return-value]
 
 
 class Message(_Strict):

@@ -44,7 +44,9 @@ def make_model(kind: str):
 
 
 @contextmanager
-def serving(model, *, api_key=None, grace_s=5.0, requests_folder=None, tls=None, **limits) -> Iterator["Running"]:
+def serving(
+    model, *, api_key=None, grace_s=5.0, requests_folder=None, tls=None, tokenizer=None, **limits
+) -> Iterator["Running"]:
     """A server for the model, ended in order."""
     from deepseek_serving.listening import bind
     from deepseek_serving.openai_endpoint.app import Service
@@ -53,7 +55,7 @@ def serving(model, *, api_key=None, grace_s=5.0, requests_folder=None, tls=None,
 
     limits = {"context": 256, "max_tokens": 200, "cache_tokens": 2048} | limits
     with bind("127.0.0.1", 0) as listener, Engine(model, Limits(**limits)) as engine:
-        service = Service(engine, make_tokenizer(), "tiny", requests_folder)
+        service = Service(engine, tokenizer or make_tokenizer(), "tiny", requests_folder)
         server = Server(service, api_key=api_key, grace_s=grace_s, tls=tls)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
