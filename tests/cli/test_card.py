@@ -48,6 +48,7 @@ def test_a_name_that_the_hub_would_refuse(evaluated, name):
     assert not (evaluated / "README.md").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 def test_all_that_the_demos_card_prints_runs(demo_folder, tmp_path):
     """Python blocks, and the command that measures the benchmarks again: its figures are the card's."""

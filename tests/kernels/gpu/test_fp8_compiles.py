@@ -126,6 +126,7 @@ def test_no_codes_are_known_at_compile_time(launches, tiles, H, I):  # noqa: E74
     assert not any(high == low for pairs in conversions for high, low in pairs)
 
 
+@slow
 def test_another_number_of_tokens_compiles_nothing(launches):
     made = launches("sm_90", fp8_tiles.MANY_ROWS)
     run_layer(601, 128, 128)  # up to 1024 slots are sorted by another kernel

@@ -28,6 +28,7 @@ from deepseek_kernels.gpu import routing_metadata
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("guarded_buffers")
+slow = pytest.mark.slow
 
 
 @pytest.fixture
@@ -38,23 +39,26 @@ def no_combine(monkeypatch):
     monkeypatch.setattr(fused_moe_gpu, "combine", refuse)
 
 
-@pytest.mark.parametrize("pattern", ["random", "some_unused", "all_unused", "one_expert"])
+@pytest.mark.parametrize(
+    "pattern", ["some_unused", *(pytest.param(p, marks=slow) for p in ("random", "all_unused", "one_expert"))]
+)
 def test_one_expert_per_token_is_not_combined(pattern, no_combine):
     case = make_case(torch.float64, T=70, K=1, H=19, I=17, pattern=pattern, device=DEVICE)
     assert_equals_reference(gradients(fused_moe, case), case, torch.float64)
 
 
+@slow
 def test_one_expert_per_token_in_bf16(no_combine):
     case = make_case(torch.bfloat16, T=70, K=1, H=35, I=19, device=DEVICE)
     assert_equals_reference(gradients(fused_moe, case), case, torch.bfloat16)
 
 
-@pytest.mark.parametrize("num_slots", [1, 3])
+@pytest.mark.parametrize("num_slots", [pytest.param(1, marks=slow), 3])
 def test_a_bound_changes_nothing(num_slots):
     assert_bounds_change_nothing(torch.float64, DEVICE, T=23, K=num_slots, H=19, I=17)
 
 
-@pytest.mark.parametrize("num_slots", [1, 3])
+@pytest.mark.parametrize("num_slots", [1, pytest.param(3, marks=slow)])
 def test_a_bound_changes_nothing_under_adapters(num_slots):
     assert_bounds_change_nothing_under_adapters(DEVICE, T=23, K=num_slots, H=19, I=17)
 
@@ -63,7 +67,7 @@ def test_less_is_kept():
     assert kept_rows(100, DEVICE, T=40, H=19, I=17) == 100
 
 
-@pytest.mark.parametrize("num_slots", [1, 3])
+@pytest.mark.parametrize("num_slots", [pytest.param(1, marks=slow), 3])
 def test_a_token_without_a_row_comes_out_nan(num_slots):
     """So do its gradients; all others are as ever."""
     case, used = bounded_case(torch.float64, DEVICE, T=40, K=num_slots, H=19, I=17)

@@ -98,7 +98,8 @@ def alter(path: Path, key: str) -> None:
     path.write_text(f"---\n{new}---\n" if is_card else new)
 
 
-@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_whole", [False, True])
 def test_every_filled_field_changes_with_each_file_it_is_from(run, is_whole):
     """By default one of the places that differ by stage and number alone."""
     first = read_documents(run, is_high_risk=True)

@@ -32,6 +32,7 @@ def graph_of(model, folder) -> OnnxDecoder:
     return OnnxDecoder(folder / "model.onnx", prompt_chunk=16)
 
 
+@pytest.mark.slow
 def test_a_graph_with_a_cache_computes_what_the_model_does(tmp_path):
     model = make_ours(**ROUTERS["dynamic k"], num_hidden_layers=1, first_k_dense_replace=0)
     before = model.config._attn_implementation, model.config._experts_implementation

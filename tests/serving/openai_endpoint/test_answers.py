@@ -25,7 +25,7 @@ PROMPTS = [
 PROMPTS.append("zz " * 30)
 
 
-@pytest.fixture(scope="module", params=["ours", "stock"])
+@pytest.fixture(scope="module", params=["ours", pytest.param("stock", marks=pytest.mark.slow)])
 def kind(request):
     return request.param
 

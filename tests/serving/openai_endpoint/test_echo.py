@@ -13,7 +13,7 @@ TEXTS = ["a", "The King", "你好, x" * 12, "zz " * 50, "zz " * 50 + "end", "Wha
 ASK = {"model": "tiny", "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 2}
 
 
-@pytest.fixture(scope="module", params=["ours", "stock"])
+@pytest.fixture(scope="module", params=["ours", pytest.param("stock", marks=pytest.mark.slow)])
 def running(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("requests")
     with serving(make_model(request.param), max_batch_tokens=64, requests_folder=folder) as server:

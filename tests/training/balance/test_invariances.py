@@ -97,7 +97,12 @@ def whole(wholes):
 @pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize(
     "arguments",
-    [ACCUMULATED, CHECKPOINTED, REENTRANT, {**ACCUMULATED, **CHECKPOINTED}, {**ACCUMULATED, **REENTRANT}],
+    [
+        ACCUMULATED,
+        *(pytest.param(alone, marks=pytest.mark.slow) for alone in (CHECKPOINTED, REENTRANT)),
+        {**ACCUMULATED, **CHECKPOINTED},
+        {**ACCUMULATED, **REENTRANT},
+    ],
     ids=["accumulated", "checkpointed", "reentrant", "accumulated, checkpointed", "accumulated, reentrant"],
 )
 def test_weights_biases_shares_and_counters(tmp_path, wholes, family, arguments):

@@ -103,8 +103,24 @@ def run(folder, model, callbacks, optimizer=None, **options):
     return trainer
 
 
-@pytest.mark.parametrize("with_callback", [True, False], ids=["callback", "none"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "compiled"])
+# Without the callback the loss is added in the same place: two kinds by default, the rest in the slow tests.
+ALONE = ("full", "LoRA")
+
+
+@pytest.mark.parametrize(
+    ("kind", "with_callback"),
+    [
+        pytest.param(
+            kind,
+            with_callback,
+            marks=[pytest.mark.slow] if not with_callback and kind not in ALONE else [],
+            id=f"{kind}-{'callback' if with_callback else 'none'}",
+        )
+        for kind in KINDS
+        if kind != "compiled"
+        for with_callback in (True, False)
+    ],
+)
 def test_each_loss_is_in_each_passes_gradient(tmp_path, monkeypatch, kind, with_callback):
     """Two routers and the prediction layer's, and the prediction loss: four losses in each of six passes."""
     for module in (auxiliary_loss, routing, modeling_deepseek):
