@@ -1,4 +1,4 @@
-"""Stages as ready text, the same for the card and the report: data, command, time, machine, recipe, energy."""
+"""Stages as ready text, the same for the card and the report: data, command, time, machine, recipe."""
 
 from typing import Any
 
@@ -24,8 +24,6 @@ _TITLES = {
     "evaluate": "Evaluation",
     "train": "Training with transformers' Trainer",
 }
-# Rough draw under load for the energy estimate; stated in the card as an assumption, never as a measurement.
-WATTS_PER_CPU, WATTS_PER_GPU = 10, 700
 
 
 def stage_title(stage: Stage) -> str:
@@ -121,22 +119,3 @@ def total_seconds(stages: dict[str, Stage]) -> float | None:
     """
     seconds = [stage.seconds for stage in stages.values() if stage.seconds is not None]
     return sum(seconds) if seconds else None
-
-
-def energy_estimate(stages: dict[str, Stage]) -> str:
-    """Return a sentence on the energy used, from times and machines alone.
-
-    Args:
-        stages: What `read_stages` gave.
-    """
-    watt_seconds = 0.0
-    for stage in stages.values():
-        machine = stage.environment.machine
-        watts = WATTS_PER_CPU * (machine.num_cpus or 0) + WATTS_PER_GPU * len(machine.gpus)
-        watt_seconds += watts * (stage.seconds or 0)
-    if not watt_seconds:
-        return "Energy: not estimated, for neither time nor machine was recorded."
-    return (
-        f"Energy: about {watt_seconds / 3.6e6:.2g} kWh, an estimate (time, at {WATTS_PER_CPU} W per CPU core and "
-        f"{WATTS_PER_GPU} W per GPU under full load), not metered."
-    )

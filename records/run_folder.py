@@ -15,6 +15,7 @@ Every command of ``deepseek-moe`` works in one folder::
 ``summary.json`` exists, and that file appears by an atomic rename; anything else in the folder may be half-written.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Collection
@@ -23,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from deepseek_records.energy import EnergyMeter
 from deepseek_records.environment import Environment, describe_environment
 from deepseek_records.json_files import read_object
 from deepseek_records.output_paths import check_output, make_output
@@ -66,6 +68,7 @@ class RunFolder:
     def __init__(self, path: str | Path, *, is_resumed: bool = False) -> None:
         self.path = Path(path)
         self.is_resumed = is_resumed
+        self._meter: EnergyMeter | None = None
 
     @classmethod
     def create(
@@ -104,12 +107,16 @@ class RunFolder:
             lock_run(run.path)
             if not (overwrite or run.has_only_begun()):
                 run._check_resumable(settings, free)
-                return cls(path, is_resumed=True)
+                return cls(path, is_resumed=True)._metered()
             delete_run(run.path, hint="pass another --output")
         lock_run(make_output(run.path))
         write_json(run.path / ENVIRONMENT_FILE, to_json(describe_environment(command, seed)))
         write_text(run.path / RECIPE_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        return run
+        return run._metered()
+
+    def _metered(self) -> "RunFolder":
+        self._meter = EnergyMeter()
+        return self
 
     @classmethod
     def join(cls, path: str | Path, settings: dict[str, Any], *, free: Collection[str] = ()) -> "RunFolder":
@@ -283,7 +290,7 @@ class RunFolder:
             file.write(json.dumps(metrics) + "\n")
 
     def finish(self, summary: Summary) -> Summary:
-        """Write the summary, which marks the run as finished, and return it.
+        """Write the summary with the energy that was used since `create`, which marks the run as finished; return it.
 
         Args:
             summary: What the run ended with.
@@ -291,6 +298,8 @@ class RunFolder:
         Raises:
             ValueError: A figure in it is NaN or infinite.
         """
+        if self._meter is not None:
+            summary = dataclasses.replace(summary, energy=self._meter.stop(is_whole=not self.is_resumed))
         value = summary.to_json()
         Summary.from_json(value, f"run: {self.path / SUMMARY_FILE}")  # What is written can be read.
         write_json(self.path / SUMMARY_FILE, value)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from deepseek_records.energy import Energy
 from deepseek_records.results import Benchmark, Published, Result, When
 from deepseek_records.typed_json import from_json, to_json
 
@@ -19,6 +20,7 @@ __all__ = [
     "CleaningFilter",
     "CleaningSource",
     "DataUse",
+    "Energy",
     "Gain",
     "Published",
     "Result",
@@ -228,6 +230,7 @@ class Summary:
         replay_share: Share of training blocks that were general text.
         gain: What alignment gained on held-out prompts.
         tokens_per_expert: By MoE layer, the tokens each routed expert got in the last logging window.
+        energy: What its process used; None where it was not recorded.
         details: Further values that only the stage itself reads.
     """
 
@@ -245,6 +248,7 @@ class Summary:
     replay_share: float | None = None
     gain: Gain | None = None
     tokens_per_expert: tuple[tuple[float, ...], ...] = ()
+    energy: Energy | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property

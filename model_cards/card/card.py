@@ -29,8 +29,9 @@ from deepseek_model_cards.card.metadata import (
 )
 from deepseek_model_cards.card.model_facts import ModelFacts, read_facts
 from deepseek_model_cards.card.parameter_table import try_to_count
+from deepseek_model_cards.energy_use import energy_sentence
 from deepseek_model_cards.eu.fields import read_forms
-from deepseek_model_cards.stage_rows import data_row, energy_estimate, stage_row, total_seconds
+from deepseek_model_cards.stage_rows import data_row, stage_row, total_seconds
 from deepseek_model_cards.summary_table import pair_results
 from deepseek_model_cards.wording import format_seconds, format_value, label_dataset, label_figure
 from deepseek_records.leaks import scrub
@@ -184,7 +185,7 @@ def describe_run(
         "data": [data_row(stage, row) for stage in stages.values() for row in stage.data],
         "stages": [stage_row(stage) for stage in stages.values()],
         "total_time": format_seconds(total_seconds(stages)),
-        "energy": energy_estimate(stages),
+        "energy": energy_sentence(list(stages.values())),
         "benchmarks": [_benchmark_row(found.result) for found in benchmarks],
         "benchmark_commands": _measuring_lines(benchmarks, place),
         "left_out": sorted(f"{stage}: measured {model}" for stage, model in lineage.left_out.items()),

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from deepseek_model_cards.card.limits import REWARDED, reward_line
 from deepseek_model_cards.card.parameter_table import try_to_count
+from deepseek_model_cards.energy_use import JOULES_PER_MWH, StageEnergy
 from deepseek_model_cards.eu.contradictions import check_number
 from deepseek_model_cards.eu.findings import Finding, Found, Source, one
 from deepseek_model_cards.eu.run_records import RunRecords
-from deepseek_model_cards.stage_rows import WATTS_PER_CPU, WATTS_PER_GPU, describe_machine, method_line, stage_title
+from deepseek_model_cards.stage_rows import describe_machine, method_line, stage_title
 from deepseek_model_cards.wording import format_seconds
 from deepseek_records.run_folder import ENVIRONMENT_FILE, METRICS_FILE, RECIPE_FILE
 from deepseek_records.stages import Stage, is_number
@@ -169,30 +170,53 @@ def compute_method(records: RunRecords) -> Found:
 
 
 def energy(records: RunRecords) -> Found:
-    """Return that no energy was metered, and an estimate from time and machines, as Annex XI allows."""
-    findings, joules, sources = [], 0.0, []
-    for stage in records.stages:
-        machine = stage.environment.machine
-        watts = WATTS_PER_CPU * (0 if machine.gpus else machine.num_cpus or 0) + WATTS_PER_GPU * len(machine.gpus)
-        if stage.seconds and watts:
-            joules += watts * stage.seconds
-            key = "machine.gpus" if machine.gpus else "machine.num_cpus"
-            sources += [
-                Source(records.of_stage(stage), ("seconds",)),
-                Source(records.of_stage(stage, ENVIRONMENT_FILE), (key,)),
-            ]
-    if joules:
-        text = (
-            f"an estimate from time and machines: {joules / 3.6e9:.3g} MWh, at an assumed {WATTS_PER_CPU} W per CPU "
-            f"core or {WATTS_PER_GPU} W per GPU"
-        )
-        findings.append(Finding(text, tuple(sources)))
-    return Found(tuple(findings), "a measured figure, or your own estimate", states="Not measured.")
+    """Return what meters counted, and an estimate of the rest, as Annex XI allows."""
+    each = [StageEnergy.of(stage) for stage in records.stages]
+    findings = []
+    for one_ in each:
+        if one_.measured is not None:
+            without = f", without {one_.lacks}" if one_.lacks else ""
+            text = f"{one_.stage.name}: {one_.measured / JOULES_PER_MWH:.3g} MWh, measured{without}"
+            keys = tuple(f"energy.joules.{name}" for name in one_.meters)
+            findings.append(Finding(text, (Source(records.of_stage(one_.stage), keys),)))
+    guessed = [one_ for one_ in each if one_.estimated is not None]
+    if guessed:
+        total = sum(one_.estimated or 0 for one_ in guessed) / JOULES_PER_MWH
+        basis = "; ".join(sorted({one_.basis for one_ in guessed}))
+        of = "" if len(guessed) == len(each) else f" of {', '.join(one_.stage.name for one_ in guessed)}"
+        sources = [source for one_ in guessed for source in _estimate_sources(records, one_)]
+        findings.append(Finding(f"an estimate{of}: {total:.3g} MWh ({basis})", tuple(sources)))
+    measured = [one_ for one_ in each if one_.measured is not None]
+    open_ = [f"{one_.stage.name}: {one_.lacks}" for one_ in measured if one_.lacks]
+    open_ += [one_.stage.name for one_ in each if one_.measured is None]
+    if not measured:
+        return Found(tuple(findings), "a measured figure, or your own estimate", states="Not measured.")
+    return Found(tuple(findings), f"the energy of {', '.join(open_)}" if open_ else records.missing_past)
+
+
+def _estimate_sources(records: RunRecords, one_: StageEnergy) -> list[Source]:
+    machine = one_.stage.environment.machine
+    found = [Source(records.of_stage(one_.stage), one_.keys)]
+    if machine.gpus or one_.keys == ("seconds",):
+        key = "machine.gpus" if machine.gpus else "machine.num_cpus"
+        found.append(Source(records.of_stage(one_.stage, ENVIRONMENT_FILE), (key,)))
+    return found
 
 
 def energy_method(records: RunRecords) -> Found:
-    """Return that there was none."""
-    return Found(lacks="the method of your figure", states="Not measured; no meter was read during the training.")
+    """Return which meters were read."""
+    meters = sorted({name.split()[0] for stage in records.stages for name in StageEnergy.of(stage).meters})
+    if not meters:
+        lacks = "the method of your figure"
+        return Found(lacks=lacks, states="Not measured; there was no meter that could be read during the training.")
+    told = {
+        "NVML": "NVML, the counter of each GPU",
+        "RAPL": "RAPL, the counters of the processors' packages and memory",
+    }
+    return Found(
+        states=f"Read before and after each stage: {' and '.join(told[name] for name in meters)}. Whatever else "
+        "worked on these devices is included; power supplies, network, disks and cooling are not."
+    )
 
 
 def versions(records: RunRecords) -> Found:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,12 +18,15 @@ def test_a_run_reads_back_what_it_wrote(tmp_path):
     run.log({"step": 1, "loss": 2.5})
     run.log({"step": 2, "loss": 2.25})
     assert not run.is_finished and not run.is_resumed
-    run.finish(Summary(stage="pretrain", seconds=1.5))
+    finished = run.finish(Summary(stage="pretrain", seconds=1.5))
+    assert finished.energy is not None and dataclasses.replace(finished, energy=None) == Summary(
+        stage="pretrain", seconds=1.5
+    )
     again = RunFolder(tmp_path / "run")
     assert again.is_finished
     assert again.settings == SETTINGS
     assert again.metrics == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]
-    assert again.summary == Summary(stage="pretrain", seconds=1.5) and not again.is_resumed
+    assert again.summary == finished and not again.is_resumed
     assert again.environment.seed == 3 and again.environment.command == "pretrain"
 
 

@@ -13,6 +13,7 @@ from deepseek_records.summary import (
     CleaningFilter,
     CleaningSource,
     DataUse,
+    Energy,
     Gain,
     Published,
     Result,
@@ -61,6 +62,14 @@ FULL = Summary(
     num_training_tokens=1000,
     gain=Gain(value=0.1, stderr_paired=0.01, stderr_unpaired=None, n=64),
     tokens_per_expert=((3, 4.5), (0, 7)),
+    energy=Energy(
+        joules={"RAPL package-0": 12.5},
+        cpu_seconds=3.25,
+        seconds=4.5,
+        num_processes=4,
+        num_machines=2,
+        is_whole=False,
+    ),
     details={"columns": {"reward": [0.1, None, "any"]}},
 )
 # As an evaluation, an adaptation and a benchmark wrote it before the format had a number.
@@ -119,9 +128,9 @@ def write_as(path):
 
 def test_a_summary_comes_back_as_it_was():
     assert Summary.from_json(json.loads(json.dumps(FULL.to_json()))) == FULL
-    for kind in (Result, DataUse, Check, Sample, Gain, Summary):  # Every field was filled somewhere above.
+    for kind in (Result, DataUse, Check, Sample, Gain, Energy, Summary):  # Every field was filled somewhere above.
         unfilled = {field.name for field in dataclasses.fields(kind)}
-        for record in (*FULL.results, *FULL.data, *FULL.checks, *FULL.samples, FULL.gain, FULL):
+        for record in (*FULL.results, *FULL.data, *FULL.checks, *FULL.samples, FULL.gain, FULL.energy, FULL):
             if isinstance(record, kind):
                 unfilled -= set(to_json(record))
         assert unfilled <= {"prompt_style", "harness", "command", "model", "num_parameters", "vocab_size"} | {

@@ -101,7 +101,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
         )
         if trainer.is_first:
             log_once(run, {"step": recipe.max_steps, **bits_figures(after)})
-            run.finish(summary)
+            summary = run.finish(summary)
     return summary
 
 

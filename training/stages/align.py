@@ -93,6 +93,6 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
         )
         if trainer.accelerator.is_main_process:
             save_models(trainer, run, tokenizer)
-            run.finish(summary)
+            summary = run.finish(summary)
     trainer.accelerator.wait_for_everyone()
     return summary

@@ -87,5 +87,5 @@ def distill(
         )
         if trainer.is_first:
             log_once(run, {"step": recipe.max_steps, **bits_figures({held_out.name: after})})
-            run.finish(summary)
+            summary = run.finish(summary)
     return summary

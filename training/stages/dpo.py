@@ -76,7 +76,7 @@ def dpo(recipe: DpoRecipe, output: str | Path, *, overwrite: bool = False, is_dr
             seconds=round(time.monotonic() - started, 1),
         )
         if trainer.is_first:
-            run.finish(summary)
+            summary = run.finish(summary)
     return summary
 
 

@@ -82,5 +82,5 @@ def grpo(recipe: GrpoRecipe, output: str | Path, *, overwrite: bool = False, is_
             seconds=round(time.monotonic() - started, 1),
         )
         if trainer.is_first:
-            run.finish(summary)
+            summary = run.finish(summary)
     return summary

@@ -102,7 +102,7 @@ def multimodal(
         )
         if trainer.is_first:
             log_once(run, {"step": recipe.max_steps, **bits_figures({**after, **answers})})
-            run.finish(summary)
+            summary = run.finish(summary)
     return summary
 
 

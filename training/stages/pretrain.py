@@ -85,7 +85,7 @@ def pretrain(
         )
         if trainer.is_first:
             log_once(run, {"step": recipe.max_steps, **bits_figures(measured)})
-            run.finish(summary)
+            summary = run.finish(summary)
     return summary
 
 

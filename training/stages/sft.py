@@ -90,5 +90,5 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False, is_dr
         )
         if trainer.is_first:
             log_once(run, {"step": recipe.max_steps, **bits_figures({held_out.name: after})})
-            run.finish(summary)
+            summary = run.finish(summary)
     return summary

@@ -11,13 +11,15 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from deepseek_model_cards.energy_use import energy_sentence
 from deepseek_model_cards.eu.documents import read_documents, write_documents
 from deepseek_model_cards.eu.entries import Status
 from deepseek_model_cards.eu.missing import describe_missing, format_missing
 from deepseek_records.cleaned_data import describe_cleaning
 from deepseek_records.leaks import find_leaks
 from deepseek_records.run_folder import RunFolder
-from deepseek_records.summary import DataUse, Summary
+from deepseek_records.stages import read_stages
+from deepseek_records.summary import DataUse, Energy, Summary
 
 USES = (
     DataUse(name="notes", split="train", license="CC BY 4.0", source="https://example.org/a", num_rows=1234,
@@ -151,6 +153,31 @@ def test_the_fields_that_files_can_fill_are_filled(run):
     assert any("70,000 tokens" in text for text in shown["training_compute"])
     assert status["training_compute"] == Status.PART  # of the alignment no tokens are recorded
     assert status["training_energy"] == Status.PART and status["provider_name"] == Status.OPEN
+
+
+def test_energy_is_measured_or_called_an_estimate(run):
+    def energy():
+        document = read_documents(run).documents["technical"]
+        shown = [document.entries[key] for key in ("training_energy", "energy_method")]
+        return [*(one.found.states for one in shown), *(one.text for one in shown[0].found.findings)], shown[0].wants
+
+    told, wants = energy()
+    assert told[:2] == ["Not measured.", "Not measured; there was no meter that could be read during the training."]
+    assert len(told) == 3 and told[2].startswith("an estimate: ") and "an assumed 10 W per core" in told[2]
+    assert "a measured figure" in wants
+    joules = {"pretrain": {"RAPL package-0": 3.0e9, "RAPL dram-0": 0.6e9}, "adapt": {"NVML 0: GPU": 3.6e9}}
+    for name, counted in joules.items():
+        used = Energy(joules=counted, cpu_seconds=5.0, seconds=9.0, is_whole=name != "adapt")
+        edit(run / name, lambda summary, used=used: dataclasses.replace(summary, energy=used))
+    told, wants = energy()
+    assert told[0] == "" and "RAPL, the counters" in told[1] and "NVML, the counter" in told[1]
+    assert told[2] == "pretrain: 1 MWh, measured"
+    assert told[3] == "adapt: 1 MWh, measured, without the processors and what it did before it was resumed"
+    assert len(told) == 5 and told[4].startswith("an estimate of ") and "adapt" not in told[4]
+    assert "the energy of adapt: the processors and what it did before it was resumed, " in wants
+    card = energy_sentence([stage for stage in read_stages(run).values()])
+    assert card.startswith("Energy: 2e+03 kWh by NVML and RAPL, without the processors and what it did before it was")
+    assert "an estimate (processor time, at an assumed 10 W per core at work), not metered" in card
 
 
 def test_a_quantized_model_has_the_parameters_that_it_had_before(run, builders):

@@ -240,7 +240,7 @@ def outcome(stage, settings, files, folder, capsys):
     assert code in (0, 3), printed.err[-2000:]
     run = RunFolder(folder)
     rows = [{k: v for k, v in row.items() if not any(word in k for word in CLOCKED)} for row in run.metrics]
-    summary = {**run.summary.to_json(), "seconds": None}
+    summary = {**run.summary.to_json(), "seconds": None, "energy": None}
     weights = hashlib.sha256((run.model_path / "model.safetensors").read_bytes()).hexdigest()
     plan = [line for line in printed.out.splitlines() if not any(word in line for word in (*CLOCKED, str(folder)))]
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

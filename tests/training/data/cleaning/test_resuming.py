@@ -40,7 +40,7 @@ def bytes_of(folder):
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     found = {name: content for name, content in files.items() if name not in OF_THE_START}
     summary = json.loads(files["summary.json"])
-    assert summary.pop("seconds") >= 0
+    assert summary.pop("seconds") >= 0 and summary.pop("energy")["cpu_seconds"] >= 0
     return {**found, "summary": summary}
 
 
