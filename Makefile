@@ -9,7 +9,7 @@
 #   make serve-setup  Triton Inference Server and its client, into build/serving
 #   make serve-setup-vllm  vLLM for CPUs, to compare with, into build/serving
 #   make test-serving   the tests that need them
-#   make edge-setup   ExecuTorch and onnxruntime-web, into build/edge
+#   make edge-setup   ExecuTorch, llama.cpp and onnxruntime-web, into build/edge
 #   make test-edge    exports for phones and browsers in their runtimes
 #   make test-versions  parts of the tests under other versions (dev/versions.yaml; ONLY=row: one of them)
 #   make lint       ruff (rules and format) and mypy (every signature)
@@ -91,14 +91,15 @@ test-serving: serve-setup
 
 # ExecuTorch in a folder of its own: the torchao that it needs changes what other libraries do where they find it.
 edge-setup: setup
-	@echo "Installing ExecuTorch and onnxruntime-web into build/edge"
+	@echo "Installing ExecuTorch, llama.cpp and onnxruntime-web into build/edge"
 	@test -d build/edge/executorch/executorch || $(PIP) --no-deps --target build/edge/executorch executorch==1.5.1 torchao==0.18.0 pytorch-tokenizers==1.5.0 ruamel.yaml tabulate parameterized flatbuffers
+	@test -d build/edge/llama_cpp/xllamacpp || $(PIP) --no-deps --target build/edge/llama_cpp xllamacpp==2026.10.11549
 	@command -v npm > /dev/null || echo "Not installed: npm, which brings onnxruntime-web; the page's tests are skipped"
 	@test -d build/edge/browser/node_modules || ! command -v npm > /dev/null || npm install --silent --prefix build/edge/browser --ignore-scripts onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0
 	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || echo "Not installed: chromium; the page's tests are skipped"
 
 test-edge: edge-setup
-	@$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=build/edge/executorch $(BIN)/python -m pytest -m "slow or not slow" tests/serving/edge
+	@$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=build/edge/executorch:build/edge/llama_cpp $(BIN)/python -m pytest -m "slow or not slow" tests/serving/edge tests/cli/benchmarks/test_edge.py
 
 test-distributed: setup
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/training/trainer/test_distributed.py \

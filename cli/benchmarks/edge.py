@@ -163,8 +163,8 @@ def _llama_cpp(
     setting: Setting, source: Path, export: dict[str, Any], own: list[list[int]], args: argparse.Namespace
 ) -> Iterator[Row]:
     """A number of experts that is dynamic is fixed at the most, and transformers writes at that number again."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        print("  llama.cpp: left out, llama-cpp-python is not installed", flush=True)
+    if importlib.util.find_spec("xllamacpp") is None:
+        print("  llama.cpp: left out, xllamacpp, which brings it, is not installed", flush=True)
         return
     config = export["model"].config
     fixed = config.num_experts_per_tok if getattr(config, "has_dynamic_experts", False) else None

@@ -6,6 +6,7 @@
 import argparse
 import json
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,22 +73,30 @@ def load_llama_cpp(path: Path) -> Callable[[], Write]:
     Args:
         path: The file.
     """
-    import llama_cpp
+    import xllamacpp
+
+    options = xllamacpp.CommonParams()
+    options.model.path, options.n_ctx, options.n_parallel, options.verbosity = str(path), 512, 1, -1
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+    options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 
     def load() -> Write:
-        kind = llama_cpp.GGML_TYPE_F32
-        options = {"n_ctx": 512, "type_k": kind, "type_v": kind, "flash_attn": False, "verbose": False}
-        llama = llama_cpp.Llama(str(path), logits_all=True, n_threads=1, n_threads_batch=1, **options)
+        server = xllamacpp.Server(options)
 
         def write(ids: list[int], num_new: int) -> list[int]:
-            llama.reset()
-            llama.eval(ids)
             written: list[int] = []
-            while True:
-                written.append(int(llama.scores[llama.n_tokens - 1].argmax()))
-                if len(written) >= num_new:
-                    return written
-                llama.eval(written[-1:])
+            while len(written) < num_new:  # it stops behind an end token, which the others write over
+                asked = {"prompt": ids + written, "n_predict": num_new - len(written), "temperature": 0}
+                asked |= {"cache_prompt": False, "return_tokens": True}
+                request = urllib.request.Request(
+                    f"{server.listening_address}/completion",
+                    json.dumps(asked).encode(),
+                    {"Content-Type": "application/json"},
+                )
+                with urllib.request.urlopen(request) as answer:
+                    written += json.load(answer)["tokens"]
+            return written
 
         return write
 
