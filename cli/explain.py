@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mask", default=None, metavar="LAYER:EXPERT", help="mask these instead, comma-separated")
     parser.add_argument(
+        "--set-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="mask the N experts that prefer a domain most, together; 0: none (default: 5, of few experts fewer)",
+    )
+    parser.add_argument(
         "--faithfulness", type=int, default=16, metavar="N", help="texts to test attributions on; 0: none"
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="passages at once")
@@ -92,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         length=args.length,
         num_experts=10**9 if args.experts == "all" else int(args.experts),
         experts=masked,
+        set_size=args.set_size,
         num_faithful=args.faithfulness,
         batch_size=args.batch_size,
         seed=args.seed,
@@ -149,6 +157,7 @@ def format_explanation(found: dict[str, Any]) -> str:
             for change, error in zip(effect["change"], effect["stderr"], strict=True)
         ]
         lines.append(f"{effect['layer']:>5} {effect['expert']:>6}" + "".join(f"{cell:>{width}}" for cell in cells))
+    lines += format_sets(found)
     tested = found["faithfulness"]
     if tested is not None:
         for name in ("deletion", "insertion"):
@@ -160,3 +169,30 @@ def format_explanation(found: dict[str, Any]) -> str:
     elif found["settings"]["num_faithful"]:
         lines += ["", "attributions were not tested: no captum; pip install 'deepseek-moe[explain]'"]
     return "\n".join(lines)
+
+
+def format_sets(found: dict[str, Any]) -> list[str]:
+    """Return what masking each domain's preferred experts together does, as lines.
+
+    Args:
+        found: What ``explain.json`` holds.
+    """
+    if not found["sets"]:
+        return []
+    domains = found["atlas"]["domains"]
+    size, controls = len(found["sets"][0]["experts"]), found["sets"][0]["num_controls"]
+    lines = ["", f"loss without the {size} experts that prefer a domain, beside {controls} random sets of equal load"]
+    layout = "{:<16}{:>20}{:>20}{:>18}"
+    lines.append(layout.format("domain", "these", "random", "times as much"))
+    for one in found["sets"]:
+        place = domains.index(one["domain"])
+        cells = [
+            _with_error(one[f"{key}change"][place], one[f"{key}stderr"][place], "+.4f") for key in ("", "control_")
+        ]
+        cells.append("-" if one["ratio"] is None else _with_error(one["ratio"], one["ratio_stderr"], ".2f"))
+        lines.append(layout.format(one["domain"], *cells))
+    return lines
+
+
+def _with_error(value: float, error: float | None, spec: str) -> str:
+    return f"{value:{spec}}" + ("" if error is None else f" +- {error:{spec.lstrip('+')}}")

@@ -168,7 +168,7 @@ def measure_effects(
     for place, expert in experts:
         with masked_expert(layers[place], expert):
             change = score_passages(model, passages, batch_size) - before
-        measured.append(_by_domain(passages, change))
+        measured.append(change_by_domain(passages, change))
         tell()
     q_values = iter(_q_values(measured))
     return [
@@ -184,7 +184,13 @@ def measure_effects(
     ]
 
 
-def _by_domain(passages: Sequence[Passage], change: np.ndarray) -> list[tuple[float, float | None]]:
+def change_by_domain(passages: Sequence[Passage], change: np.ndarray) -> list[tuple[float, float | None]]:
+    """Return each domain's change in nats per token, with its error over documents.
+
+    Args:
+        passages: P passages; domains come in the order of their first.
+        change: `[P]` change of each passage's loss, in nats.
+    """
     rows = []
     for domain in dict.fromkeys(passage.domain for passage in passages):
         chosen = [number for number, passage in enumerate(passages) if passage.domain == domain]

@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from deepseek_eval.interpret.ablation import Effect, estimate_effects, measure_effects, rank_experts
 from deepseek_eval.interpret.atlas import Atlas, make_atlas, show_token
 from deepseek_eval.interpret.attributions import Reading, attribute, encode_text, require_captum
+from deepseek_eval.interpret.expert_sets import measure_sets
 from deepseek_eval.interpret.faithfulness import Faithfulness, TextCurves, sum_up, trace_curves
 from deepseek_eval.interpret.passages import Passage, cut_passages
-from deepseek_eval.interpret.routed_tokens import find_layers, layer_number, read_routing
+from deepseek_eval.interpret.routed_tokens import RoutedTokens, find_layers, layer_number, read_routing
 from deepseek_eval.interpret.router_parts import split_router_logits
 from deepseek_eval.interpret.steered_router import check_expert
 from deepseek_eval.model_loading import LoadedModel, load_model
@@ -44,6 +45,7 @@ class ExplainSettings:
         length: Tokens of a passage.
         num_experts: How many experts to mask, those first that a gradient ranks highest.
         experts: Layer and number of experts to mask in place of those.
+        set_size: How many experts that prefer a domain to mask together; 0: none; None: as `expert_sets` chooses.
         num_faithful: Texts on which the attributions are tested, drawn from the passages.
         faithful_length: Tokens of each.
         batch_size: Passages at once.
@@ -58,6 +60,7 @@ class ExplainSettings:
     length: int = 128
     num_experts: int = 16
     experts: tuple[tuple[str, int], ...] = ()
+    set_size: int | None = None
     num_faithful: int = 16
     faithful_length: int = 32
     batch_size: int = 16
@@ -82,6 +85,8 @@ class ExplainSettings:
             if getattr(self, name) < least:
                 option = {"num_experts": "experts", "num_faithful": "faithfulness"}.get(name, name)
                 raise ValueError(f"--{option.replace('_', '-')}: got {getattr(self, name)}, expected at least {least}")
+        if self.set_size is not None and self.set_size < 0:
+            raise ValueError(f"--set-size: got {self.set_size}, expected at least 0")
         for text in self.texts:
             if not text.strip():
                 raise ValueError("--text: got an empty text, expected at least two tokens")
@@ -136,7 +141,11 @@ def explain(
     passages = cut_passages(
         domains, loaded.tokenizer, num_passages=settings.passages, length=length, seed=settings.seed
     )
-    atlas = _read_atlas(loaded, layers, passages, settings)
+    routed = _read_routing(loaded, passages, settings)
+    names = [layer_number(layer) for layer in layers]
+    atlas = make_atlas(routed, passages, loaded.tokenizer, names, settings.seed)
+    options = {"size": settings.set_size, "batch_size": settings.batch_size, "seed": settings.seed}
+    sets = measure_sets(loaded.model, layers, passages, routed, **options)
     effects = _mask_experts(loaded, layers, passages, asked, settings)
     texts = [_explain_text(loaded, ids, settings.seed) for ids in tqdm(encoded, desc="texts", disable=not encoded)]
     faithfulness = _test_attributions(loaded, passages, settings)
@@ -148,6 +157,7 @@ def explain(
         "settings": recipe,
         "atlas": asdict(atlas),
         "ablation": [asdict(effect) for effect in effects],
+        "sets": [asdict(one) for one in sets],
         "texts": texts,
         "faithfulness": None if faithfulness is None else asdict(faithfulness),
         "seconds": seconds,
@@ -178,12 +188,9 @@ def find_experts(layers: Sequence[MoeLayer], asked: Sequence[tuple[str, int]]) -
     return [(names.index(layer), expert) for layer, expert in asked]
 
 
-def _read_atlas(
-    loaded: LoadedModel, layers: Sequence[MoeLayer], passages: Sequence[Passage], settings: ExplainSettings
-) -> Atlas:
+def _read_routing(loaded: LoadedModel, passages: Sequence[Passage], settings: ExplainSettings) -> RoutedTokens:
     with tqdm(total=len(passages), desc="atlas", unit="passage") as bar:
-        routed = read_routing(loaded.model, passages, batch_size=settings.batch_size, tell=bar.update)
-    return make_atlas(routed, passages, loaded.tokenizer, [layer_number(layer) for layer in layers], settings.seed)
+        return read_routing(loaded.model, passages, batch_size=settings.batch_size, tell=bar.update)
 
 
 def _mask_experts(

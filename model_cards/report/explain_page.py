@@ -8,17 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepseek_model_cards.report.charts import CELL_INK, CELL_LIGHT, line_chart
+from deepseek_model_cards.report.charts import line_chart
+from deepseek_model_cards.report.masking_maps import SURE, Cell, ablation_map, color_cell, set_map
 from deepseek_model_cards.wording import format_count, format_seconds, format_value
 from deepseek_records.json_files import read_object
 from deepseek_records.run_folder import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
-_MORE, _LESS = (178, 60, 23), (33, 94, 160)
-_SURE = 0.05
 _LEAST_LIFT = 1.3
-
-Cell = dict[str, str]
 
 
 def write_explanation(run_path: str | Path, output: str | Path) -> Path:
@@ -41,7 +38,8 @@ def write_explanation(run_path: str | Path, output: str | Path) -> Path:
         tiles=_tiles(found),
         domain_maps=[_domain_map(layer, found["atlas"]) for layer in found["atlas"]["layers"]],
         information=[_information_row(layer) for layer in found["atlas"]["layers"]],
-        ablation=_ablation_map(found),
+        ablation=ablation_map(found),
+        sets=set_map(found),
         other_maps=[_other_maps(layer, found["atlas"]) for layer in found["atlas"]["layers"]],
         experts=[_expert_rows(layer) for layer in found["atlas"]["layers"]],
         texts=[_text_view(text) for text in found["texts"]],
@@ -55,22 +53,6 @@ def write_explanation(run_path: str | Path, output: str | Path) -> Path:
 def _name(model: str) -> str:
     path = Path(model)
     return path.parent.name if path.name == "model" and path.parent.name else path.name or model
-
-
-def color_cell(text: str, value: float, most: float, title: str) -> Cell:
-    """Return a heatmap's cell: orange above zero, blue below, white at zero.
-
-    Args:
-        text: What it shows.
-        value: What colors it.
-        most: The value of the full color.
-        title: What a pointer over it tells.
-    """
-    share = max(-1.0, min(1.0, value / most if most else 0.0))
-    tone = _MORE if share > 0 else _LESS
-    red, green, blue = (round(255 + abs(share) * (part - 255)) for part in tone)
-    ink = CELL_LIGHT if abs(share) > 0.62 else CELL_INK
-    return {"text": text, "style": f"background:#{red:02x}{green:02x}{blue:02x};color:{ink}", "title": title}
 
 
 def _lift_cell(lift: float, title: str) -> Cell:
@@ -88,7 +70,7 @@ def _tiles(found: Mapping[str, Any]) -> list[dict[str, str]]:
         }
     ]
     if len(atlas["domains"]) > 1:
-        sure = sum(expert["q_value"] < _SURE for expert in experts)
+        sure = sum(expert["q_value"] < SURE for expert in experts)
         tiles.append(
             {
                 "name": "experts that prefer a domain",
@@ -139,26 +121,6 @@ def _information_row(layer: Mapping[str, Any]) -> list[str]:
     return [*cells, "-" if stable is None else f"{stable[0]:.3f}, sd {stable[1]:.3f}"]
 
 
-def _ablation_map(found: Mapping[str, Any]) -> dict[str, Any] | None:
-    effects, domains = found["ablation"], found["atlas"]["domains"]
-    if not effects:
-        return None
-    most = [max(abs(effect["change"][number]) for effect in effects) for number in range(len(domains))]
-    rows = []
-    for effect in sorted(effects, key=lambda one: -max(map(abs, one["change"]))):
-        cells = []
-        for number, domain in enumerate(domains):
-            change, error, q_value = (effect[name][number] for name in ("change", "stderr", "q_value"))
-            is_sure = q_value is not None and q_value < _SURE
-            title = f"{domain}: {change:+.5f}" + ("" if error is None else f" \u00b1 {error:.5f}, q = {q_value:.2g}")
-            title += f"; first-order estimate {effect['estimate'][number]:+.5f}"
-            text = f"{change:+.3f}" + ("*" if is_sure else "")
-            scaled = math.copysign(math.sqrt(abs(change)), change)  # so that small changes are seen beside large ones
-            cells.append(color_cell(text, scaled, math.sqrt(most[number]), title))
-        rows.append({"name": f"layer {effect['layer']}, expert {effect['expert']}", "cells": cells})
-    return {"title": "", "columns": domains, "rows": rows}
-
-
 def _other_maps(layer: Mapping[str, Any], atlas: Mapping[str, Any]) -> list[dict[str, Any]]:
     experts = _ordered(layer, atlas["domains"])
     maps = []
@@ -187,7 +149,7 @@ def _expert_rows(layer: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for expert in layer["experts"]:
         lift = max(expert["lifts"])
-        is_plain = lift < _LEAST_LIFT or expert["q_value"] >= _SURE
+        is_plain = lift < _LEAST_LIFT or expert["q_value"] >= SURE
         rows.append(
             {
                 "expert": expert["expert"],

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek_model_cards.report.explain_page import TEMPLATES, color_cell
+from deepseek_model_cards.report.explain_page import TEMPLATES
+from deepseek_model_cards.report.masking_maps import color_cell
 from deepseek_model_cards.wording import format_value
 from deepseek_records.json_files import read_object
 from deepseek_records.media.pictures import file_name

@@ -19,16 +19,21 @@ def test_it_writes_figures_and_a_page_of_one_file(tmp_path, capsys):
     assert "bits on domain" in printed and "deletion: better than random orders" in printed
     found = json.loads((tmp_path / "run/explain.json").read_text())
     assert found["atlas"]["domains"] == ["medicine", "dialogues"] and len(found["ablation"]) == 2
+    assert [one["domain"] for one in found["sets"]] == [
+        "medicine",
+        "dialogues",
+    ] and "random sets of equal load" in printed
     assert found["texts"][0]["attribution"]["error"] < 1e-3
     page = (tmp_path / "run/explain.html").read_text()
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
     assert "src=" in page and page.count("<table") > 5 and "&lt;" in page
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["stage"] == "explain" and summary["data"][0]["name"] == "medicine"
-    again = f"{size} --mask 1:0 --overwrite --faithfulness 0".split()
+    again = f"{size} --mask 1:0 --overwrite --faithfulness 0 --set-size 0".split()
     assert main(["explain", str(MODEL), *again, "--output", str(tmp_path / "run")]) == 0
     found = json.loads((tmp_path / "run/explain.json").read_text())
     assert [(one["layer"], one["expert"]) for one in found["ablation"]] == [("1", 0)] and not found["texts"]
+    assert not found["sets"]
 
 
 def test_without_captum_it_says_what_to_install(monkeypatch, tmp_path, capsys):

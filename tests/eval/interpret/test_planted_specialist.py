@@ -7,6 +7,7 @@ from tiny_moe import Letters, make_model
 
 from deepseek_eval.interpret.ablation import estimate_effects, measure_effects, rank_experts, score_passages
 from deepseek_eval.interpret.atlas import make_atlas
+from deepseek_eval.interpret.expert_sets import equally_busy, masked_experts, measure_sets, preferred
 from deepseek_eval.interpret.passages import Passage
 from deepseek_eval.interpret.routed_tokens import find_layers, read_routing
 
@@ -100,3 +101,43 @@ def test_the_estimate_is_the_derivative(planted):
     is_b = np.array([passage.domain == "b" for passage in passages])
     measured = (after - before)[is_b].sum() / (20 * is_b.sum()) / step
     assert measured == pytest.approx(estimate[1], rel=0.1)
+
+
+def test_the_set_of_a_domain_has_the_specialist_and_is_needed(planted):
+    model, passages = planted
+    layers, routed = find_layers(model), read_routing(model, passages)
+    effects = {one.domain: one for one in measure_sets(model, layers, passages, routed, size=3)}
+    found = effects["b"]
+    assert f"1:{SPECIALIST}" in found.experts and len(found.experts) == 3 and found.num_controls == 8
+    assert f"1:{SPECIALIST}" not in effects["a"].experts
+    assert found.change[1] > 1.0 and abs(found.change[0]) < 0.1 * found.change[1]
+    assert found.ratio > 3 and found.ratio - 2 * found.ratio_stderr > 1
+    with masked_experts(layers, ((1, SPECIALIST), (1, 0))):
+        chosen = read_routing(model, passages).experts[1]
+    assert not np.isin(chosen, (SPECIALIST, 0)).any()
+
+
+def test_sets_are_of_equal_size_and_as_busy():
+    rng = np.random.default_rng(0)
+    rates = [rng.random((2, 8)) for _ in range(3)]
+    chosen = preferred(rates, 0, 4, [2, 2, 2])
+    lifts = {
+        (place, one): rates[place][0, one] / rates[place][:, one].mean() for place in range(3) for one in range(8)
+    }
+    assert max(lifts, key=lifts.get) in chosen and len(chosen) == 4
+    sizes = [sum(place == layer for place, _ in chosen) for layer in range(3)]
+    assert max(sizes) <= 2
+
+    def load(experts):
+        return sum(rates[place][:, one].mean() for place, one in experts) / sum(table.mean(0).sum() for table in rates)
+
+    for other in equally_busy(rates, chosen, 6, rng):
+        assert not set(other) & set(chosen)
+        assert [sum(place == layer for place, _ in other) for layer in range(3)] == sizes
+        assert load(other) == pytest.approx(load(chosen), abs=0.05)
+
+
+def test_a_set_that_cannot_be_spared_is_refused(planted):
+    model, passages = planted
+    with pytest.raises(ValueError, match="--set-size: got 99, expected at most 10"):
+        measure_sets(model, find_layers(model), passages, read_routing(model, passages), size=99)
