@@ -1,4 +1,4 @@
-"""Five updates in sequence by nine methods: what is gained, what is forgotten, over seeds.
+"""Five updates in sequence by ten methods: what is gained, what is forgotten, over seeds.
 
 ``deepseek-moe bench update`` pretrains a small model on dialogues for each seed, then teaches it books, medicine,
 finance, Chinese prose and Python one after another by each method, at equal tokens. It may be stopped at any time; the
@@ -10,10 +10,14 @@ With R[i][j] the bits per byte on text j after update i (0: before the first; te
     learned    mean_{j>0} (R[0][j] - R[j][j])                what a text has gained once it was taught
     forgotten  mean_{j<5} (R[5][j] - R[j][j])                minus backward transfer (Lopez-Paz and Ranzato, 2017)
     forward    mean_{j>1} (R[0][j] - R[j-1][j])              what earlier updates gave to a text before its own
+
+A second table has how far the routers moved in each update, and a third what the gate said.
 """
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from deepseek_cli.benchmarks.result_files import RESULTS_FILE, BenchmarkRun
-from deepseek_cli.benchmarks.update_sequence import METHODS, UpdateSequence
+from deepseek_cli.benchmarks.update_sequence import METHODS, Updated, UpdateSequence
 from deepseek_cli.benchmarks.update_texts import FIRST, LATER, read_lesson
 from deepseek_records.loading import load_model
 from deepseek_records.run_folder import write_json
@@ -34,7 +38,8 @@ from deepseek_training.stages.pretrain import pretrain
 _LENGTH, _BATCH_SIZE, _HELD_OUT_BYTES, _VOCABULARY = 64, 16, 24_000, 1024
 TEXTS = (FIRST, *LATER)
 FIGURES = ("final", "learned", "forgotten", "forward")
-Measured = dict[str, float]
+# By seed and method; "before" has the first model's.
+Runs = dict[str, dict[str, list[Updated]]]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in ("seeds", "steps", "first_steps")}
     bench = BenchmarkRun("update", args.output, {**settings, "methods": methods}, overwrite=args.overwrite)
     root = bench.folder.path
-    kept = json.loads((root / RESULTS_FILE).read_text()) if (root / RESULTS_FILE).is_file() else {}
-    runs: dict[str, dict[str, list[Measured]]] = kept.get("runs", {})
+    runs = _read(root / RESULTS_FILE)
     texts = [read_lesson(name) for name in TEXTS]
     tokenizer = train_tokenizer([text for one in texts for text in one.train], _VOCABULARY)
     bar = tqdm(total=args.seeds * len(methods), desc="update", unit="sequence")
@@ -69,21 +73,37 @@ def run(args: argparse.Namespace) -> int:
             continue
         model = _first_model(root, texts[0].train, texts[0].held_out, tokenizer, seed, args.first_steps)
         lessons = UpdateSequence.prepare(model, tokenizer, texts, length=_LENGTH, held_out_bytes=_HELD_OUT_BYTES)
-        of_seed.setdefault("before", [lessons.measure(model)])
+        of_seed.setdefault("before", [Updated(lessons.measure(model))])
         for name in missing:
             of_seed[name] = lessons.run(METHODS[name], steps=args.steps, seed=seed, batch_size=_BATCH_SIZE)
-            write_json(root / RESULTS_FILE, {"runs": runs})
+            write_json(root / RESULTS_FILE, {"runs": _plain(runs)})
             bar.update()
     bar.close()
     figures = {name: summarize(runs, name) for name in methods}
-    table = format_table(figures)
+    tables = [format_table(figures), format_drift(runs, methods), format_gate(runs, methods)]
+    table = "\n\n".join(one for one in tables if one)
     print(table)
     from deepseek_cli.benchmarks.update_picture import draw
 
     (root / "plots").mkdir(exist_ok=True)
     draw(runs, figures, root / "plots" / "update.png")
-    bench.finish({"runs": runs, "figures": figures}, table)
+    bench.finish({"runs": _plain(runs), "figures": figures}, table)
     return 0
+
+
+def _read(path: Path) -> Runs:
+    kept = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    return {
+        seed: {name: [Updated(**one) for one in rows] for name, rows in of_seed.items()}
+        for seed, of_seed in kept.items()
+    }
+
+
+def _plain(runs: Runs) -> dict[str, Any]:
+    return {
+        seed: {name: [dataclasses.asdict(one) for one in rows] for name, rows in of_seed.items()}
+        for seed, of_seed in runs.items()
+    }
 
 
 def _first_model(
@@ -117,24 +137,24 @@ def _first_model(
     return load_model(path)
 
 
-def matrix(before: Measured, measured: list[Measured]) -> np.ndarray:
+def matrix(before: Updated, after: list[Updated]) -> np.ndarray:
     """Return R, `[updates + 1, texts]`.
 
     Args:
-        before: Bits per byte before the first update.
-        measured: After each.
+        before: What the first model is worth.
+        after: Each update.
     """
-    return np.array([[row[name] for name in TEXTS] for row in (before, *measured)])
+    return np.array([[one.bits[name] for name in TEXTS] for one in (before, *after)])
 
 
-def figures_of(before: Measured, measured: list[Measured]) -> Measured:
+def figures_of(before: Updated, after: list[Updated]) -> dict[str, float]:
     """Return the figures of one sequence; joint training has only the last.
 
     Args:
-        before: Bits per byte before the first update.
-        measured: After each.
+        before: What the first model is worth.
+        after: Each update.
     """
-    table = matrix(before, measured)
+    table = matrix(before, after)
     found = {"final": float(table[-1].mean())}
     last = len(TEXTS) - 1
     if len(table) == last + 1:
@@ -145,7 +165,7 @@ def figures_of(before: Measured, measured: list[Measured]) -> Measured:
     return found
 
 
-def summarize(runs: dict[str, dict[str, list[Measured]]], name: str) -> dict[str, Any]:
+def summarize(runs: Runs, name: str) -> dict[str, Any]:
     """Return a method's figures, mean and standard error over seeds, and the difference of `final` from naive's.
 
     Args:
@@ -175,6 +195,44 @@ def format_table(figures: dict[str, dict[str, Any]]) -> str:
         cells = [_shown(row.get("final"), ".3f"), _shown(row.get("against_naive"), "+.3f")]
         cells += [_shown(row.get(key), "+.3f") for key in ("learned", "forgotten", "forward")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def format_drift(runs: Runs, methods: Sequence[str]) -> str:
+    """Return how far the routers moved in each update, as Markdown: mean over texts, mean and error over seeds.
+
+    Args:
+        runs: By seed and method.
+        methods: The rows; joint training has no single updates.
+    """
+    lines = [f"| routers moved, nats | {' | '.join(LATER)} |", f"| --- |{' --- |' * len(LATER)}"]
+    for name in methods:
+        if METHODS[name].is_joint:
+            continue
+        cells = []
+        for place in range(len(LATER)):
+            drifts = [list(of_seed[name][place].drift.values()) for of_seed in runs.values()]
+            cells.append(_shown(mean_with_error([sum(one) / len(one) for one in drifts]), ".4f"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def format_gate(runs: Runs, methods: Sequence[str]) -> str:
+    """Return what the gate said to each update, as Markdown: the alpha that was kept, by seed, or that it refused.
+
+    Args:
+        runs: By seed and method.
+        methods: Of which those with a gate are told.
+    """
+    gated = [name for name in methods if METHODS[name].is_gated]
+    if not gated:
+        return ""
+    lines = ["| update | kept at alpha, by seed | refused for |", "| --- | --- | --- |"]
+    for name in gated:
+        for place, text in enumerate(LATER):
+            said = [of_seed[name][place].gate for of_seed in runs.values()]
+            kept = ", ".join(f"{one['alpha']:g}" if one["accepted"] else "refused" for one in said)
+            lines.append(f"| {text} | {kept} | {'; '.join(why for one in said for why in one['why'])} |")
     return "\n".join(lines)
 
 

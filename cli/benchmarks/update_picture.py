@@ -9,12 +9,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from deepseek_cli.benchmarks.update_sequence import Updated
 from deepseek_cli.benchmarks.update_texts import FIRST, LATER
 
-_SHOWN = ("naive", "replay + merge")
+_SHOWN = ("naive", "replay + gate")
 
 
-def draw(runs: dict[str, dict[str, Any]], figures: dict[str, dict[str, Any]], path: Path) -> None:
+def draw(runs: dict[str, dict[str, list[Updated]]], figures: dict[str, dict[str, Any]], path: Path) -> None:
     """Write the picture.
 
     Args:
@@ -57,11 +58,11 @@ def draw(runs: dict[str, dict[str, Any]], figures: dict[str, dict[str, Any]], pa
     plt.close(figure)
 
 
-def _mean_change(runs: dict[str, dict[str, Any]], name: str) -> np.ndarray:
+def _mean_change(runs: dict[str, dict[str, list[Updated]]], name: str) -> np.ndarray:
     """`[updates, texts]`, mean over seeds of bits per byte less those before the first update."""
     texts = (FIRST, *LATER)
     each = [
-        [[row[text] - of_seed["before"][0][text] for text in texts] for row in of_seed[name]]
+        [[one.bits[text] - of_seed["before"][0].bits[text] for text in texts] for one in of_seed[name]]
         for of_seed in runs.values()
     ]
     return np.array(each).mean(0)

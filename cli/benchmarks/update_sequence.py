@@ -1,7 +1,8 @@
 """One method's way through ``deepseek-moe bench update``: five updates of one model, measured after each.
 
 All methods begin from the same model of a seed and train as many tokens in each update; what is replayed takes the
-place of new text. Nothing is gated here: the table is about what methods do.
+place of new text. Only the gated row has a gate, that of ``deepseek-moe update``: it picks among candidates and may
+refuse, on held-out text of its own, which the table's figures do not stand on.
 """
 
 import copy
@@ -11,14 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from deepseek_cli.benchmarks.update_texts import FIRST, LATER, LessonTexts
+from deepseek_cli.router_drift import measure_router_drift
 from deepseek_records.hashes import hash_tokenizer
 from deepseek_training.continual.continued_training import build_trainer, mix_replay, prepare_method
+from deepseek_training.continual.decision import Gate, GateSets
 from deepseek_training.continual.held_out_units import HeldOutUnits
-from deepseek_training.continual.merge_weights import merge_tensors
+from deepseek_training.continual.merge_weights import merge_tensors, merge_weights
 from deepseek_training.continual.reservoir import Reservoir
 from deepseek_training.data.packing import PackedDataset, encode_documents
 from deepseek_training.recipes.update import UpdateRecipe
@@ -26,6 +29,9 @@ from deepseek_training.trainer.lora import merged
 from deepseek_training.trainer.run_start import training_arguments
 
 _REPLAY_BLOCKS = 1200
+_BATCH_OF_MEASURING = 32
+# Of a gate's decision, what the table's file keeps.
+_TOLD = ("accepted", "alpha", "why", "findings")
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,13 @@ class Method:
         settings: Of `UpdateRecipe`.
         alpha: How far from the old weights to the trained ones the result lies.
         is_joint: Whether all texts are trained on at once, in as many steps.
+        is_gated: Whether the gate picks the alpha, and decides; `alpha` says nothing then.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     alpha: float = 1.0
     is_joint: bool = False
+    is_gated: bool = False
 
 
 METHODS = {
@@ -52,8 +60,25 @@ METHODS = {
     "EWC": Method({"replay_share": 0.0, "ewc_weight": 1e5}),
     "merge": Method({"replay_share": 0.0}, alpha=0.5),
     "replay + merge": Method({"replay_share": 0.4}, alpha=0.5),
+    "replay + gate": Method({"replay_share": 0.4}, is_gated=True),
     "joint": Method({"replay_share": 0.0}, is_joint=True),
 }
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What one update came to.
+
+    Attributes:
+        bits: Bits per byte on each text.
+        drift: By text, how far the routers moved in this update: KL of expert load in nats, less what chance gives,
+            mean over layers. Empty before the first update.
+        gate: What the gate said; empty without one.
+    """
+
+    bits: dict[str, float]
+    drift: dict[str, float] = field(default_factory=dict)
+    gate: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,15 +88,17 @@ class UpdateSequence:
     Attributes:
         model: The first model.
         parts: Blocks by text, the first one's too.
-        held_out: Held-out units by text.
-        tokenizer: Hash.
+        held_out: Held-out units by text, for the figures.
+        of_gate: Other held-out units by text, for the gate.
+        tokenizer: The model's.
         sequence_length: Tokens of a block.
     """
 
     model: PreTrainedModel
     parts: dict[str, PackedDataset]
     held_out: dict[str, HeldOutUnits]
-    tokenizer: str
+    of_gate: dict[str, HeldOutUnits]
+    tokenizer: Any
     sequence_length: int
 
     @classmethod
@@ -88,19 +115,24 @@ class UpdateSequence:
             held_out_bytes: Of each held-out set.
         """
         parts = {one.name: PackedDataset(encode_documents(one.train, tokenizer), length) for one in texts}
-        sets = {one.name: HeldOutUnits.prepare(one.name, one.held_out, tokenizer, held_out_bytes) for one in texts}
-        return cls(model, parts, sets, hash_tokenizer(tokenizer), length)
+
+        def units(name: str, documents: Sequence[str]) -> HeldOutUnits:
+            return HeldOutUnits.prepare(name, documents, tokenizer, held_out_bytes)
+
+        held_out = {one.name: units(one.name, one.held_out) for one in texts}
+        of_gate = {one.name: units(one.name, one.of_gate) for one in texts}
+        return cls(model, parts, held_out, of_gate, tokenizer, length)
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         """Return the bits per byte on each text."""
         found = {}
         for name, one in self.held_out.items():
-            bits = one.measure(model, sequence_length=self.sequence_length, batch_size=32)
+            bits = one.measure(model, sequence_length=self.sequence_length, batch_size=_BATCH_OF_MEASURING)
             found[name] = float(bits.sum() / one.num_bytes.sum())
         return found
 
-    def run(self, method: Method, *, steps: int, seed: int, batch_size: int) -> list[dict[str, float]]:
-        """Return the bits per byte on each text after each update; for joint training after all.
+    def run(self, method: Method, *, steps: int, seed: int, batch_size: int) -> list[Updated]:
+        """Return what each update came to; for joint training, all of them together.
 
         Args:
             method: How.
@@ -114,27 +146,54 @@ class UpdateSequence:
             "sequence_length": self.sequence_length,
         }
         recipe = UpdateRecipe(**{**settings, **method.settings})
-        reservoir = Reservoir({}, {}, _REPLAY_BLOCKS, self.tokenizer).add(FIRST, self.parts[FIRST], seed=seed)
-        state, measured = self.model.state_dict(), []
+        reservoir = Reservoir({}, {}, _REPLAY_BLOCKS, hash_tokenizer(self.tokenizer))
+        reservoir = reservoir.add(FIRST, self.parts[FIRST], seed=seed)
+        old, taught, found = self.model, [FIRST], []
         if method.is_joint:
             for name in LATER[1:]:
                 reservoir = reservoir.add(name, self.parts[name], seed=seed)
             recipe.max_steps, recipe.replay_share = steps * len(LATER), 1 - 1 / (len(LATER) + 1)
-            return [self.measure(self._update(recipe, state, LATER[0], reservoir))]
+            model = self._update(recipe, old, LATER[0], reservoir)
+            return [Updated(self.measure(model), self._drift(old, model))]
         for name in LATER:
-            model = self._update(recipe, state, name, reservoir)
-            new = model.state_dict()
-            state = {key: merge_tensors(key, state[key], new[key], method.alpha).clone() for key in new}
-            model.load_state_dict(state)
-            measured.append(self.measure(model))
-            reservoir = reservoir.add(name, self.parts[name], seed=seed)
-        return measured
+            model, gate = self._update(recipe, old, name, reservoir), {}
+            if method.is_gated:
+                gate = self._decide(recipe, old, model, name, taught)
+            alpha = method.alpha if not method.is_gated else gate["alpha"] * gate["accepted"]
+            model = _between(old, model, alpha)
+            found.append(Updated(self.measure(model), self._drift(old, model), gate))
+            if alpha:
+                taught.append(name)
+                reservoir = reservoir.add(name, self.parts[name], seed=seed)
+            old = model
+        return found
 
-    def _update(
-        self, recipe: UpdateRecipe, state: dict[str, torch.Tensor], name: str, reservoir: Reservoir
-    ) -> PreTrainedModel:
-        model = copy.deepcopy(self.model)
-        model.load_state_dict(state)
+    def _decide(
+        self, recipe: UpdateRecipe, old: PreTrainedModel, new: PreTrainedModel, name: str, taught: Sequence[str]
+    ) -> dict[str, Any]:
+        """What the gate of `deepseek_training.stages.update` says of the recipe's candidates."""
+        with tempfile.TemporaryDirectory() as root:
+            folders = [Path(root) / which for which in ("old", "new")]
+            for model, folder in zip((old, new), folders, strict=True):
+                model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+            candidates = {
+                alpha: merge_weights(*folders, Path(root) / f"alpha-{alpha:g}", alpha) for alpha in recipe.alphas
+            }
+            sets = GateSets(self.of_gate[name], [self.of_gate[one] for one in taught])
+            gate = Gate(recipe, sets, self.tokenizer, training_arguments(recipe, Path(root) / "args"))
+            decision = gate.decide(folders[0], candidates)
+        return {key: decision[key] for key in _TOLD}
+
+    def _drift(self, old: PreTrainedModel, new: PreTrainedModel) -> dict[str, float]:
+        rows = measure_router_drift(old, new, list(self.held_out.values()))
+        return {
+            name: float(np.mean([row["corrected"] for row in rows if row["dataset"] == name]))
+            for name in self.held_out
+        }
+
+    def _update(self, recipe: UpdateRecipe, old: PreTrainedModel, name: str, reservoir: Reservoir) -> PreTrainedModel:
+        model = copy.deepcopy(old)
         with tempfile.TemporaryDirectory() as folder:
             args = training_arguments(recipe, Path(folder))
             recipe, dataset = mix_replay(recipe, self.parts[name], reservoir, args)
@@ -144,3 +203,12 @@ class UpdateSequence:
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         return merged(trainer.model)
+
+
+def _between(old: PreTrainedModel, new: PreTrainedModel, alpha: float) -> PreTrainedModel:
+    """A model so far from the old one to the new one, with nothing of its training about it."""
+    model, former = copy.deepcopy(old), old.state_dict()
+    model.load_state_dict(
+        {name: merge_tensors(name, former[name], value, alpha) for name, value in new.state_dict().items()}
+    )
+    return model.eval()

@@ -5,6 +5,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepseek_training.continual.held_out_units import LEAST_DOCUMENTS
 from deepseek_training.data.texts import load_texts, read_rows
 
 FIRST = "dialogues"
@@ -21,11 +22,13 @@ class LessonTexts:
         name: As tables carry it.
         train: Documents to train on.
         held_out: Documents that are never trained on.
+        of_gate: Others, for a gate; where documents are few, the second halves of the same.
     """
 
     name: str
     train: list[str]
     held_out: list[str]
+    of_gate: list[str]
 
 
 def read_lesson(name: str) -> LessonTexts:
@@ -46,7 +49,13 @@ def read_lesson(name: str) -> LessonTexts:
         )
     else:
         train, held_out = load_texts(name, "train"), load_texts(name, "validation")
-    return LessonTexts(name, _cut(train), held_out)
+    return LessonTexts(name, _cut(train), *_in_two(held_out))
+
+
+def _in_two(texts: list[str]) -> tuple[list[str], list[str]]:
+    if len(texts) >= 2 * LEAST_DOCUMENTS:
+        return texts[::2], texts[1::2]
+    return [text[: len(text) // 2] for text in texts], [text[len(text) // 2 :] for text in texts]
 
 
 def _python_files() -> list[str]:
