@@ -11,7 +11,7 @@ from deepseek_training.see_and_hear.join import join
 from modeling_deepseek import DeepseekConfig
 
 TINY_VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-TINY_AUDIO = {**TINY_VISION, "max_length": 16, "num_mel_bins": 16}
+TINY_AUDIO = {**TINY_VISION, "time_stride": 45, "num_mel_bins": 16}
 STOCK = {
     **{"vocab_size": 400, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2},
     **{"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128, "head_dim": 16},

@@ -24,7 +24,7 @@ from deepseek_records.loading import first_line, resolve_checkpoint
 from deepseek_training.recipes.multimodal import SMALL
 from modeling_deepseek.modeling_multimodal import build_encoder
 
-# 16 tokens per image of 32 x 32, 24 + 2 per second of sound at 8 kHz.
+# 16 tokens per image of 32 x 32, 48 + 2 per second of sound.
 _SMALL_VISION = {
     "hidden_size": 64,
     "intermediate_size": 256,
@@ -42,13 +42,16 @@ _SMALL_AUDIO = {
     "frequency_stride": 8,
     "time_stride": 8,
     "num_mel_bins": 32,
-    "max_length": 48,
     # AST's 0.02 suits a width of 768; at 64 every layer would shrink its input to a sixth.
     "initializer_range": 0.1,
 }
-_SMALL_RATE = 8000
+# AST's window and hop are 25 and 10 ms of this rate. At another one transformers counts them in samples, or where
+# torchaudio is installed in milliseconds: the same sound would have other features, or only its first half.
+_SMALL_RATE, _WINDOW, _HOP = 16_000, 400, 160
 # Of the log mel energies of the made tones, so that the encoder's input has a mean of 0 and a deviation of about 1.
-_SMALL_MEAN, _SMALL_STD = -4.8, 1.8
+_SMALL_MEAN, _SMALL_STD = -7.2, 2.4
+# Loudness and length in seconds of what is put at the end of silence to see whether it is heard.
+_CLICK, _CLICK_SECONDS = 0.5, 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +87,13 @@ def load_vision(name: str, settings: dict[str, Any]) -> Encoder:
     return Encoder(build_encoder(config), config, SiglipImageProcessor(size=size))
 
 
-def load_audio(name: str, settings: dict[str, Any]) -> Encoder:
+def load_audio(name: str, settings: dict[str, Any], audio_seconds: float = 1.0) -> Encoder:
     """Return an audio encoder.
 
     Args:
         name: ``small`` for a new spectrogram transformer (AST) of two layers, or a folder or Hub id.
         settings: Of the small one's configuration, in place of its own.
+        audio_seconds: Length of a sound, which the small one takes whole.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -97,7 +101,8 @@ def load_audio(name: str, settings: dict[str, Any]) -> Encoder:
     """
     if name != SMALL:
         return _load(name, "audio_encoder", "audio_config", AutoFeatureExtractor)
-    config = _configure(ASTConfig, {**_SMALL_AUDIO, **settings}, "audio")
+    num_frames = 1 + max(0, round(audio_seconds * _SMALL_RATE) - _WINDOW) // _HOP
+    config = _configure(ASTConfig, {**_SMALL_AUDIO, "max_length": num_frames, **settings}, "audio")
     extractor = ASTFeatureExtractor(
         sampling_rate=_SMALL_RATE,
         num_mel_bins=config.num_mel_bins,
@@ -122,25 +127,36 @@ def count_tokens(encoder: Encoder, setting: str, *, layer: int, audio_seconds: f
         audio_seconds: Length of a sound; None for an image.
 
     Raises:
-        ValueError: It takes other input, or its hidden states are not `[1, T, D_v]` of its width.
+        ValueError: It takes other input, its hidden states are not `[1, T, D_v]` of its width, or it does not hear the
+            end of a sound.
     """
     try:
         if audio_seconds is None:
             image = Image.new("RGB", (64, 64))
             values = encoder.processor(image, return_tensors="pt")["pixel_values"]
         else:
-            rate = encoder.processor.sampling_rate
-            silence: np.ndarray = np.zeros(round(audio_seconds * rate), dtype=np.float32)
-            made = encoder.processor([silence], sampling_rate=rate, return_tensors="pt")
-            values = made["input_features" if "input_features" in made else "input_values"]
+            values = _hear(encoder.processor, audio_seconds, click=0.0)
+            is_cut = torch.equal(values, _hear(encoder.processor, audio_seconds, click=_CLICK))
         states = encoder.model.eval()(values, output_hidden_states=True).hidden_states[layer]
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
         raise ValueError(f"{setting}: its encoder cannot be used ({first_line(error)})") from None
+    if audio_seconds is not None and is_cut:
+        raise ValueError(f"audio_seconds: got {audio_seconds:g}, expected less; what {setting} is given ends before")
     if states.ndim != 3 or states.shape[-1] != encoder.config.hidden_size:
         raise ValueError(
             f"{setting}: got hidden states {tuple(states.shape)}, expected [1, tokens, {encoder.config.hidden_size}]"
         )
     return states.shape[1]
+
+
+def _hear(extractor: Any, seconds: float, *, click: float) -> torch.Tensor:
+    """What an encoder is given of silence with a click at its end."""
+    rate = extractor.sampling_rate
+    sound: np.ndarray = np.zeros(round(seconds * rate), dtype=np.float32)
+    sound[-round(_CLICK_SECONDS * rate) :: 2] = click
+    made = extractor([sound], sampling_rate=rate, return_tensors="pt")
+    values: torch.Tensor = made["input_features" if "input_features" in made else "input_values"]
+    return values
 
 
 def _configure(config_class: type, settings: dict[str, Any], setting: str) -> PreTrainedConfig:

@@ -178,7 +178,9 @@ def _join(recipe: MultimodalRecipe, causal: PreTrainedModel, tokenizer: PreTrain
         causal,
         tokenizer,
         vision=None if recipe.vision_encoder == NONE else load_vision(recipe.vision_encoder, recipe.vision),
-        audio=None if recipe.audio_encoder == NONE else load_audio(recipe.audio_encoder, recipe.audio),
+        audio=None
+        if recipe.audio_encoder == NONE
+        else load_audio(recipe.audio_encoder, recipe.audio, recipe.audio_seconds),
         audio_seconds=recipe.audio_seconds,
         vision_layer=recipe.vision_layer,
         vision_strategy=recipe.vision_strategy,

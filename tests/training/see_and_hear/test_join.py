@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from multimodal_model import STOCK, TINY_VISION, joined_model, text_model
+from multimodal_model import STOCK, TINY_AUDIO, TINY_VISION, joined_model, text_model
 from PIL import Image
 from transformers import (
     ASTConfig,
@@ -37,8 +37,8 @@ def save_audio(kind, path):
     """A tiny audio backbone of a family, with what prepares its input."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     if kind == "ast":
-        model = ASTModel(ASTConfig(**sizes, max_length=32, num_mel_bins=16))
-        extractor = ASTFeatureExtractor(max_length=32, num_mel_bins=16)
+        model = ASTModel(ASTConfig(**sizes, max_length=98, num_mel_bins=16))
+        extractor = ASTFeatureExtractor(max_length=98, num_mel_bins=16)
     elif kind == "wav2vec2":
         model = Wav2Vec2Model(Wav2Vec2Config(**sizes, conv_dim=(8,) * 7, num_conv_pos_embeddings=4))
         extractor = Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=16000)
@@ -85,6 +85,32 @@ def test_audio_backbones_by_path(kind, tmp_path):
     inputs = joined.processor(text="<audio>a", audio=[SOUND], return_tensors="pt")
     assert (inputs["input_ids"] == joined.model.config.audio_token_id).sum() == joined.processor.audio_seq_length
     assert torch.isfinite(joined.model(**inputs).logits).all()
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 2.5])
+def test_a_small_encoder_hears_a_sound_to_its_end(seconds):
+    """At 16 kHz, the rate at which transformers' two ways to compute its features agree."""
+    encoder = load_audio("small", TINY_AUDIO, seconds)
+    assert encoder.processor.sampling_rate == 16_000
+    sound = np.zeros(round(16_000 * seconds), dtype=np.float32)
+    heard = [encoder.processor([sound], sampling_rate=16_000, return_tensors="np")["input_values"]]
+    for start in np.linspace(0, seconds - 0.1, 7):
+        place = round(start * 16_000)
+        beep = sound.copy()
+        beep[place : place + 1600] = np.sin(np.arange(1600))
+        heard.append(encoder.processor([beep], sampling_rate=16_000, return_tensors="np")["input_values"])
+    assert all(np.abs(one - heard[0]).max() > 1 for one in heard[1:])
+    assert abs(heard[1].shape[1] - 100 * seconds) < 3  # frames of 10 ms, none of them filled up
+
+
+def test_a_sound_that_an_encoder_would_cut_is_refused(tmp_path):
+    """Of an AST for a second of sound, two seconds would lose their second half without a word."""
+    save_audio("ast", tmp_path)
+    model, tokenizer = text_model()
+    with pytest.raises(
+        ValueError, match="audio_seconds: got 2, expected less; what audio_encoder is given ends before"
+    ):
+        join(model, tokenizer, audio=load_audio(str(tmp_path), {}), audio_seconds=2.0)
 
 
 def test_the_half_of_clip_that_sees_is_taken_with_its_weights(tmp_path):
