@@ -2,7 +2,7 @@
 
 Two meters are read: RAPL, which counts what the processor's packages and memory draw (`/sys/class/powercap`, on most
 machines for root only), and NVML, which counts what an NVIDIA GPU draws. Both count the whole device, whatever else
-works on it. Where neither can be read no energy is told: an estimate is no measurement, and is left to whoever writes
+works on it. Where neither can be read no energy is told: estimates are not made here, and are left to whoever writes
 about the run. `RunFolder.create` starts a meter, `RunFolder.finish` writes what it counted into the summary.
 """
 
