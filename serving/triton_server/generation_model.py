@@ -17,6 +17,7 @@ from deepseek_serving.openai_endpoint.app import Service
 from deepseek_serving.openai_endpoint.engine import Engine, Limits
 from deepseek_serving.openai_endpoint.refusals import RequestRefusedError
 from deepseek_serving.openai_endpoint.request_fields import CompletionRequest, describe
+from deepseek_serving.triton_server.expert_metrics import EVERY_S, ExpertMetrics
 from deepseek_serving.triton_server.stub import LiveCount, begin_stub, device_of, read_settings, string_tensor
 
 _NAME = "generate"
@@ -41,6 +42,7 @@ class GenerationModel:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
+        asyncio.run_coroutine_threadsafe(self._tell_experts(args["model_name"]), self.loop)
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests on and return at once; called by Triton."""
@@ -53,6 +55,17 @@ class GenerationModel:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(5)
         self.engine.__exit__()
+
+    async def _tell_experts(self, name: str) -> None:
+        assert self.engine.routing is not None
+        metrics = ExpertMetrics(self.engine.routing, name)
+        while True:
+            try:
+                metrics.hand_over()
+            except Exception as error:  # figures are not worth an answer
+                pb_utils.Logger.log_warn(f"the experts' load is told no longer: {type(error).__name__}")
+                return
+            await asyncio.sleep(EVERY_S)
 
     async def _answer(self, fields: dict[str, Any] | str, sender: Any) -> None:
         self.live.add(1)
