@@ -2,7 +2,7 @@
 
 Weights in bf16, gradients in fp32, AdamW's moments and an fp32 copy of the weights, each over the devices that share
 it (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054, section 5), activations of the passes in flight
-(Korthikanti et al. 2022, arXiv 2205.05198, with our experts' own formula), the logits, and the exchanged tokens.
+(Korthikanti et al. 2022, arXiv 2205.05198, with our experts' own formula), the loss, and the exchanged tokens.
 Not counted: fragmentation of the allocator and the buffers of the communication library.
 """
 
@@ -12,6 +12,9 @@ from deepseek_training.launch.cluster.layout import Layout, stages_of
 from deepseek_training.launch.cluster.shape import LayerShape, ModelShape
 
 _BF16, _FP32 = 2, 4
+# At once in the backward pass of transformers' loss, whatever the weights' dtype: the log-softmax, its gradient and
+# that of the logits, each in fp32; the logits themselves are gone by then.
+_LOSS_BYTES = 3 * _FP32
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Memory:
         gradients: In fp32.
         optimizer: The fp32 copy and both moments.
         activations: Of every pass in flight.
-        logits: Of one pass, where the head is.
+        logits: What the loss of one pass takes, where the head is.
         exchange: Tokens on their way to experts and back, of one layer.
     """
 
@@ -79,7 +82,7 @@ def _stage_memory(shape: ModelShape, layout: Layout, stages: list[list[LayerShap
     kept = sum(activation_bytes(shape, layer, layout) for layer in layers) * tokens
     widest = max((activation_bytes(shape, layer, layout, recompute="none") for layer in layers), default=0.0)
     again = widest * tokens if layout.recompute == "full" else 0.0
-    logits = tokens * shape.vocabulary / layout.tensor * (_BF16 + _FP32) if is_last else 0.0
+    logits = tokens * shape.vocabulary / layout.tensor * _LOSS_BYTES if is_last else 0.0
     return Memory(
         weights=_gathered(shape, layout, ends) if layout.zero == 3 else copies * _BF16 * (common + routed),
         gradients=_FP32 * _split(common, routed, layout, from_stage=2),
