@@ -65,7 +65,8 @@ def _targets(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     kept = {name.rpartition(".")[2] for name in linear if not blocks & set(name.split("."))}
     experts = [layer.experts for layer in layers if layer.experts is not None]
     names = {name for one in experts for name, value in one.named_parameters(recurse=False) if value.dim() == 3}
-    return sorted(kept), sorted(f"experts.{name}" for name in names)
+    # Experts loaded in FP8 have a scale for each block, in three dimensions as well.
+    return sorted(kept), sorted(f"experts.{name}" for name in names if not name.endswith("_scale_inv"))
 
 
 def _sort(model: PreTrainedModel, names: list[str]) -> tuple[list[str], list[str]]:

@@ -8,10 +8,13 @@ import torch
 from moe_routers import find_routers
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+from transformers.integrations.moe import use_experts_implementation
 
 from deepseek_records.activation_checkpointing import enable_checkpointing
 from deepseek_training.balance.callback import ExpertBalanceCallback
+from deepseek_training.trainer.lora import _targets
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -202,3 +205,13 @@ def test_preparing_a_quantized_model_leaves_the_bias_alone(base_path):
     model = prepare_model_for_kbit_training(load(base_path, dtype=torch.bfloat16))
     for router, untouched in zip(find_routers(model), find_routers(load(base_path)), strict=True):
         assert torch.equal(router.e_score_correction_bias, untouched.e_score_correction_bias)
+
+
+def test_scales_of_experts_loaded_in_fp8_are_no_targets():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "moe_intermediate_size": 16}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=61, num_experts=4, num_experts_per_tok=2, **sizes))
+    experts_class = use_experts_implementation(
+        experts_class=type("Loaded", (FP8Experts,), {}), experts_interface=ALL_FP8_EXPERTS_FUNCTIONS
+    )
+    model.model.layers[0].mlp.experts = experts_class(model.config, block_size=(128, 128))
+    assert _targets(model)[1] == ["experts.down_proj", "experts.gate_up_proj"]
