@@ -79,10 +79,8 @@ def fused_moe(
         >>> fused_moe(x, w1, w2, ids, weights).shape
         torch.Size([2, 4])
     """
-    named = zip(_NAMES, (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights), strict=True)
-    for name, tensor in named:
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+    named = (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights)
+    check_are_tensors(**dict(zip(_NAMES, named, strict=True)))
     device_type = hidden_states.device.type
     # The meta device, on which shapes are worked out, knows no autocast and raises when asked.
     is_autocast = not hidden_states.is_meta and torch.is_autocast_enabled(device_type)
@@ -160,6 +158,17 @@ def fused_moe_reference(
             row = row + topk_weights[token, slot].to(y.dtype) * y
         rows.append(row)
     return torch.stack(rows) if rows else hidden_states * 1
+
+
+def check_are_tensors(**operands: object) -> None:
+    """Raise a ValueError that names the first operand which is no tensor.
+
+    Args:
+        **operands: By the names of the arguments.
+    """
+    for name, operand in operands.items():
+        if not isinstance(operand, Tensor):
+            raise ValueError(f"{name}: got {type(operand).__name__}, expected a tensor")
 
 
 def _check(

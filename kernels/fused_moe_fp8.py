@@ -4,6 +4,8 @@ Forward and input gradients multiply in FP8, weight gradients in the operands' o
 gradient is slower than a bf16 one. On a CPU the codes are those of a GPU, so what FP8 costs in accuracy can be
 measured without one. A GPU without FP8 products is refused rather than given something else.
 
+Low-rank adapters of frozen weights run beside the products as in ``lora``: what they add is not in FP8.
+
 T tokens, K slots per token, H hidden, I expert width, E experts.
 """
 
@@ -15,8 +17,9 @@ from torch import Tensor
 from deepseek_kernels.cpu import fp8_experts
 from deepseek_kernels.epilogue import Epilogue, epilogue_text
 from deepseek_kernels.fp8 import FP8
-from deepseek_kernels.fused_moe import _check, _check_biases
+from deepseek_kernels.fused_moe import _NAMES, _check, _check_biases, check_are_tensors
 from deepseek_kernels.gpu.device_guard import on_device_of
+from deepseek_kernels.lora import LoraFactors, check_factors, tensors_of
 from deepseek_kernels.routed_bias import routed_bias
 from deepseek_kernels.slot_order import SlotOrder
 from deepseek_kernels.triton_path import runs_triton
@@ -43,6 +46,8 @@ def fused_moe_fp8(
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
     block: tuple[int, int] = (128, 128),
+    gate_up_lora: LoraFactors | None = None,
+    down_lora: LoraFactors | None = None,
 ) -> Tensor:
     """Return what `fused_moe` returns, with FP8 products.
 
@@ -59,12 +64,17 @@ def fused_moe_fp8(
         gate_up_scales: [E, ceil(2I / block rows), ceil(H / block columns)], of FP8 codes.
         down_scales: [E, ceil(H / block rows), ceil(I / block columns)], of FP8 codes.
         block: Rows and columns that one scale is for.
+        gate_up_lora: Low-rank factors added to `gate_up_proj`; both projections and `gate_up_bias` are then frozen.
+            Their products take x and the activation as they are, not in FP8.
+        down_lora: Low-rank factors added to `down_proj`.
 
     Raises:
         ValueError: As `fused_moe`, and where FP8 cannot be had.
 
     Reference: DeepSeek-AI 2024, arXiv 2412.19437, section 3.3; weight gradients stay in bf16 here.
     """
+    named = (hidden_states, gate_up_proj, down_proj, topk_indices, topk_weights)
+    check_are_tensors(**dict(zip(_NAMES, named, strict=True)))
     check_device(hidden_states.device, hidden_states.dtype)
     text = epilogue_text(activation)
     _check_precision(hidden_states, Epilogue.read(text))
@@ -75,13 +85,17 @@ def fused_moe_fp8(
         projections = tuple(torch.empty_like(codes, dtype=hidden_states.dtype) for codes in projections)
     _check(hidden_states, *projections, topk_indices, topk_weights)
     _check_biases(*projections, gate_up_bias, down_bias)
+    if gate_up_lora is not None or down_lora is not None:
+        check_factors(*projections, gate_up_bias, gate_up_lora, down_lora)
     if runs_triton(hidden_states):
         fp8_experts_gpu.check_weights(fp8_experts.Weights(gate_up_proj, down_proj, *scales, block))
     x, indices, weights = hidden_states.contiguous(), topk_indices.contiguous(), topk_weights.contiguous()
     bias = None if gate_up_bias is None else gate_up_bias.contiguous()
-    floats = (x, gate_up_proj, down_proj, weights, *(() if bias is None else (bias,)))
+    factors, scalings = tensors_of(x, gate_up_lora, down_lora)
+    floats = (x, gate_up_proj, down_proj, weights, *factors, *(() if bias is None else (bias,)))
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in floats)
-    output = _Fp8Experts.apply(x, gate_up_proj, down_proj, indices, weights, bias, text, *scales, block, keep)
+    settings = (text, *scales, block, scalings, keep)
+    output = _Fp8Experts.apply(x, gate_up_proj, down_proj, indices, weights, bias, *factors, *settings)
     return output if down_bias is None else output + routed_bias(down_bias, topk_indices, weights)
 
 
@@ -142,31 +156,53 @@ def _module_for(tensor: Tensor) -> Any:
 
 
 class _Fp8Experts(torch.autograd.Function):
-    """Keeps what `fused_moe` keeps: the input, the pre-activation and integers. Weights are rounded anew each time."""
+    """Keeps what `fused_moe` keeps: the input, the pre-activation and integers. Weights are rounded anew each time.
+
+    Under adapters also the factors and r numbers per row and projection.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, gate_up, down, indices, topk_weights, bias, text, gate_up_scales, down_scales, block, keep = inputs
+        x, gate_up, down, indices, topk_weights, bias, *factors = inputs[:10]
+        text, gate_up_scales, down_scales, block, scalings, keep = inputs[10:]
         weights = fp8_experts.Weights(gate_up, down, gate_up_scales, down_scales, block)
         module = _module_for(x)
         with on_device_of(x):
             order = module.route(indices, gate_up.shape[0])
-            output, preactivation = module.forward(x, weights, order, topk_weights, text, bias, keep)
-        ctx.save_for_backward(
-            x, gate_up, down, topk_weights, gate_up_scales, down_scales, preactivation, *order.tensors()
-        )
-        ctx.text, ctx.block = text, block
+            adapters = module.make_adapters(factors, scalings, None, order, x.dtype)
+            output, preactivation = module.forward(
+                x, weights, order, topk_weights, text, bias, keep, adapters=adapters
+            )
+        kept = (x, gate_up, down, topk_weights, gate_up_scales, down_scales, preactivation, *order.tensors())
+        rows = (None if one is None else one.low for one in adapters)
+        ctx.save_for_backward(*kept, *factors, *rows)
+        ctx.text, ctx.block, ctx.scalings = text, block, scalings
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_up, down, topk_weights, gate_up_scales, down_scales, preactivation, *order = ctx.saved_tensors
+        x, gate_up, down, topk_weights, gate_up_scales, down_scales, preactivation, *rest = ctx.saved_tensors
+        order, factors, rows = SlotOrder(*rest[:3]), rest[3:7], rest[7:]
         weights = fp8_experts.Weights(gate_up, down, gate_up_scales, down_scales, ctx.block)
-        is_frozen = gate_up_scales is not None  # whatever the codes say of themselves
+        # Whatever codes say of themselves; and weights under an adapter were checked to be frozen.
+        is_frozen = gate_up_scales is not None
         needs = tuple(ctx.needs_input_grad[i] and not (is_frozen and i in (1, 2)) for i in (0, 1, 2, 4, 5))
+        needs_factors = ctx.needs_input_grad[6:10]
+        module = _module_for(x)
         with on_device_of(x):
-            grad_x, grad_gate_up, grad_down, grad_weights, grad_bias = _module_for(x).backward(
-                grad_output.contiguous(), x, weights, SlotOrder(*order), topk_weights, preactivation, ctx.text, needs
+            adapters = module.make_adapters(factors, ctx.scalings, rows, order, x.dtype, needs_factors)
+            grad_x, grad_gate_up, grad_down, grad_weights, grad_bias = module.backward(
+                grad_output.contiguous(),
+                x,
+                weights,
+                order,
+                topk_weights,
+                preactivation,
+                ctx.text,
+                needs,
+                adapters=adapters,
             )
-        return grad_x, grad_gate_up, grad_down, None, grad_weights, grad_bias, *(None,) * 5
+            found = module.factor_gradients(adapters, factors)
+        of_factors = (grad if need else None for grad, need in zip(found, needs_factors, strict=True))
+        return grad_x, grad_gate_up, grad_down, None, grad_weights, grad_bias, *of_factors, *(None,) * 6

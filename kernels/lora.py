@@ -8,6 +8,7 @@ parameter (``peft.tuners.lora.layer.ParamWrapper``): in B the expert runs fastes
 T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts, r rank.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from deepseek_kernels.cpu import decode
 from deepseek_kernels.cpu import experts as experts_cpu
-from deepseek_kernels.cpu.low_rank import Adapters, LowRank, in_pefts_order
+from deepseek_kernels.cpu.low_rank import Adapters, LowRank, in_pefts_order, stacked
 from deepseek_kernels.four_bit import PackedMatrices
 from deepseek_kernels.gpu.device_guard import on_device_of
 from deepseek_kernels.slot_order import SlotOrder
@@ -63,8 +64,15 @@ def check_factors(
     for name, weight, factors in (("gate_up_lora", gate_up_proj, gate_up), ("down_lora", down_proj, down)):
         if factors is None:
             continue
+        if not isinstance(factors, LoraFactors):
+            raise ValueError(f"{name}: got {type(factors).__name__}, expected LoraFactors or None")
+        if not math.isfinite(factors.scaling):
+            raise ValueError(f"{name}.scaling: got {factors.scaling}, expected a finite number")
         num_experts, height, width = weight.shape
         a, b = factors.a, factors.b
+        for letter, factor in (("a", a), ("b", b)):
+            if not isinstance(factor, Tensor):
+                raise ValueError(f"{name}.{letter}: got {type(factor).__name__}, expected a tensor")
         if a.dim() != 2 or a.shape[1] != width or a.shape[0] == 0 or a.shape[0] % num_experts:
             expected = f"({num_experts} * r, {width}) with r of at least 1"
             raise ValueError(f"{name}.a: got shape {tuple(a.shape)}, expected {expected}")
@@ -74,6 +82,23 @@ def check_factors(
             if factor.device != weight.device or not factor.is_floating_point():
                 got = f"{factor.dtype} on {factor.device}"
                 raise ValueError(f"{name}.{letter}: got {got}, expected floats on {weight.device}")
+
+
+def tensors_of(
+    x: Tensor, gate_up: LoraFactors | None, down: LoraFactors | None
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[float, float]]:
+    """Return A and B of both projections and their scalings, without elements where there are no factors.
+
+    Args:
+        x: Any operand of the call.
+        gate_up: Factors of the first projection, or None.
+        down: Factors of the second, or None.
+    """
+    if gate_up is None or down is None:
+        nothing = x.new_empty(0, 0)
+        none = LoraFactors(nothing, nothing, 0.0)
+        gate_up, down = gate_up or none, down or none
+    return (gate_up.a, gate_up.b, down.a, down.b), (float(gate_up.scaling), float(down.scaling))
 
 
 def fused_moe_lora(
@@ -96,12 +121,7 @@ def fused_moe_lora(
         max_rows: At most so many slots are used; None for any number.
     """
     x = operands[0]
-    if gate_up is None or down is None:
-        nothing = x.new_empty(0, 0)
-        none = LoraFactors(nothing, nothing, 0.0)
-        gate_up, down = gate_up or none, down or none
-    factors = (gate_up.a, gate_up.b, down.a, down.b)
-    scalings = (float(gate_up.scaling), float(down.scaling))
+    factors, scalings = tensors_of(x, gate_up, down)
     inputs: tuple[Any, ...] = (*operands, *factors, *scalings, activation, gate_up_bias, max_rows)
     keep = torch.is_grad_enabled() and any([t.requires_grad for t in (x, operands[4], *factors)])
     is_packed = isinstance(operands[1], PackedMatrices)  # no operator takes those
@@ -111,12 +131,6 @@ def fused_moe_lora(
         return _Eager.apply(*inputs)
     inputs = (*inputs, False)
     return _forward(*inputs)[0]
-
-
-def _stack(a: Tensor, b: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[E, r, N] and [E, M, r], the latter a view whose experts lie next to each other."""
-    rank = a.shape[0] // num_experts
-    return a.to(dtype).view(num_experts, rank, -1), b.to(dtype).view(-1, rank, num_experts).permute(2, 0, 1)
 
 
 def _adapters(
@@ -131,7 +145,9 @@ def _adapters(
     for i in range(2):
         a, b = factors[2 * i : 2 * i + 2]
         pair.append(
-            LowRank(*_stack(a, b, num_experts, dtype), scalings[i], rows[i], expert_start) if a.numel() else None
+            LowRank(*stacked(a.to(dtype), b.to(dtype), num_experts), scalings[i], rows[i], expert_start)
+            if a.numel()
+            else None
         )
     return Adapters(*pair)
 

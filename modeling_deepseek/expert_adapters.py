@@ -2,8 +2,11 @@
 
 PEFT adapts a 3-D parameter (``LoraConfig(target_parameters=...)``) by a wrapper that puts ``W + scaling * B A`` in the
 place of W for the length of a forward pass: a merged copy of all experts, and a gradient of its size. Importing this
-file changes that one method of the wrapper: where experts run as ``fused_moe`` it leaves W alone and the operator adds
-the factors' part itself. What is stored, saved, merged, disabled or unloaded stays PEFT's.
+file changes that one method of the wrapper: where experts run as ``fused_moe`` or ``fused_moe_fp8`` it leaves W alone
+and the operator adds the factors' part itself. What is stored, saved, merged, disabled or unloaded stays PEFT's.
+
+Experts that were loaded as FP8 codes are refused elsewhere: PEFT would add the product to codes that mean nothing
+without their scales.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,6 +30,7 @@ logger = logging.get_logger(__name__)
 _ATTRIBUTE = "_lora_factors"
 _PARAMETERS = ("gate_up_proj", "down_proj")
 _COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_IMPLEMENTATIONS = ("fused_moe", "fused_moe_fp8")
 
 
 def lora_arguments(experts: nn.Module) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def reason_for_folding(wrapper: Any) -> str | None:
     """Return why PEFT has to add an adapter to the weights on every pass; None where `fused_moe` takes its factors.
 
     Args:
-        wrapper: PEFT's ``ParamWrapper`` around an experts module that runs as ``fused_moe``.
+        wrapper: PEFT's ``ParamWrapper`` around an experts module that runs as ``fused_moe`` or ``fused_moe_fp8``.
     """
     experts = wrapper.get_base_layer()
     if _is_in_four_bits(experts):
@@ -55,7 +59,7 @@ def reason_for_folding(wrapper: Any) -> str | None:
         parameter = experts._parameters.get(name)
         if type(parameter) is not nn.Parameter or parameter.dim() != 3 or hasattr(parameter, "ds_id"):
             return f"{name} is not a plain parameter, or is split over processes"
-        if parameter.dtype not in _COMPUTE_DTYPES:
+        if parameter.dtype not in _COMPUTE_DTYPES and not _are_codes(parameter):
             return f"the experts are stored as {parameter.dtype}"
         if parameter.requires_grad:
             return "the experts' own weights train as well"
@@ -68,13 +72,18 @@ def reason_for_folding(wrapper: Any) -> str | None:
 
 
 def runs_fused(experts: nn.Module) -> bool:
-    """Return whether this is an experts module of transformers that runs as ``fused_moe``.
+    """Return whether this is an experts module of transformers that runs as ``fused_moe`` or ``fused_moe_fp8``.
 
     Args:
         experts: What PEFT wraps.
     """
     config = vars(experts).get("config")
-    return "is_concatenated" in vars(experts) and config._experts_implementation == "fused_moe"
+    return "is_concatenated" in vars(experts) and config._experts_implementation in _IMPLEMENTATIONS
+
+
+def _are_codes(parameter: torch.Tensor | None) -> bool:
+    """Whether a parameter holds FP8 codes, whose scales lie beside it."""
+    return parameter is not None and parameter.is_floating_point() and parameter.itemsize == 1
 
 
 def _is_in_four_bits(experts: nn.Module) -> bool:
@@ -102,6 +111,11 @@ def _install() -> None:
     def activate(self: Any, active_adapters: list[str]) -> Iterator[None]:
         experts = self.get_base_layer()
         adapters = [name for name in active_adapters or () if name in self.lora_A]
+        if adapters and _are_codes(experts._parameters.get(self.parameter_name)) and not runs_fused(experts):
+            raise ValueError(
+                f"experts_implementation: got {experts.config._experts_implementation} for an adapter of "
+                f"{type(experts).__name__}, whose weights are FP8 codes, expected fused_moe_fp8"
+            )
         if not adapters or not (runs_fused(experts) or _is_in_four_bits(experts)):
             with fold(self, active_adapters):
                 yield
@@ -125,14 +139,19 @@ def _install() -> None:
 
     merge = ParamWrapper.merge
 
-    def merge_unless_in_four_bits(self: Any, *args: Any, **kwargs: Any) -> None:
-        if _is_in_four_bits(self.get_base_layer()):
+    def merge_unless_quantized(self: Any, *args: Any, **kwargs: Any) -> None:
+        experts = self.get_base_layer()
+        if _is_in_four_bits(experts):
             raise ValueError("merge: got experts in 4 bits, expected ordinary weights; call dequantize_experts first")
+        if _are_codes(experts._parameters.get(self.parameter_name)):
+            raise ValueError(
+                "merge: got experts as FP8 codes, expected ordinary weights; load the base with dequantize"
+            )
         merge(self, *args, **kwargs)
 
     activate.hands_over_factors = True  # type: ignore[attr-defined]
     ParamWrapper._activate_lora = activate
-    ParamWrapper.merge = merge_unless_in_four_bits
+    ParamWrapper.merge = merge_unless_quantized
 
 
 if ParamWrapper is not None:

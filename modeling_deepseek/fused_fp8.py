@@ -2,13 +2,14 @@
 
 Importing this file registers it, where deepseek_kernels is installed. Weights on disk and in the optimizer stay as
 they are. Experts that were loaded in FP8 keep their codes and their own scales; they are frozen, and pass on the
-gradients of input and router.
+gradients of input and router, and to an adapter of PEFT those of its factors.
 """
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .expert_adapters import lora_arguments
 from .experts_form import find_epilogue
 from .fused_experts import find_operands
 
@@ -82,6 +83,7 @@ def fused_moe_fp8_codes_forward(
         gate_up_scales=self.gate_up_proj_scale_inv,
         down_scales=self.down_proj_scale_inv,
         block=tuple(self.block_size),
+        **lora_arguments(self),
     )
 
 

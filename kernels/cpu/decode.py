@@ -152,7 +152,7 @@ def _add(adapter: LowRank, rows: Tensor, out: Tensor, plan: Plan, kept: Tensor |
     low = _multiply(rows, adapter.a, plan)
     out.add_(_multiply(low[:-1], adapter.b, plan), alpha=adapter.scaling)
     if kept is not None:
-        torch.index_select(low, 0, kept, out=adapter.rows)
+        torch.index_select(low, 0, kept, out=adapter.low)
 
 
 def _multiply(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:

@@ -8,21 +8,24 @@ GPU's kernels.
     forward     h = x W1^T and y = a W2^T in FP8         x by token, before the gather; h rounded to x's dtype and kept
     backward    da = dO W2 and dx = dh W1 in FP8         dW1 and dW2 from dh, x, dO, a as they are, without FP8
 
-T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts.
+Low-rank adapters add ``x A^T B^T`` of x and a as they are, not of their codes, summed in float32 as well.
+
+T tokens, K slots per token, S = T*K rows, H hidden, I expert width, E experts, r rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deepseek_kernels.cpu.experts import route
+from deepseek_kernels.cpu.low_rank import NO_ADAPTERS, Adapters, LowRank, in_pefts_order, stacked
 from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.fp8 import dequantize, rounded_blocks, rounded_rows
 from deepseek_kernels.slot_order import SlotOrder
 
-__all__ = ["Weights", "backward", "forward", "route"]
+__all__ = ["Weights", "backward", "factor_gradients", "forward", "make_adapters", "route"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def forward(
     activation: str,
     bias: Tensor | None,
     keep_preactivation: bool = True,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Tensor, Tensor]:
     """Return the experts' weighted sum [T, H] and the pre-activation [S, 2I] of every used row.
 
@@ -83,16 +87,22 @@ def forward(
         activation: Text of the epilogue.
         bias: Of the first product. [E, 2I].
         keep_preactivation: Whether there will be a backward pass; without one it comes back empty.
+        adapters: Of both projections.
     """
     epilogue, dtype = Epilogue.read(activation), hidden_states.dtype
     x, output = rounded_rows(hidden_states), torch.zeros_like(hidden_states, dtype=torch.float32)
     kept = hidden_states.new_zeros(order.row_slot.numel(), weights.gate_up.shape[1])
     for expert, rows, tokens, weight in _experts(order, topk_weights):
         h = x[tokens] @ weights.gate_up_of(expert).T
+        if adapters.gate_up is not None:
+            adapters.gate_up.add_one(expert, rows, hidden_states[tokens].float(), h)
         kept[rows] = h if bias is None else h + bias[expert].float()
         a = epilogue.apply(kept[rows].float())
-        y = (rounded_rows(a) @ weights.down_of(expert).T).to(dtype)
-        output.index_add_(0, tokens, y.float() * weight)
+        y = rounded_rows(a) @ weights.down_of(expert).T
+        if adapters.down is not None:
+            adapters.down.add_one(expert, rows, a.to(dtype).float(), y)
+            adapters.down.low[rows] *= weight  # as the gradient of B multiplies them
+        output.index_add_(0, tokens, y.to(dtype).float() * weight)
     return output.to(dtype), kept if keep_preactivation else kept[:0]
 
 
@@ -105,6 +115,7 @@ def backward(
     preactivation: Tensor,
     activation: str,
     needs: tuple[bool, ...],
+    adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of hidden states, both weights, router weights and the first product's bias.
 
@@ -117,6 +128,7 @@ def backward(
         preactivation: Second result of `forward`.
         activation: Text of the epilogue.
         needs: Which of the five are wanted; the others come back as None.
+        adapters: Of both projections, as the forward pass left them; their gradients are filled.
     """
     needs_x, needs_gate_up, needs_down, needs_weights, needs_bias = needs
     epilogue, dtype = Epilogue.read(activation), hidden_states.dtype
@@ -126,11 +138,17 @@ def backward(
     grad_down = torch.zeros_like(weights.down) if needs_down else None
     grad_slots = torch.zeros_like(topk_weights, dtype=torch.float32).view(-1) if needs_weights else None
     grad_bias = hidden_states.new_zeros(weights.gate_up.shape[:2]) if needs_bias else None
+    for adapter in adapters:
+        if adapter is not None:
+            adapter.make_gradients()
     for expert, rows, tokens, weight in _experts(order, topk_weights):
         grad_a = grad_y[tokens] @ weights.down_of(expert)
         h = preactivation[rows].float().requires_grad_()
         with torch.enable_grad():
             a = epilogue.apply(h)
+        if adapters.down is not None:
+            scaled = (a.detach() * weight).to(dtype).float()
+            adapters.down.backward_one(expert, rows, grad_output[tokens].float(), scaled, grad_a)
         if grad_slots is not None:
             grad_slots[order.row_slot[rows].long()] = torch.linalg.vecdot(grad_a, a.detach())
         if grad_down is not None:
@@ -142,11 +160,63 @@ def backward(
         grad_h = grad_h.to(dtype)
         if grad_gate_up is not None:
             grad_gate_up[expert] = grad_h.T @ hidden_states[tokens]
+        grad_rows = None
         if grad_x is not None:
             halves = torch.cat([rounded_rows(half) for half in grad_h.chunk(2, dim=1)], dim=1)
-            grad_x.index_add_(0, tokens, halves @ weights.gate_up_of(expert))
+            grad_rows = halves @ weights.gate_up_of(expert)
+        if adapters.gate_up is not None:
+            adapters.gate_up.backward_one(expert, rows, grad_h.float(), hidden_states[tokens].float(), grad_rows)
+        if grad_x is not None:
+            grad_x.index_add_(0, tokens, grad_rows)
     grad_weights = None if grad_slots is None else grad_slots.to(topk_weights.dtype).view(topk_weights.shape)
     return None if grad_x is None else grad_x.to(dtype), grad_gate_up, grad_down, grad_weights, grad_bias
+
+
+def make_adapters(
+    factors: Sequence[Tensor],
+    scalings: Sequence[float],
+    rows: Sequence[Tensor] | None,
+    order: SlotOrder,
+    dtype: torch.dtype,
+    needs: Sequence[bool] = (True,) * 4,
+) -> Adapters:
+    """Return the adapters of factors as PEFT stores them, which multiply in float32.
+
+    Args:
+        factors: A and B of the first projection, then of the second; without elements where there is none.
+        scalings: Of both.
+        rows: What the forward pass left in `LowRank.low`, [S, r] each; None in the forward pass.
+        order: The slots sorted by expert.
+        dtype: Of the activations, to which the factors are rounded.
+        needs: Unused; a GPU leaves gradients out that are not wanted.
+    """
+    num_rows, num_experts = order.row_slot.numel(), order.expert_start.numel() - 1
+    pair: list[LowRank | None] = []
+    for i in range(2):
+        a, b = factors[2 * i : 2 * i + 2]
+        if not a.numel():
+            pair.append(None)
+            continue
+        kept = torch.zeros(num_rows, a.shape[0] // num_experts) if rows is None else rows[i]
+        wide = stacked(a.to(dtype).float(), b.to(dtype).float(), num_experts)
+        pair.append(LowRank(*wide, scalings[i], kept, order.expert_start))
+    return Adapters(*pair)
+
+
+def factor_gradients(adapters: Adapters, factors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradients of the factors after `backward`, in PEFT's order and in their dtype; None where none is.
+
+    Args:
+        adapters: Of both projections.
+        factors: As in `make_adapters`.
+    """
+    found: list[Tensor | None] = []
+    for adapter, a, b in zip(adapters, factors[::2], factors[1::2], strict=True):
+        if adapter is None:
+            found += [None, None]
+        else:
+            found += [adapter.grad_a.view(a.shape).to(a.dtype), in_pefts_order(adapter.grad_b, b.dtype)]
+    return found
 
 
 def _experts(order: SlotOrder, topk_weights: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:

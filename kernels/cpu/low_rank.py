@@ -33,7 +33,7 @@ class LowRank:
         a: [E, r, N].
         b: [E, M, r].
         scaling: Of the product.
-        rows: ``x A^T`` of every row, [S, r]; the forward pass fills it.
+        low: ``x A^T`` of every row, [S, r]; the forward pass fills it.
         expert_start: As in `SlotOrder`.
         grad_a: Like `a`; `make_gradients` makes it and the backward pass fills it.
         grad_b: Like `b`.
@@ -42,7 +42,7 @@ class LowRank:
     a: Tensor
     b: Tensor
     scaling: float
-    rows: Tensor
+    low: Tensor
     expert_start: Tensor
     grad_a: Tensor = field(init=False)
     grad_b: Tensor = field(init=False)
@@ -62,7 +62,7 @@ class LowRank:
             x: [R, N], rows sorted by expert.
             out: [R, M].
         """
-        low = self.rows[: x.shape[0]]
+        low = self.low[: x.shape[0]]
         factors = (self.a.transpose(1, 2), self.b.transpose(1, 2))
         if self._takes_groups(x):
             ends = self.expert_start[1:]
@@ -83,7 +83,7 @@ class LowRank:
             x: [R, N].
             out: [R, M].
         """
-        _add(x, self.a[expert].t(), self.b[expert].t(), self.rows[rows], out, self.scaling)
+        _add(x, self.a[expert].t(), self.b[expert].t(), self.low[rows], out, self.scaling)
 
     def backward(self, counts: Sequence[int], grad_out: Tensor, x: Tensor, grad_x: Tensor | None) -> None:
         """Fill the factors' gradients and add to `grad_x` what flows back through them.
@@ -94,7 +94,7 @@ class LowRank:
             x: As in `add`.
             grad_x: [R, N]; None where it is not wanted.
         """
-        low = self.rows[: x.shape[0]]
+        low = self.low[: x.shape[0]]
         if self._takes_groups(x):
             ends = self.expert_start[1:]
             through = F.grouped_mm(grad_out, self.b, offs=ends).mul_(self.scaling)
@@ -120,7 +120,7 @@ class LowRank:
             x: [R, N].
             grad_x: [R, N] or None.
         """
-        self._backward(expert, grad_out, x, self.rows[rows], grad_x)
+        self._backward(expert, grad_out, x, self.low[rows], grad_x)
 
     def _takes_groups(self, x: Tensor) -> bool:
         """Torch takes rows of a multiple of 16 bytes only."""
@@ -135,6 +135,18 @@ class LowRank:
         torch.addmm(grad_b, grad_out.t(), low, beta=0, alpha=self.scaling, out=grad_b)
         if grad_x is not None:
             grad_x.addmm_(through, self.a[expert])
+
+
+def stacked(a: Tensor, b: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return factors as PEFT stores them as [E, r, N] and [E, M, r], the latter a view whose experts lie together.
+
+    Args:
+        a: [E * r, N].
+        b: [M, r * E].
+        num_experts: E.
+    """
+    rank = a.shape[0] // num_experts
+    return a.reshape(num_experts, rank, -1), b.reshape(-1, rank, num_experts).permute(2, 0, 1)
 
 
 def in_pefts_order(grad_b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,8 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from deepseek_kernels.fp8 import GROUP
 from deepseek_kernels.gpu.down_backward import store_tile
 from deepseek_kernels.gpu.fp8_quantize import multiply_codes
+from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_constants, step_operands
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
-from deepseek_kernels.gpu.tiles import Tile
+from deepseek_kernels.gpu.tiles import Tile, matmul_precision
 from deepseek_kernels.gpu.triton_epilogue import backward_tile, epilogue_constants
 from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES
 from deepseek_kernels.gpu.weight_blocks import load_block, weight_operand
@@ -32,7 +33,9 @@ def down_backward_fp8(
     metadata: RoutingMetadata,
     activation: str,
     tile: Tile,
-) -> tuple[Tensor, Tensor, Tensor]:
+    low_rank: LowRankStep | None = None,
+    needs_scaled: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return the pre-activation's gradient [S, 2I], the scaled activation [S, I] and the router weights' gradient.
 
     Args:
@@ -43,6 +46,8 @@ def down_backward_fp8(
         metadata: From `routing_metadata` with the tile's `block_m`.
         activation: Text of the epilogue.
         tile: Sizes of the tiles.
+        low_rank: What an adapter adds to da; its factor is [E, r, I].
+        needs_scaled: Whether the second result is wanted; it is None otherwise.
 
     Returns:
         The third is [S] by row, in fp32, undefined beyond the used rows.
@@ -51,7 +56,8 @@ def down_backward_fp8(
     num_rows, width, num_experts = preactivation.shape[0], preactivation.shape[1] // 2, matrices.shape[0]
     tile = backward_tile(tile, activation)
     blocks = triton.cdiv(width, tile.block_n)
-    grad_h, scaled = torch.empty_like(preactivation), preactivation.new_empty(num_rows, width)
+    grad_h = torch.empty_like(preactivation)
+    scaled = preactivation.new_empty(num_rows, width) if needs_scaled else None
     partial = preactivation.new_empty(blocks, num_rows, dtype=torch.float32)
     tiles = max_tiles(num_rows, num_experts, tile.block_m)
     operand = weight_operand(matrices, tile, tile.block_n, tile.block_k)
@@ -71,6 +77,7 @@ def down_backward_fp8(
             metadata.tile_start,
             tiles,
             num_rows,
+            *(() if low_rank is None else step_operands(low_rank)),
             **down_backward_fp8_constants(
                 preactivation.dtype,
                 num_experts,
@@ -80,6 +87,7 @@ def down_backward_fp8(
                 activation=activation,
                 tile=tile,
                 is_descriptor=isinstance(operand, TensorDescriptor),
+                rank=0 if low_rank is None else low_rank.rank,
             ),
             **tile.launch_options,
             **LAUNCH,
@@ -97,6 +105,7 @@ def down_backward_fp8_constants(
     activation: str,
     tile: Tile,
     is_descriptor: bool = False,
+    rank: int = 0,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     constants = epilogue_constants(activation)
@@ -111,7 +120,9 @@ def down_backward_fp8_constants(
         **constants,
         "DESCRIPTOR": is_descriptor,
         "DTYPE": TRITON_DTYPES[dtype],
+        "PRECISION": matmul_precision(dtype),
         **tile.constants,
+        **step_constants(rank),
     }
 
 
@@ -131,6 +142,8 @@ def down_backward_fp8_kernel(
     tile_start_ptr,
     num_tiles_bound,
     num_rows,
+    low_ptr,
+    factor_ptr,
     num_experts: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -143,10 +156,13 @@ def down_backward_fp8_kernel(
     SHIFT: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """One tile of `BLOCK_M` rows of one expert by `BLOCK_N` columns of the expert's width."""
     expert, first, end, block_n = find_tile(
@@ -182,6 +198,24 @@ def down_backward_fp8_kernel(
             weight_ptrs = weight_ptr + weight_rows[None, :] * (GROUPS * BLOCK_K) + inner[:, None]
             weight = tl.load(weight_ptrs + group * BLOCK_K)
         grad_a += multiply_codes(grad, weight) * scale[:, None]
+    columns = first_column + tl.arange(0, BLOCK_N)
+    if RANK > 0:
+        grad_a = add_low_rank(
+            grad_a,
+            low_ptr,
+            factor_ptr,
+            expert,
+            first,
+            is_row,
+            columns,
+            columns < WIDTH,
+            WIDTH,
+            False,
+            RANK,
+            BLOCK_R,
+            tl.float32,
+            PRECISION,
+        )
     row_weight = tl.load(topk_weights_ptr + slots, mask=is_row, other=0.0).to(tl.float32)
     # Offsets within the tile fit 32 bits; only the tile's own place needs 64.
     partial = store_tile(
@@ -189,7 +223,7 @@ def down_backward_fp8_kernel(
         row_weight,
         preactivation_ptr + first * 2 * WIDTH,
         grad_h_ptr + first * 2 * WIDTH,
-        scaled_ptr + first * WIDTH,
+        None if scaled_ptr is None else scaled_ptr + first * WIDTH,
         (end - first).to(tl.int32),
         first_column,
         WIDTH,

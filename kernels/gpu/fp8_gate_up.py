@@ -19,8 +19,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from deepseek_kernels.fp8 import GROUP
 from deepseek_kernels.gpu.down_backward import column_halves
 from deepseek_kernels.gpu.fp8_quantize import activate_rows, empty_codes, multiply_codes, store_group
+from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_constants, step_operands
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
-from deepseek_kernels.gpu.tiles import Tile
+from deepseek_kernels.gpu.tiles import Tile, matmul_precision
 from deepseek_kernels.gpu.triton_epilogue import epilogue_constants, gated
 from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, narrow
 from deepseek_kernels.gpu.weight_blocks import load_block, weight_operand
@@ -38,6 +39,8 @@ def gate_up_fp8(
     activation: str,
     keep_preactivation: bool,
     bias: Tensor | None = None,
+    low_rank: LowRankStep | None = None,
+    activated_rows: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Return the activated rows, codes [S, 128 G_I] and scales [S, G_I], and the pre-activation [S, 2I] in `dtype`.
 
@@ -52,6 +55,8 @@ def gate_up_fp8(
         activation: Text of the epilogue.
         keep_preactivation: Whether h is wanted; it is empty otherwise, if the tile needs none.
         bias: [E, 2I].
+        low_rank: What an adapter adds before the activation; its factor is [E, 2I, r].
+        activated_rows: Where the activated rows go as they are, [S, I] in `dtype`; None where nobody reads them.
     """
     (codes, scales), (matrices, weight_scales) = x, weights
     num_rows, num_experts = metadata.row_slot.numel(), matrices.shape[0]
@@ -73,11 +78,13 @@ def gate_up_fp8(
             bias,
             preactivation,
             *activated,
+            activated_rows,
             metadata.row_slot,
             metadata.expert_start,
             metadata.tile_start,
             tiles,
             width,
+            *(() if low_rank is None else step_operands(low_rank)),
             **gate_up_fp8_constants(
                 dtype,
                 num_experts,
@@ -88,6 +95,7 @@ def gate_up_fp8(
                 keep_preactivation=keep,
                 tile=tile,
                 is_descriptor=isinstance(operand, TensorDescriptor),
+                rank=0 if low_rank is None else low_rank.rank,
             ),
             **tile.launch_options,
             **LAUNCH,
@@ -108,6 +116,7 @@ def gate_up_fp8_constants(
     keep_preactivation: bool,
     tile: Tile,
     is_descriptor: bool = False,
+    rank: int = 0,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks."""
     constants = epilogue_constants(activation)
@@ -123,7 +132,9 @@ def gate_up_fp8_constants(
         "KEEP": keep_preactivation,
         "DESCRIPTOR": is_descriptor,
         "DTYPE": TRITON_DTYPES[dtype],
+        "PRECISION": matmul_precision(dtype),
         **tile.constants,
+        **step_constants(rank),
     }
 
 
@@ -137,11 +148,14 @@ def gate_up_fp8_kernel(
     preactivation_ptr,
     codes_ptr,
     scales_ptr,
+    activated_ptr,
     row_slot_ptr,
     expert_start_ptr,
     tile_start_ptr,
     num_tiles_bound,
     width,
+    low_ptr,
+    factor_ptr,
     num_experts: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -155,10 +169,13 @@ def gate_up_fp8_kernel(
     KEEP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """One tile of `BLOCK_M` rows of one expert by `BLOCK_N` columns of gate and of up."""
     expert, first, end, block_n = find_tile(
@@ -213,6 +230,39 @@ def gate_up_fp8_kernel(
         bias_ptrs = bias_ptr + expert * 2 * WIDTH + columns
         gate += tl.load(bias_ptrs, mask=is_column, other=0.0).to(tl.float32)[None, :]
         up += tl.load(bias_ptrs + WIDTH, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    if RANK > 0:
+        gate = add_low_rank(
+            gate,
+            low_ptr,
+            factor_ptr,
+            expert,
+            first,
+            is_row,
+            columns,
+            is_column,
+            2 * WIDTH,
+            True,
+            RANK,
+            BLOCK_R,
+            tl.float32,
+            PRECISION,
+        )
+        up = add_low_rank(
+            up,
+            low_ptr,
+            factor_ptr,
+            expert,
+            first,
+            is_row,
+            columns + WIDTH,
+            is_column,
+            2 * WIDTH,
+            True,
+            RANK,
+            BLOCK_R,
+            tl.float32,
+            PRECISION,
+        )
     # Rounded whether kept or not: the forward pass gives the same bits with gradients and without.
     gate = narrow(gate, DTYPE)
     up = narrow(up, DTYPE)
@@ -221,8 +271,12 @@ def gate_up_fp8_kernel(
         is_output = is_row[:, None] & is_column[None, :]
         tl.store(h_ptrs, gate, mask=is_output)
         tl.store(h_ptrs + WIDTH, up, mask=is_output)
-    if BLOCK_N == BLOCK_K:
+    if BLOCK_N == BLOCK_K or activated_ptr is not None:
         activated = gated(gate, up, ACTIVATION, LIMIT, ALPHA, SHIFT, tl.float32)
-        # Not `is_column`: see `bound`.
-        activated = tl.where((columns < width)[None, :], activated, 0.0)
-        store_group(codes_ptr, scales_ptr, rows, is_row, block_n, activated, WIDTH_GROUPS, BLOCK_K)
+        if activated_ptr is not None:
+            activated_ptrs = activated_ptr + rows[:, None] * WIDTH + columns[None, :]
+            tl.store(activated_ptrs, narrow(activated, DTYPE), mask=is_row[:, None] & is_column[None, :])
+        if BLOCK_N == BLOCK_K:
+            # Not `is_column`: see `bound`.
+            activated = tl.where((columns < width)[None, :], activated, 0.0)
+            store_group(codes_ptr, scales_ptr, rows, is_row, block_n, activated, WIDTH_GROUPS, BLOCK_K)

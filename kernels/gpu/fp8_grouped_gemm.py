@@ -15,8 +15,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_kernels.gpu.fp8_quantize import multiply_codes
+from deepseek_kernels.gpu.low_rank_step import LowRankStep, add_low_rank, step_constants, step_operands
 from deepseek_kernels.gpu.routing_metadata import RoutingMetadata, find_tile, max_tiles
-from deepseek_kernels.gpu.tiles import Tile
+from deepseek_kernels.gpu.tiles import Tile, matmul_precision
 from deepseek_kernels.gpu.triton_numerics import LAUNCH, TRITON_DTYPES, narrow
 from deepseek_kernels.gpu.weight_blocks import load_block, weight_operand
 
@@ -28,6 +29,9 @@ def grouped_gemm_fp8(
     columns: int,
     dtype: torch.dtype,
     tile: Tile,
+    low_rank: LowRankStep | None = None,
+    *,
+    is_output_first: bool = True,
 ) -> Tensor:
     """Return ``rows[r] @ weights[e].T`` for every row r of expert e, [S, N] in `dtype`.
 
@@ -38,6 +42,8 @@ def grouped_gemm_fp8(
         columns: N.
         dtype: Of the result.
         tile: Sizes of the tiles.
+        low_rank: What an adapter adds to the result.
+        is_output_first: Whether its factor is [E, N, r]; else [E, r, N].
     """
     (codes, scales), (matrices, weight_scales) = rows, weights
     num_rows, num_experts = codes.shape[0], matrices.shape[0]
@@ -56,8 +62,16 @@ def grouped_gemm_fp8(
             metadata.expert_start,
             metadata.tile_start,
             tiles,
+            *(() if low_rank is None else step_operands(low_rank)),
             **grouped_gemm_fp8_constants(
-                dtype, num_experts, columns, weight_scales.shape[1:], tile=tile, has_descriptors=has_descriptors
+                dtype,
+                num_experts,
+                columns,
+                weight_scales.shape[1:],
+                tile=tile,
+                has_descriptors=has_descriptors,
+                rank=0 if low_rank is None else low_rank.rank,
+                is_output_first=is_output_first,
             ),
             **tile.launch_options,
             **LAUNCH,
@@ -73,6 +87,8 @@ def grouped_gemm_fp8_constants(
     *,
     tile: Tile,
     has_descriptors: bool = False,
+    rank: int = 0,
+    is_output_first: bool = True,
 ) -> dict[str, Any]:
     """The kernel's compile-time arguments, for launches and for compile-only checks; `groups` are G_N and G_K."""
     return {
@@ -83,7 +99,10 @@ def grouped_gemm_fp8_constants(
         "EXPERTS": triton.next_power_of_2(num_experts),
         "DESCRIPTORS": has_descriptors,
         "DTYPE": TRITON_DTYPES[dtype],
+        "PRECISION": matmul_precision(dtype),
+        "TRANSPOSE": is_output_first,
         **tile.constants,
+        **step_constants(rank),
     }
 
 
@@ -97,6 +116,8 @@ def grouped_gemm_fp8_kernel(
     expert_start_ptr,
     tile_start_ptr,
     num_tiles_bound,
+    low_ptr,
+    factor_ptr,
     num_experts: tl.constexpr,
     COLUMNS: tl.constexpr,
     COLUMN_GROUPS: tl.constexpr,
@@ -104,10 +125,14 @@ def grouped_gemm_fp8_kernel(
     EXPERTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """One tile of `BLOCK_M` rows of one expert by `BLOCK_N` columns."""
     expert, first, end, block_n = find_tile(
@@ -144,5 +169,22 @@ def grouped_gemm_fp8_kernel(
             weight_ptrs = weight_ptr + weight_rows[None, :] * (GROUPS * BLOCK_K) + inner[:, None]
             weight = tl.load(weight_ptrs + group * BLOCK_K)
         output += multiply_codes(values, weight) * scale[:, None]
+    if RANK > 0:
+        output = add_low_rank(
+            output,
+            low_ptr,
+            factor_ptr,
+            expert,
+            first,
+            is_row,
+            columns,
+            columns < COLUMNS,
+            COLUMNS,
+            TRANSPOSE,
+            RANK,
+            BLOCK_R,
+            tl.float32,
+            PRECISION,
+        )
     output_ptrs = output_ptr + rows[:, None] * COLUMNS + columns[None, :]
     tl.store(output_ptrs, narrow(output, DTYPE), mask=is_row[:, None] & (columns < COLUMNS)[None, :])

@@ -6,12 +6,13 @@ registers of their own beside the sums: tiles are half of bf16's. They were chos
 spills and shared memory (the tests repeat it), and those of many rows then by timing.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 
 from deepseek_kernels.fp8 import GROUP
-from deepseek_kernels.gpu.tiles import Tile, choose_tiles, device_family, row_bucket
+from deepseek_kernels.gpu.tiles import Tile, Tiles, choose_tiles, device_family, row_bucket
 
 
 @dataclass(frozen=True)
@@ -106,3 +107,23 @@ def weight_gradient_tile(hidden_states: torch.Tensor, width: int, num_rows: int,
     bucket = row_bucket(num_rows, num_experts)
     tiles = choose_tiles(hidden_states.device, hidden_states.shape[1], width, bucket, hidden_states.dtype)
     return tiles.weight_gradient
+
+
+def adapter_tiles(hidden_states: torch.Tensor, down_proj: torch.Tensor, num_rows: int) -> Tiles:
+    """Return tiles for an adapter's thin products, which are not in FP8: `fused_moe`'s, as high as those of FP8.
+
+    Args:
+        hidden_states: [T, H].
+        down_proj: [E, H, I].
+        num_rows: S.
+    """
+    num_experts, hidden, width = down_proj.shape
+    bucket = row_bucket(num_rows, num_experts)
+    tiles = choose_tiles(hidden_states.device, hidden, width, bucket, hidden_states.dtype)
+    height = choose_fp8_tiles(hidden_states.device, num_rows, num_experts).block_m
+    return _as_high(tiles, height)
+
+
+@functools.lru_cache(maxsize=64)
+def _as_high(tiles: Tiles, height: int) -> Tiles:
+    return replace(tiles, down=replace(tiles.down, block_m=height))

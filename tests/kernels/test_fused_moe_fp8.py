@@ -224,7 +224,9 @@ def test_planted_faults_of_the_layer_are_seen(fault, monkeypatch):
     if fault == "dW x 1.05":
         backward = fp8_experts.backward
         monkeypatch.setattr(
-            fp8_experts, "backward", lambda *a: tuple(g * 1.05 if i == 1 else g for i, g in enumerate(backward(*a)))
+            fp8_experts,
+            "backward",
+            lambda *a, **k: tuple(g * 1.05 if i == 1 else g for i, g in enumerate(backward(*a, **k))),
         )
     elif fault == "gate's scale for up":
         monkeypatch.setattr(

@@ -20,6 +20,7 @@ FILES = [
     "gpu/test_fp8_kernels.py",
     "gpu/test_triton_lora.py",
     "gpu/test_four_bit_kernels.py",
+    "gpu/test_fp8_lora_kernels.py",
 ]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 

@@ -11,6 +11,7 @@ from transformers.integrations.moe import use_experts_implementation
 import modeling_deepseek
 from deepseek_kernels.fp8 import quantize_blocks
 from deepseek_kernels.fused_moe_fp8 import fused_moe_fp8
+from deepseek_kernels.lora import LoraFactors
 from modeling_deepseek.fused_fp8 import fused_moe_fp8_codes_forward
 
 SIZES = {
@@ -71,6 +72,9 @@ class Config:
     hidden_act = "silu"
     _experts_implementation = "fused_moe_fp8"
 
+    def get(self, name, default=None):
+        return default
+
 
 def loaded_experts(**settings):
     """An experts module as transformers loads one in FP8, and the weights it came from."""
@@ -116,19 +120,92 @@ def test_other_kinds_of_fp8_experts_are_refused(settings, message):
         )
 
 
-def test_lora_is_folded_into_the_weights_and_trains():
-    """The low-rank products have no FP8 form; what is multiplied in FP8 is W + B A."""
+def adapt(model, names=("experts.gate_up_proj", "experts.down_proj")):
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=list(names)))
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    return adapted
+
+
+@pytest.fixture
+def never_folds(monkeypatch):
+    """Fails as soon as PEFT puts anything in the place of a weight."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a merged copy of the experts was built")
+
+    monkeypatch.setattr(torch.nn.utils.parametrize, "register_parametrization", refuse)
+
+
+@pytest.mark.usefixtures("never_folds")
+def test_lora_is_handed_over_and_near_the_same_without_fp8():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SIZES), experts_implementation="fused_moe_fp8")
-    adapted = get_peft_model(
-        model, LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-    )
+    plain = model(torch.arange(18).view(2, 9)).logits.detach()
+    adapted, found = adapt(model), {}
     ids = torch.randint(0, 61, (2, 9))
-    before = adapted(ids).logits.detach()
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    loss = adapted(input_ids=ids, labels=ids)
-    loss.loss.backward()
-    assert (loss.logits - before).norm() > 0.01 * before.norm()
-    assert all(p.grad is not None and p.grad.any() for n, p in adapted.named_parameters() if "lora_B" in n)
+    for name in ("fused_moe_fp8", "fused_moe"):
+        adapted.base_model.model.set_experts_implementation(name)
+        adapted.zero_grad()
+        output = adapted(input_ids=ids, labels=ids)
+        output.loss.backward()
+        grads = {n: p.grad.clone() for n, p in adapted.named_parameters() if p.grad is not None}
+        found[name] = {"logits": output.logits.detach()} | grads
+    assert found["fused_moe"].keys() == found["fused_moe_fp8"].keys()
+    assert len(found["fused_moe"]) == 1 + 2 * 2 * 2  # of two layers, two projections, two factors
+    for name, wanted in found["fused_moe"].items():
+        assert 0 < (found["fused_moe_fp8"][name] - wanted).norm() <= 0.15 * wanted.norm(), name
+    with adapted.disable_adapter():
+        adapted.base_model.model.set_experts_implementation("fused_moe_fp8")
+        assert torch.equal(adapted(torch.arange(18).view(2, 9)).logits, plain)
+
+
+class Layer(torch.nn.Module):
+    """What PEFT needs around experts: a model with a configuration."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts, self.config = experts, experts.config
+
+    def forward(self, x, ids, weights):
+        return self.experts(x, ids, weights)
+
+
+@pytest.mark.usefixtures("never_folds")
+@pytest.mark.parametrize("names", [("experts.gate_up_proj", "experts.down_proj"), ("experts.down_proj",)], ids=len)
+def test_lora_over_experts_loaded_in_fp8_equals_the_operator(names):
+    """PEFT's names of the factors and its order of B; the codes stay as they are."""
+    experts, _ = loaded_experts()
+    before = {name: parameter.detach().clone() for name, parameter in experts.named_parameters()}
+    adapted = adapt(Layer(experts), names)
+    x, weights = torch.randn(9, 256), torch.rand(9, 2)
+    ids = torch.randint(0, 4, (9, 2))
+    output = adapted(x, ids, weights)
+    output.sum().backward()
+    wrapped = {n: p for n, p in adapted.named_parameters() if "lora_" in n}
+    assert len(wrapped) == 2 * len(names)
+    assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.any() for p in wrapped.values())
+    pairs, wrapper = {}, adapted.base_model.model.experts
+    while hasattr(wrapper, "parameter_name"):
+        pair = (one["default"].weight.detach() for one in (wrapper.lora_A, wrapper.lora_B))
+        pairs[wrapper.parameter_name.replace("_proj", "_lora")] = LoraFactors(*pair, 2.0)
+        wrapper = wrapper.base_layer
+    scales = {"gate_up_scales": experts.gate_up_proj_scale_inv, "down_scales": experts.down_proj_scale_inv}
+    with torch.no_grad():
+        wanted = fused_moe_fp8(x, experts.gate_up_proj, experts.down_proj, ids, weights, **scales, **pairs)
+    assert len(pairs) == len(names) and torch.equal(output, wanted)
+    for name, parameter in experts.named_parameters():
+        assert torch.equal(parameter.view(torch.uint8), before[name].view(torch.uint8))
+
+
+def test_what_peft_cannot_do_with_codes_is_refused(monkeypatch):
+    """It would add the product to codes, as if their scales were one."""
+    experts, _ = loaded_experts()
+    adapted = adapt(Layer(experts))
+    with pytest.raises(ValueError, match="merge: got experts as FP8 codes, expected ordinary weights"):
+        adapted.merge_adapter()
+    monkeypatch.setattr(Config, "_experts_implementation", "grouped_mm")
+    with pytest.raises(ValueError, match="got grouped_mm for an adapter of Loaded, whose weights are FP8 codes"):
+        adapted(torch.randn(9, 256), torch.zeros(9, 2, dtype=torch.long), torch.rand(9, 2))

@@ -19,6 +19,7 @@ from deepseek_cli.benchmarks import compile_check
 from deepseek_kernels.cpu.fp8_experts import Weights
 from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.gpu import combine, fp8_experts, fp8_tiles, launch
+from deepseek_kernels.gpu import tiles as plain_tiles
 
 TARGETS = {"sm_89": ("cuda", 89, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
 INSTRUCTION = {
@@ -44,7 +45,11 @@ def launches(monkeypatch):
         return compiled
 
     def begin(gpu, tiles):
-        monkeypatch.setattr(fp8_experts, "choose_fp8_tiles", lambda *arguments: tiles)
+        bucket = ("FEW_ROWS", "SOME_ROWS").index(tiles) if tiles in ("FEW_ROWS", "SOME_ROWS") else 2
+        family = "sm_80" if gpu == "sm_89" else gpu
+        monkeypatch.setattr(fp8_tiles, "choose_tiles", lambda *_: plain_tiles.SHIPPED[family, 0, 0, bucket])
+        for module in (fp8_experts, fp8_tiles):
+            monkeypatch.setattr(module, "choose_fp8_tiles", lambda *arguments: getattr(fp8_tiles, tiles))
         driver.set_active(AbsentGpu(TARGETS[gpu]))
         return made
 
@@ -57,14 +62,16 @@ def launches(monkeypatch):
     driver._active = None
 
 
-def run_layer(T=300, H=2048, I=768, E=4, K=2, *, epilogue=None, has_bias=False):  # noqa: E741
+def run_layer(T=300, H=2048, I=768, E=4, K=2, *, epilogue=None, has_bias=False, rank=0):  # noqa: E741
     x, gate_up, down = (torch.zeros(n, dtype=torch.bfloat16) for n in ((T, H), (E, 2 * I, H), (E, H, I)))
     ids, topk_weights, weights = torch.zeros(T, K, dtype=torch.int64), torch.zeros(T, K), Weights(gate_up, down)
     text, bias = (epilogue or Epilogue()).text, x.new_zeros(E, 2 * I) if has_bias else None
     order = fp8_experts.route(ids, E)
-    _, kept = fp8_experts.forward(x, weights, order, topk_weights, text, bias)
+    factors = [torch.zeros(n) for N, M in ((H, 2 * I), (I, H)) for n in ((E * rank, N), (M, rank * E))]
+    pair = fp8_experts.make_adapters(factors, (2.0, 2.0), None, order, x.dtype)
+    _, kept = fp8_experts.forward(x, weights, order, topk_weights, text, bias, adapters=pair)
     needs = (True, False, False, True, has_bias)  # weight gradients are not in FP8
-    fp8_experts.backward(x, x, weights, order, topk_weights, kept, text, needs)
+    fp8_experts.backward(x, x, weights, order, topk_weights, kept, text, needs, adapters=pair)
 
 
 def check(made, gpu, tiles):
@@ -89,16 +96,33 @@ def check(made, gpu, tiles):
     ],
 )
 def test_every_launch(launches, gpu, tiles):
-    tiles = getattr(fp8_tiles, tiles)
     made = launches(gpu, tiles)
     run_layer()
-    check(made, gpu, tiles)
+    check(made, gpu, getattr(fp8_tiles, tiles))
+
+
+@pytest.mark.parametrize(
+    "gpu,tiles,rank",
+    [
+        ("sm_90", "MANY_ROWS", 16),
+        *(pytest.param("sm_90", name, 16, marks=slow) for name in ("SOME_ROWS", "FEW_ROWS")),
+        *(pytest.param("sm_90", "MANY_ROWS", rank, marks=slow) for rank in (1, 64)),
+        *(pytest.param("sm_89", name, 16, marks=slow) for name in ("SAFE", "FEW_ROWS")),
+        *(pytest.param("sm_100", name, 16, marks=slow) for name in ("MANY_ROWS_SM_100", "SOME_ROWS", "FEW_ROWS")),
+    ],
+)
+def test_every_launch_under_an_adapter(launches, gpu, tiles, rank):
+    made = launches(gpu, tiles)
+    run_layer(rank=rank)
+    check(made, gpu, getattr(fp8_tiles, tiles))
+    names = [name for name, _ in made]
+    assert names.count("low_rank_rows_kernel") == 4 and names.count("factor_gradients_kernel") == 1
 
 
 @slow
 @pytest.mark.parametrize("is_descriptor", [True, False])
 def test_a_clamped_epilogue_with_a_bias(launches, is_descriptor, monkeypatch):
-    made = launches("sm_90", fp8_tiles.MANY_ROWS)
+    made = launches("sm_90", "MANY_ROWS")
     if not is_descriptor:
         for file in ("fp8_gate_up", "fp8_grouped_gemm", "fp8_down_backward"):
             monkeypatch.setattr(f"deepseek_kernels.gpu.{file}.weight_operand", lambda weights, *_: weights)
@@ -109,7 +133,7 @@ def test_a_clamped_epilogue_with_a_bias(launches, is_descriptor, monkeypatch):
 @slow
 @pytest.mark.parametrize("shape", [{"H": 35, "I": 19}, {"H": 136, "I": 264}, {"E": 1, "K": 1}], ids=str)
 def test_odd_shapes(launches, shape):
-    made = launches("sm_90", fp8_tiles.MANY_ROWS)
+    made = launches("sm_90", "MANY_ROWS")
     run_layer(**shape)
     check(made, "sm_90", fp8_tiles.MANY_ROWS)
 
@@ -119,7 +143,7 @@ def test_odd_shapes(launches, shape):
 )
 def test_no_codes_are_known_at_compile_time(launches, tiles, H, I):  # noqa: E741
     """Of a pair of constant codes that goes to several places ptxas 12.8 leaves one unwritten."""
-    made = launches("sm_90", getattr(fp8_tiles, tiles))
+    made = launches("sm_90", tiles)
     run_layer(7, H, I, E=3)
     conversions = [re.findall(r"e4m3x2\.f32\s+%rs\d+, (%r\d+), (%r\d+);", one.asm["ptx"]) for _, one in made]
     assert sum(map(len, conversions)) >= 64
@@ -128,7 +152,7 @@ def test_no_codes_are_known_at_compile_time(launches, tiles, H, I):  # noqa: E74
 
 @slow
 def test_another_number_of_tokens_compiles_nothing(launches):
-    made = launches("sm_90", fp8_tiles.MANY_ROWS)
+    made = launches("sm_90", "MANY_ROWS")
     run_layer(601, 128, 128)  # up to 1024 slots are sorted by another kernel
     first = {(name, compiled.hash) for name, compiled in made}
     run_layer(4096, 128, 128)
