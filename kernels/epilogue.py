@@ -50,6 +50,9 @@ class Epilogue:
     def __post_init__(self) -> None:
         name = canonical_activation(self.activation)
         object.__setattr__(self, "activation", name)
+        for what, value in (("limit", self.limit), ("alpha", self.alpha), ("shift", self.shift)):
+            if not isinstance(value, (int, float)) and not (what == "limit" and value is None):
+                raise ValueError(f"{what}: got {value!r}, expected a number")
         if self.limit is not None and not 0 < self.limit < math.inf:
             raise ValueError(f"limit: got {self.limit}, expected a finite number above 0, or None for no clamp")
         if not (0 < self.alpha < math.inf):

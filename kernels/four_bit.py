@@ -128,7 +128,11 @@ def quantize_nf4(matrix: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     Args:
         matrix: Any shape; groups run over it flat.
         group_size: Divides its elements.
+
+    Raises:
+        ValueError: It does not.
     """
+    _check_group(group_size, matrix.numel(), "weights")
     groups = matrix.detach().float().reshape(-1, group_size)
     largest = groups.abs().amax(1)
     scaled = (groups * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp(-1, 1)
@@ -142,8 +146,12 @@ def quantize_int4(matrix: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
     Args:
         matrix: [M, N].
-        group_size: Divides N.
+        group_size: Divides N; a multiple of 8.
+
+    Raises:
+        ValueError: It does not.
     """
+    _check_group(group_size, matrix.shape[-1], "inputs")
     groups = matrix.detach().reshape(matrix.shape[0], -1, group_size)
     scales = (groups.abs().amax(2).float() / 7.5).clamp(min=_TINY).to(matrix.dtype)
     codes = (groups.float() / scales.float().unsqueeze(2)).round().clamp(-8, 7).to(torch.int32) + 8
@@ -152,6 +160,11 @@ def quantize_int4(matrix: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     for place in range(8):
         packed |= eights[:, :, place] << 4 * place
     return packed, scales
+
+
+def _check_group(group_size: int, length: int, what: str) -> None:
+    if group_size < 8 or group_size % 8 or length % group_size:
+        raise ValueError(f"group_size: got {group_size}, expected a multiple of 8 that divides {length} {what}")
 
 
 class PackedMatrices:

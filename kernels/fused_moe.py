@@ -161,7 +161,7 @@ def fused_moe_reference(
 
 
 def check_are_tensors(**operands: object) -> None:
-    """Raise a ValueError that names the first operand which is no tensor.
+    """Raise a ValueError that names the first operand that is not a tensor.
 
     Args:
         **operands: By the names of the arguments.

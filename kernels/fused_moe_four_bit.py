@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepseek_kernels.epilogue import Epilogue, epilogue_text
 from deepseek_kernels.four_bit import FourBitFormat, PackedMatrices
-from deepseek_kernels.fused_moe import _check, _check_biases
+from deepseek_kernels.fused_moe import _check, _check_biases, check_are_tensors
 from deepseek_kernels.lora import LoraFactors, check_factors, fused_moe_lora
 from deepseek_kernels.routed_bias import routed_bias
 
@@ -49,6 +49,7 @@ def fused_moe_four_bit(
     Raises:
         ValueError: As `fused_moe`, and where codes or scales do not fit their stack.
     """
+    check_are_tensors(hidden_states=hidden_states, topk_indices=topk_indices, topk_weights=topk_weights)
     for name, packed in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         check_packed(name, packed)
     gate_up_proj, down_proj = gate_up_proj.to(hidden_states.dtype), down_proj.to(hidden_states.dtype)
@@ -80,7 +81,7 @@ def fused_moe_int4(
         gate_up_packed: [E, 2I, H / 8] int32: eight codes along the input, lowest bits first, offset 8.
         gate_up_scales: [E, 2I, H / group].
         down_packed: [E, H, I / 8] int32.
-        down_scales: [E, H, I / group], of the same group.
+        down_scales: [E, H, I / group]; the group may be another.
         topk_indices: [T, K].
         topk_weights: [T, K].
         settings: As of `fused_moe_four_bit`.
@@ -97,6 +98,13 @@ def fused_moe_int4(
         >>> fused_moe_int4(torch.ones(2, 8), *packed, ids, weights).shape
         torch.Size([2, 8])
     """
+    check_are_tensors(
+        hidden_states=hidden_states,
+        gate_up_packed=gate_up_packed,
+        gate_up_scales=gate_up_scales,
+        down_packed=down_packed,
+        down_scales=down_scales,
+    )
     stacks: list[PackedMatrices] = []
     for name, codes, scales in (
         ("gate_up_packed", gate_up_packed, gate_up_scales),
