@@ -6,6 +6,7 @@ refuse, on held-out text of its own, which the table's figures do not stand on.
 """
 
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from deepseek_training.trainer.lora import merged
 from deepseek_training.trainer.run_start import training_arguments
 
 _REPLAY_BLOCKS = 1200
-_BATCH_OF_MEASURING = 32
+_BATCH_OF_MEASURING, _UNITS_OF_DRIFT = 32, 24
 # Of a gate's decision, what the table's file keeps.
 _TOLD = ("accepted", "alpha", "why", "findings")
 
@@ -186,7 +187,8 @@ class UpdateSequence:
         return {key: decision[key] for key in _TOLD}
 
     def _drift(self, old: PreTrainedModel, new: PreTrainedModel) -> dict[str, float]:
-        rows = measure_router_drift(old, new, list(self.held_out.values()))
+        sets = [dataclasses.replace(one, documents=one.documents[:_UNITS_OF_DRIFT]) for one in self.held_out.values()]
+        rows = measure_router_drift(old, new, sets)
         return {
             name: float(np.mean([row["corrected"] for row in rows if row["dataset"] == name]))
             for name in self.held_out
