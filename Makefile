@@ -2,7 +2,8 @@
 #
 #   make demo       the whole path at small size, offline, into runs/demo
 #   make demo-real  a pretrained model of 135 million parameters as a mixture of experts, into runs/demo-real
-#   make demo-futures  after make demo: seeing and hearing, into runs/futures
+#   make demo-futures  after make demo: its experts explained, one more text behind the gate, files for other runtimes and
+#                      browsers, seeing and hearing; into runs/futures, in under 20 minutes
 #   make test       the default tests (under 8 minutes on two cores)
 #   make test-all   also the tests marked slow, and the site
 #   make test-distributed   several processes: engines, resuming, failures; about twenty minutes
@@ -60,10 +61,9 @@ $(VENV)/smollm2: $(VENV)/installed
 demo-real: $(VENV)/smollm2
 	@$(OFFLINE) $(BIN)/python -m deepseek_cli.demo_real
 
-# One part after another, each of the demo's models; under 20 minutes together.
+# The browser's page needs onnxruntime-web, which make edge-setup fetches; without it that step is left out.
 demo-futures: demo
-	@$(OFFLINE) $(BIN)/deepseek-moe multimodal multimodal-demo --output runs/futures/multimodal --overwrite
-	@$(OFFLINE) $(BIN)/deepseek-moe evaluate runs/futures/multimodal --tasks digits,shapes,tones --output runs/futures/seen --overwrite
+	@$(OFFLINE) $(BIN)/python -m deepseek_cli.demo_futures $(if $(wildcard build/edge/browser/node_modules),--runtime build/edge/browser)
 
 test: setup
 	@$(OFFLINE) $(PYTEST)

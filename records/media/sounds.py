@@ -8,6 +8,7 @@ import numpy as np
 
 SOUND_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"})
 _LEAST_RATE, _MOST_RATE = 1000, 400_000
+_LENGTH_OF_STREAMS = 2**31 - 2**16
 
 
 def read_sound(source: Any, rate: int, where: str) -> np.ndarray:
@@ -66,8 +67,28 @@ def _read(source: Any, where: str) -> tuple[np.ndarray, Any]:
     except ImportError:
         raise ValueError(f"{where}: reading sounds needs soundfile; pip install 'deepseek-moe[multimodal]'") from None
     try:
-        values, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            values, rate, promised = file.read(dtype="float32", always_2d=True), file.samplerate, file.frames
     except (soundfile.SoundFileError, RuntimeError) as error:
         reason = str(error).replace(str(path), "the file").replace("PosixPath('the file')", "the file")
+        if "does not exist" in reason:  # said of a content that no format begins with
+            reason = "no format that soundfile knows"
         raise ValueError(f"{where}: {path} cannot be read as a sound ({reason})") from None
+    if len(values) < promised or _is_cut(path):
+        raise ValueError(f"{where}: {path} cannot be read as a sound (it ends before its header says)")
     return values, int(rate)
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a WAV file ends before its data does, which libsndfile reads as a shorter sound."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return False
+        while len(chunk := file.read(8)) == 8:
+            size = int.from_bytes(chunk[4:], "little")
+            if chunk[:4] == b"data":
+                # A stream's header does not know its length and names the largest.
+                return file.tell() + size > path.stat().st_size and size < _LENGTH_OF_STREAMS
+            file.seek(size + size % 2, 1)
+    return False

@@ -153,6 +153,33 @@ def test_a_damaged_and_a_long_sound_are_named(tmp_path):
         check_media([item], None, None, has_eyes=True)
 
 
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_a_sound_that_ends_early_is_refused_and_not_read_as_a_shorter_one(suffix, tmp_path):
+    sound = np.sin(np.arange(40_000) / 9) * np.linspace(0.1, 0.9, 40_000)
+    whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+    soundfile.write(whole, sound, 8000)
+    assert len(read_sound(whole, 8000, "row")) == 40_000
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"row: .*cut\.{suffix} cannot be read as a sound"):
+        read_sound(cut, 8000, "row")
+
+
+def test_a_streams_header_that_knows_no_length_is_read(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(900), 8000)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    place = content.index(b"data") + 4
+    content[place : place + 4] = (2**31 - 1).to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(content)
+    assert len(read_sound(tmp_path / "a.wav", 8000, "row")) == 900
+
+
+def test_a_file_of_no_format_is_not_called_absent(tmp_path):
+    (tmp_path / "noise.mp3").write_bytes(np.random.default_rng(0).bytes(500))
+    with pytest.raises(ValueError, match=r"noise\.mp3 cannot be read as a sound") as error:
+        read_sound(tmp_path / "noise.mp3", 8000, "row")
+    assert "exist" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["shapes", "tones"])
 def test_the_made_sets_are_the_same_everywhere_and_hold_out_other_items(name):
     train, held_out = SETS[name]("train"), SETS[name]("validation")

@@ -1,10 +1,12 @@
 """The gate's arithmetic: paired by document, open to gains, closed to losses and to sets that could not show one."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
+from deepseek_training.continual.decision import GateSets
 from deepseek_training.continual.gate import (
     choose_candidate,
     compare_bits,
@@ -15,8 +17,10 @@ from deepseek_training.continual.gate import (
     judge_text,
 )
 from deepseek_training.continual.held_out_units import HeldOutUnits, cut_passages, shuffle_words
+from deepseek_training.data.corpus import Corpus
 from deepseek_training.data.texts import load_texts
 from deepseek_training.data.tokenizer import train_tokenizer
+from deepseek_training.recipes.text_sources import TextSource
 from deepseek_training.recipes.update import UpdateRecipe
 
 RNG = np.random.default_rng(0)
@@ -149,3 +153,18 @@ def test_shuffled_words_are_the_same_words():
     for text in ("one two three four five six seven", "东周想种水稻但是西周不放水"):
         found = shuffle_words(text, draws)
         assert found != text and sorted(found) == sorted(text)
+
+
+def test_without_a_baseline_or_held_out_text_there_is_no_gate(tmp_path):
+    """Nothing to compare with, on either side: one line, before any training."""
+    rows = [json.dumps({"text": f"note {number} of the day {number % 7}"}) for number in range(60)]
+    (tmp_path / "both.jsonl").write_text("\n".join(rows[:40]))
+    (tmp_path / "trained.jsonl").write_text("\n".join(rows[40:]))
+    both = Corpus.read(TextSource(path=str(tmp_path / "both.jsonl"), validation_share=0.5))
+    only_trained = Corpus.read(TextSource(path=str(tmp_path / "trained.jsonl"), validation_share=0))
+    tokenizer = train_tokenizer(rows, 300)
+    with pytest.raises(ValueError, match="data: got no held-out text of trained, expected some; without it no gain"):
+        GateSets.prepare(only_trained, [both], tokenizer, recipe())
+    for earlier in ([], [only_trained]):
+        with pytest.raises(ValueError, match="general_data: got no held-out text of what the model learned before"):
+            GateSets.prepare(both, earlier, tokenizer, recipe())
