@@ -182,14 +182,15 @@ def format_sets(found: dict[str, Any]) -> list[str]:
     domains = found["atlas"]["domains"]
     size, controls = len(found["sets"][0]["experts"]), found["sets"][0]["num_controls"]
     lines = ["", f"loss without the {size} experts that prefer a domain, beside {controls} random sets of equal load"]
-    layout = "{:<16}{:>20}{:>20}{:>18}"
-    lines.append(layout.format("domain", "these", "random", "times as much"))
+    layout = "{:<16}{:>20}{:>20}{:>18}{:>25}"
+    lines.append(layout.format("domain", "these", "random", "times as much", "share of its routing"))
     for one in found["sets"]:
         place = domains.index(one["domain"])
         cells = [
             _with_error(one[f"{key}change"][place], one[f"{key}stderr"][place], "+.4f") for key in ("", "control_")
         ]
         cells.append("-" if one["ratio"] is None else _with_error(one["ratio"], one["ratio_stderr"], ".2f"))
+        cells.append(f"{one['domain_load']:.1%} and {one['control_domain_load']:.1%}")
         lines.append(layout.format(one["domain"], *cells))
     return lines
 

@@ -36,6 +36,9 @@ class SetEffect:
         experts: Layer and expert of each, such as ``1:6``.
         load: Share of all routing that they take, domains weighed alike, on the half that chose them.
         control_load: The same of the random sets, mean.
+        domain_load: Share of the domain's routing that the set takes.
+        control_domain_load: The same of the random sets, mean: where the ratio of losses is that of these two, what
+            the set does is what any as busy with the domain would do.
         num_controls: Random sets.
         change: By domain, loss without the set minus loss with it, nats per token.
         stderr: By domain, paired over documents; None of a single document.
@@ -49,6 +52,8 @@ class SetEffect:
     experts: tuple[str, ...]
     load: float
     control_load: float
+    domain_load: float
+    control_domain_load: float
     num_controls: int
     change: tuple[float, ...]
     stderr: tuple[float | None, ...]
@@ -194,8 +199,12 @@ def preferred(rates: Sequence[np.ndarray], domain: int, size: int, limits: Seque
 
 
 def _load(rates: Sequence[np.ndarray], experts: ExpertSet) -> float:
-    total = sum(float(table.mean(0).sum()) for table in rates)
-    return sum(float(rates[place][:, expert].mean()) for place, expert in experts) / total
+    return _share([table.mean(0) for table in rates], experts)
+
+
+def _share(rates: Sequence[np.ndarray], experts: ExpertSet) -> float:
+    """Of `[E]` by layer, the share that falls on some experts."""
+    return sum(float(rates[place][expert]) for place, expert in experts) / sum(float(row.sum()) for row in rates)
 
 
 def equally_busy(
@@ -233,6 +242,8 @@ def _effect(
     own = change_by_domain(passages, changed)
     control = change_by_domain(passages, np.zeros_like(changed) if others is None else others)
     ratio: tuple[float | None, float | None] = (None, None)
+    number = list(dict.fromkeys(passage.domain for passage in passages)).index(domain)
+    of_domain = [table[number] for table in rates]
     is_own = np.array([passage.domain == domain for passage in passages])
     if others is not None and others[is_own].sum() > 0:
         documents = [passage.document for passage in passages if passage.domain == domain]
@@ -242,6 +253,8 @@ def _effect(
         experts=names,
         load=_load(rates, chosen),
         control_load=float(np.mean([_load(rates, one) for one in controls])) if controls else 0.0,
+        domain_load=_share(of_domain, chosen),
+        control_domain_load=float(np.mean([_share(of_domain, one) for one in controls])) if controls else 0.0,
         num_controls=len(controls),
         change=tuple(value for value, _ in own),
         stderr=tuple(error for _, error in own),

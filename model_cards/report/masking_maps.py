@@ -74,7 +74,7 @@ def set_map(found: Mapping[str, Any]) -> dict[str, Any] | None:
                 change, error = one[f"{key}change"][number], one[f"{key}stderr"][number]
                 title = f"{domain}: {change:+.5f}" + ("" if error is None else f" \u00b1 {error:.5f}")
                 cells.append(color_cell(f"{change:+.3f}", change, most, title))
-            last = ratio if not key else ""
-            cells.append({"text": last, "style": "", "title": "own domain, over random sets"})
+            cells.append({"text": f"{one[f'{key}domain_load']:.1%}", "style": "", "title": "of the domain's routing"})
+            cells.append({"text": "" if key else ratio, "style": "", "title": "own domain, over random sets"})
             rows.append({"name": f"{one['domain']}: {name}", "cells": cells})
-    return {"title": "", "columns": [*domains, "times random"], "rows": rows}
+    return {"title": "", "columns": [*domains, "of its routing", "times random"], "rows": rows}
