@@ -20,9 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_kernels.cpu import large_buffers
-
-_FEW_ROWS = 16  # Per expert, in the mean.
-_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from deepseek_kernels.cpu.products import takes_groups
 
 
 @dataclass
@@ -123,10 +121,8 @@ class LowRank:
         self._backward(expert, grad_out, x, self.low[rows], grad_x)
 
     def _takes_groups(self, x: Tensor) -> bool:
-        """Torch takes rows of a multiple of 16 bytes only."""
         widths = (self.a.shape[1], self.a.shape[2], self.b.shape[1])
-        is_aligned = all(width * x.dtype.itemsize % 16 == 0 for width in widths)
-        return is_aligned and x.dtype in _GROUPED_DTYPES and x.shape[0] <= _FEW_ROWS * self.a.shape[0]
+        return takes_groups(x.shape[0], self.a.shape[0], widths, x.dtype)
 
     def _backward(self, expert: int, grad_out: Tensor, x: Tensor, low: Tensor, grad_x: Tensor | None) -> None:
         grad_b = self.grad_b[expert]

@@ -3,7 +3,12 @@
 Both CPU paths of ``fused_moe`` multiply by these. Surprising: torch sends fp32 products to MKL and half precision to
 oneDNN; for few rows oneDNN is the faster for fp32 too, even where its result has to be copied, because it has no
 ``out``. Times: one core of AMD EPYC 9004, 2026-11.
+
+Where experts have a handful of rows, starting their products from Python costs more than a twentieth of the time:
+torch's own loop over groups starts them at once. It has no place to write to, so that with many rows it is the slower.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +17,8 @@ from torch import Tensor
 # A private operator of torch, the one Inductor emits on x86; without it fp32 falls back to torch.mm's own choice.
 _HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _FEW_ROWS = 8
+_FEW_ROWS_PER_EXPERT = 16  # In the mean.
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,6 +28,21 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
         dtype: Of the operands.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def takes_groups(num_rows: int, num_experts: int, widths: Sequence[int], dtype: torch.dtype) -> bool:
+    """Return whether ``torch.nn.functional.grouped_mm`` should multiply all experts' rows at once.
+
+    Torch takes rows of a multiple of 16 bytes only.
+
+    Args:
+        num_rows: Of all experts.
+        num_experts: E.
+        widths: Of all operands and results.
+        dtype: Of the operands.
+    """
+    is_aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
+    return is_aligned and dtype in _GROUPED_DTYPES and num_rows <= _FEW_ROWS_PER_EXPERT * num_experts
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepseek_kernels.cpu import large_buffers
 from deepseek_kernels.cpu.low_rank import NO_ADAPTERS, Adapters
-from deepseek_kernels.cpu.products import accumulation_dtype, linear_into, matmul_into, outer_into
+from deepseek_kernels.cpu.products import accumulation_dtype, linear_into, matmul_into, outer_into, takes_groups
 from deepseek_kernels.epilogue import Epilogue
 from deepseek_kernels.slot_order import SlotOrder
 
@@ -68,18 +68,28 @@ def forward(
     width, hidden, dtype = down_proj.shape[2], down_proj.shape[1], hidden_states.dtype
     slots = order.row_slot[:used]
     x = _gathered(hidden_states, slots // num_slots)
-    h = large_buffers.empty(order.row_slot.numel(), 2 * width, dtype=dtype)
-    for expert, start, end in _stretches(counts):
-        linear_into(x[start:end], gate_up_proj[expert], h[start:end])
-        if gate_up_bias is not None:
+    # Torch's loop has room for neither rows without use nor the row of zeros.
+    grouped = used == order.row_slot.numel() and isinstance(gate_up_proj, Tensor) and isinstance(down_proj, Tensor)
+    grouped = grouped and takes_groups(used, len(counts), (hidden, width), dtype)
+    if grouped:
+        h = F.grouped_mm(x, gate_up_proj.transpose(1, 2), offs=order.expert_start[1:])
+    else:
+        h = large_buffers.empty(order.row_slot.numel(), 2 * width, dtype=dtype)
+        for expert, start, end in _stretches(counts):
+            linear_into(x[start:end], gate_up_proj[expert], h[start:end])
+    if gate_up_bias is not None:
+        for expert, start, end in _stretches(counts):
             h[start:end].add_(gate_up_bias[expert])
     if adapters.gate_up is not None:
         adapters.gate_up.add(counts, x, h[:used])
     a = _gated(h[:used], topk_weights.reshape(-1)[slots], Epilogue.read(activation))
-    y = large_buffers.empty(used + 1, hidden, dtype=dtype)
-    y[used].zero_()
-    for expert, start, end in _stretches(counts):
-        linear_into(a[start:end], down_proj[expert], y[start:end])
+    if grouped:
+        y = F.grouped_mm(a, down_proj.transpose(1, 2), offs=order.expert_start[1:])
+    else:
+        y = large_buffers.empty(used + 1, hidden, dtype=dtype)
+        y[used].zero_()
+        for expert, start, end in _stretches(counts):
+            linear_into(a[start:end], down_proj[expert], y[start:end])
     if adapters.down is not None:
         adapters.down.add(counts, a, y[:used])
     output = _summed(y, order.slot_row, used, num_tokens, num_slots)
