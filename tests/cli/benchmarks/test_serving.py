@@ -70,3 +70,9 @@ def test_a_whole_run(tmp_path, capsys):
             assert "absent" in row or {cell["num_equal"] for cell in row.values()} == {number}, name
     assert {"transformers serve", "deepseek-moe serve"} <= figures["generation"].keys()
     assert (tmp_path / "out" / "serving.png").is_file()
+
+
+def test_a_character_cut_in_two_is_no_other_text():
+    assert serving_load.is_equal("the ca", "the ca\ufffd") and serving_load.is_equal("the ca\ufffd", "the ca")
+    assert not serving_load.is_equal("the ca", "the c\ufffda") and not serving_load.is_equal("the", "the c")
+    assert serving_load.is_equal(-3.0, -3.0001) and not serving_load.is_equal(-3.0, -3.001)
