@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,12 @@ from typing import Any
 EMBEDDED_SAFETY = "deepseek_training.rewards.safety_classifier:EmbeddedSafety"
 KINDS = ("score", "embed", "generate", "safety", "reward")
 _SEQUENCE_CLASSES = "ForSequenceClassification"
+
+# Said once: the slower way is the one with limits.
+_LIMITED = (
+    "triton: with a limit on its queue Triton can hold a request that comes while the model works for half a second; "
+    "--no-queue-limit has neither"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-batch", type=int, default=32, help="requests in one execution; 1: no dynamic batching")
     group.add_argument(
         "--queue-delay", type=float, default=5.0, metavar="MS", help="how long a batch waits for more requests"
+    )
+    group.add_argument(
+        "--no-queue-limit",
+        action="store_true",
+        help="--max-waiting and --timeout for generation alone; else Triton can hold a request half a second",
     )
     group.add_argument("--grpc-port", type=int, default=8001, help="0 takes any that is free")
     group.add_argument("--metrics-port", type=int, default=8002, help="0 takes any that is free")
@@ -63,6 +75,8 @@ def _serve(args: argparse.Namespace, installation: Any, repository: Path, api_ke
     try:
         process.start()
         supervisor.begin()
+        if not args.no_queue_limit and process.models != ["generate"]:
+            print(_LIMITED, file=sys.stderr)
         print(
             f"serving {', '.join(process.models)} by Triton at http://127.0.0.1:{http_port} and "
             f"{'grpcs' if tls else 'grpc'}://{args.host}:{grpc_port}, {'with' if api_key else 'without'} an API key; "
@@ -108,7 +122,8 @@ def _write(args: argparse.Namespace, folder: Path) -> Path:
         name: getattr(args, name)
         for name in ("max_tokens", "max_running", "max_waiting", "cache_tokens", "max_batch_tokens")
     } | {"timeout_s": args.timeout}
-    batching = BatchingSettings(args.max_batch, args.queue_delay, args.max_waiting, args.timeout)
+    max_waiting = None if args.no_queue_limit else args.max_waiting
+    batching = BatchingSettings(args.max_batch, args.queue_delay, max_waiting, args.timeout)
     models = [describe(kind, name) for kind, name in _choose(args, load_config(args.model)).items()]
     return write_repository(folder, models, batching, is_gpu=torch.cuda.is_available())
 

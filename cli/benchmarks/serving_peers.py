@@ -64,7 +64,7 @@ def triton(model: str, max_tokens: int, *, kind: str, max_batch: int = 32) -> It
     except ValueError as error:
         raise AbsentError(str(error)) from None
     words = [model, "--engine", "triton", "--kinds", kind, "--max-batch", str(max_batch), "--grace", "3"]
-    words += ["--max-running", "64", "--port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    words += ["--no-queue-limit", "--max-running", "64", "--port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     with _child([sys.executable, "-m", "deepseek_cli.main", "serve", *words]) as process:
         port = _read_port(process, r"http://127\.0\.0\.1:(\d+)")
         asks = {

@@ -50,13 +50,16 @@ class BatchingSettings:
     Attributes:
         max_batch: Requests in one execution; 1 switches batching off.
         queue_delay_ms: How long the first request of a batch waits for others.
-        max_waiting: Requests in a model's queue for each priority; the next one is refused with UNAVAILABLE.
+        max_waiting: Requests in a model's queue for each priority; the next one is refused with UNAVAILABLE. None
+            bounds nothing, knows neither priorities nor a time limit, and nobody waits in vain: where a queue has a
+            bound, Triton's batcher is not woken by a request that comes while the model works, and looks again after
+            half a second unless another one comes (`DynamicBatchScheduler::Enqueue` of its core).
         timeout_s: How long a request may wait.
     """
 
     max_batch: int = 32
     queue_delay_ms: float = 5.0
-    max_waiting: int = 64
+    max_waiting: int | None = 64
     timeout_s: float = 300.0
 
 
@@ -137,15 +140,16 @@ def _describe(name: str, kind: str, size: int, optional: str = "") -> str:
 
 def _format_batching(batching: BatchingSettings) -> str:
     """Two priorities: 1 goes first and is what the supervisor's own questions use, 2 is everybody else's."""
-    sizes = [size for size in (4, 8, 16, 32, 64, 128) if size < batching.max_batch] + [batching.max_batch]
+    preferred, delay = "", 0
+    if batching.max_batch > 1:
+        delay = round(batching.queue_delay_ms * 1000)
+        sizes = [size for size in (4, 8, 16, 32, 64, 128) if size < batching.max_batch] + [batching.max_batch]
+        preferred = f"  preferred_batch_size: [ {', '.join(map(str, sizes))} ]\n"
+    begin = f"dynamic_batching {{\n{preferred}  max_queue_delay_microseconds: {delay}\n"
+    if batching.max_waiting is None:
+        return begin + "}"
     policy = (
         f"{{ timeout_action: REJECT default_timeout_microseconds: {round(batching.timeout_s * _SECOND_US)} "
         f"allow_timeout_override: true max_queue_size: {batching.max_waiting} }}"
     )
-    preferred = f"  preferred_batch_size: [ {', '.join(map(str, sizes))} ]\n" if batching.max_batch > 1 else ""
-    delay = round(batching.queue_delay_ms * 1000) if batching.max_batch > 1 else 0
-    return (
-        f"dynamic_batching {{\n{preferred}  max_queue_delay_microseconds: {delay}\n"
-        "  priority_levels: 2\n  default_priority_level: 2\n"
-        f"  default_queue_policy {policy}\n}}"
-    )
+    return f"{begin}  priority_levels: 2\n  default_priority_level: 2\n  default_queue_policy {policy}\n}}"

@@ -110,3 +110,12 @@ def test_the_command_writes_a_repository(tmp_path, capsys):
         assert str(tmp_path) not in source + (tmp_path / "repo" / kind / "config.pbtxt").read_text()
     assert main([*words, "--kinds", "score,reward"]) == 2
     assert "--kinds: got 'reward', expected some of score, embed, generate, safety" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("max_batch", [1, 8])
+def test_without_a_limit_nothing_keeps_triton_from_fetching_ahead(max_batch):
+    """Any priority, time limit or bound does, and then its batcher sleeps through what comes while the model works."""
+    text = format_config("score", BatchingSettings(max_batch, 5.0, None), is_gpu=False)
+    assert "dynamic_batching" in text and text.count("{") == text.count("}")
+    assert not any(part in text for part in ("priority", "queue_policy", "timeout", "max_queue_size"))
+    assert ("preferred_batch_size: [ 4, 8 ]" in text) == (max_batch == 8)
