@@ -13,22 +13,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from deepseek_records.hashes import hash_model, hash_tokenizer
-from deepseek_records.loading import check_vocabulary, load_model, load_tokenizer
-from deepseek_records.run_folder import RunFolder
+from deepseek_records.loading import load_tokenizer
 from deepseek_records.summary import Summary
 from deepseek_training.compress.awq import AwqSettings, awq
 from deepseek_training.compress.calibration import calibration_blocks, shuffled_blocks
 from deepseek_training.compress.divergence import Reference
 from deepseek_training.compress.outcome import quantize_outcome
+from deepseek_training.compress.remaking import open_remaking
 from deepseek_training.compress.student import read_config
 from deepseek_training.compress.student_config import outline
 from deepseek_training.data.corpus import Corpus
 from deepseek_training.data.packing import encode_documents
-from deepseek_training.data.texts import data_name, describe_data
-from deepseek_training.recipes.loading import recipe_settings
 from deepseek_training.recipes.quantize import QuantizeSettings
-from deepseek_training.trainer.held_out import HeldOut
 from deepseek_training.trainer.new_model import check_context
 from modeling_deepseek.families import find_moe_layers
 from modeling_deepseek.four_bit_experts import PROJECTIONS, FourBitWeights, find_format, packable_experts
@@ -61,34 +57,28 @@ def quantize(
     corpus = Corpus.load(settings.data, settings.data_column)
     blocks = shuffled_blocks(encode_documents(corpus.train, tokenizer), settings.sequence_length)
     calibration = calibration_blocks(blocks, settings.calibration_tokens, config)
-    values = recipe_settings(settings)
-    if is_dry:
-        if not overwrite:
-            RunFolder.check(output, values)
-        print(f"{_describe(shapes, settings)}\ndry run: nothing was written", flush=True)
+    remaking = open_remaking(
+        settings,
+        output,
+        command="quantize",
+        told=_describe(shapes, settings),
+        corpus=corpus,
+        tokenizer=tokenizer,
+        started=started,
+        overwrite=overwrite,
+        is_dry=is_dry,
+    )
+    if remaking is None:
         return None
-    model = load_model(settings.model, dtype="auto")
-    check_vocabulary(model, tokenizer)
-    run = RunFolder.create(output, values, command="quantize", overwrite=overwrite)
-    run.hold_to(model=hash_model(model), tokenizer=hash_tokenizer(tokenizer))
-    held_out = HeldOut.prepare(data_name(settings.data), corpus.validation, tokenizer, settings.eval_bytes)
+    model, held_out = remaking.model, remaking.held_out
     reference = Reference.of(model, held_out, settings)
     reports = awq(model, calibration, _awq_settings(settings))
     comparison = reference.compare(model)
-    save_packed(model, run.model_path)
-    tokenizer.save_pretrained(run.model_path)
+    save_packed(model, remaking.run.model_path)
     outcome = quantize_outcome(settings, held_out.name, comparison, reports)
     outcome["details"]["quantized"] = _describe(model, settings)
     outcome["details"]["expert_bytes_per_weight"] = bytes_per_weight(model)
-    summary = Summary(
-        stage="quantize",
-        base_model=settings.model,
-        data=(describe_data(settings.data, "validation", held_out.texts, "evaluation"),),
-        num_parameters=model.num_parameters(),
-        seconds=round(time.monotonic() - started, 1),
-        **outcome,
-    )
-    return run.finish(summary)
+    return remaking.finish(model.num_parameters(), **outcome)
 
 
 def bytes_per_weight(model: torch.nn.Module) -> float:

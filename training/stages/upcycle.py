@@ -12,21 +12,17 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepseek_records.exit_codes import RunFailedError
-from deepseek_records.hashes import hash_model, hash_tokenizer
-from deepseek_records.loading import check_vocabulary, load_model, load_tokenizer
-from deepseek_records.run_folder import RunFolder
+from deepseek_records.loading import load_tokenizer
 from deepseek_records.summary import Summary
+from deepseek_training.compress.remaking import open_remaking
 from deepseek_training.compress.student import read_config
 from deepseek_training.compress.student_config import outline
 from deepseek_training.compress.upcycle import is_exact, upcycled_config
 from deepseek_training.compress.upcycle import upcycle as upcycle_model
 from deepseek_training.data.corpus import Corpus
-from deepseek_training.data.texts import data_name, describe_data
-from deepseek_training.recipes.loading import recipe_settings
 from deepseek_training.recipes.upcycle import UpcycleSettings
 from deepseek_training.trainer.held_out import HeldOut
 from deepseek_training.trainer.new_model import check_context
-from deepseek_training.trainer.outcome import bits_rows
 
 __all__ = ["UpcycleSettings", "upcycle"]
 
@@ -60,33 +56,23 @@ def upcycle(
     check_context(settings, config)
     tokenizer = load_tokenizer(settings.model)
     corpus = Corpus.load(settings.data, settings.data_column)
-    values = recipe_settings(settings)
     told = describe_upcycling(original, config, settings)
-    if is_dry:
-        if not overwrite:
-            RunFolder.check(output, values)
-        print(f"{told}\ndry run: nothing was written", flush=True)
-        return None
-    model = load_model(settings.model, dtype="auto")
-    check_vocabulary(model, tokenizer)
-    run = RunFolder.create(output, values, command="upcycle", overwrite=overwrite)
-    run.hold_to(model=hash_model(model), tokenizer=hash_tokenizer(tokenizer))
-    held_out = HeldOut.prepare(data_name(settings.data), corpus.validation, tokenizer, settings.eval_bytes)
-    sparse = upcycle_model(model, config, router_std=settings.router_std, seed=settings.seed)
-    compared = _compare(model, sparse, held_out, settings)
-    before, after = (held_out.measure(one, settings) for one in (model, sparse))
-    sparse.save_pretrained(run.model_path)
-    tokenizer.save_pretrained(run.model_path)
-    summary = Summary(
-        stage="upcycle",
-        base_model=settings.model,
-        results=bits_rows({held_out.name: before}, when="before") + bits_rows({held_out.name: after}, when="after"),
-        data=(describe_data(settings.data, "validation", held_out.texts, "evaluation"),),
-        seconds=round(time.monotonic() - started, 1),
-        num_parameters=sparse.num_parameters(),
-        details={"upcycled": told, **compared},
+    remaking = open_remaking(
+        settings,
+        output,
+        command="upcycle",
+        told=told,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        started=started,
+        overwrite=overwrite,
+        is_dry=is_dry,
     )
-    return run.finish(summary)
+    if remaking is None:
+        return None
+    sparse = upcycle_model(remaking.model, config, router_std=settings.router_std, seed=settings.seed)
+    compared = _compare(remaking.model, sparse, remaking.held_out, settings)
+    return remaking.finish_beside(sparse, {"upcycled": told, **compared})
 
 
 def _compare(dense: PreTrainedModel, sparse: PreTrainedModel, held_out: HeldOut, settings: UpcycleSettings) -> Any:
