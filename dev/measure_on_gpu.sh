@@ -111,7 +111,8 @@ if does check; then
     step 130 "tests of the shipped tiles" "$folder/tests.txt" "${pytest[@]}" $tests/test_production_tiles.py \
         $tests/test_planted_faults.py
     step 80 "other operators" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_rows.py $tests/test_triton_lora.py \
-        $tests/test_fp8_kernels.py $tests/test_four_bit_kernels.py $tests/test_triton_epilogue.py -m "not slow"
+        $tests/test_fp8_kernels.py $tests/test_fp8_lora_kernels.py $tests/test_four_bit_kernels.py \
+        $tests/test_triton_epilogue.py -m "not slow"
     step 80 "layer tests" "$folder/tests.txt" "${pytest[@]}" $tests/test_triton_layer.py \
         $tests/test_triton_kernels.py $tests/test_tune.py -m "not slow"
 fi
