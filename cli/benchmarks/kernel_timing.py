@@ -39,7 +39,13 @@ class Timing:
     num_rounds: int
 
 
-def interleave(steps: dict[str, Callable[[Mark], object]], seconds: float, device: str) -> dict[str, list[Timing]]:
+def interleave(
+    steps: dict[str, Callable[[Mark], object]],
+    seconds: float,
+    device: str,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[Timing]]:
     """Return, for each step, the milliseconds of each of its parts, and of the whole as the last.
 
     Every round has an order of its own: in a fixed one, the step after ``batched_mm`` with its copies always finds a
@@ -51,6 +57,7 @@ def interleave(steps: dict[str, Callable[[Mark], object]], seconds: float, devic
         steps: Each calls the mark it is given at the beginning and at the end of every part.
         seconds: How long to go on, about.
         device: ``cpu`` or ``cuda``.
+        clock: Seconds on a CPU.
     """
     samples: dict[str, list[list[float]]] = {name: [] for name in steps}
     spent = dict.fromkeys(steps, 0.0)
@@ -66,7 +73,7 @@ def interleave(steps: dict[str, Callable[[Mark], object]], seconds: float, devic
         if not waiting:
             break
         for name in order.sample(waiting, len(waiting)):
-            times = _time(steps[name], device, is_second=name in short)
+            times = _time(steps[name], device, clock, is_second=name in short)
             spent[name] += sum(times) / 1e3
             if device == "cuda" and name not in short and times[-1] < _SHORT_MS:
                 short.add(name)
@@ -124,7 +131,9 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _time(step: Callable[[Mark], object], device: str, *, is_second: bool = False) -> list[float]:
+def _time(
+    step: Callable[[Mark], object], device: str, clock: Callable[[], float], *, is_second: bool = False
+) -> list[float]:
     """Milliseconds of each part of one run, or of the second of two, and of the whole."""
     marks: list[Any] = []
     if device == "cuda":
@@ -136,7 +145,7 @@ def _time(step: Callable[[Mark], object], device: str, *, is_second: bool = Fals
     else:
 
         def mark() -> None:
-            marks.append(time.perf_counter())
+            marks.append(clock())
 
     synchronize(device)
     if is_second:

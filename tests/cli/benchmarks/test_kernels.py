@@ -192,7 +192,7 @@ def test_a_short_step_on_a_gpu_is_timed_right_behind_another(monkeypatch):
     first = {"short": 50.0, "long": 40.0}
     calls = []
 
-    def time_of(name, device, *, is_second):
+    def time_of(name, device, clock, *, is_second):
         calls.append((name, is_second))
         return [first.pop(name, 5.0 if name == "short" else 20.0)] * 2
 
