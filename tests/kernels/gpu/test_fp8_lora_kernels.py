@@ -23,8 +23,9 @@ from deepseek_kernels.lora import LoraFactors
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A GPU refuses float32; in the interpreter it shows that nothing but the order of sums differs.
 EXACT = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-# Relative RMS: a sum in another order may round to another code now and then; bf16 rounds the rows of both ranks too.
-RMS = {torch.float32: 2e-4, torch.bfloat16: 1.6e-2}
+# Relative RMS: a sum in another order may round to another code now and then. bf16 rounds the rows of both ranks too,
+# so that the activation takes more other codes, each up to a sixteenth off: float32 is what tells faults from that.
+RMS = {torch.float32: 2e-4, torch.bfloat16: 3e-2}
 SHAPE = {"T": 7, "H": 140, "I": 136, "E": 3, "device": DEVICE}
 CLAMPED = Epilogue(limit=0.7, alpha=1.702, shift=1.0)
 slow = pytest.mark.slow
