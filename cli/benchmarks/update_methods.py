@@ -35,7 +35,7 @@ from deepseek_training.data.tokenizer import train_tokenizer
 from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 from deepseek_training.stages.pretrain import pretrain
 
-_LENGTH, _BATCH_SIZE, _HELD_OUT_BYTES, _VOCABULARY = 64, 16, 24_000, 1024
+_LENGTH, _BATCH_SIZE, _HELD_OUT_BYTES, _GATE_BYTES, _VOCABULARY = 64, 16, 24_000, 16_000, 1024
 TEXTS = (FIRST, *LATER)
 FIGURES = ("final", "learned", "forgotten", "forward")
 # By seed and method; "before" has the first model's.
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         if not missing:
             continue
         model = _first_model(root, texts[0].train, texts[0].held_out, tokenizer, seed, args.first_steps)
-        lessons = UpdateSequence.prepare(model, tokenizer, texts, length=_LENGTH, held_out_bytes=_HELD_OUT_BYTES)
+        sizes = {"length": _LENGTH, "held_out_bytes": _HELD_OUT_BYTES, "gate_bytes": _GATE_BYTES}
+        lessons = UpdateSequence.prepare(model, tokenizer, texts, **sizes)
         of_seed.setdefault("before", [Updated(lessons.measure(model))])
         for name in missing:
             of_seed[name] = lessons.run(METHODS[name], steps=args.steps, seed=seed, batch_size=_BATCH_SIZE)
@@ -126,7 +127,8 @@ def _first_model(
         batch_size=_BATCH_SIZE,
         max_steps=steps,
         learning_rate=5e-3,
-        warmup_steps=20,
+        warmup_steps=min(20, steps),
+        logging_steps=min(10, steps),
         eval_bytes=20_000,
         check_bigram=False,
         report_to=[],

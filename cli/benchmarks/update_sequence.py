@@ -61,7 +61,7 @@ METHODS = {
     "EWC": Method({"replay_share": 0.0, "ewc_weight": 1e5}),
     "merge": Method({"replay_share": 0.0}, alpha=0.5),
     "replay + merge": Method({"replay_share": 0.4}, alpha=0.5),
-    "replay + gate": Method({"replay_share": 0.4}, is_gated=True),
+    "replay + gate": Method({"replay_share": 0.4, "safety_prompts": 8}, is_gated=True),
     "joint": Method({"replay_share": 0.0}, is_joint=True),
 }
 
@@ -104,7 +104,14 @@ class UpdateSequence:
 
     @classmethod
     def prepare(
-        cls, model: PreTrainedModel, tokenizer: Any, texts: Sequence[LessonTexts], *, length: int, held_out_bytes: int
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        texts: Sequence[LessonTexts],
+        *,
+        length: int,
+        held_out_bytes: int,
+        gate_bytes: int,
     ) -> "UpdateSequence":
         """Return the texts as a model takes them.
 
@@ -114,14 +121,15 @@ class UpdateSequence:
             texts: The first one's and the later ones.
             length: Tokens of a block.
             held_out_bytes: Of each held-out set.
+            gate_bytes: Of each of the gate's.
         """
         parts = {one.name: PackedDataset(encode_documents(one.train, tokenizer), length) for one in texts}
 
-        def units(name: str, documents: Sequence[str]) -> HeldOutUnits:
-            return HeldOutUnits.prepare(name, documents, tokenizer, held_out_bytes)
+        def units(name: str, documents: Sequence[str], num_bytes: int) -> HeldOutUnits:
+            return HeldOutUnits.prepare(name, documents, tokenizer, num_bytes)
 
-        held_out = {one.name: units(one.name, one.held_out) for one in texts}
-        of_gate = {one.name: units(one.name, one.of_gate) for one in texts}
+        held_out = {one.name: units(one.name, one.held_out, held_out_bytes) for one in texts}
+        of_gate = {one.name: units(one.name, one.of_gate, gate_bytes) for one in texts}
         return cls(model, parts, held_out, of_gate, tokenizer, length)
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
