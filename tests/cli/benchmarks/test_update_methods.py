@@ -1,13 +1,16 @@
 """The table of updates in sequence: its figures by hand, and one short sequence behind the gate."""
 
-import json
+import random
 
 import pytest
+import torch
 
+from deepseek_cli.benchmarks import update_sequence
 from deepseek_cli.benchmarks.update_methods import TEXTS, figures_of, format_gate
-from deepseek_cli.benchmarks.update_sequence import METHODS, Updated
-from deepseek_cli.benchmarks.update_texts import FIRST, LATER, read_lesson
-from deepseek_cli.main import main
+from deepseek_cli.benchmarks.update_sequence import METHODS, Updated, UpdateSequence
+from deepseek_cli.benchmarks.update_texts import FIRST, LATER, LessonTexts, read_lesson
+from deepseek_training.data.tokenizer import train_tokenizer
+from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 
 def rows(*table):
@@ -42,29 +45,40 @@ def test_the_gate_reads_other_text_than_the_table():
         assert not (shown | deciding) & set(lesson.train), name
 
 
+def tiny_lesson(name, words):
+    rng = random.Random(name)
+    documents = ["\n".join(" ".join(rng.choices(words, k=12)) for _ in range(6)) for _ in range(120)]
+    return LessonTexts(name, documents[:60], documents[60:90], documents[90:])
+
+
 @pytest.mark.slow
-def test_a_sequence_behind_the_gate(tmp_path, capsys):
-    methods = ["naive", "replay + gate"]
-    words = ["--methods", *methods, "--seeds", "1", "--steps", "2", "--first-steps", "4"]
-    assert main(["bench", "update", *words, "--output", str(tmp_path / "bench")]) == 0
-    told = json.loads((tmp_path / "bench" / "results.json").read_text())
-    naive, gated = (told["runs"]["0"][name] for name in methods)
-    assert len(naive) == len(gated) == len(LATER)
-    before, taught = told["runs"]["0"]["before"][0]["bits"], {FIRST}
-    for name, one in zip(LATER, gated, strict=True):
-        gate = one["gate"]
-        asked = {finding["dataset"] for finding in gate["findings"] if finding["kind"] == "loss"}
-        assert asked == taught and gate["alpha"] in (0.25, 0.5, 0.75, 1.0)
-        if gate["accepted"]:
+def test_a_sequence_behind_the_gate(monkeypatch):
+    """Three made texts, the first of which the model has read; the gate picks, refuses or keeps, and is told."""
+    monkeypatch.setattr(update_sequence, "LATER", LATER[:2])
+    words = {
+        FIRST: "the king and his mill by a river",
+        LATER[0]: "take two doses of aspirin",
+        LATER[1]: "a b c d e f g",
+    }
+    texts = [tiny_lesson(name, text.split()) for name, text in words.items()]
+    tokenizer = train_tokenizer([text for one in texts for text in one.train], 300)
+    torch.manual_seed(0)
+    model = DeepseekForCausalLM(DeepseekConfig.from_preset("debug", vocab_size=len(tokenizer)))
+    sizes = {"length": 32, "held_out_bytes": 4000, "gate_bytes": 4000}
+    sequence = UpdateSequence.prepare(model, tokenizer, texts, **sizes)
+    before, taught = sequence.measure(model), {FIRST}
+    for name, one in zip(LATER, sequence.run(METHODS["replay + gate"], steps=6, seed=0, batch_size=4), strict=False):
+        asked = {finding["dataset"] for finding in one.gate["findings"] if finding["kind"] == "loss"}
+        assert asked == taught and one.gate["alpha"] in (0.25, 0.5, 0.75, 1.0)
+        if one.gate["accepted"]:
             taught.add(name)
-            assert one["bits"] != before and any(one["drift"].values())
+            assert one.bits != before and any(one.drift.values())
         else:  # the old model stays, to the last bit, and its routers too
-            assert gate["why"] and one["bits"] == pytest.approx(before, abs=1e-9)
-            assert all(value == pytest.approx(0.0, abs=1e-12) for value in one["drift"].values())
-        before = one["bits"]
-    assert not any(one["gate"] for one in naive)
-    printed = capsys.readouterr().out
-    assert "| routers moved, nats | books |" in printed and "| update | kept at alpha, by seed |" in printed
+            assert one.gate["why"] and one.bits == pytest.approx(before, abs=1e-9)
+            assert all(value == pytest.approx(0.0, abs=1e-12) for value in one.drift.values())
+        before = one.bits
+    naive = sequence.run(METHODS["naive"], steps=2, seed=0, batch_size=4)
+    assert len(naive) == 2 and not any(one.gate for one in naive)
 
 
 def test_what_the_gate_said_is_told():
