@@ -22,15 +22,50 @@ RELATIONS = {
     "outlook": "outlook_names",
 }
 _OTHER = "names"
-_SENTENCE = re.compile(r"[^.!?\n]+[.!?]?|\n")
-_CLAUSE_END = re.compile(r"[;:]|,?\s+\b(?:but|however|although|though|except|while|whereas)\b", re.I)
-_NEGATION = re.compile(
-    r"\b(?:no|not|never|neither|nor|without|absent|absence of|lack of|lacks?|free of|denies|denied|unlikely"
-    r"|rather than|rule[sd]? out|ruled out|instead of|cannot|can't|don't|doesn't"
-    r"|isn't|aren't|didn't|won't|unrelated to)\b",
+# A definition names much beside signs: only a sentence that says so states one.
+_SIGN_CUE = re.compile(
+    r"\b(?:symptoms?|signs?|characteri[sz]ed by|marked by|indicated by|causes?|causing|leads? to|results? in"
+    r"|(?:may|can|often|also|usually) (?:have|feel|experience|develop|include|suffer|be|cause)|accompanied"
+    r"|complain)\b",
     re.I,
 )
-_BEHIND = re.compile(r"^\s*(?:is|are|was|were)\s+(?:not|never|absent|unlikely|ruled out)\b", re.I)
+_DEFINITION = "definition"
+_SENTENCE = re.compile(r"[^.!?\n]+[.!?]?|\n")
+_CLAUSE_END = re.compile(
+    r"[;:]|,?\s+\b(?:but|however|although|though|except|while|whereas|because|since|until|so that|and so|therefore)\b",
+    re.I,
+)
+# A clause that begins so ends at its comma.
+_SUBORDINATE = re.compile(r"^\s*(?:although|though|while|because|if|when|unless|since|without|in those)\b[^,]*,", re.I)
+_NEGATION = re.compile(
+    r"\b(?P<noun>no(?! one\b)|without|absent|absence of|lack of|lacks?)\b"
+    r"|\b(?:not|never|neither|nor|no one|none|nobody|nothing|free (?:of|from)|denies|denied"
+    r"|unlikely|rather than|rule[sd]? out|excludes?|excluded|negative for|fail(?:s|ed)? to|instead of|cannot|can't"
+    r"|don't|doesn't|isn't|aren't|didn't|won't|unrelated to)\b",
+    re.I,
+)
+# What follows a cue that then denies nothing: "not only", "no doubt", "not uncommon", "does not help against".
+_PSEUDO = re.compile(
+    r"^\s+(?:only|just|all|every|always|uncommon|unusual|rare|doubt|longer|later|more|less|effect|idea|matter"
+    r"|(?:fully |well )?(?:known|understood|clear)|know|help|treat|cure|prevent|stop|slow|improve|control|go"
+    r"|heal)s?\b",
+    re.I,
+)
+# The negation of a noun ends at a verb: "no treatment stops", "lack of iron results in".
+_VERB = re.compile(
+    r"\b(?:stops?|leads?|led|results?|resulted|causes?|caused|means?|sets?|makes?|made|follows?|helps?|exists?"
+    r"|appears?|brings?|produces?)\b",
+    re.I,
+)
+_BEHIND = re.compile(
+    r"^(?:\s*(?:,|and|or)\s+\w+)?\s*(?:is|are|was|were|does|do|did)\s+"
+    r"(?:absent|unlikely|ruled out|excluded|(?:not|never)\b(?P<rest>.*))",
+    re.I | re.S,
+)
+# What is denied behind a term is something else of it: "does not go away", "is not known".
+_OF_ANOTHER = re.compile(
+    r"^\s+(?!(?:occur|appear|develop|present|seen|found|reported|noted|observed|part|common|in|at|among)\b)\w+", re.I
+)
 _DOUBT = re.compile(r"\b(?:may|might|can|could|sometimes|rarely|possibly|possible|suspected|some people)\b", re.I)
 _NEGATION_REACH = 60  # characters between cue and term: about eight words
 
@@ -104,8 +139,20 @@ def extract(passages: Iterable[Passage], vocabulary: Vocabulary) -> Iterator[Sta
             continue
         for sentence in _SENTENCE.finditer(passage.text):
             for mention in vocabulary.find(sentence[0]):
-                if mention.term != subject:
+                if mention.term != subject and not _is_same(passage.topic, sentence[0][mention.begin : mention.end]):
                     yield _state(passage, sentence, mention, subject)
+
+
+def _is_same(topic: str, quote: str) -> bool:
+    """Whether a name is that of the topic or a part of it: "cancer" in text on breast cancer relates to nothing."""
+    first, second = set(normalize(topic)), set(normalize(quote))
+    return first <= second or second <= first
+
+
+def _relation(passage: Passage, sentence: str) -> str:
+    if passage.section == _DEFINITION and not _SIGN_CUE.search(sentence):
+        return _OTHER
+    return RELATIONS.get(passage.section, _OTHER)
 
 
 def _state(passage: Passage, sentence: re.Match[str], mention: Mention, subject: str) -> Statement:
@@ -113,7 +160,7 @@ def _state(passage: Passage, sentence: re.Match[str], mention: Mention, subject:
     is_negated, is_doubted = judge(text, mention.begin, mention.end)
     return Statement(
         subject=subject,
-        relation=RELATIONS.get(passage.section, _OTHER),
+        relation=_relation(passage, text),
         object=mention.term,
         document=passage.document,
         begin=begin + mention.begin,
@@ -133,11 +180,18 @@ def judge(sentence: str, begin: int, end: int) -> tuple[bool, bool]:
         begin: Where the term begins in it.
         end: Where it ends.
     """
-    before = sentence[:begin]
-    for clause_end in _CLAUSE_END.finditer(sentence[:begin]):
-        before = sentence[clause_end.end() : begin]
-    cues = [match for match in _NEGATION.finditer(before) if len(before) - match.end() <= _NEGATION_REACH]
-    # "not only" and "no longer than" deny nothing of what follows.
-    cues = [match for match in cues if not re.match(r"\s+only\b", before[match.end() :], re.I)]
-    is_negated = bool(cues) or _BEHIND.match(sentence[end:]) is not None
-    return is_negated, _DOUBT.search(before) is not None
+    before = _SUBORDINATE.sub("", sentence[:begin])
+    clause = _CLAUSE_END.split(before)[-1]
+    return _is_denied(clause, sentence[end:]), _DOUBT.search(clause) is not None
+
+
+def _is_denied(before: str, after: str) -> bool:
+    """Whether a cue in the clause before a term, or what is said of it behind, denies it."""
+    for cue in _NEGATION.finditer(before):
+        between = before[cue.end() :]
+        if len(between) > _NEGATION_REACH or _PSEUDO.match(between):
+            continue
+        if not (cue["noun"] and _VERB.search(between)):
+            return True
+    behind = _BEHIND.match(after)
+    return behind is not None and _OF_ANOTHER.match(behind["rest"] or "") is None
