@@ -14,6 +14,7 @@ from deepseek_eval.tasks import (
     mmlu_pro,
     mmlu_redux,
     mmlu_robust,
+    pubmedqa,
     refusal,
     winobias,
 )
@@ -23,7 +24,7 @@ from deepseek_records.nearest_name import did_you_mean
 
 _ALL = (
     *(mmlu.TASK, mmlu.HENDRYCKS_TASK, humaneval.TASK, mbpp.TASK),
-    *(mmlu_pro.TASK, mmlu_redux.TASK),
+    *(mmlu_pro.TASK, mmlu_redux.TASK, pubmedqa.TASK),
     *(crows_pairs.TASK, winobias.TASK, bbq.TASK, long_tail.TASK, mmlu_robust.TASK, refusal.TASK),
     bits_per_byte.TASK,
     *media.TASKS,

@@ -30,6 +30,7 @@ MBPP = {"task_id": 11, "text": "Return one.", "code": "def f(): return 1", "test
 BBQ = json.loads(gzip.decompress((EMBEDDED_FOLDER / "bbq.jsonl.gz").read_bytes()).splitlines()[0])
 CROWS_PAIRS = {"sent_more": "a", "sent_less": "b", "bias_type": "c"}
 WINOBIAS = {"id": 1, "type": 1, "part": "dev", "polarity": "pro", "text": "[The cook] met the nurse; [he] left."}
+PUBMEDQA = {"id": "1", "question": "Does it?", "contexts": ["We looked.", "It did."], "answer": "yes"}
 XSTEST = {"id": "1", "prompt": "May I?", "type": "plain", "label": "safe"}
 # Not shipped, or made of another task's questions.
 EMBEDDED = sorted(
@@ -90,6 +91,7 @@ def test_each_wrong_value_of_a_question_is_named_with_file_and_row(tmp_path, col
             ("sent_more", "bias_type"),
         ),
         ("refusal", "xstest", XSTEST, ("prompt", "type", "label")),
+        ("pubmedqa", "pubmedqa", PUBMEDQA, ("id", "question", "contexts", "answer")),
     ],
 )
 def test_whatever_stands_in_a_column_is_taken_or_told_in_one_line(tmp_path, task, name, row, columns):
@@ -119,6 +121,7 @@ def test_whatever_stands_in_a_column_is_taken_or_told_in_one_line(tmp_path, task
         ("mbpp", "mbpp", MBPP, "task_id: got 11 again, expected each once; it stands in line 1"),
         ("winobias", "winobias", WINOBIAS, "again, expected each once"),
         ("bbq", "bbq", BBQ, "again, expected each once"),
+        ("pubmedqa", "pubmedqa", PUBMEDQA, 'id: got "1" again, expected each once; it stands in line 1'),
     ],
 )
 def test_an_id_that_stands_twice_is_refused(tmp_path, task, name, row, message):

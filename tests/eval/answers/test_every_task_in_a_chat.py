@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("harness")
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 LETTERS = json.loads(gzip.decompress((REFERENCE / "lm_eval_0.4.13_letters.json.gz").read_bytes()))
 # Tasks whose questions are sentences to be continued or scored as they stand, in a fixed wording, or no questions.
-REFUSE = {"bbq", "bits_per_byte", "crows_pairs", "mmlu_hendrycks", "mmlu_robust", "winobias"}
+REFUSE = {"bbq", "bits_per_byte", "crows_pairs", "mmlu_hendrycks", "mmlu_robust", "pubmedqa", "winobias"}
 REFUSE |= {name for name, task in TASKS.items() if task.kind == "media"}
 OWN = {
     "own_choice": "kind: choice\nchoices: [first, second]\nanswer: right\n",
