@@ -31,7 +31,11 @@ _ALIGNMENT_FIGURES = (
     ("Ratio", "new / old probability", (("mean", ("val/ratio",)),)),
 )
 # What is drawn of every training, one line per stage.
-_COURSE_FIGURES = (("Learning rate", "", ("learning_rate", "lr")), ("Gradient norm", "", ("grad_norm",)))
+_COURSE_FIGURES = (
+    ("Learning rate", "", ("learning_rate", "lr")),
+    ("Gradient norm", "", ("grad_norm",)),
+    ("Speed", "tokens per second", ("tokens_per_second",)),
+)
 # What the curves beside the heatmaps show: metric, title, unit.
 _ROUTER_FIGURES = (
     ("load_imbalance", "Imbalance", "busiest expert / mean"),

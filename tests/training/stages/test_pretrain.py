@@ -79,7 +79,8 @@ def test_figures_count_every_routed_token(finished, tiny_settings):
         assert row["num_idle_experts"] == sum(load.count(0) for load in row["tokens_per_expert"])
         assert 0 < row["router_entropy"] <= 2.08  # ln 8
         assert row["tokens_per_second"] > 0 and row["grad_norm"] > 0 and 0 < row["mfu"] < 1
-    assert (path / "plots" / "expert_load.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("expert_load", "course"):
+        assert (path / "plots" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert [list(load) for load in summary.tokens_per_expert] == rows[-1]["tokens_per_expert"]
 
 
