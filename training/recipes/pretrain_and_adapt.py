@@ -234,6 +234,16 @@ class AdaptRecipe(TextSettings, EsftSettings, MtpSettings):
     replay_share: float = setting(0.25, help="Share of training blocks that are general text, in [0, 1).")
     min_domain_gain: float = setting(0.08, help="The check wants the domain's bits per byte to fall by this share.")
     max_general_loss: float = setting(0.04, help="The check lets the general bits per byte rise by this share.")
+    stop_general_loss: float | None = setting(
+        None,
+        help="End the training at the first measurement (eval_steps) where general bits per byte have risen by more "
+        "than this share, and take the model of the measurement before; null: never.",
+    )
+    long_tail: bool = setting(
+        False,
+        help="Measure before and after how the held-out domain text's loss depends on how often the training text "
+        "names its words and topics; plots/long_tail.png.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -246,3 +256,8 @@ class AdaptRecipe(TextSettings, EsftSettings, MtpSettings):
         is_left = self.esft_top_p is None or self.mtp_loss_coef is None  # ESFT freezes the layers
         self.require("mtp_loss_coef", is_left, f"null with esft_top_p={self.esft_top_p}")
         self.require("data", self.data != self.general_data, "another data set than general_data")
+        bound = self.stop_general_loss
+        self.require("stop_general_loss", bound is None or 0 <= bound < math.inf, "null or at least 0, and finite")
+        self.require("stop_general_loss", bound is None or self.eval_steps > 0, "null with eval_steps=0")
+        self.require("stop_general_loss", bound is None or size == 1, f"null with expert_parallel_size={size}")
+        self.require("long_tail", not self.long_tail or size == 1, f"false with expert_parallel_size={size}")

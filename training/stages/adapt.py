@@ -28,6 +28,7 @@ from deepseek_training.data.separate import SeparateDataset
 from deepseek_training.launch.plan import announce, plan_training
 from deepseek_training.mtp.load_to_train import load_to_train
 from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
+from deepseek_training.trainer.adaptation_watch import AdaptationWatch, num_held_out
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from deepseek_training.trainer.chosen_experts import prepare_esft
 from deepseek_training.trainer.expert_parallel import split_experts
@@ -83,6 +84,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
         log_once(run, {"step": 0, **bits_figures(before)})
     trainer = StageTrainer(recipe, held_out, dataset=dataset, model=model, args=args, chosen=esft.rows)
     with leaving_a_checkpoint(trainer, run):
+        watch = AdaptationWatch.begin(recipe, trainer, tokenizer, domain, held_out=held_out, before=before)
         run_training(trainer, run, lambda: write_samples(recipe, trainer, tokenizer))
         after = measure_sets(held_out, trainer.model_wrapped, recipe)
         trainer.save_result(run, tokenizer)
@@ -91,16 +93,16 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
             base_model=recipe.model,
             results=bits_rows(before, when="before") + bits_rows(after, when="after"),
             data=describe_corpora(corpora, scored_texts(corpora, held_out)),
-            checks=_checks(recipe, sum(bool(len(corpus.validation)) for corpus in domain), before, after),
+            checks=_checks(recipe, num_held_out(domain), before, after),
             samples=samples_over_time(run) + write_samples(recipe, trainer, tokenizer),
             seconds=round(time.monotonic() - started, 1),
-            num_training_tokens=recipe.max_steps * step_tokens(recipe, args),
+            num_training_tokens=watch.num_steps * step_tokens(recipe, args),
             replay_share=recipe.replay_share,
             tokens_per_expert=tuple(map(tuple, trainer.figures.tokens_per_expert)),
-            details=esft.details,
+            details={**esft.details, **watch.details(run)},
         )
         if trainer.is_first:
-            log_once(run, {"step": recipe.max_steps, **bits_figures(after)})
+            log_once(run, {"step": watch.num_steps, **bits_figures(after)})
             summary = run.finish(summary)
     return summary
 

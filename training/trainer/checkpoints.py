@@ -37,7 +37,7 @@ class CheckpointMarker(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the marker; `Trainer` calls this after the last file of a checkpoint."""
-        _wait_for_all()  # every process writes its random state into the checkpoint
+        wait_for_all()  # every process writes its random state into the checkpoint
         if not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -55,7 +55,7 @@ def publish_checkpoint(written: Path, *, is_first: bool) -> None:
         written: The folder, in `BEING_WRITTEN` beside the others.
         is_first: Whether this process does it.
     """
-    _wait_for_all()
+    wait_for_all()
     if not is_first:
         return
     mark_complete(written)
@@ -66,7 +66,8 @@ def publish_checkpoint(written: Path, *, is_first: bool) -> None:
     written.parent.rmdir()
 
 
-def _wait_for_all() -> None:
+def wait_for_all() -> None:
+    """Wait until every process is here; one alone goes on."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
 

@@ -33,6 +33,7 @@ from deepseek_training.trainer.checkpoints import (
     publish_checkpoint,
 )
 from deepseek_training.trainer.chosen_experts import ChosenRows, RowAdamW, check_esft
+from deepseek_training.trainer.course_plot import CoursePlot
 from deepseek_training.trainer.distributed_engine import check_engine
 from deepseek_training.trainer.divergence import StopWhenDiverged
 from deepseek_training.trainer.first_burst import FirstBurst
@@ -66,12 +67,14 @@ class ResumedTraining:
         held_out: Sets whose content an interrupted run is held to.
         figures: The figures of the training, added to its log; None where none are collected.
         chosen: The slices of experts that alone train; empty where whole parameters do.
+        is_over: Whether a run that goes on has nothing left to train.
     """
 
     recipe: Any
     held_out: Sequence[HeldOutSet] = ()
     figures: TrainingFigures | None = None
     chosen: Sequence[ChosenRows] = ()
+    is_over: bool = False
     _folder_being_written: Path | None = None
 
     @property
@@ -145,7 +148,7 @@ class ResumedTraining:
         `Trainer` (5.23) looks for the last step only after a step: resumed from its checkpoint it would train one
         too many.
         """
-        if self.state.global_step >= self.state.max_steps:
+        if self.is_over or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
@@ -297,7 +300,8 @@ def run_training(
     bar = ProgressBar(run.path.name)
     burst = FirstBurst(trainer.model)
     watching = (burst, StopWhenDiverged(burst))
-    for callback in (MetricsFile(run, trainer.figures), LoadPlot(run), bar, *watching, CheckpointMarker()):
+    written = (MetricsFile(run, trainer.figures), LoadPlot(run), CoursePlot(run))
+    for callback in (*written, bar, *watching, CheckpointMarker()):
         trainer.add_callback(callback)
     if write_samples is not None:
         trainer.add_callback(SampleLog(run, trainer.recipe.sample_steps, write_samples))
