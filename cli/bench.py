@@ -197,6 +197,37 @@ def _add_update(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, "update")
 
 
+def _add_adapt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default="runs/demo/pretrain/model", help="a model with experts"
+    )
+    parser.add_argument(
+        "--domains", nargs="+", default=["medicine", "finance"], help="texts to adapt to, as for adapt"
+    )
+    parser.add_argument("--general", default="books", help="general text, replayed and watched for forgetting")
+    parser.add_argument("--also", nargs="*", default=["prose_zh"], help="further held-out texts to measure")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="some of the table's, quoted (default: all)")
+    parser.add_argument("--seeds", type=int, default=3, help="of each method, at least 1")
+    parser.add_argument("--task-seeds", type=int, default=1, help="how many of them are asked the tasks, at least 1")
+    parser.add_argument("--steps", type=int, default=40, help="at most, at least 1")
+    parser.add_argument("--eval-steps", type=int, default=10, help="steps between looks at the general text")
+    parser.add_argument("--batch-size", type=int, default=4, help="blocks per step")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens of a block")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="where all weights train")
+    parser.add_argument("--few-rate", type=float, default=5e-3, help="where few do: LoRA and ESFT")
+    parser.add_argument("--replay-share", type=float, default=0.4, help="of the blocks that are general text")
+    parser.add_argument("--stop-loss", type=float, default=0.02, help="relative loss of general text that ends a run")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters, at least 1")
+    parser.add_argument("--top-p", type=float, default=0.3, help="share of the text whose experts ESFT trains")
+    parser.add_argument("--eval-bytes", type=int, default=20_000, help="of each held-out source to score")
+    parser.add_argument("--tasks", default="mmlu,pubmedqa,winobias,bbq", help="of evaluate, or '' for none")
+    parser.add_argument(
+        "--limit", default="mmlu=10,pubmedqa=40,winobias=30,bbq=10", help="questions of each task, as for evaluate"
+    )
+    parser.add_argument("--data", help="as for evaluate, for example crows_pairs=crows_pairs_anonymized.csv")
+    _add_output(parser, "adapt")
+
+
 def _add_smaller(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder or Hub id, of ours or another family with experts")
     parser.add_argument("--group", type=int, default=128, help="weights that share a scale, as for quantize")
@@ -304,6 +335,19 @@ Finished runs in the folder are taken as they are; one that stopped begins again
 An interrupted one goes on behind the last sequence that it finished.
 """,
         _add_update,
+    ),
+    Benchmark(
+        "adapt",
+        "adapt_methods",
+        "Adapt a model to domains by seven methods: learned, forgotten, long tail, knowledge and bias.",
+        """
+  deepseek-moe bench adapt runs/demo/pretrain/model
+  deepseek-moe bench adapt path/to/moe --domains my_texts/ --general general.jsonl --also --tasks pubmedqa --limit 100
+  deepseek-moe bench adapt --tasks crows_pairs,bbq --limit 200 --data crows_pairs=crows_pairs_anonymized.csv
+
+An interrupted one goes on behind the last model that it finished.
+""",
+        _add_adapt,
     ),
     Benchmark(
         "serving",

@@ -31,6 +31,7 @@ def test_all_are_listed(capsys):
         "rewards",
         "attacks",
         "update",
+        "adapt",
         "serving",
         "edge",
         "smaller",

@@ -33,7 +33,7 @@ def with_lora(model: PreTrainedModel, recipe: LoraSettings | GrpoRecipe) -> PreT
     """
     if not recipe.lora_rank:
         return model
-    modules, parameters = _targets(model) if recipe.lora_targets is None else _sort(model, recipe.lora_targets)
+    modules, parameters = adapted_names(model) if recipe.lora_targets is None else _sort(model, recipe.lora_targets)
     config = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha or 2 * recipe.lora_rank,
@@ -53,8 +53,12 @@ def with_lora(model: PreTrainedModel, recipe: LoraSettings | GrpoRecipe) -> PreT
     return adapted
 
 
-def _targets(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """The linear layers of attention and the experts' 3-D parameters; of a dense model every linear layer."""
+def adapted_names(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Return the linear layers of attention and the experts' 3-D parameters; of a dense model every linear layer.
+
+    Args:
+        model: Any causal language model.
+    """
     layers = find_moe_layers(model)
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

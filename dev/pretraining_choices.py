@@ -1,0 +1,219 @@
+"""Trains `pretrain-demo` with one choice changed at a time, and a dense Llama, each for equal CPU time.
+
+    OMP_NUM_THREADS=1 python dev/pretraining_choices.py RUNS [--steps 160] [--seeds 3]
+
+A step of each variant is timed first, in turn with one of the recipe as it is; a variant gets as many fewer steps as
+its step costs more, and the schedule ends with its last step. The Llama has as many active parameters beside the
+embedding as the recipe's model and is trained by the same optimizer, on the same blocks of books; it goes through
+`adapt`, from drawn weights. The optimizer itself is compared by `muon_against_adamw.py`. Finished runs are taken as
+they are.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from muon_against_adamw import CpuClock, train
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.trainer import DEFAULT_CALLBACKS
+
+from deepseek_records.loading import load_model, load_tokenizer
+from deepseek_records.run_folder import RunFolder
+from deepseek_records.statistics import mean_with_error
+from deepseek_training.recipes.loading import load_recipe
+from deepseek_training.stages.adapt import AdaptRecipe, adapt
+from deepseek_training.stages.pretrain import PretrainRecipe
+from deepseek_training.trainer.muon import build_muon
+from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
+from modeling_deepseek.parameter_count import count_parameters
+
+# Twice as many experts of half the width, and twice as many of them used.
+FINER = {
+    **{"n_routed_experts": 32, "moe_intermediate_size": 48, "min_experts_per_tok": 4, "num_experts_per_tok": 8},
+    "target_experts_per_tok": 6.0,
+}
+# Choice, variant, settings that differ from the recipe's; those under `model` are added to it.
+VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("", "as it is", {}),
+    ("depth and width", "2 layers of 160", {"model": {"num_hidden_layers": 2, "hidden_size": 160}}),
+    ("depth and width", "5 layers of 96", {"model": {"num_hidden_layers": 5, "hidden_size": 96}}),
+    ("experts", "32 of half the width, 4 to 8 used", {"model": FINER}),
+    ("batch", "4 blocks", {"batch_size": 4}),
+    ("rate", "0.018", {"learning_rate": 1.8e-2}),
+    ("vocabulary", "2048 tokens", {"vocab_size": 2048}),
+)
+LLAMA = "dense Llama"
+
+
+def recipe_of(recipe: PretrainRecipe, settings: dict[str, Any]) -> PretrainRecipe:
+    """Return the recipe with a variant's settings."""
+    return dataclasses.replace(recipe, **{**settings, "model": {**recipe.model, **settings.get("model", {})}})
+
+
+def our_config(recipe: PretrainRecipe) -> DeepseekConfig:
+    """Return the configuration that a recipe trains."""
+    return DeepseekConfig.from_preset(recipe.preset, vocab_size=recipe.vocab_size, **recipe.model)
+
+
+def llama_config(recipe: PretrainRecipe) -> LlamaConfig:
+    """Return a Llama of the recipe's width and depth with as many active parameters: its MLP makes up for the rest."""
+    ours = our_config(recipe)
+    wanted = count_parameters(ours, ours.target_experts_per_tok).active
+    sizes = {"hidden_size": ours.hidden_size, "num_hidden_layers": ours.num_hidden_layers}
+    heads = {"num_attention_heads": ours.num_attention_heads, "num_key_value_heads": ours.num_attention_heads}
+    tokens = {"vocab_size": recipe.vocab_size, "tie_word_embeddings": True, "max_position_embeddings": 1024}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    one, two = (
+        LlamaForCausalLM(LlamaConfig(intermediate_size=width, **sizes, **heads, **tokens, **special)).num_parameters()
+        for width in (8, 16)
+    )
+    width = max(8, 8 + round((wanted - one) / (two - one)) * 8)
+    return LlamaConfig(intermediate_size=width, **sizes, **heads, **tokens, **special)
+
+
+class Stepper:
+    """A model of a variant that takes steps on random tokens.
+
+    Args:
+        recipe: The variant's.
+        is_llama: Whether it is the Llama.
+    """
+
+    def __init__(self, recipe: PretrainRecipe, *, is_llama: bool) -> None:
+        torch.manual_seed(0)
+        self.recipe = recipe
+        self.model = LlamaForCausalLM(llama_config(recipe)) if is_llama else DeepseekForCausalLM(our_config(recipe))
+        if not is_llama:
+            self.model.set_experts_implementation(recipe.experts_implementation)
+        self.model.train()
+        rates = {"lr": 1e-4, "weight_decay": recipe.weight_decay, "betas": (0.9, recipe.adam_beta2)}
+        is_muon = recipe.optimizer == "muon"
+        make = build_muon if is_muon else torch.optim.AdamW
+        self.optimizer = make(self.model if is_muon else self.model.parameters(), **rates)
+
+    def step(self) -> float:
+        """Return the CPU seconds of a step."""
+        recipe = self.recipe
+        ids = torch.randint(0, recipe.vocab_size, (recipe.batch_size, recipe.sequence_length))
+        began = time.process_time()
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.process_time() - began
+
+
+def step_costs(recipe: PretrainRecipe, num_rounds: int) -> dict[str, float]:
+    """Return what a step of each variant costs in steps of the recipe as it is.
+
+    Args:
+        recipe: The settings.
+        num_rounds: Steps of each.
+    """
+    steppers = {name: Stepper(recipe_of(recipe, settings), is_llama=False) for _, name, settings in VARIANTS}
+    steppers[LLAMA] = Stepper(recipe, is_llama=True)
+    times: dict[str, list[float]] = {name: [] for name in steppers}
+    for number in range(num_rounds + 2):
+        for name, stepper in steppers.items():
+            seconds = stepper.step()
+            if number >= 2:
+                times[name].append(seconds)
+    first = statistics.median(times[VARIANTS[0][1]])
+    return {name: statistics.median(row) / first for name, row in times.items()}
+
+
+def train_llama(recipe: PretrainRecipe, root: Path, tokenizer: Path, *, seed: int, max_steps: int) -> dict[str, float]:
+    """Return bits per byte and CPU seconds of the Llama.
+
+    Args:
+        recipe: The settings.
+        root: Of the runs.
+        tokenizer: A run's model, whose tokenizer it gets.
+        seed: Of weights and data.
+        max_steps: Steps.
+    """
+    start, folder = root / f"llama-start-{seed}", root / f"llama-{seed}"
+    clock = folder / "cpu_seconds.json"
+    if not clock.exists():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(llama_config(recipe)).save_pretrained(start)
+        load_tokenizer(str(tokenizer)).save_pretrained(start)
+        same = ("sequence_length", "batch_size", "optimizer", "learning_rate", "warmup_steps", "eval_bytes")
+        settings = {name: getattr(recipe, name) for name in same}
+        data = {"data": recipe.data, "general_data": "medicine", "replay_share": 0.0}
+        own = AdaptRecipe(model=str(start), max_steps=max_steps, seed=seed, report_to=[], **data, **settings)
+        adapt(own, folder, overwrite=True)
+        clock.write_text(json.dumps(CpuClock.seconds))
+    rows = RunFolder(folder).summary.results
+    bits = next(row.value for row in rows if row.dataset == recipe.data and row.when == "after")
+    return {"bits_per_byte": bits, "cpu_seconds": json.loads(clock.read_text())}
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, help="folder of the trainings")
+    parser.add_argument("--recipe", default="pretrain-demo")
+    parser.add_argument("--steps", type=int, default=160, help="of the recipe as it is")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each that are timed")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    DEFAULT_CALLBACKS.append(CpuClock)
+    recipe = load_recipe(args.recipe, PretrainRecipe)
+    recipe = dataclasses.replace(recipe, sample_prompts=[], check_bigram=False)
+    costs_file = args.runs / "step_costs.json"
+    if not costs_file.exists():
+        args.runs.mkdir(parents=True, exist_ok=True)
+        costs_file.write_text(json.dumps(step_costs(recipe, args.rounds)))
+    costs = json.loads(costs_file.read_text())
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in range(args.seeds):
+        for place, (_, name, settings) in enumerate(VARIANTS):
+            steps = round(args.steps / costs[name])
+            changed = recipe_of(recipe, {"seed": seed, "warmup_steps": min(30, steps // 5), **settings})
+            found.setdefault(name, []).append(train(changed, args.runs / f"{place}-{seed}", max_steps=steps))
+            print(json.dumps({"variant": name, "seed": seed, "steps": steps, **found[name][-1]}), flush=True)
+        steps = round(args.steps / costs[LLAMA])
+        tokenizer = args.runs / f"0-{seed}" / "model"
+        warm = dataclasses.replace(recipe, warmup_steps=min(30, steps // 5))
+        found.setdefault(LLAMA, []).append(train_llama(warm, args.runs, tokenizer, seed=seed, max_steps=steps))
+        print(json.dumps({"variant": LLAMA, "seed": seed, "steps": steps, **found[LLAMA][-1]}), flush=True)
+    print_table(args, found, costs)
+    return 0
+
+
+def print_table(args: argparse.Namespace, found: dict[str, list[dict[str, float]]], costs: dict[str, float]) -> None:
+    """Print what each variant reached.
+
+    Args:
+        args: The options.
+        found: By variant, one row for each seed.
+        costs: Of a step of each.
+    """
+    print("| choice | variant | parameters | active | steps | CPU s | bits per byte | against the recipe, paired |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    first = [row["bits_per_byte"] for row in found[VARIANTS[0][1]]]
+    names = [(choice, name, args.runs / f"{place}-0") for place, (choice, name, _) in enumerate(VARIANTS)]
+    for choice, name, folder in [*names, ("", LLAMA, args.runs / "llama-0")]:
+        model = load_model(folder / "model")
+        total = active = sum(one.numel() for one in model.parameters())
+        if name != LLAMA:
+            active = count_parameters(model.config, model.config.target_experts_per_tok).active
+        bits = [row["bits_per_byte"] for row in found[name]]
+        change = mean_with_error([one - base for one, base in zip(bits, first, strict=True)])
+        cpu = statistics.mean(row["cpu_seconds"] for row in found[name])
+        against = "" if not choice and name != LLAMA else f"{change[0]:+.3f} ± {change[1] or 0:.3f}"
+        value, error = mean_with_error(bits)
+        cells = [choice, name, f"{total / 1e3:,.0f} k", f"{active / 1e3:,.0f} k", str(round(args.steps / costs[name]))]
+        print(f"| {' | '.join([*cells, f'{cpu:.0f}', f'{value:.3f} ± {error or 0:.3f}', against])} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
