@@ -145,7 +145,7 @@ def test_the_embedded_medicine_has_two_sources():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--methods", "full", "guess"], "methods: got 'guess', expected some of: full, no replay; full;"),
+        (["--methods", "full", "guess"], "methods: got 'guess', expected some of: full, no replay; full, no stop;"),
         (["--seeds", "0"], "seeds: got 0, expected at least 1"),
         (["--general", "medicine"], "domains: got 'medicine' twice among the texts"),
         (["--domains", "medicine", "medicine"], "domains: got 'medicine' twice among the texts"),
