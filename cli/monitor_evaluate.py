@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="MODEL", help="the served model's folder or Hub id, for tasks that compare given words"
     )
     parser.add_argument("--limit", metavar="N", help="first items of a task, or task=N pairs (all without it)")
+    parser.add_argument("--data", metavar="PATH", help="own data, as for evaluate, such as crows_pairs=FILE")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of each answer")
     parser.add_argument("--max-length", type=int, default=None, metavar="N", help="tokens that the model sees at once")
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     at = time.time()
     folder = Path(args.requests) / f"evaluation-{int(at)}"
     words = [args.url, "--tasks", args.tasks, "--output", str(folder)]
-    for name in ("tokenizer", "limit", "max_new_tokens", "max_length"):
+    for name in ("tokenizer", "limit", "data", "max_new_tokens", "max_length"):
         value = getattr(args, name)
         words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     parser = argparse.ArgumentParser()
