@@ -182,16 +182,16 @@ class UpdateSequence:
     ) -> dict[str, Any]:
         """What the gate of `deepseek_training.stages.update` says of the recipe's candidates."""
         with tempfile.TemporaryDirectory() as root:
-            folders = [Path(root) / which for which in ("old", "new")]
-            for model, folder in zip((old, new), folders, strict=True):
+            before, after = Path(root, "old"), Path(root, "new")
+            for model, folder in ((old, before), (new, after)):
                 model.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
             candidates = {
-                alpha: merge_weights(*folders, Path(root) / f"alpha-{alpha:g}", alpha) for alpha in recipe.alphas
+                alpha: merge_weights(before, after, Path(root) / f"alpha-{alpha:g}", alpha) for alpha in recipe.alphas
             }
             sets = GateSets(self.of_gate[name], [self.of_gate[one] for one in taught])
             gate = Gate(recipe, sets, self.tokenizer, training_arguments(recipe, Path(root) / "args"))
-            decision = gate.decide(folders[0], candidates)
+            decision = gate.decide(before, candidates)
         return {key: decision[key] for key in _TOLD}
 
     def _drift(self, old: PreTrainedModel, new: PreTrainedModel) -> dict[str, float]:

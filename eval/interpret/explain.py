@@ -144,8 +144,15 @@ def explain(
     routed = _read_routing(loaded, passages, settings)
     names = [layer_number(layer) for layer in layers]
     atlas = make_atlas(routed, passages, loaded.tokenizer, names, settings.seed)
-    options = {"size": settings.set_size, "batch_size": settings.batch_size, "seed": settings.seed}
-    sets = measure_sets(loaded.model, layers, passages, routed, **options)
+    sets = measure_sets(
+        loaded.model,
+        layers,
+        passages,
+        routed,
+        size=settings.set_size,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
     effects = _mask_experts(loaded, layers, passages, asked, settings)
     texts = [_explain_text(loaded, ids, settings.seed) for ids in tqdm(encoded, desc="texts", disable=not encoded)]
     faithfulness = _test_attributions(loaded, passages, settings)

@@ -80,7 +80,7 @@ class CompletionRequest(GenerationRequest):
         """The prompt, out of its list if it came in one."""
         if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
             return self.prompt[0]
-        return self.prompt  # type: ignore[return-value]
+        return self.prompt
 
 
 class Message(_Strict):
