@@ -39,7 +39,7 @@ RECIPES = {
 TRAINER = {"max_steps": 3, "logging_steps": 1, "save_steps": 0, "report_to": [], "batch_size": 2, "warmup_steps": 0}
 TEXT = {**TRAINER, "sequence_length": 32, "eval_bytes": 2000, "sample_prompts": ["The"], "sample_tokens": 4}
 ASKED = {**TRAINER, "sequence_length": 112, "eval_bytes": 2000, "frozen_steps": 1, "replay_share": 0.5}
-ASKED |= {"audio": {"time_stride": 45}, "data": ["{seen}", "{heard}"], "general_data": "{texts}", "answer_tokens": 2}
+ASKED |= {"audio": {"time_stride": 45}, "data": ["{seen}", "{heard}"], "general_data": "{texts}", "answer_tokens": 6}
 REWARDED = {"num_updates": 2, "batch_size": 4, "response_length": 4, "report_to": [], "prompt_sources": ["medquad"]}
 # What each stage is run with; a name in braces is a file of the fixture.
 BASE = {
@@ -246,7 +246,8 @@ def _write_questions(root, found, split):
         folder.mkdir()
         for number in range(12):
             is_first = number % 2 == 0
-            row = {"prompt": "Which?", "answer": "a" if is_first else "b", "split": split(number // 2)}
+            answer = "what is it" if is_first else "it is no one"
+            row = {"prompt": "Which?", "answer": answer, "split": split(number // 2)}
             if kind == "seen":
                 row["image"] = f"{number}.png"
                 Image.new("RGB", (9, 9), (20 * number, 200 * is_first, 0)).save(folder / row["image"])
