@@ -103,7 +103,8 @@ test-edge: edge-setup
 
 test-distributed: setup
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/training/trainer/test_distributed.py \
-	  tests/training/trainer/test_failing_processes.py tests/modeling_deepseek/test_expert_parallel.py tests/training/launch
+	  tests/training/trainer/test_failing_processes.py tests/training/trainer/test_stages_in_processes.py \
+	  tests/modeling_deepseek/test_expert_parallel.py tests/training/launch
 
 test-versions: setup
 	@$(BIN)/python dev/versions.py $(if $(ONLY),--only $(ONLY))

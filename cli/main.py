@@ -16,7 +16,7 @@ import traceback
 from importlib import metadata
 from typing import NoReturn
 
-from deepseek_records.exit_codes import BAD_INPUT, FAILED, RunFailedError
+from deepseek_records.exit_codes import BAD_INPUT, FAILED, RunFailedError, SameInAllProcessesError
 from deepseek_records.nearest_name import did_you_mean
 from deepseek_records.output_paths import check_output
 from deepseek_records.stop_signals import Interrupted, close_standard_output, how_to_go_on, stop_signals
@@ -141,14 +141,19 @@ def main(argv: list[str] | None = None) -> int:
             if args.traceback:
                 traceback.print_exc()
             code, message = told
-            print(f"{prog}: error: {message}", file=sys.stderr)
+            if not isinstance(error, SameInAllProcessesError) or _is_first_process():
+                print(f"{prog}: error: {message}", file=sys.stderr)
             return code
 
 
 def _tell_interruption(prog: str, error: BaseException, number: int | None) -> int:
-    if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+    if _is_first_process():
         print(f"\n{prog}: interrupted; {how_to_go_on(error)}", file=sys.stderr)
     return Interrupted(number or signal.SIGINT).exit_code
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # of several processes one tells
 
 
 def _message_for_users(error: Exception) -> tuple[int, str] | None:

@@ -51,6 +51,8 @@ def join_parts(source: str | Path, output: str | Path, *, most_gib: float = 4.0)
     source, output = Path(source), Path(output)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"output: got {output}, expected an empty or absent folder")
+    if (source / "adapter_config.json").is_file():
+        raise ValueError(f"model: got {source}, an adapter in parts, expected a model; the run ends with its adapter/")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     stored = _stored(source, model)

@@ -18,3 +18,7 @@ MISSED = 3
 
 class RunFailedError(Exception):
     """A run failed on its way, through nothing that a check at the start could have found; told in one line."""
+
+
+class SameInAllProcessesError(ValueError):
+    """Bad input that all processes of a training find together; the first one tells."""

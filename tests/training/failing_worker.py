@@ -2,7 +2,7 @@
 
 Started by `test_failing_processes` through torchrun. FAULT is ``kill``, ``hang`` or ``nan``, which the last process
 has in step FAULT_STEP; or ``deaths``: in every step a process chosen by chance is killed with a chance of a third, as
-often as DEATHS says, which the file DEATH_FILE counts.
+often as DEATHS says, which the file DEATH_FILE counts; or ``slow`` or ``slow_data``, as the last process then is.
 """
 
 import os
@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 
 from deepseek_cli.main import main
+from deepseek_training.data.packing import PackedDataset
 from deepseek_training.stages import pretrain
 from deepseek_training.trainer import stage_trainer
+from modeling_deepseek.decoder_layer import DeepseekAttention
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -37,6 +39,18 @@ def die_by_chance(step, is_last):
         die()
 
 
+def be_slow(kind):
+    """Sleep in the attention of a layer, or where a row of the data is read."""
+    owner, name = {"slow": (DeepseekAttention, "forward"), "slow_data": (PackedDataset, "__getitem__")}[kind]
+    original = getattr(owner, name)
+
+    def slower(*args, **kwargs):
+        time.sleep(0.03)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, slower)
+
+
 class FailingTrainer(stage_trainer.StageTrainer):
     """Fails before the forward pass of a step."""
 
@@ -55,5 +69,8 @@ class FailingTrainer(stage_trainer.StageTrainer):
         return super().compute_loss(model, *args, **kwargs)
 
 
-pretrain.StageTrainer = FailingTrainer
+if os.environ["FAULT"].startswith("slow") and RANK == WORLD_SIZE - 1:
+    be_slow(os.environ["FAULT"])
+if not os.environ["FAULT"].startswith("slow"):
+    pretrain.StageTrainer = FailingTrainer
 sys.exit(main(sys.argv[1:]))

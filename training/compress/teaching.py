@@ -21,6 +21,7 @@ from deepseek_training.data.packing import encode_documents
 from deepseek_training.launch.plan import Plan, describe_size, measure_size, plan_training
 from deepseek_training.recipes.distill import DistillRecipe
 from deepseek_training.trainer.distill_trainer import TaughtBlocks
+from deepseek_training.trainer.expert_parallel import place_model
 from deepseek_training.trainer.new_model import check_model
 
 
@@ -139,6 +140,28 @@ def hold_pair(
     held = {"teacher": hash_model(teacher), "tokenizer": hash_tokenizer(tokenizer), "start": hash_model(student)}
     with args.main_process_first(local=False):
         run.hold_to(**held)
+
+
+def place_pair(
+    recipe: DistillRecipe,
+    run: RunFolder,
+    args: TrainingArguments,
+    *,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+) -> PreTrainedModel:
+    """Bring both models where they run, and return the student, split over processes where the recipe says so.
+
+    Args:
+        recipe: The settings.
+        run: The run folder.
+        args: The trainer's arguments, which know the processes.
+        teacher: The model; whole in every process.
+        student: The model.
+    """
+    for model in (teacher, student):
+        model.to(args.device).set_experts_implementation(recipe.experts_implementation)
+    return place_model(student, recipe.expert_parallel_size, run.path, args)
 
 
 def open_teacher(

@@ -15,7 +15,7 @@ PLACES = {
     "kubernetes": "jobset.yaml.jinja",
     "ray": "ray.py.jinja",
 }
-ENGINES = ("ddp", "fsdp2", "zero3", "expert_parallel")
+ENGINES = ("ddp", "fsdp2", "fsdp2_sharded", "zero3", "expert_parallel")
 _TIME = re.compile(r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")
 _NAME = re.compile(r"^[a-z0-9]([-a-z0-9]{0,40}[a-z0-9])?$")
 

@@ -22,6 +22,7 @@ from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.recipes.rewarded import RewardedSettings
 from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
 from deepseek_training.rewards.model_reward import ModelReward
+from deepseek_training.trainer.distributed_engine import refuse_split_engine
 from deepseek_training.trainer.run_callbacks import MetricsFile
 from deepseek_training.trainer.run_start import choose_trackers
 
@@ -91,6 +92,7 @@ def ppo_config(recipe: AlignRecipe, output: Path) -> PPOConfig:
         recipe: The settings.
         output: The run folder; checkpoints go into it.
     """
+    refuse_split_engine("align")
     num_processes = PartialState().num_processes
     return PPOConfig(
         output_dir=str(output / "checkpoints"),

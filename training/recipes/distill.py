@@ -5,11 +5,11 @@ import math
 from typing import Any, Literal
 
 from deepseek_training.recipes.loading import setting
-from deepseek_training.recipes.pretrain_and_adapt import TrainerSettings
+from deepseek_training.recipes.pretrain_and_adapt import SplittableSettings
 
 
 @dataclasses.dataclass(kw_only=True)
-class DistillRecipe(TrainerSettings):
+class DistillRecipe(SplittableSettings):
     """The settings of `distill`."""
 
     teacher: str = setting(help="The model to learn from: a folder or Hub id. Its tokenizer is the student's too.")

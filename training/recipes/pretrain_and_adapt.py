@@ -89,6 +89,14 @@ class TrainerSettings(BoundedSettings):
         self.require("save_steps", self.save_steps % steps == 0, f"a multiple of logging_steps={steps}")
 
 
+# Settings that need whole experts, as they stand without effect.
+_WHOLE_ONLY = {"lora_rank": 0, "esft_top_p": None, "mtp_loss_coef": None}
+
+
+def _told(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
 @dataclasses.dataclass(kw_only=True)
 class SplittableSettings(TrainerSettings):
     """What stages add that can split a model over processes."""
@@ -97,12 +105,22 @@ class SplittableSettings(TrainerSettings):
         1,
         help="Processes that share one set of experts; above 1 with untied embeddings only.",
     )
+    save_in_background: bool = setting(
+        False,
+        help="Go on training while a checkpoint is written, from a copy in memory; where several processes write it "
+        "in parts.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         size = self.expert_parallel_size
         self.require("expert_parallel_size", size >= 1, "at least 1")
         self.require("optimizer", size == 1 or self.optimizer == "adamw", f"adamw with expert_parallel_size={size}")
+        for name, off in _WHOLE_ONLY.items():
+            if size > 1 and hasattr(self, name):
+                self.require(name, getattr(self, name) == off, f"{_told(off)} with expert_parallel_size={size}")
+        is_saved = self.save_steps > 0 or not self.save_in_background
+        self.require("save_in_background", is_saved, "false with save_steps=0")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -248,15 +266,10 @@ class AdaptRecipe(TextSettings, EsftSettings, MtpSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("replay_share", 0 <= self.replay_share < 1, "in [0, 1)")
-        size = self.expert_parallel_size
-        self.require("lora_rank", size == 1 or self.lora_rank == 0, f"0 with expert_parallel_size={size}")
-        self.require("esft_top_p", size == 1 or self.esft_top_p is None, f"null with expert_parallel_size={size}")
-        is_left = size == 1 or self.mtp_loss_coef is None
-        self.require("mtp_loss_coef", is_left, f"null with expert_parallel_size={size}")
         is_left = self.esft_top_p is None or self.mtp_loss_coef is None  # ESFT freezes the layers
         self.require("mtp_loss_coef", is_left, f"null with esft_top_p={self.esft_top_p}")
         self.require("data", self.data != self.general_data, "another data set than general_data")
-        bound = self.stop_general_loss
+        bound, size = self.stop_general_loss, self.expert_parallel_size
         self.require("stop_general_loss", bound is None or 0 <= bound < math.inf, "null or at least 0, and finite")
         self.require("stop_general_loss", bound is None or self.eval_steps > 0, "null with eval_steps=0")
         self.require("stop_general_loss", bound is None or size == 1, f"null with expert_parallel_size={size}")

@@ -4,11 +4,11 @@ import dataclasses
 from typing import ClassVar
 
 from deepseek_training.recipes.loading import setting
-from deepseek_training.recipes.pretrain_and_adapt import MtpSettings
+from deepseek_training.recipes.pretrain_and_adapt import MtpSettings, SplittableSettings
 
 
 @dataclasses.dataclass(kw_only=True)
-class SftRecipe(MtpSettings):
+class SftRecipe(SplittableSettings, MtpSettings):
     """The settings of `sft`."""
 
     data: str = setting("dialogues", help="Conversations: embedded name, file, folder, datasets directory or Hub id.")

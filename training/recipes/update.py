@@ -62,7 +62,7 @@ class UpdateRecipe(TextSettings, EsftSettings):
         "sample_prompts": "the gate has its own prompts",
         "sample_tokens": "the gate has its own prompts",
         "sample_steps": "the gate has its own prompts",
-        "expert_parallel_size": "an update runs in one process",
+        **dict.fromkeys(("expert_parallel_size", "save_in_background"), "an update runs in one process"),
     }
 
     def __post_init__(self) -> None:

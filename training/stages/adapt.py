@@ -8,11 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from deepseek_records.loading import check_vocabulary, load_tokenizer
-from deepseek_records.run_folder import RunFolder
 from deepseek_records.summary import Check, Summary
 from deepseek_training.data.corpus import Corpus, check_corpora, describe_corpora, load_corpora
 from deepseek_training.data.mixture import Mixture
@@ -31,7 +29,7 @@ from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 from deepseek_training.trainer.adaptation_watch import AdaptationWatch, num_held_out
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from deepseek_training.trainer.chosen_experts import prepare_esft
-from deepseek_training.trainer.expert_parallel import split_experts
+from deepseek_training.trainer.expert_parallel import place_model
 from deepseek_training.trainer.held_out import bits_figures, measure_sets, prepare_all, scored_texts, sizes_of
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.lora import with_lora
@@ -77,7 +75,7 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
     announce(plan, run.path, is_first=args.process_index == 0, is_dry=is_dry)
     if is_dry:
         return None
-    model = _place(model, recipe, run, args)
+    model = place_model(model, recipe.expert_parallel_size, run.path, args)
     set_seed(recipe.seed)
     before = measure_sets(held_out, model, recipe)
     if args.process_index == 0:
@@ -105,15 +103,6 @@ def adapt(recipe: AdaptRecipe, output: str | Path, *, overwrite: bool = False, i
             log_once(run, {"step": watch.num_steps, **bits_figures(after)})
             summary = run.finish(summary)
     return summary
-
-
-def _place(
-    model: PreTrainedModel | PeftModel, recipe: AdaptRecipe, run: RunFolder, args: TrainingArguments
-) -> PreTrainedModel | PeftModel:
-    """The model where it is trained: split over processes, or on this one's device."""
-    if recipe.expert_parallel_size > 1:
-        return split_experts(model, recipe.expert_parallel_size, run.path, args)
-    return model.to(args.device)
 
 
 def _load(recipe: AdaptRecipe) -> tuple[list[Corpus], list[Corpus]]:

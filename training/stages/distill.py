@@ -12,7 +12,14 @@ from deepseek_records.loading import check_vocabulary, load_tokenizer
 from deepseek_records.summary import Summary
 from deepseek_training.compress.outcome import distill_outcome
 from deepseek_training.compress.student import make_student, plan_student
-from deepseek_training.compress.teaching import check_pair, hold_pair, open_teacher, plan_distillation, read_blocks
+from deepseek_training.compress.teaching import (
+    check_pair,
+    hold_pair,
+    open_teacher,
+    place_pair,
+    plan_distillation,
+    read_blocks,
+)
 from deepseek_training.data.corpus import Corpus, describe_corpora
 from deepseek_training.data.texts import data_name
 from deepseek_training.launch.plan import announce, load_or_outline
@@ -63,8 +70,7 @@ def distill(
     if is_dry:
         return None
     hold_pair(run, args, **pair)
-    for model in (teacher, student):
-        model.to(args.device).set_experts_implementation(recipe.experts_implementation)
+    student = place_pair(recipe, run, args, teacher=teacher, student=student)
     before, taught = (held_out.measure(model, recipe) for model in (student, teacher))
     if args.process_index == 0:
         log_once(run, {"step": 0, **bits_figures({held_out.name: before})})

@@ -18,6 +18,7 @@ from deepseek_training.launch.plan_alignment import plan_group_updates
 from deepseek_training.ppo.assembly import build_reward
 from deepseek_training.ppo.outcome import gain_check, measure_gain, pair_samples, reward_rows
 from deepseek_training.recipes.grpo import GrpoRecipe
+from deepseek_training.trainer.distributed_engine import refuse_split_engine
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.lora import with_lora
 from deepseek_training.trainer.preference_trainers import GrpoStageTrainer, grpo_config
@@ -43,6 +44,7 @@ def grpo(recipe: GrpoRecipe, output: str | Path, *, overwrite: bool = False, is_
         FileExistsError: The folder holds something else.
     """
     started = time.monotonic()
+    refuse_split_engine("grpo")
     reward = build_reward(recipe)
     tokenizer = load_tokenizer(recipe.model)
     train, validation = (load_prompts(recipe, tokenizer, split) for split in ("train", "validation"))

@@ -18,6 +18,7 @@ from deepseek_training.launch.plan import announce, plan_training
 from deepseek_training.mtp.load_to_train import load_to_train
 from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.trainer.answers import HeldOutAnswers
+from deepseek_training.trainer.expert_parallel import place_model
 from deepseek_training.trainer.held_out import bits_figures
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.lora import with_lora
@@ -65,7 +66,7 @@ def sft(recipe: SftRecipe, output: str | Path, *, overwrite: bool = False, is_dr
     if is_dry:
         return None
     set_seed(recipe.seed)
-    before = held_out.measure(model.to(args.device), recipe)
+    before = held_out.measure(model := place_model(model, recipe.expert_parallel_size, run.path, args), recipe)
     if args.process_index == 0:
         log_once(run, {"step": 0, **bits_figures({held_out.name: before})})
     trainer = sft_trainer(recipe, args, model=model, tokenizer=tokenizer, rows=train, held_out=[held_out])

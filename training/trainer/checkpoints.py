@@ -11,10 +11,9 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 
 from deepseek_records.run_folder import write_json
 from deepseek_training.mtp.stock_mtp import train_mtp
@@ -29,41 +28,27 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 logger = logging.getLogger(__name__)
 
 
-class CheckpointMarker(TrainerCallback):
-    """Deletes the older checkpoints after a newer one is complete, and marks it where that was not done yet.
+def publish_checkpoint(written: Path, *, is_first: bool) -> None:
+    """Mark a checkpoint as complete, give it its name and delete the older ones; all processes call it.
 
     `Trainer`'s own `save_total_limit` would delete the last good checkpoint before its successor is marked.
-    """
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the marker; `Trainer` calls this after the last file of a checkpoint."""
-        wait_for_all()  # every process writes its random state into the checkpoint
-        if not state.is_world_process_zero:
-            return
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not is_complete(checkpoint):
-            mark_complete(checkpoint)
-        for older in checkpoint.parent.glob("checkpoint-*"):
-            if _NAME.fullmatch(older.name) and step_of(older) < state.global_step:
-                shutil.rmtree(older)
-
-
-def publish_checkpoint(written: Path, *, is_first: bool) -> None:
-    """Mark a checkpoint as complete and give it its name, when every process has written it; all call it.
 
     Args:
         written: The folder, in `BEING_WRITTEN` beside the others.
         is_first: Whether this process does it.
     """
-    wait_for_all()
-    if not is_first:
-        return
-    mark_complete(written)
-    checkpoint = written.parents[1] / written.name
-    if checkpoint.exists():
-        shutil.rmtree(checkpoint)
-    written.rename(checkpoint)
-    written.parent.rmdir()
+    wait_for_all()  # every process has written its part
+    if is_first:
+        mark_complete(written)
+        checkpoint = written.parents[1] / written.name
+        if checkpoint.exists():
+            shutil.rmtree(checkpoint)
+        written.rename(checkpoint)
+        written.parent.rmdir()
+        for older in checkpoint.parent.glob("checkpoint-*"):
+            if _NAME.fullmatch(older.name) and step_of(older) < step_of(checkpoint):
+                shutil.rmtree(older)
+    wait_for_all()  # or another could take what is not renamed yet for the rest of a stopped run
 
 
 def wait_for_all() -> None:

@@ -47,6 +47,23 @@ def requested_engine() -> DistributedType | None:
     return None
 
 
+def refuse_split_engine(stage: str) -> None:
+    """Refuse an engine that splits the model, in a stage that learns from completions of it.
+
+    Args:
+        stage: The command.
+
+    Raises:
+        ValueError: ``accelerate launch`` was told to use one; without a GPU it would be left out without a word.
+    """
+    engine = requested_engine()
+    if engine is not None:
+        raise ValueError(
+            f"engine: got {engine.value}, expected torchrun for {stage}: its completions are written by the whole "
+            "policy in each process"
+        )
+
+
 def prepare_engine(timeout_s: int = 1800) -> dict[str, Any]:
     """Set up the process group that several processes need on a CPU; call it before `TrainingArguments`.
 

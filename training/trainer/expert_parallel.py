@@ -1,17 +1,33 @@
 """A model whose experts are split over processes, by transformers' expert parallelism.
 
-`pretrain` and `adapt` call `split_experts` where a recipe sets `expert_parallel_size`. Each process keeps some experts
-whole and its part of everything else; tokens travel to the experts they chose. Surprising: transformers (5.23) splits
-a model only while loading it, so it is saved once more first; and it can neither resume one nor train one whose
-embedding is also its head (the losses drift from the second step on), which is refused here.
+The stages call it where a recipe sets `expert_parallel_size`. Each process keeps some experts whole and its part of
+everything else; tokens travel to the experts they chose. Surprising: transformers (5.23) splits a model only while
+loading it, so it is saved once more first; and it cannot train one whose embedding is also its head (the losses drift
+from the second step on), which is refused here.
 """
 
 import shutil
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.distributed import DistributedConfig
+
+
+def place_model(
+    model: PreTrainedModel | PeftModel, size: int, folder: Path, args: TrainingArguments
+) -> PreTrainedModel | PeftModel:
+    """Return a loaded model where it is trained: split over processes, or on this one's device.
+
+    Args:
+        model: The model, whole and equal in every process.
+        size: As for `split_experts`.
+        folder: As for `split_experts`.
+        args: The trainer's arguments.
+    """
+    return model.to(args.device) if size == 1 else split_experts(model, size, folder, args)
 
 
 def split_experts(model: PreTrainedModel, size: int, folder: Path, args: TrainingArguments) -> PreTrainedModel:
@@ -37,6 +53,20 @@ def split_experts(model: PreTrainedModel, size: int, folder: Path, args: Trainin
     if args.process_index == 0:
         shutil.rmtree(path)
     return split
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let a split model hold its own parts again, as an optimizer must find them.
+
+    After a pass without gradients FSDP2 (torch 2.13) leaves the outermost parameters whole, in other tensors: an
+    optimizer made then would hold these, and never train embedding, last norm and head.
+
+    Args:
+        model: Measured before, or not split at all.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def check_expert_parallel(config: PreTrainedConfig, size: int, num_processes: int) -> None:

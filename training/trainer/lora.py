@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from deepseek_training.recipes.grpo import GrpoRecipe
 from deepseek_training.recipes.pretrain_and_adapt import LoraSettings
+from deepseek_training.trainer.split_checkpoint import stored_state
 from modeling_deepseek.families import find_moe_layers
 
 ADAPTER_FOLDER = "adapter"
@@ -95,6 +96,19 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         model: Left as it is, for others may share its weights.
     """
     return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def save_gathered_adapter(model: PeftModel, folder: Path) -> None:
+    """Save an adapter of which each process holds a part; all call it.
+
+    Args:
+        model: Split by FSDP2.
+        folder: The adapter's.
+    """
+    parts = stored_state(model)
+    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in parts.items()}
+    if torch.distributed.get_rank() == 0:
+        model.save_pretrained(folder, state_dict={name: value.cpu() for name, value in whole.items()})
 
 
 def save_adapted(model: Any, folder: Path, model_path: Path) -> None:

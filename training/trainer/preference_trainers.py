@@ -22,8 +22,8 @@ from deepseek_training.data.prompts import encode_prompt
 from deepseek_training.recipes.dpo import DpoRecipe
 from deepseek_training.recipes.grpo import GrpoRecipe
 from deepseek_training.trainer.distributed_engine import prepare_engine
+from deepseek_training.trainer.resumed_training import ResumedTraining
 from deepseek_training.trainer.run_start import choose_trackers
-from deepseek_training.trainer.stage_trainer import ResumedTraining
 
 
 class GrpoStageTrainer(ResumedTraining, GRPOTrainer):
@@ -127,6 +127,7 @@ def dpo_trainer(
     """
     known = {field.name for field in dataclasses.fields(DPOConfig)}
     kept = {key: value for key, value in args.to_dict().items() if key in known and not key.endswith("_token")}
+    kept["accelerator_config"] = prepare_engine(recipe.collective_timeout_s)  # the dict has lost it
     encoded = [
         datasets.Dataset.from_list([encode_pair(pair, tokenizer, recipe.sequence_length) for pair in pairs])
         for pairs in (train, held_out)

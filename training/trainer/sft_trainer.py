@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from deepseek_training.data.conversations import encode_conversation
 from deepseek_training.recipes.sft import SftRecipe
+from deepseek_training.trainer.distributed_engine import prepare_engine
 from deepseek_training.trainer.held_out import HeldOutSet
 from deepseek_training.trainer.stage_trainer import StageTraining
 
@@ -43,6 +44,7 @@ def sft_trainer(
     encoded = [one for row in rows for one in encode_conversation(row, tokenizer, recipe.sequence_length)]
     conversations = datasets.Dataset.from_list([{"input_ids": one.input_ids, "labels": one.labels} for one in encoded])
     kept: dict[str, Any] = {key: value for key, value in args.to_dict().items() if not key.endswith("_token")}
+    kept["accelerator_config"] = prepare_engine(recipe.collective_timeout_s)  # the dict has lost it
     return SftStageTrainer(
         recipe,
         held_out,

@@ -8,31 +8,38 @@ SHARDED_STATE_DICT ends without a model.
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from peft import PeftModel
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from deepseek_records.checkpoint_parts import join_parts
 from deepseek_records.exit_codes import RunFailedError
-from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe, PretrainRecipe
 from modeling_deepseek import DeepseekForCausalLM
 
 with contextlib.suppress(ImportError):  # transformers 5.17 splits no model
     from transformers.distributed.checkpoint import (
         _load_model_checkpoint_distributed,
+        _redistribute_state_dict,
         load_optimizer_distributed,
-        save_optimizer_distributed,
     )
 
 OPTIMIZER_FOLDER = "optimizer"
+# Writes a state: the state, its checkpoint, and where in it.
+WriteParts = Callable[..., None]
 
 
 def check_parts(trainer: Any) -> None:
@@ -42,16 +49,20 @@ def check_parts(trainer: Any) -> None:
         trainer: A stage's.
 
     Raises:
-        ValueError: It is another stage than `pretrain` and `adapt`, an adapter, or not a model of ours alone.
+        ValueError: It is not a model of ours alone; or it is an adapter, and the checkpoints are whole.
     """
+    if trainer.is_fsdp_enabled and not trainer.writes_parts and isinstance(trainer.model, PeftModel):
+        raise ValueError(
+            "fsdp_state_dict_type: got FULL_STATE_DICT with LoRA, expected SHARDED_STATE_DICT (fsdp2_sharded.yaml); "
+            "transformers cannot read a whole checkpoint into an adapter in parts"
+        )
     if not (trainer.is_fsdp_enabled and trainer.writes_parts):
         return
-    model = trainer.model
-    is_ours = isinstance(model, DeepseekForCausalLM) and not model._carried_mtp
-    if not (isinstance(trainer.recipe, (PretrainRecipe, AdaptRecipe)) and is_ours):
+    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    if not isinstance(model, DeepseekForCausalLM) or model._carried_mtp:
         raise ValueError(
-            "fsdp_state_dict_type: got SHARDED_STATE_DICT, which pretrain and adapt take for a deepseek_moe model, "
-            "without LoRA and without carried prediction layers; expected FULL_STATE_DICT (fsdp2.yaml)"
+            "fsdp_state_dict_type: got SHARDED_STATE_DICT, which is for a deepseek_moe model without carried "
+            "prediction layers; expected FULL_STATE_DICT (fsdp2.yaml)"
         )
 
 
@@ -96,24 +107,36 @@ def telling_of_failed_parts(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
-def save_split_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+def write_parts(state: dict[str, Any], checkpoint: Path, **where: Any) -> None:
+    """Write every process's part of a state, and return when all are written; all call it.
+
+    Args:
+        state: Tensors, parts of tensors and numbers.
+        checkpoint: The folder, for a message.
+        **where: As for `torch.distributed.checkpoint.save`.
+    """
+    with telling_of_failed_parts(checkpoint):
+        dcp.save(state, **where)
+
+
+def save_split_weights(model: PreTrainedModel, checkpoint: Path, write: WriteParts = write_parts) -> None:
     """Write every process's part of the weights; all call it.
 
     Args:
         model: Split while it was loaded, or by FSDP2.
         checkpoint: The folder.
+        write: Writes now, or in the background.
     """
-    if _was_split_on_loading(model):
-        with telling_of_failed_parts(checkpoint):
-            model.save_pretrained(checkpoint, distributed_checkpoint=True)
-        return
     checkpoint.mkdir(parents=True, exist_ok=True)
-    if torch.distributed.get_rank() == 0:  # everything but the weights
-        model.save_pretrained(checkpoint, state_dict={})
+    if isinstance(model, PeftModel):
+        model.peft_config[model.active_adapter].save_pretrained(checkpoint)
+    else:
+        model.save_pretrained(checkpoint, state_dict={})  # everything but the weights, by the first process
+    if torch.distributed.get_rank() == 0:
         (checkpoint / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
     torch.distributed.barrier()
-    with telling_of_failed_parts(checkpoint):
-        dcp.save(_untied(model), storage_writer=HuggingFaceStorageWriter(str(checkpoint), save_distributed=True))
+    storage = HuggingFaceStorageWriter(str(checkpoint), save_distributed=True)
+    write(_redistribute_state_dict(stored_state(model)), checkpoint, storage_writer=storage)
 
 
 def save_joined(model: PreTrainedModel, folder: Path) -> None:
@@ -144,7 +167,7 @@ def load_split_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     if _was_split_on_loading(model):
         _load_model_checkpoint_distributed(model, checkpoint)
         return
-    state = _untied(model)
+    state = stored_state(model)
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
     set_model_state_dict(model, state, options=StateDictOptions(strict=False))
 
@@ -153,22 +176,35 @@ def _was_split_on_loading(model: PreTrainedModel) -> bool:
     return getattr(model.config, "distributed_config", None) is not None
 
 
-def _untied(model: PreTrainedModel) -> dict[str, Any]:
-    """The parts of weights and buffers in this process; of tied ones the first, for safetensors holds none twice."""
-    state = get_model_state_dict(model)
-    return {name: value for name, value in state.items() if name not in model.all_tied_weights_keys}
+def stored_state(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """Return the parts of weights and buffers in this process that a checkpoint holds; all processes call it.
+
+    Of tied weights the first, for safetensors holds none twice; of a model with an adapter what is not frozen, for the
+    rest is the model that the run started from.
+
+    Args:
+        model: Split while it was loaded, or by FSDP2.
+    """
+    left_out = set(model.all_tied_weights_keys)
+    if isinstance(model, PeftModel):
+        left_out |= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in get_model_state_dict(model).items() if name not in left_out}
 
 
-def save_split_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+def save_split_optimizer(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoint: Path, write: WriteParts = write_parts
+) -> None:
     """Write every process's part of the optimizer's state; all call it.
 
     Args:
         model: Split as for `save_split_weights`.
         optimizer: Of its parameters.
         checkpoint: The folder.
+        write: As for `save_split_weights`.
     """
-    with telling_of_failed_parts(checkpoint):
-        save_optimizer_distributed(model, optimizer, str(checkpoint / OPTIMIZER_FOLDER))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)  # what `load_optimizer_distributed` expects
+    state = _redistribute_state_dict(get_optimizer_state_dict(model, optimizer, options=options))
+    write({"optimizer": state}, checkpoint, checkpoint_id=str(checkpoint / OPTIMIZER_FOLDER))
 
 
 def load_split_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:

@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 from deepseek_records.json_files import read_object
 from deepseek_records.run_folder import RunFolder, write_json
 
-# Settings that say how a step is spread; the run folder lets them change, `hold_step` keeps their product.
-SPREAD_SETTINGS = ("batch_size", "gradient_accumulation_steps", "expert_parallel_size")
+# Settings that say how a step is spread and saved; the run folder lets them change, `hold_step` keeps its rows.
+SPREAD_SETTINGS = ("batch_size", "gradient_accumulation_steps", "expert_parallel_size", "save_in_background")
 WRITER_FILE = "written_by.json"
 
 

@@ -86,6 +86,11 @@ def test_a_files_stage_is_found(tmp_path, capsys):
         (["pretrain-debug", "--seeed", "3"], "unknown setting 'seeed'"),
         (["pretrain-debug", "--cpu"], "--processes-per-node: got one of it and --cpu, expected both or neither"),
         (["pretrain-debug", "--engine", "expert_parallel"], "--engine: got expert_parallel, expected"),
+        (["align-debug", "--engine", "fsdp2"], "--engine: got fsdp2, expected ddp for align"),
+        (
+            ["pretrain-debug", "--save-in-background", "true"],
+            "save_in_background: got True with --engine",
+        ),
         (["pretrain-debug", "--on", "ray", "--engine", "zero3"], "--engine: got zero3, expected ddp with --on ray"),
     ],
 )

@@ -109,6 +109,7 @@ OTHER = {
         "encoding": {"encoding": "utf-16"},
         "epochs": {"epochs": 2.0, "max_steps": 0},
         "expert_parallel_size": {"expert_parallel_size": 2},
+        "save_in_background": {"save_in_background": True, "save_steps": 2},
     },
     "pretrain": {
         "data_column": {"data_column": "other"},

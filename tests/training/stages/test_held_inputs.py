@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+from deepseek_records.exit_codes import SameInAllProcessesError
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.recipes.loading import build_recipe, load_recipe
 from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.stages.pretrain import PretrainRecipe, pretrain
 from deepseek_training.stages.sft import sft
+from deepseek_training.trainer import inputs_held
 from deepseek_training.trainer.run_callbacks import ProgressBar
 from modeling_deepseek import DeepseekForCausalLM
 
@@ -75,3 +77,16 @@ def test_another_model_under_the_same_path_is_refused(interrupted, policy_path, 
     model.save_pretrained(base)
     with pytest.raises(FileExistsError, match="begun with another content of model"):
         sft(recipe, tmp_path / "run")
+
+
+def test_processes_with_other_files_or_versions_are_refused_in_all(monkeypatch):
+    own = {}
+
+    def with_another(rows):
+        own.update(rows[0])
+        return [*rows, {**rows[0], "data": "f" * 64}]
+
+    monkeypatch.setattr(inputs_held, "gather_object", with_another)
+    with pytest.raises(SameInAllProcessesError, match=r"^data: got f{12} in process 1, expected a{12} as"):
+        inputs_held._check_agreement({"data": "a" * 64})
+    assert {"torch", "transformers", "accelerate", "python", "data"} == own.keys()

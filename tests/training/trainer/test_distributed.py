@@ -259,6 +259,37 @@ def test_a_checkpoint_that_not_all_have_written_is_not_chosen(fault, message, pr
             torch.testing.assert_close(two[name], value, rtol=0, atol=0 if count == 2 else 2e-3)
 
 
+def test_a_checkpoint_written_in_the_background_is_of_its_step(settings, launched, tmp_path):
+    """Training was two steps further when step 4 was written; in the writing of step 8 a process is killed."""
+    whole, path = launched("fsdp2_sharded"), tmp_path / "run"
+    behind = {**settings, "save_in_background": True}
+    told = launch("fsdp2_sharded", behind, path, program=[SAVING_WORKER], FAULT="kill", SAVE_STEP="8")
+    # The launcher stops the other one, or it finds itself alone before.
+    assert "another is gone; the same command goes on" in told or "interrupted; " in told, told[-3000:]
+    assert {folder.name for folder in (path / "checkpoints").iterdir()} == {"checkpoint-4", BEING_WRITTEN}
+    launch("fsdp2_sharded", behind, path, program=COMMAND)
+    assert [folder.name for folder in (path / "checkpoints").iterdir()] == ["checkpoint-12"]
+    assert trace(RunFolder(path)) == trace(whole)
+    expected, found = (load_file(folder / "model" / "model.safetensors") for folder in (whole.path, path))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_full_disk_is_told_of_by_all_that_save_in_the_background(settings, tmp_path):
+    path = tmp_path / "run"
+    behind = {**settings, "save_in_background": True}
+    told = launch("fsdp2_sharded", behind, path, program=[SAVING_WORKER], FAULT="full", SAVE_STEP="8")
+    assert told.count("process 1 could not write its part of checkpoint-8, is the disk full?") == 2
+    assert (path / "checkpoints" / "checkpoint-4").is_dir()
+
+
+def test_split_experts_are_saved_in_the_background(split_settings, split_run, tmp_path):
+    path = tmp_path / "run"
+    behind = {**split_settings, "save_in_background": True}
+    launch("expert_parallel", behind, path, STOP_AT="11")
+    launch("expert_parallel", split_settings, path, program=COMMAND)  # it may change on the way
+    assert trace(RunFolder(path)) == trace(split_run)
+
+
 def test_sharded_and_whole_checkpoints_end_with_the_same_bits(launched):
     whole, sharded = launched("fsdp2"), launched("fsdp2_sharded")
     assert trace(whole) == trace(sharded)

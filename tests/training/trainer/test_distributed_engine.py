@@ -12,6 +12,7 @@ from deepseek_training.trainer.distributed_engine import (
     check_engine,
     launch_config,
     prepare_engine,
+    refuse_split_engine,
     requested_engine,
 )
 from deepseek_training.trainer.expert_parallel import check_expert_parallel
@@ -70,3 +71,11 @@ def test_experts_that_cannot_be_split_are_refused(size, num_processes, change, m
     config = DeepseekConfig.from_preset("debug", **{"tie_word_embeddings": False, **change})
     with pytest.raises(ValueError, match=message):
         check_expert_parallel(config, size, num_processes)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_completions_are_not_written_by_parts_of_a_policy(engine, monkeypatch):
+    refuse_split_engine("align")
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ValueError, match=f"^engine: got {engine}, expected torchrun for align"):
+        refuse_split_engine("align")

@@ -1,6 +1,7 @@
 """One process of two dies, hangs or goes astray: the other says so in one line, and the run can go on."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -91,3 +92,13 @@ def test_ten_deaths_change_nothing(settings, whole, tmp_path):
     assert code == 0, stderr[-3000:]
     assert deaths.read_text() == "x" * 10
     assert_ends_like(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("fault", "what"), [("slow", "its layers' attention"), ("slow_data", "reading its data")])
+def test_a_slow_process_is_named_once(fault, what, settings, tmp_path):
+    """All steps take as long in both processes; 30 ms are lost in each layer's attention, or with each row."""
+    code, stderr, _ = launch({**settings, "max_steps": 8}, tmp_path / "run", [WORKER], FAULT=fault)
+    assert code == 0, stderr[-3000:]
+    (line,) = [line for line in stderr.splitlines() if "is slow" in line]
+    found = re.search(r"process 1 is slow: ([\d.]+) times the others' time for (.*) in steps 3 to 4 ", line)
+    assert found and float(found[1]) > 1.5 and found[2] == what
