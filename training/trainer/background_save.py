@@ -2,7 +2,7 @@
 
 Each process copies its part, and the training goes on while a thread writes the copy. When the threads of all
 processes are done, the checkpoint gets its name; until then, and where one fails or is killed, the checkpoint before
-stands. Surprising: without a stager of its own `async_save` (torch 2.13) copies nothing that lies on a CPU, and would
+stands. Without a stager of its own `async_save` (torch 2.13) copies nothing that lies on a CPU, and would
 write the weights of a later step.
 """
 
