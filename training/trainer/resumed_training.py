@@ -211,7 +211,8 @@ class ResumedTraining:
     @property
     def is_saved_in_background(self) -> bool:
         """True if the training goes on while a checkpoint is written."""
-        return getattr(self.recipe, "save_in_background", False)  # stages that write no parts have no such setting
+        recipe = self.recipe  # stages that write no parts have no such setting
+        return hasattr(recipe, "save_in_background") and bool(recipe.save_in_background)
 
     @functools.cached_property
     def _background(self) -> BackgroundSave | None:

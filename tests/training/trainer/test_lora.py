@@ -14,7 +14,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from deepseek_records.activation_checkpointing import enable_checkpointing
 from deepseek_training.balance.callback import ExpertBalanceCallback
-from deepseek_training.trainer.lora import _targets
+from deepseek_training.trainer.lora import adapted_names
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -214,4 +214,4 @@ def test_scales_of_experts_loaded_in_fp8_are_no_targets():
         experts_class=type("Loaded", (FP8Experts,), {}), experts_interface=ALL_FP8_EXPERTS_FUNCTIONS
     )
     model.model.layers[0].mlp.experts = experts_class(model.config, block_size=(128, 128))
-    assert _targets(model)[1] == ["experts.down_proj", "experts.gate_up_proj"]
+    assert adapted_names(model)[1] == ["experts.down_proj", "experts.gate_up_proj"]
