@@ -257,6 +257,7 @@ def test_a_missing_model(capsys, model):
     assert "does not exist" in error_line(capsys, "generate", model, "--prompt", "hello")
 
 
+@pytest.mark.slow
 def test_a_hub_id_without_network(tmp_path):
     # In a process of its own: huggingface_hub reads HF_HUB_OFFLINE once, at import.
     commands = [

@@ -145,6 +145,7 @@ torch.save((dict(inputs), model(**inputs).logits), path + "/logits.pt")
 """
 
 
+@pytest.mark.slow
 def test_loads_in_a_clean_process_by_remote_code_alone(multimodal_path, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     command = [sys.executable, "-c", CLEAN_PROCESS, str(multimodal_path)]

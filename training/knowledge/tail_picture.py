@@ -24,7 +24,7 @@ def draw_tail(moments: Mapping[str, Mapping[str, Any]], path: Path, title: str) 
     kinds = list(moments["after"])
     figure = Figure(figsize=(5.2 * len(kinds), 6), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, len(kinds), squeeze=False)
+    panels: Any = figure.subplots(2, len(kinds), squeeze=False)
     for column, kind in enumerate(kinds):
         for when, found in moments.items():
             _plot_bands(panels[0][column], found[kind], "bits_per_byte", when)

@@ -45,7 +45,8 @@ class StopAtForgetting(TrainerCallback):
             raise ValueError(f"stop_general_loss: got {bound}, expected null; no general text is held out")
         self.trainer, self.before, self.bound = trainer, before, bound
         self.path = Path(trainer.args.output_dir, FILE)
-        self.kept_step, self.stopped_at = 0, None
+        self.kept_step = 0
+        self.stopped_at: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

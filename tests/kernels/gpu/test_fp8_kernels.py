@@ -188,6 +188,7 @@ def test_epilogue_and_biases():
         assert (one - other).norm() <= 2 * RMS[EXACT] * other.norm()
 
 
+@pytest.mark.slow
 def test_codes_of_the_activation_from_the_first_kernel_or_from_a_pass_of_their_own(monkeypatch):
     """A tile of whole groups writes them itself, and then h only for a backward pass; the bits of y are the same."""
     made, sizes, original = [], {}, fp8_experts.choose_fp8_tiles
@@ -267,6 +268,7 @@ def test_nan_stays_nan_and_stays_in_its_token():
     assert output[4].isnan().all() and output[:4].isfinite().all() and output[5:].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [(0, 1, 2), *(pytest.param(s, marks=slow) for s in ((0,), (1, 2)))])
 def test_only_wanted_gradients_are_computed(frozen):
     full, case = (make_layer(**SHAPE, dtype=EXACT, device=DEVICE) for _ in range(2))

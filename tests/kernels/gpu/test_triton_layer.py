@@ -64,6 +64,7 @@ def test_every_expert_for_every_token():
     assert_equals_reference(gradients(fused_moe, case), case, torch.float32)
 
 
+@pytest.mark.slow
 def test_sixty_four_slots_a_token():
     case = case_of(torch.float32, T=2, H=5, I=3, E=4, K=64)
     assert_equals_reference(gradients(fused_moe, case), case, torch.float32)
@@ -108,6 +109,7 @@ def test_a_preactivation_is_not_written_where_no_backward_follows():
     assert preactivation.numel() == 0 and output.isfinite().all()
 
 
+@pytest.mark.slow
 def test_nothing_outside_the_inputs_is_read():
     """Every float input lies between NaNs: a load that its mask does not stop would bring one in."""
 
@@ -154,6 +156,7 @@ def test_only_wanted_gradients_are_computed(frozen):
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(monkeypatch):
     monkeypatch.undo()  # fake tensors are made by torch.empty, too
     shape = {"T": 5, "H": 17, "I": 5}

@@ -116,6 +116,7 @@ def test_frozen_input_and_router():
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [[1, 3], [0], [2]], ids=["b_alone", "a_of_gate_up", "a_of_down"])
 def test_frozen_factors(trained):
     """Gradients of the others alone, by the same sums."""
@@ -129,6 +130,7 @@ def test_frozen_factors(trained):
     assert all(torch.equal(one, wanted[i]) for one, i in zip(got, trained, strict=True))
 
 
+@pytest.mark.slow
 def test_factors_that_are_not_contiguous():
     case = case_of(torch.float64, T=3)
     wanted = step(case)

@@ -58,6 +58,7 @@ def test_a_bound_changes_nothing(num_slots):
     assert_bounds_change_nothing(torch.float64, DEVICE, T=23, K=num_slots, H=19, I=17)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_slots", [1, pytest.param(3, marks=slow)])
 def test_a_bound_changes_nothing_under_adapters(num_slots):
     assert_bounds_change_nothing_under_adapters(DEVICE, T=23, K=num_slots, H=19, I=17)
@@ -67,6 +68,7 @@ def test_less_is_kept():
     assert kept_rows(100, DEVICE, T=40, H=19, I=17) == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_slots", [pytest.param(1, marks=slow), 3])
 def test_a_token_without_a_row_comes_out_nan(num_slots):
     """So do its gradients; all others are as ever."""

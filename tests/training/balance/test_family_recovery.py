@@ -13,7 +13,7 @@ NUM_STEPS = 60
 SPEEDS = {"softmax": 0.007, "sigmoid": 0.02, "sqrtsoftplus": 0.02}
 LOGIT_SPEEDS = {"Kolibri1TopKRouter": 0.06}  # adds its bias to logits instead of scores
 CLASSES = dict(map(reversed, find_experts_classes()))
-DEFAULT = ("DeepseekV3Experts", "Glm4MoeExperts")
+DEFAULT = ("DeepseekV3Experts",)
 
 
 @torch.no_grad()

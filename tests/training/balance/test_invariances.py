@@ -124,6 +124,7 @@ def test_a_shorter_last_accumulation_of_an_epoch(tmp_path, num_rows, family, set
     assert_same(whole, train(tmp_path / "parts", **options, **ACCUMULATED))
 
 
+@pytest.mark.slow
 def test_a_resumed_epoch_knows_its_shorter_last_accumulation(tmp_path):
     """Where the data are not skipped, the steps taken do not tell where in the epoch a step is."""
     options = {

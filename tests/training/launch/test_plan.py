@@ -28,6 +28,7 @@ def recipe_path(tiny_settings, tmp_path):
     return str(tmp_path / "tiny.yaml")
 
 
+@pytest.mark.slow
 def test_what_it_says_is_what_the_run_does(recipe_path, tmp_path, capsys):
     command = ["pretrain", recipe_path, "--output", str(tmp_path / "run")]
     assert main([*command, "--dry-run"]) == 0

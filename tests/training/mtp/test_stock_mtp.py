@@ -113,6 +113,7 @@ def trainer_of(model, folder, steps, callbacks=(), **settings):
     return Trainer(model, args, train_dataset=data, callbacks=list(callbacks))
 
 
+@pytest.mark.slow
 def test_in_a_trainer_as_our_class_and_resumed(v3_paths, tmp_path):
     """Accumulation, recomputed layers, moving biases; stopped at step 2 of 4 and gone on with."""
     ours = DeepseekForCausalLM.from_pretrained(v3_paths[1], mtp_loss_coef=0.3)

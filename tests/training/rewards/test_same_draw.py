@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SHOWN = """
 import hashlib, random, types
 import train_safety_classifier, train_safety_classifier_zh, train_text_embedder, train_text_embedder_zh
@@ -35,6 +37,7 @@ for name, value in shown.items():
 """
 
 
+@pytest.mark.slow
 def test_what_is_trained_on_is_the_same_under_every_hash_seed() -> None:
     folders = os.pathsep.join(sys.path)
     shown = [

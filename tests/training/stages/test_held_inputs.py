@@ -44,6 +44,7 @@ def interrupted(monkeypatch):
 SMALL = {"max_steps": 3, "logging_steps": 1, "save_steps": 1, "report_to": [], "batch_size": 2, "learning_rate": 1e-3}
 
 
+@pytest.mark.slow
 def test_other_data_under_the_same_path_is_refused(interrupted, tmp_path):
     data = tmp_path / "texts.jsonl"
     settings = {**SMALL, "data": str(data), "preset": "debug", "vocab_size": 270, "sequence_length": 32}

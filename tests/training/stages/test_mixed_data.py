@@ -78,6 +78,7 @@ def test_a_mixture_trains_measures_each_source_and_resumes(settings, tmp_path, m
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_epochs_make_the_steps(settings, tmp_path):
     data = [{"path": one["path"], "column": "body"} for one in settings["data"]]
     recipe = {**settings, "data": data, "max_steps": 0, "epochs": 0.05, "packing": "separate", "warmup_steps": 0}
