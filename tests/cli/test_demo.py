@@ -40,6 +40,7 @@ def test_the_table_names_every_bar(demo_folder):
     assert "chance" in printed
 
 
+@pytest.mark.slow
 def test_a_second_run_repeats_no_stage(demo_folder):
     before = figures(demo_folder / "runs/demo")
     done = run_command("demo", "--size", "debug", cwd=demo_folder)

@@ -88,6 +88,7 @@ def test_every_method_runs_and_is_told_apart(family, texts, tmp_path, capsys):
         assert "pubmedqa" in results["before"]["acc"] and "winobias gap" in results["before"]["bias"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_goes_on(texts, policy_of_bench, tmp_path, monkeypatch):
     more = ["--tasks", ""]
     from deepseek_cli.benchmarks import adapt_methods

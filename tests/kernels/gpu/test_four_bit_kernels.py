@@ -109,6 +109,7 @@ def test_epilogues_and_biases(name):
     assert_equals_reference(results(case, EPILOGUES[name]), case, torch.bfloat16, EPILOGUES[name])
 
 
+@pytest.mark.slow
 def test_adapters_on_codes_are_adapters_on_the_weights_read_back():
     """Bit for bit, with every gradient: the kernels are the same, and read copies."""
     case = make_lora_case(torch.bfloat16, T=5, H=24, I=16, E=3, K=2, device=DEVICE)

@@ -171,6 +171,7 @@ def test_no_tokens():
     assert output.shape == (0, 140) and not any(grad.any() for grad in grads)
 
 
+@pytest.mark.slow
 def test_epilogue_and_biases():
     def run(function):
         generator = torch.Generator().manual_seed(6)

@@ -53,6 +53,7 @@ def test_dtypes(dtype):
     assert_equals_reference(gradients(fused_moe, case), case, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["some_unused", *also("one_expert")])
 def test_sixty_four_tokens(pattern):
     case = case_of(torch.float32, T=64, H=17, I=9, pattern=pattern)
@@ -76,6 +77,7 @@ def test_activations(activation):
     assert_equals_reference(gradients(fused_moe, case, activation), case, torch.bfloat16, activation)
 
 
+@pytest.mark.slow
 def test_repeat_runs_are_bit_equal():
     for dtype in (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.bfloat16,):
         runs = [gradients(fused_moe, case_of(dtype, T=9, H=17, I=9)) for _ in range(2)]

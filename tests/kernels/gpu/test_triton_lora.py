@@ -106,6 +106,7 @@ def test_the_forward_pass_is_the_same_without_gradients_and_zeros_add_nothing():
     assert_close("output", zeros, plain.double().cpu(), torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_frozen_input_and_router():
     """The first layer of a model: gradients of the factors alone."""
     case = case_of(torch.float64, T=3)

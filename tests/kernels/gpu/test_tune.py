@@ -71,6 +71,7 @@ def test_the_height_with_the_least_sum_wins_and_is_used(monkeypatch):
     assert fused_moe_gpu.tiles_for(other[0], other[2], 6) != best
 
 
+@pytest.mark.slow
 def test_a_backward_pass_after_tuning_is_right(monkeypatch):
     """Forward with tiles of one height, backward with another's: the tile map must not be carried over."""
     case = make_case(torch.float32, T=40, H=18, I=10, E=3, K=2, device=DEVICE)

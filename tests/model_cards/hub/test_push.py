@@ -62,6 +62,7 @@ json.dump([ids.tolist(), model(ids).logits.tolist()], open(sys.argv[1], "w"))
         assert torch.equal(model(torch.tensor(ids)).logits, torch.tensor(logits))
 
 
+@pytest.mark.slow
 def test_a_dropped_connection_is_retried(hub, stage_run):
     hub.drops = {"PUT /large/": 1, "POST .*/preupload/": 1}
     push(hub, stage_run)
@@ -117,6 +118,7 @@ def test_a_repository_that_vanished_is_named(hub, stage_run, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_private_and_branch_are_honoured(hub, stage_run):
     push(hub, stage_run, private=True, revision="second/try")
     repository = hub.repositories[REPO]
@@ -223,6 +225,7 @@ def test_links_are_not_followed_out_of_the_run(hub, stage_run, tmp_path):
         push(hub, stage_run)
 
 
+@pytest.mark.slow
 def test_a_models_folder_is_pushed_too_with_or_without_its_run(hub, stage_run, tmp_path, monkeypatch):
     monkeypatch.chdir(stage_run)
     plan, _ = push(hub, "model")
@@ -252,6 +255,7 @@ def test_an_adapter_of_a_local_base_is_refused_by_name(hub, stage_run):
     assert b"base_model:\n- org/base" in hub.files(REPO)["README.md"]
 
 
+@pytest.mark.slow
 def test_weights_of_an_earlier_upload_do_not_outlive_it(hub, stage_run):
     """A whole model, then the same in shards: transformers would read the old model.safetensors first."""
     model = stage_run / "model"

@@ -77,6 +77,7 @@ def test_accumulation_and_checkpointing_change_nothing(tmp_path, whole, argument
     assert all(not torch.equal(value, before[name]) for name, value in indexer_parameters(whole.model).items())
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_a_loss_that_is_not_divided(tmp_path, whole, monkeypatch):
     monkeypatch.setattr(IndexerTrainingCallback, "begin_step", with_one_pass(IndexerTrainingCallback.begin_step))
     found = train(tmp_path, **ACCUMULATED)
@@ -240,6 +241,7 @@ def test_deepseek_v4_with_fused_experts_and_a_moving_bias(tmp_path):
     assert len(figures(trainer)) == 2 and len(figures(trainer, "load_imbalance")) == 2
 
 
+@pytest.mark.slow
 def test_the_divergence_falls_within_eight_steps_and_stays_without_the_loss(tmp_path):
     options = {"optim": "adamw_torch", "learning_rate": 0.03, "max_steps": 8, "warmup_steps": 8}
     learned = figures(train(tmp_path / "learned", data=copy_rows(8, 0), **options))

@@ -54,6 +54,7 @@ def test_the_result_is_the_model_of_the_last_measurement_within_the_bound(settin
     assert measured[kept] == values["tales", "after"]
 
 
+@pytest.mark.slow
 def test_a_bound_that_nothing_reaches_changes_nothing(settings, tmp_path):
     short = {**settings, "max_steps": 5}
     summary = run({**short, "stop_general_loss": 10.0}, tmp_path / "bound")
@@ -63,6 +64,7 @@ def test_a_bound_that_nothing_reaches_changes_nothing(settings, tmp_path):
     assert all(torch.equal(plain[name], bound[name]) for name in plain)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_behind_the_stop_ends_with_the_same_bits(settings, tmp_path):
     stopping = {**settings, "stop_general_loss": 0.01}
     details = run(stopping, tmp_path / "run").details

@@ -163,6 +163,7 @@ torch.save(logits, sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_loads_in_a_process_without_our_packages(base_path, tmp_path):
     model = adapt(load(base_path))
     model.save_pretrained(tmp_path / "adapter")
