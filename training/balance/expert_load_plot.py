@@ -5,36 +5,20 @@ It is drawn from ``metrics.jsonl``, so a resumed run shows the whole history.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from deepseek_records.run_folder import RunFolder
 from deepseek_training.balance.router_figures import LoadRecord
+from deepseek_training.balance.run_plot import RunPlot
 
 
-class LoadPlot(TrainerCallback):
-    """Redraws the picture whenever a checkpoint is written, and at the end.
+class LoadPlot(RunPlot):
+    """The experts' load over a run."""
 
-    Args:
-        run: The run.
-    """
-
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def draw(self) -> None:
         """Draw what the run has logged so far."""
-        if state.is_world_process_zero:
-            records = [LoadRecord.from_row(row) for row in self.run.metrics if "tokens_per_expert" in row]
-            plot_expert_load(records, self.run.path / "plots" / "expert_load.png")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Draw the whole run."""
-        self.on_save(args, state, control)
+        records = [LoadRecord.from_row(row) for row in self.run.metrics if "tokens_per_expert" in row]
+        plot_expert_load(records, self.run.path / "plots" / "expert_load.png")
 
 
 def plot_expert_load(records: Sequence[LoadRecord], path: Path) -> bool:

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from deepseek_records.run_folder import RunFolder
+from deepseek_training.balance.run_plot import RunPlot
 
 # Title and the name in the log.
 _PANELS = (
@@ -23,26 +21,12 @@ _PANELS = (
 _HELD_OUT = re.compile(r"eval_(.*)_bits_per_byte")
 
 
-class CoursePlot(TrainerCallback):
-    """Redraws the picture whenever a checkpoint is written, and at the end.
+class CoursePlot(RunPlot):
+    """The course of a run."""
 
-    Args:
-        run: The run.
-    """
-
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def draw(self) -> None:
         """Draw what the run has logged so far."""
-        if state.is_world_process_zero:
-            plot_course(self.run.metrics, self.run.path / "plots" / "course.png")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Draw the whole run."""
-        self.on_save(args, state, control)
+        plot_course(self.run.metrics, self.run.path / "plots" / "course.png")
 
 
 def plot_course(rows: Sequence[dict[str, Any]], path: Path) -> bool:
