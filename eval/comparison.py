@@ -193,12 +193,20 @@ class _Answers:
     num_bytes: dict[str, int]
 
 
+def sample_files(folder: Path) -> dict[str, Path]:
+    """Return the finished answers of a run, by task.
+
+    Args:
+        folder: The run folder.
+    """
+    paths = [path for path in sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}")) if not path.stem.endswith(".partial")]
+    return {path.name[len(_PREFIX) : -len(_SUFFIX)]: path for path in paths}
+
+
 def _read_run(folder: Path) -> dict[str, _Answers]:
     """What a run answered, by task; tasks that know no right and wrong are left out."""
     tasks = {}
-    for path in sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}")):
-        if path.name.endswith(f".partial{_SUFFIX}"):
-            continue
+    for task, path in sample_files(folder).items():
         scores: dict[str, list[float]] = {}
         seen: dict[str, str] = {}
         sizes: dict[str, int] = {}
@@ -216,7 +224,7 @@ def _read_run(folder: Path) -> dict[str, _Answers]:
                     seen[row["id"]] = row["question_hash"]
         if scores:
             means = {name: sum(values) / len(values) for name, values in scores.items()}
-            tasks[path.name[len(_PREFIX) : -len(_SUFFIX)]] = _Answers(means, seen, sizes)
+            tasks[task] = _Answers(means, seen, sizes)
     if not tasks:
         raise FileNotFoundError(f"run: {folder} holds no samples_<task>.jsonl, expected a run folder of evaluate")
     return tasks

@@ -6,7 +6,6 @@ need the model's tokenizer (`served_model.py`).
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from tqdm.auto import tqdm
 
 from deepseek_eval.answers.prompt_style import take_code
 from deepseek_eval.questions import read_questions
-from deepseek_eval.served_model import CLIENTS, MAX_STOPS, ask
+from deepseek_eval.served_model import MAX_STOPS, ServedModel
 from deepseek_eval.settings import EvalSettings
 from deepseek_eval.tasks.catalogue import find_task
-from deepseek_eval.tasks.task import ProgramItem
 from deepseek_records.run_folder import write_text
 
 
@@ -55,13 +53,10 @@ def write_samples(url: str, task_name: str, path: Path, **settings: Any) -> str:
     """
     chosen = EvalSettings.of(tasks=(task_name,), **settings)
     questions = read_questions(find_task(task_name), chosen)
-    base = url.rstrip("/").removesuffix("/v1") + "/v1"
-    model = str(ask(f"{base}/models", None)["data"][0]["id"])
+    model = ServedModel(url)
     most = chosen.max_new_tokens or questions.task.max_new_tokens
-
-    def complete(item: ProgramItem) -> dict[str, Any]:
-        body = {
-            "model": model,
+    bodies = (
+        {
             "prompt": item.prompt,
             "max_tokens": most,
             "temperature": chosen.temperature,
@@ -69,12 +64,15 @@ def write_samples(url: str, task_name: str, path: Path, **settings: Any) -> str:
             "seed": chosen.seed,
             "stop": list(item.stop[:MAX_STOPS]),
         }
-        text = ask(f"{base}/completions", body)["choices"][0]["text"]
-        return {"task_id": item.id, "completion": take_code("base", item, text)}
-
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        answers = pool.map(complete, questions.items)
-        rows = list(tqdm(answers, total=len(questions.items), desc=f"evaluate {task_name}: write", unit="problem"))
+        for item in questions.items
+    )
+    texts = tqdm(
+        model.complete(bodies), total=len(questions.items), desc=f"evaluate {task_name}: write", unit="problem"
+    )
+    rows = [
+        {"task_id": item.id, "completion": take_code("base", item, text)}
+        for item, text in zip(questions.items, texts, strict=True)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return model
+    return model.name

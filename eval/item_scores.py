@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deepseek_eval.comparison import sample_files
+
 
 def read_item_scores(folder: str | Path) -> dict[str, dict[str, float]]:
     """Return, by task, each item's score.
@@ -17,8 +19,7 @@ def read_item_scores(folder: str | Path) -> dict[str, dict[str, float]]:
     Args:
         folder: A run folder of `evaluate_model`.
     """
-    files = (path for path in sorted(Path(folder).glob("samples_*.jsonl")) if not path.name.endswith(".partial.jsonl"))
-    return {path.name.removeprefix("samples_").removesuffix(".jsonl"): _read(path) for path in files}
+    return {task: _read(path) for task, path in sample_files(Path(folder)).items()}
 
 
 def _read(path: Path) -> dict[str, float]:

@@ -11,14 +11,14 @@ import math
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from deepseek_records.exit_codes import RunFailedError
 
 KEY_VARIABLE = "DEEPSEEK_MOE_API_KEY"
-CLIENTS = 16
+_CLIENTS = 16
 MAX_STOPS = 4  # of the protocol; what follows the others is cut off by the caller
 _SPARED = 2  # of the context: a scored text is followed by one token that the server writes
 
@@ -44,11 +44,11 @@ class ServedModel:
 
     def __init__(self, url: str) -> None:
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        listed = ask(f"{self._base}/models", None)["data"][0]
+        listed = _ask(f"{self._base}/models", None)["data"][0]
         self.name = str(listed["id"])
         context = listed.get("max_model_len")
         self.max_length = None if context is None else int(context) - _SPARED
-        self._pool = ThreadPoolExecutor(CLIENTS)
+        self._pool = ThreadPoolExecutor(_CLIENTS)
 
     def score(self, sequences: Iterable[Sequence[int]]) -> list[list[float]]:
         """Return the log-probability of each token of each sequence but its first.
@@ -71,13 +71,13 @@ class ServedModel:
         scored = zip(self.score(rows), counts, strict=True)
         return [math.fsum(logps[len(logps) - count :]) for logps, count in scored]
 
-    def complete(self, bodies: Iterable[dict[str, Any]]) -> list[str]:
-        """Return what the model writes for each request.
+    def complete(self, bodies: Iterable[dict[str, Any]]) -> Iterator[str]:
+        """Yield what the model writes for each request, in their order.
 
         Args:
             bodies: Fields of a completion, without the model.
         """
-        return [str(choice["text"]) for choice in self._pool.map(self._completion, bodies)]
+        yield from (str(choice["text"]) for choice in self._pool.map(self._completion, bodies))
 
     def _score_one(self, ids: Sequence[int]) -> list[float]:
         asked = {"prompt": [int(number) for number in ids], "max_tokens": 1, "temperature": 0, "logprobs": 1}
@@ -91,21 +91,12 @@ class ServedModel:
         return [float(logp) for logp in logps[1 : len(ids)]]
 
     def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
-        choice: dict[str, Any] = ask(f"{self._base}/completions", {"model": self.name, **body})["choices"][0]
+        choice: dict[str, Any] = _ask(f"{self._base}/completions", {"model": self.name, **body})["choices"][0]
         return choice
 
 
-def ask(address: str, body: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the JSON that a server answers.
-
-    Args:
-        address: Where to ask.
-        body: What is posted; None gets.
-
-    Raises:
-        ValueError: The server refuses.
-        RunFailedError: It does not answer.
-    """
+def _ask(address: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    """The JSON that a server answers to a body that is posted, or to a GET without one."""
     headers = {"Content-Type": "application/json"}
     if os.environ.get(KEY_VARIABLE):
         headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"

@@ -186,7 +186,7 @@ def _complete(
     loaded: LoadedModel, batch: tuple[EncodedPrompt, ...], settings: SamplingSettings, on_step: Callable[[], None]
 ) -> list[str]:
     if isinstance(loaded.model, ServedModel):
-        return loaded.model.complete(_request(prompt, settings) for prompt in batch)
+        return list(loaded.model.complete(_request(prompt, settings) for prompt in batch))
     tokenizer, device = loaded.tokenizer, loaded.model.device
     width = max(len(prompt.token_ids) for prompt in batch)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
