@@ -14,12 +14,11 @@ import dataclasses
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from muon_against_adamw import CpuClock, train
+from muon_against_adamw import CpuClock, timed_step, train
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.trainer import DEFAULT_CALLBACKS
 
@@ -101,12 +100,7 @@ class Stepper:
         """Return the CPU seconds of a step."""
         recipe = self.recipe
         ids = torch.randint(0, recipe.vocab_size, (recipe.batch_size, recipe.sequence_length))
-        began = time.process_time()
-        self.model(input_ids=ids, labels=ids).loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return time.process_time() - began
+        return timed_step(self.model, self.optimizer, ids, recipe.max_grad_norm)
 
 
 def step_costs(recipe: PretrainRecipe, num_rounds: int) -> dict[str, float]:
