@@ -123,7 +123,7 @@ def _read(path: Path) -> int:
 class _Gpus:
     """The GPUs that torch sees, as NVML knows them."""
 
-    library: ctypes.CDLL | None = None
+    nvml: ctypes.CDLL | None = None
     handles: Mapping[str, ctypes.c_void_p] = field(default_factory=dict)
 
     @classmethod
@@ -159,7 +159,7 @@ class _Gpus:
         found = {}
         for name, handle in self.handles.items():
             count = ctypes.c_ulonglong()
-            assert self.library is not None
-            if self.library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(count)) == 0:
+            assert self.nvml is not None
+            if self.nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(count)) == 0:
                 found[name] = count.value
         return found

@@ -7,6 +7,7 @@ held-out source, the long tail, knowledge and bias. It may be stopped at any tim
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
@@ -181,12 +182,17 @@ class Workshop:
         elif method != "full":
             settings |= {"learning_rate": args.few_rate, "bias_update_speed": 0.0}
         if method.startswith("LoRA"):
-            modules, parameters = adapted_names(load_model(args.model))
+            modules, parameters = self._targets
             names = modules if method == "LoRA on attention" else parameters
             settings |= {"lora_rank": args.rank, "lora_targets": names}
         elif method.startswith("ESFT"):
             settings |= {"esft_top_p": args.top_p, "esft_score": method.rpartition(" ")[2]}
         return AdaptRecipe(**settings)
+
+    @functools.cached_property
+    def _targets(self) -> tuple[list[str], list[str]]:
+        """What LoRA is put on: linear layers of attention, and the experts' matrices."""
+        return adapted_names(load_model(self.args.model))
 
     def _num_trained(self, run: RunFolder) -> int:
         from safetensors import safe_open

@@ -61,8 +61,9 @@ class AdaptationWatch:
     @property
     def num_steps(self) -> int:
         """Steps of the training that the result has."""
-        is_early = self.stop is not None and self.stop.stopped_at is not None
-        return self.stop.kept_step if is_early and self.stop is not None else self.recipe.max_steps
+        if self.stop is None or self.stop.stopped_at is None:
+            return self.recipe.max_steps
+        return self.stop.kept_step
 
     def details(self, run: RunFolder) -> dict[str, Any]:
         """Measure what is measured after the training, and return what the summary tells.

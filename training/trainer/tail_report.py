@@ -1,7 +1,6 @@
 """The long tail of the domain before and after an adaptation: figures for the summary, and ``plots/long_tail.png``."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from deepseek_training.knowledge.tail_figures import changes, describe_tail
 from deepseek_training.knowledge.tail_picture import draw_tail
 from deepseek_training.recipes.pretrain_and_adapt import AdaptRecipe
 from deepseek_training.trainer.held_out import HeldOut, scored_texts
+from deepseek_training.trainer.run_callbacks import finite_or_none
 
 
 @dataclasses.dataclass
@@ -86,4 +86,4 @@ def _without_nan(value: Any) -> Any:
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite_or_none(value)
