@@ -108,6 +108,58 @@ def test_no_module_imports_one_that_imports_it():
     assert find_cycle({name: imported_modules(path, set(names)) for name, path in names.items()}) is None
 
 
+LIBRARIES = {"accelerate", "datasets", "evaluate", "huggingface_hub", "peft", "transformers", "trl"}
+
+
+def names_bound(nodes: list[ast.stmt]) -> set[str]:
+    """The names that statements import, define or assign, however deep they stand."""
+    inside = [node for top in nodes for node in ast.walk(top)]
+    imported = {
+        alias.asname or alias.name for node in inside if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assigned = {node.id for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return imported | assigned
+
+
+def names_read(top: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(top) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+
+
+def unbound_names(tree: ast.Module) -> set[str]:
+    """The libraries' names that are unbound where a version has them not, and are used all the same.
+
+    Known are a top-level ``try`` that binds another thing instead, or a name that some ``if`` asks for.
+    """
+    asked = {name for node in ast.walk(tree) if isinstance(node, ast.If) for name in names_read(node.test)}
+    lost: set[str] = set()
+    for node in tree.body:
+        theirs = {
+            alias.asname or alias.name
+            for one in ast.walk(node)
+            if isinstance(one, ast.ImportFrom) and (one.module or "").split(".")[0] in LIBRARIES
+            for alias in one.names
+        }
+        if isinstance(node, ast.Try):
+            instead = names_bound([one for handler in node.handlers for one in handler.body])
+            lost |= set() if instead & asked else theirs - instead
+        elif isinstance(node, ast.With) and "suppress" in ast.unparse(node.items[0]):
+            lost |= theirs
+    return names_read(tree) & lost
+
+
+def test_an_unbound_name_is_found():
+    suppressed = "with suppress(ImportError):\n    from transformers.new import _f\ndef g():\n    return _f()"
+    tried = "try:\n    from transformers.new import A, f\nexcept ImportError:\n    A = None\n"
+    assert unbound_names(ast.parse(suppressed)) == {"_f"}
+    assert unbound_names(ast.parse(tried + "def g():\n    return f()")) == {"f"}
+    assert unbound_names(ast.parse(tried + "if A is not None:\n    f()")) == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_version_may_lack_is_never_used_unasked(path):
+    assert not unbound_names(ast.parse(path.read_text(encoding="utf-8")))
+
+
 STAGES = sorted(path for path in (ROOT / "training/stages").glob("*.py") if path.name != "__init__.py")
 
 

@@ -1,9 +1,9 @@
 """Checkpoints of a model that is split over processes: every process writes its own part.
 
-By torch's distributed checkpoints, as transformers wraps them, which put the parts together for any number of
-processes: under expert parallelism, and under FSDP2 with SHARDED_STATE_DICT. `Trainer` (5.23) writes the first
-process's part of the optimizer's state as if it were all, cannot load whole weights into parts, and with
-SHARDED_STATE_DICT ends without a model.
+By torch's distributed checkpoints, which put the parts together for any number of processes: under expert
+parallelism, and under FSDP2 with SHARDED_STATE_DICT. `Trainer` (5.23) writes the first process's part of the
+optimizer's state as if it were all, cannot load whole weights into parts, and with SHARDED_STATE_DICT ends without a
+model.
 """
 
 import contextlib
@@ -22,7 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
+    set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -30,16 +34,11 @@ from deepseek_records.checkpoint_parts import join_parts
 from deepseek_records.exit_codes import RunFailedError
 from modeling_deepseek import DeepseekForCausalLM
 
-with contextlib.suppress(ImportError):  # transformers 5.17 splits no model
-    from transformers.distributed.checkpoint import (
-        _load_model_checkpoint_distributed,
-        _redistribute_state_dict,
-        load_optimizer_distributed,
-    )
-
 OPTIMIZER_FOLDER = "optimizer"
 # Writes a state: the state, its checkpoint, and where in it.
 WriteParts = Callable[..., None]
+# By names, which do not depend on how many parameters of a group this process has.
+_BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def check_parts(trainer: Any) -> None:
@@ -136,7 +135,7 @@ def save_split_weights(model: PreTrainedModel, checkpoint: Path, write: WritePar
         (checkpoint / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
     torch.distributed.barrier()
     storage = HuggingFaceStorageWriter(str(checkpoint), save_distributed=True)
-    write(_redistribute_state_dict(stored_state(model)), checkpoint, storage_writer=storage)
+    write(_in_one_piece(stored_state(model)), checkpoint, storage_writer=storage)
 
 
 def save_joined(model: PreTrainedModel, folder: Path) -> None:
@@ -164,12 +163,10 @@ def load_split_weights(model: PreTrainedModel, checkpoint: Path) -> None:
         model: Split as for `save_split_weights`; changed in place.
         checkpoint: The folder.
     """
-    if _was_split_on_loading(model):
-        _load_model_checkpoint_distributed(model, checkpoint)
-        return
-    state = stored_state(model)
+    placed = stored_state(model)
+    state = _in_one_piece(placed)
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
-    set_model_state_dict(model, state, options=StateDictOptions(strict=False))
+    set_model_state_dict(model, _placed_as(placed, state), options=StateDictOptions(strict=False))
 
 
 def _was_split_on_loading(model: PreTrainedModel) -> bool:
@@ -202,8 +199,7 @@ def save_split_optimizer(
         checkpoint: The folder.
         write: As for `save_split_weights`.
     """
-    options = StateDictOptions(flatten_optimizer_state_dict=True)  # what `load_optimizer_distributed` expects
-    state = _redistribute_state_dict(get_optimizer_state_dict(model, optimizer, options=options))
+    state = _in_one_piece(get_optimizer_state_dict(model, optimizer, options=_BY_NAME))
     write({"optimizer": state}, checkpoint, checkpoint_id=str(checkpoint / OPTIMIZER_FOLDER))
 
 
@@ -215,4 +211,32 @@ def load_split_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimize
         optimizer: Of its parameters; changed in place.
         checkpoint: The folder.
     """
-    load_optimizer_distributed(model, optimizer, str(checkpoint / OPTIMIZER_FOLDER))
+    placed = get_optimizer_state_dict(model, optimizer, options=_BY_NAME)
+    state = _in_one_piece(placed)
+    dcp.load({"optimizer": state}, checkpoint_id=str(checkpoint / OPTIMIZER_FOLDER))
+    set_optimizer_state_dict(model, optimizer, _placed_as(placed, state), options=_BY_NAME)
+
+
+def _in_one_piece(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state with each process's part of a tensor in one piece.
+
+    Where two ways of splitting meet, a part is strided; torch (2.13) would write its rows as if they were neighbors.
+    """
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        return value.redistribute(
+            placements=[Shard(p.dim) if isinstance(p, _StridedShard) else p for p in value.placements]
+        )
+
+    return tree_map(place, state)
+
+
+def _placed_as(placed: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state with its tensors split as those of `placed`."""
+
+    def place(like: Any, value: Any) -> Any:
+        return value.redistribute(placements=like.placements) if isinstance(like, DTensor) else value
+
+    return tree_map(place, placed, state)
