@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recompute", choices=("none", "selective", "full"), help="fix it (default: searched)")
     parser.add_argument("--schedule", choices=("1f1b", "dualpipe"), default="1f1b", help="of the pipeline")
     parser.add_argument("--overlap-experts", action="store_true", help="tokens are exchanged beside products")
-    parser.add_argument("--moment-bytes", type=int, default=4, help="bytes of one of AdamW's moments: 4 or 2")
+    parser.add_argument("--moment-bytes", type=int, default=4, help="bytes of one of AdamW's moments: 4, 2 or 1")
     parser.add_argument(
         "--engine",
         choices=("any", "transformers"),

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 from deepseek_records.loading import load_model, resolve_checkpoint
 from deepseek_training.launch.cluster.devices import DEVICES
 from deepseek_training.launch.step_time import MOST_BYTES, random_batch, time_passes, timed_rows
+from deepseek_training.launch.training_memory import estimate_training
 from deepseek_training.recipes.dpo import DpoRecipe
 from deepseek_training.trainer.checkpoints import is_complete, step_of
 from modeling_deepseek.families import find_moe_layers
@@ -113,7 +114,14 @@ def plan_training(
     size = size if num_trained is None else dataclasses.replace(size, trained=num_trained)
     per_step = recipe.batch_size * recipe.gradient_accumulation_steps * args.world_size
     passes = recipe.max_steps * per_step / max(1, num_blocks)
-    memory = training_bytes(size, model, recipe.batch_size * recipe.sequence_length)
+    memory = estimate_training(
+        model,
+        recipe.batch_size * recipe.sequence_length,
+        trained=size.trained,
+        is_bf16=recipe.bf16,
+        is_checkpointed=recipe.gradient_checkpointing,
+        is_accumulated=recipe.gradient_accumulation_steps > 1,
+    ).total
     tokens = per_step * recipe.sequence_length
     seconds = _time_step(recipe, args, model) if memory < free_bytes() else None
     units = {

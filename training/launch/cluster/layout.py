@@ -34,7 +34,7 @@ class Layout:
             weights twice.
         overlaps_experts: Whether the exchange of tokens runs beside products (DualPipe, Megatron's 1f1b overlap).
         precision: Of the products: "bf16" or "fp8".
-        moment_bytes: Bytes of one of AdamW's moments: 4, or 2 as DeepSeek-V3 keeps them.
+        moment_bytes: Bytes of one of AdamW's moments: 4, 2 as DeepSeek-V3 keeps them, or 1 of an 8-bit optimizer.
     """
 
     data: int
@@ -68,6 +68,11 @@ class Layout:
         return self.batch // (self.data * self.micro_batch)
 
     @property
+    def moment_size(self) -> float:
+        """Bytes of one of AdamW's moments; in 8 bits a scale in fp32 comes with every 256 of them."""
+        return self.moment_bytes if self.moment_bytes > 1 else 1 + 4 / 256
+
+    @property
     def tokens_per_pass(self) -> int:
         """Tokens of one pass, before they are split over tensor-parallel devices."""
         return self.micro_batch * self.length
@@ -88,8 +93,8 @@ def check_values(layout: Layout, shape: ModelShape) -> None:
             raise ValueError(f"{_option(name)}: got {getattr(layout, name)!r}, expected one of {', '.join(allowed)}")
     if layout.zero not in (0, 1, 2, 3):
         raise ValueError(f"--zero: got {layout.zero}, expected 0, 1, 2 or 3")
-    if layout.moment_bytes not in (2, 4):
-        raise ValueError(f"--moment-bytes: got {layout.moment_bytes}, expected 2 or 4")
+    if layout.moment_bytes not in (1, 2, 4):
+        raise ValueError(f"--moment-bytes: got {layout.moment_bytes}, expected 1, 2 or 4")
     if layout.expert > 1 and not shape.num_experts:
         raise ValueError(f"--expert: got {layout.expert}, expected 1 (the model has no routed experts)")
     if shape.num_experts and shape.num_experts % layout.expert:

@@ -86,7 +86,7 @@ def _stage_memory(shape: ModelShape, layout: Layout, stages: list[list[LayerShap
     return Memory(
         weights=_gathered(shape, layout, ends) if layout.zero == 3 else copies * _BF16 * (common + routed),
         gradients=_FP32 * _split(common, routed, layout, from_stage=2),
-        optimizer=(_FP32 + 2 * layout.moment_bytes) * _split(common, routed, layout, from_stage=1),
+        optimizer=(_FP32 + 2 * layout.moment_size) * _split(common, routed, layout, from_stage=1),
         activations=kept * in_flight + again,
         logits=logits,
         exchange=exchange_bytes(shape, layout),

@@ -14,6 +14,7 @@ from deepseek_training.launch.cluster.failures import (
 )
 from deepseek_training.launch.cluster.layout import Layout
 from deepseek_training.launch.cluster.memory import Memory
+from deepseek_training.launch.cluster.savings import find_savings
 from deepseek_training.launch.cluster.search import USABLE_SHARE, Candidate, fits
 from deepseek_training.launch.cluster.shape import ModelShape
 from deepseek_training.launch.cluster.step_estimate import StepTime
@@ -152,6 +153,7 @@ def describe(plan: ClusterPlan) -> str:
             f"{layout.num_micro_batches} passes of {layout.micro_batch}",
         ),
         ("memory", describe_memory(plan.memory, plan.device)),
+        ("with less memory", describe_savings(plan)),
         ("time", describe_time(step)),
         *(
             (
@@ -196,6 +198,15 @@ def describe_memory(memory: Memory, device: Device) -> str:
     return f"{memory.total / GIB:.1f} GiB on the fullest device ({', '.join(parts)}); {verdict} in {usable:.0f} usable"
 
 
+def describe_savings(plan: ClusterPlan) -> str:
+    """Return what the fullest device would hold by each way of keeping less on it."""
+    return "; ".join(
+        f"{one.way} {one.memory.total / GIB:.1f} GiB"
+        + (f" and {one.host_bytes / GIB:.1f} on the host" if one.host_bytes else "")
+        for one in find_savings(plan.shape, plan.layout)
+    )
+
+
 def describe_time(step: StepTime) -> str:
     """Return what a step is made of."""
     names = ("products", "attention", "other", "recompute", "bubble", "exposed", "optimizer")
@@ -218,6 +229,10 @@ def as_record(plan: ClusterPlan) -> dict[str, Any]:
         "layout": dataclasses.asdict(plan.layout),
         "memory_bytes": {**dataclasses.asdict(plan.memory), "total": plan.memory.total},
         "fits": fits(plan.memory, plan.device),
+        "less_memory": {
+            one.way: {"total": one.memory.total, "host": one.host_bytes}
+            for one in find_savings(plan.shape, plan.layout)
+        },
         "step": {**dataclasses.asdict(plan.step), "seconds": plan.step.seconds, "mfu": plan.step.mfu},
         "traffic": {name: dataclasses.asdict(flow) for name, flow in plan.traffic.flows().items()},
         "checkpoint": dataclasses.asdict(plan.checkpoint),

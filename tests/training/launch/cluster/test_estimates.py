@@ -8,6 +8,7 @@ from transformers import LlamaConfig, MixtralConfig
 from deepseek_training.launch.cluster.devices import GIB, find_device
 from deepseek_training.launch.cluster.layout import Layout, check_layout, stages_of
 from deepseek_training.launch.cluster.memory import activation_bytes, estimate_memory
+from deepseek_training.launch.cluster.savings import find_savings
 from deepseek_training.launch.cluster.search import find_layouts, fits
 from deepseek_training.launch.cluster.shape import read_shape
 from deepseek_training.launch.cluster.step_estimate import estimate_step
@@ -88,6 +89,19 @@ def test_recomputation_keeps_less_in_order(large):
     assert kept == sorted(kept, reverse=True) and kept[2] == 2 * large.hidden
 
 
+def test_each_way_of_keeping_less_is_counted_like_the_plan(large):
+    layout = Layout(data=8, zero=1, batch=8)
+    plain, ways = estimate_memory(large, layout), {one.way: one for one in find_savings(large, layout)}
+    again, short, host, every = ways.values()
+    assert again.memory.total < plain.total and again.memory.optimizer == plain.optimizer
+    assert short.memory.optimizer / plain.optimizer == pytest.approx((4 + 2 * (1 + 4 / 256)) / 12)
+    assert host.memory.optimizer == 0 and host.host_bytes == plain.optimizer
+    assert every.memory.total == min(one.memory.total for one in ways.values())
+    assert every.host_bytes == short.memory.optimizer
+    taken = dataclasses.replace(layout, recompute="full", moment_bytes=1)
+    assert [one.way for one in find_savings(large, taken)] == ["optimizer on the CPU"]
+
+
 def test_tokens_cross_the_network_once_per_node(large):
     within = estimate_traffic(large, Layout(data=64, expert=8, batch=64), H100).experts
     across = estimate_traffic(large, Layout(data=64, expert=64, batch=64), H100).experts
@@ -128,7 +142,7 @@ def test_what_is_found_fits_and_uses_no_more_devices_than_there_are(large):
         ({"virtual": 2}, "--virtual: got 2, expected 1 without --pipeline"),
         ({"schedule": "dualpipe"}, "--schedule: got dualpipe, expected at least 2 pipeline stages"),
         ({"data": 0}, "--data: got 0, expected at least 1"),
-        ({"moment_bytes": 3}, "--moment-bytes: got 3, expected 2 or 4"),
+        ({"moment_bytes": 3}, "--moment-bytes: got 3, expected 1, 2 or 4"),
         ({"precision": "int4"}, "--precision: got 'int4', expected one of bf16, fp8"),
     ],
 )
