@@ -9,6 +9,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -101,8 +102,13 @@ _WRONG_SIZES = (ValueError, TypeError, AttributeError, RuntimeError, StrictDatac
 _KINDS = ("ForCausalLM", "TextModel", "Model")
 
 
-def find_experts_classes() -> Iterator[tuple[str, str]]:
-    """Yield module and class name of every class that transformers decorates as experts."""
+@cache
+def find_experts_classes() -> tuple[tuple[str, str], ...]:
+    """Module and class name of every class that transformers decorates as experts."""
+    return tuple(_read_experts_classes())
+
+
+def _read_experts_classes() -> Iterator[tuple[str, str]]:
     for path in sorted(MODELS.glob("*/modeling_*.py")):
         source = path.read_text(encoding="utf-8")
         if "@use_experts_implementation" not in source:

@@ -4,21 +4,19 @@ A family that gives wrong numbers without a word is the worst that can happen he
 release. So the classes are found in the source, built with sizes alone, and each must be in one of two groups.
 """
 
-import ast
 import importlib
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+from tiny_families import find_experts_classes
 
 import modeling_deepseek.fused_experts as fused_experts
 from modeling_deepseek.fused_fp8 import fused_moe_fp8_experts_forward
 
-MODELS = Path(transformers.__file__).parent / "models"
 # Computing something that the operator's epilogue does not, by what it is refused for.
 REFUSED = {
     "Inkling2Experts": "the activation Inkling2SoftcappedSwiGLU|its own _apply_gate",
@@ -37,18 +35,7 @@ CLAMPED = {
 }
 
 
-def find_classes():
-    """(module, class name) of every class with the decorator."""
-    for path in sorted(MODELS.glob("*/modeling_*.py")):
-        source = path.read_text(encoding="utf-8")
-        if "@use_experts_implementation" in source:
-            for node in ast.parse(source).body:
-                decorators = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
-                if any("use_experts_implementation" in d for d in decorators):
-                    yield f"transformers.models.{path.parent.name}.{path.stem}", node.name
-
-
-CLASSES = list(find_classes())
+CLASSES = find_experts_classes()
 assert len(CLASSES) > 20
 
 
