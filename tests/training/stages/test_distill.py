@@ -17,8 +17,6 @@ from deepseek_training.recipes.loading import build_recipe
 from deepseek_training.trainer.bits_per_byte import BitsPerByte
 from modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 
-pytestmark = pytest.mark.xdist_group("distill")  # one run for all
-
 
 @pytest.fixture(scope="module")
 def teacher(tiny_data, tmp_path_factory):

@@ -12,8 +12,6 @@ from deepseek_training.stages.pretrain import PretrainRecipe, pretrain
 from deepseek_training.trainer import run_start, stage_trainer
 from deepseek_training.trainer.checkpoints import MARKER_FILE
 
-pytestmark = pytest.mark.xdist_group("pretrain")  # one run for all
-
 # Figures of time and memory differ from run to run; everything else in the log must not.
 CLOCKED = {"tokens_per_second", "peak_memory_gib", "mfu"}
 

@@ -16,8 +16,6 @@ from deepseek_training.data.texts import load_texts
 from deepseek_training.recipes.sft import SftRecipe
 from deepseek_training.trainer.lora import with_lora
 
-pytestmark = pytest.mark.xdist_group("lora_stages")  # one run for all
-
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 FAMILIES = {
     "mixtral": (MixtralConfig(vocab_size=400, num_key_value_heads=2, num_local_experts=4, **SMALL), "experts"),

@@ -14,8 +14,6 @@ from deepseek_training.recipes.pretrain_and_adapt import PretrainRecipe
 from deepseek_training.stages.pretrain import pretrain
 from deepseek_training.trainer.sample_log import SAMPLES_FILE, drop_samples_after, samples_over_time
 
-pytestmark = pytest.mark.xdist_group("sample_log")  # one run for all
-
 PROMPTS = ["Once upon", "The old man"]
 SETTINGS = {"max_steps": 6, "save_steps": 0, "eval_steps": 0, "sample_prompts": PROMPTS}
 

@@ -14,8 +14,6 @@ from deepseek_training.data.texts import load_texts
 from deepseek_training.recipes.data import DataRecipe
 from deepseek_training.stages.clean_data import clean_data
 
-pytestmark = pytest.mark.xdist_group("clean_data")  # one run for all
-
 ITEM = "Which of the following organs stores the bile that is made by the liver of an adult human being?"
 CLEAN = [text[:900] for text in load_texts("medicine", "all")[:150]]
 PLANTED = {

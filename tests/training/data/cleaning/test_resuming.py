@@ -19,8 +19,6 @@ from deepseek_records.run_folder import RunFolder
 from deepseek_training.data.cleaning import passes
 from deepseek_training.data.texts import load_texts
 
-pytestmark = pytest.mark.xdist_group("cleaning_resumed")  # one run for all
-
 # Where and when a run was started is no part of what it makes.
 OF_THE_START = {"environment.json", "summary.json"}
 # In the first pass and in the second; the other moments take as long.
