@@ -52,9 +52,8 @@ def bench(texts, model, output, *more):
     return main([*words, "--replay-share", "0.1", "--output", str(output), *more])
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ours", "mixtral"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_runs_and_is_told_apart(family, texts, tmp_path, capsys):
     torch.manual_seed(0)
     FAMILIES[family]().save_pretrained(tmp_path / "model")

@@ -64,15 +64,19 @@ def assert_equals_the_fold(case):
 
 
 # Both projections over weights; over codes; one alone, of rank 1, clamped; a rank of more than one block.
-QUICK = {
+CASES = {
     "both": {"dtype": EXACT},
     "codes": {"dtype": EXACT, "is_loaded": True, "I": 128},
     "gate_up": {"dtype": EXACT, "which": ("gate_up",), "r": 1, "activation": CLAMPED},
     "down": {"dtype": torch.bfloat16, "which": ("down",), "r": 40, "factor_dtype": torch.float32},
 }
+QUICK = ("both", "codes")
 
 
-@pytest.mark.parametrize("settings", QUICK.values(), ids=QUICK)
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(case, id=name, marks=() if name in QUICK else slow) for name, case in CASES.items()],
+)
 def test_output_and_every_gradient(settings):
     assert_equals_the_fold(make_fp8_lora_case(**{**SHAPE, **settings}))
 
@@ -98,9 +102,8 @@ def test_routing_patterns(pattern, T):
     assert_equals_the_fold(case)
 
 
-@pytest.mark.parametrize(
-    "tiles", ["FEW_ROWS", *(pytest.param(name, marks=slow) for name in ("SOME_ROWS", "MANY_ROWS"))]
-)
+@slow
+@pytest.mark.parametrize("tiles", ["FEW_ROWS", "SOME_ROWS", "MANY_ROWS"])
 def test_production_tiles(tiles, monkeypatch):
     """Of 128 columns gate and up write codes and the activation from one kernel; of 64 the codes take another pass."""
     for module in (fp8_experts, fp8_tiles):
@@ -108,6 +111,7 @@ def test_production_tiles(tiles, monkeypatch):
     assert_equals_the_fold(make_fp8_lora_case(**SHAPE, dtype=torch.bfloat16))
 
 
+@slow
 def test_without_gradients_the_same_bits_and_frozen_factors():
     case = make_fp8_lora_case(**SHAPE, dtype=EXACT)
     wanted = step(case)
