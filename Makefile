@@ -28,6 +28,8 @@ BIN := $(VENV)/bin
 # The folders under the names they install as, for mypy.
 TYPES := $(VENV)/types
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Hundreds of processes are started: where bytecode is not kept, each compiles the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -76,6 +78,8 @@ serve-setup: setup
 	@$(BIN)/python -m deepseek_serving.triton_server.installation
 	@{ command -v promtool && command -v amtool && command -v chromium; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager chromium > /dev/null; } || echo "Not installed: prometheus, prometheus-alertmanager and chromium; their tests are skipped"
 	@test -d $(VENV)/lib/python3*/site-packages/grafana_foundation_sdk || $(PIP) --no-deps 'grafana-foundation-sdk==1769699998!10.1.0'
+	@command -v npm > /dev/null || echo "Not installed: npm, which brings the schemas of Prometheus' operator; their tests are skipped"
+	@test -d build/serving/schemas/node_modules || ! command -v npm > /dev/null || npm install --silent --prefix build/serving/schemas --ignore-scripts @kubernetes-models/prometheus-operator@6.0.0
 	@test -d build/serving/clients/tritonclient || $(PIP) --target build/serving/clients 'tritonclient[grpc,http]==2.73.0'
 
 # Text only: torchvision and torchaudio would have to fit this torch.

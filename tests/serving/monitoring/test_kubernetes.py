@@ -1,7 +1,9 @@
-"""The manifests: schemas of Kubernetes accept two, the operator's fields are held by name, the rules by promtool."""
+"""The manifests: schemas of Kubernetes and of the Prometheus operator accept them, and promtool the rules."""
 
+import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import kubernetes_validate
 import pytest
@@ -11,7 +13,7 @@ from deepseek_cli.main import main
 from deepseek_serving.monitoring.alarms import AlarmSettings
 from deepseek_serving.monitoring.kubernetes import ENGINES, ManifestSettings, make_manifests
 
-# From the operator's API reference, monitoring.coreos.com/v1.
+# From the operator's API reference, monitoring.coreos.com/v1: its schemas let unknown fields pass.
 RULE_FIELDS = {"alert", "expr", "for", "labels", "annotations"}
 ENDPOINT_FIELDS = {"port", "path", "interval", "authorization"}
 
@@ -42,6 +44,38 @@ def test_schemas_accept_them(engine, gpus):
     for group in rule["spec"]["groups"]:
         assert group.keys() == {"name", "interval", "rules"}
         assert all({"alert", "expr"} <= one.keys() <= RULE_FIELDS for one in group["rules"])
+
+
+# The schemas of the operator's definitions, made into functions.
+SCHEMAS = Path(__file__).parents[3] / "build/serving/schemas/node_modules/@kubernetes-models/prometheus-operator"
+VALIDATE = """
+const kinds = require(process.argv[1] + "/monitoring.coreos.com/v1");
+const told = JSON.parse(require("fs").readFileSync(0)).map((one) => {
+  try { new kinds[one.kind](one).validate(); return ""; } catch (error) { return error.message; }
+});
+console.log(JSON.stringify(told));
+"""
+
+
+def ask_operator(*objects):
+    """What its schemas say of each object; "" where they accept it."""
+    if not SCHEMAS.is_dir() or shutil.which("node") is None:
+        pytest.skip("the operator's schemas are not installed: make serve-setup")
+    words = ["node", "-e", VALIDATE, str(SCHEMAS)]
+    done = subprocess.run(words, input=json.dumps(objects), capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.serving
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_operators_schemas_accept_them(engine):
+    monitor, rule = make_manifests(settings(engine), AlarmSettings())[2:]
+    often, numbered = json.loads(json.dumps([monitor, rule]))
+    often["spec"]["podMetricsEndpoints"][0]["interval"] = "often"
+    numbered["spec"]["groups"][0]["rules"][0]["labels"] = {"severity": 1}
+    assert ask_operator(monitor, rule) == ["", ""]
+    told = ask_operator(often, numbered)
+    assert "interval must match pattern" in told[0] and "labels/severity must be string" in told[1]
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed; make test-serving brings it")
