@@ -62,7 +62,7 @@ class FailingTrainer(stage_trainer.StageTrainer):
             if fault == "kill":
                 die()
             elif fault == "hang":
-                time.sleep(600)
+                self.model.model.layers[1].self_attn.register_forward_hook(lambda *_: time.sleep(600))
             else:
                 with torch.no_grad():
                     self.model.model.layers[1].self_attn.o_proj.weight.fill_(float("nan"))

@@ -39,6 +39,7 @@ from deepseek_training.trainer.sample_log import SampleLog
 from deepseek_training.trainer.slow_process import SlowProcess
 from deepseek_training.trainer.split_checkpoint import check_parts, saving_otherwise
 from deepseek_training.trainer.spread import check_writer
+from deepseek_training.trainer.whereabouts import Whereabouts
 
 logger = logging.getLogger(__name__)
 
@@ -135,9 +136,12 @@ def run_training(
     written = (MetricsFile(run, trainer.figures), LoadPlot(run), CoursePlot(run))
     for callback in (*written, bar, *watching, PublishWhenWritten(trainer)):
         trainer.add_callback(callback)
+    whereabouts = None
     if trainer.args.world_size > 1:
         trainer.slow_process = SlowProcess(trainer.model)
+        whereabouts = Whereabouts(trainer.model, trainer.args)
         trainer.add_callback(trainer.slow_process)
+        trainer.add_callback(whereabouts)
     if write_samples is not None:
         trainer.add_callback(SampleLog(run, trainer.recipe.sample_steps, write_samples))
     checkpoint = last_complete_checkpoint(run.path / "checkpoints")
@@ -148,5 +152,5 @@ def run_training(
         loads = [row["tokens_per_expert"] for row in run.metrics if "tokens_per_expert" in row]
         if trainer.figures is not None:
             trainer.figures.take_logged_load(loads[-1] if loads else [])
-    with contextlib.closing(bar), telling_of_lost_processes(trainer):
+    with contextlib.closing(bar), telling_of_lost_processes(trainer, whereabouts):
         train_until_stopped(trainer, checkpoint)

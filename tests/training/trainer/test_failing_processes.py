@@ -61,7 +61,7 @@ def assert_ends_like(whole, path):
 
 def test_a_killed_process_is_told_of_and_the_run_goes_on(settings, whole, tmp_path):
     code, stderr, _ = launch(settings, tmp_path / "run", [WORKER], FAULT="kill", FAULT_STEP="6")
-    (line,) = told(stderr)
+    (line,) = told(stderr) or [stderr[-3000:]]
     assert code != 0 and "process 0 of 2 was left alone in step 6, another is gone; the same command goes on" in line
     code, stderr, _ = launch(settings, tmp_path / "run", ["-m", "deepseek_cli.main"])
     assert code == 0, stderr[-3000:]
@@ -69,10 +69,11 @@ def test_a_killed_process_is_told_of_and_the_run_goes_on(settings, whole, tmp_pa
 
 
 def test_a_process_that_hangs_is_told_of_in_time(settings, tmp_path):
-    late = {**settings, "collective_timeout_s": 10}
+    late = {**settings, "collective_timeout_s": 20}  # a busy machine starts one process after the other
     code, stderr, seconds = launch(late, tmp_path / "run", [WORKER], FAULT="hang", FAULT_STEP="4")
-    (line,) = told(stderr)
-    assert code != 0 and "process 0 of 2 was left alone in step 4, another did not come within 10 s" in line
+    (line,) = told(stderr) or [stderr[-3000:]]
+    assert code != 0 and "process 0 of 2 was left alone in step 4, process 1 (last seen in model.layers.1 of " in line
+    assert "of step 4) did not come within 20 s; the same command goes on" in line
     assert seconds < 120
 
 
