@@ -2,7 +2,7 @@
 
 One half chooses between candidates, the other decides whether the chosen one is kept: a candidate that was picked
 because it looked best on some documents looks better on them than it is. Where a set has fewer than `LEAST_DOCUMENTS`,
-as of whole books, its units are passages of these.
+as of whole books, its units are passages of these; the less text there is, the shorter, down to `_LEAST_BYTES`.
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ import numpy as np
 
 from deepseek_records.document_tokens import with_start
 from deepseek_training.data.packing import cut_to_share, encode_documents
+from deepseek_training.data.texts import count_bytes
 from deepseek_training.trainer.bits_per_byte import measure_documents
 
 LEAST_DOCUMENTS = 16
 # Into about so many passages a set of fewer documents is cut, of so many UTF-8 bytes at least and at most.
-_PASSAGES, _LEAST_BYTES, _MOST_BYTES = 64, 400, 2000
+_PASSAGES, _LEAST_BYTES, _MOST_BYTES = 64, 200, 2000
 # A half must have as many for an error that says anything.
 LEAST_UNITS = 8
 Half = Literal["choose", "decide"]
@@ -60,13 +61,10 @@ class HeldOutUnits:
         unit: Literal["document", "passage"] = "document"
         units = list(cut_to_share(texts, max_bytes))
         if len(units) < LEAST_DOCUMENTS:
-            size = min(_MOST_BYTES, max(_LEAST_BYTES, sum(len(text.encode()) for text in units) // _PASSAGES))
+            size = min(_MOST_BYTES, max(_LEAST_BYTES, count_bytes(units) // _PASSAGES))
             unit, units = "passage", [piece for text in units for piece in cut_passages(text, size)]
         if len(units) < 2 * LEAST_UNITS:
-            raise ValueError(
-                f"data: got {len(units)} held-out {unit}s of {name}, expected {2 * LEAST_UNITS} or more; with fewer "
-                "the gate cannot tell a loss from chance"
-            )
+            raise ValueError(_too_few(name, len(units), count_bytes(units), count_bytes(texts)))
         places = sorted(range(len(units)), key=lambda place: hashlib.sha256(units[place].encode()).digest())
         is_decider: np.ndarray = np.zeros(len(units), dtype=bool)
         is_decider[places[::2]] = True
@@ -74,15 +72,18 @@ class HeldOutUnits:
         num_bytes = np.array([len(text.encode()) for text in units], dtype=np.float64)
         return cls(name, unit, units, documents, num_bytes, is_decider)
 
-    def measure(self, model: Any, *, sequence_length: int, batch_size: int) -> np.ndarray:
+    def measure(self, model: Any, *, sequence_length: int, batch_size: int, half: Half | None = None) -> np.ndarray:
         """Return each unit's bits under a model, `[N]` float64.
 
         Args:
             model: A causal language model.
             sequence_length: Tokens that the model sees at once.
             batch_size: Windows of a forward pass.
+            half: Of which units; None: all.
         """
-        nats = measure_documents(model, self.documents, sequence_length=sequence_length, batch_size=batch_size)
+        places = range(len(self.documents)) if half is None else np.flatnonzero(self.half(half))
+        documents = [self.documents[place] for place in places]
+        nats = measure_documents(model, documents, sequence_length=sequence_length, batch_size=batch_size)
         return nats / np.log(2)
 
     def half(self, half: Half) -> np.ndarray:
@@ -102,6 +103,16 @@ class HeldOutUnits:
         return dataclasses.replace(self, texts=texts, documents=documents)
 
 
+def _too_few(name: str, num_units: int, num_bytes: int, num_there: int) -> str:
+    """What is missing, and where it can come from: of the text itself where that was shortened, else of the user."""
+    passages = 2 * LEAST_UNITS
+    wanted = passages * _LEAST_BYTES
+    needed = f"expected {passages} or more, about {wanted:,} bytes; with fewer no loss can be told from chance"
+    if num_bytes < num_there >= wanted:
+        return f"eval_bytes: got {num_units} passages of the held-out {name}, {num_bytes:,} bytes, {needed}"
+    return f"data: got {num_units} held-out passages of {name}, {num_there:,} bytes, {needed}; mark more as validation"
+
+
 def cut_passages(text: str, num_bytes: int) -> list[str]:
     """Return a text in passages, cut behind lines, or where one is long behind spaces; joined they are the text.
 
@@ -109,23 +120,24 @@ def cut_passages(text: str, num_bytes: int) -> list[str]:
         text: Of any length.
         num_bytes: UTF-8 bytes of a passage, about.
     """
-    pieces: list[str] = []
-    size = num_bytes
+    pieces, size = [""], 0
     for line in text.splitlines(keepends=True):
         for part in _cut_line(line, num_bytes):
-            if size >= num_bytes:
+            length = len(part.encode())
+            if size + length // 2 >= num_bytes and pieces[-1].strip():
                 pieces.append("")
                 size = 0
             pieces[-1] += part
-            size += len(part.encode())
+            size += length
     return [piece for piece in pieces if piece.strip()]
 
 
 def _cut_line(line: str, num_bytes: int) -> list[str]:
     parts = []
-    while len(line.encode()) > 2 * num_bytes:
-        space = line.find(" ", num_bytes // 2, num_bytes)
-        end = space + 1 if space > 0 else num_bytes // 2
+    while len(encoded := line.encode()) > num_bytes:
+        most = len(encoded[:num_bytes].decode(errors="ignore"))
+        space = line.rfind(" ", most // 2, most)
+        end = space + 1 if space > 0 else most
         parts.append(line[:end])
         line = line[end:]
     return [*parts, line]

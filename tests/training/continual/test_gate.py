@@ -139,7 +139,20 @@ def test_halves_share_nothing_and_follow_the_text_alone():
     book = "\n".join(f"line {number} of one long book" for number in range(2000))
     passages = HeldOutUnits.prepare("b", [book], tokenizer, None)
     assert passages.unit == "passage" and len(passages.texts) > 30 and "".join(passages.texts) == book
-    with pytest.raises(ValueError, match="got 1 held-out passages of c, expected 16 or more"):
+
+
+@pytest.mark.parametrize("line", ["one short line\n", "a longer line of a book that nobody reads twice, " * 12 + "\n"])
+def test_little_held_out_text_is_enough_or_told_how_much_is_missing(line):
+    """From 16 times 200 bytes on, whatever the lines; below, the setting or the data that has to change, by name."""
+    tokenizer = train_tokenizer(load_texts("dialogues", "validation"), 300)
+    book = line * (20_000 // len(line))
+    for num_bytes in (4000, 6000, 8000):
+        for texts, most in (([book], num_bytes), ([book[:num_bytes]], None), ([book[: num_bytes // 2]] * 2, None)):
+            units = HeldOutUnits.prepare("books", texts, tokenizer, most)
+            assert units.unit == "passage" and units.half("choose").sum() >= 8 and units.half("decide").sum() >= 8
+    with pytest.raises(ValueError, match=r"eval_bytes: got \d+ passages of the held-out books, .* 3,200 bytes"):
+        HeldOutUnits.prepare("books", [book], tokenizer, 1500)
+    with pytest.raises(ValueError, match=r"data: got 1 held-out passages of c, 9 bytes, .* as validation"):
         HeldOutUnits.prepare("c", ["too short"], tokenizer, None)
 
 
