@@ -20,7 +20,7 @@ from deepseek_training.continual.gate import (
     judge_safety,
     judge_text,
 )
-from deepseek_training.continual.held_out_units import HeldOutUnits
+from deepseek_training.continual.held_out_units import Half, HeldOutUnits
 from deepseek_training.continual.written_safety import choose_prompts, score_completions, score_text
 from deepseek_training.data.corpus import Corpus, check_corpora, distinct_names
 from deepseek_training.recipes.update import UpdateRecipe
@@ -107,10 +107,13 @@ class Gate:
         moved: PreTrainedModel = model.to(self.args.device)
         return moved
 
-    def measure(self, model: PreTrainedModel) -> dict[str, np.ndarray]:
-        """Return each set's bits by unit."""
+    def measure(self, model: PreTrainedModel, half: Half) -> dict[str, np.ndarray]:
+        """Return each set's bits by unit of one half."""
+        return {one.name: self._measure(one, model, half) for one in self.sets.all}
+
+    def _measure(self, units: HeldOutUnits, model: PreTrainedModel, half: Half) -> np.ndarray:
         sizes = {"sequence_length": self.recipe.sequence_length, "batch_size": self.recipe.batch_size}
-        return {one.name: one.measure(model, **sizes) for one in self.sets.all}
+        return units.measure(model, half=half, **sizes)
 
     def decide(
         self, base: Path, candidates: Mapping[float, Path], measure_drift: MeasureDrift | None = None
@@ -123,13 +126,16 @@ class Gate:
             measure_drift: How far the routers have moved.
         """
         old = self.load(base)
-        before = self.measure(old)
-        after = {alpha: self.measure(self.load(folder)) for alpha, folder in candidates.items()}
-        changes = {alpha: self._changes(before, measured) for alpha, measured in after.items()}
+        before = self.measure(old, "choose")
+        changes = {
+            alpha: self._changes(before, self.measure(self.load(folder), "choose"))
+            for alpha, folder in candidates.items()
+        }
         picked = {alpha: {name: change for name, (change, _) in row.items()} for alpha, row in changes.items()}
         alpha = choose_candidate(picked, self.sets.new.name, self.recipe)
         chosen = self.load(candidates[alpha])
-        findings = [*self._judge_bits(before, after[alpha]), *self._judge_writing(old, chosen, after[alpha])]
+        after = self.measure(chosen, "decide")
+        findings = [*self._judge_bits(self.measure(old, "decide"), after), *self._judge_writing(old, chosen, after)]
         rows = [
             {"alpha": one, "changes": {name: _pair(pair) for name, pair in row.items()}}
             for one, row in changes.items()
@@ -156,17 +162,13 @@ class Gate:
         self, before: dict[str, np.ndarray], after: dict[str, np.ndarray]
     ) -> dict[str, tuple[float, float | None]]:
         """By set, relative change and error on the half that chooses."""
-        halves = {one.name: (one.half("choose"), one.num_bytes) for one in self.sets.all}
-        return {
-            name: compare_bits(before[name][half], after[name][half], num_bytes[half])[:2]
-            for name, (half, num_bytes) in halves.items()
-        }
+        num_bytes = {one.name: one.num_bytes[one.half("choose")] for one in self.sets.all}
+        return {name: compare_bits(before[name], after[name], size)[:2] for name, size in num_bytes.items()}
 
     def _judge_bits(self, before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> list[Finding]:
         found = []
         for one in self.sets.all:
-            half = one.half("decide")
-            bits = before[one.name][half], after[one.name][half], one.num_bytes[half]
+            bits = before[one.name], after[one.name], one.num_bytes[one.half("decide")]
             judge = judge_gain if one is self.sets.new else judge_loss
             found.append(judge(one.name, one.unit, bits, self.recipe))
         return found
@@ -176,13 +178,11 @@ class Gate:
     ) -> list[Finding]:
         """Whether the new text is a text, and what the models write."""
         recipe, new, found = self.recipe, self.sets.new, []
-        half = new.half("decide")
         if not all(np.isfinite(bits).all() for bits in after.values()):
             return []  # the losses have said so; such a model writes nothing
         if recipe.min_order_errors is not None:
-            shuffled = new.shuffled(self.tokenizer, recipe.seed)
-            bits = shuffled.measure(chosen, sequence_length=recipe.sequence_length, batch_size=recipe.batch_size)
-            found.append(judge_order(new.name, new.unit, after[new.name][half], bits[half], recipe))
+            bits = self._measure(new.shuffled(self.tokenizer, recipe.seed), chosen, "decide")
+            found.append(judge_order(new.name, new.unit, after[new.name], bits, recipe))
         if recipe.max_unsafe_share is not None and (safety := score_text(new.texts)):
             found.append(judge_text(new.name, safety, recipe))
         if recipe.max_safety_loss is not None:
