@@ -251,7 +251,14 @@ class RunFolder:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged metrics in order; a last line cut short by a kill is left out."""
+        """The logged metrics in order, none where nothing was logged; a last line cut short by a kill is left out.
+
+        Raises:
+            FileNotFoundError: The folder holds no run.
+            ValueError: A line is not an object.
+        """
+        if (self.path / RECIPE_FILE).is_file() and not (self.path / METRICS_FILE).exists():
+            return []
         rows = []
         for line in self._read(METRICS_FILE).splitlines():
             try:

@@ -116,8 +116,7 @@ def log_once(run: RunFolder, row: dict[str, Any]) -> None:
         run: The run.
         row: The line, with its ``step``.
     """
-    logged = run.metrics if (run.path / METRICS_FILE).exists() else []
-    if not any(other["step"] == row["step"] and other.keys() == row.keys() for other in logged):
+    if not any(other["step"] == row["step"] and other.keys() == row.keys() for other in run.metrics):
         run.log(row)
 
 
