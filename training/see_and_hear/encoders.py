@@ -178,8 +178,10 @@ def _load(name: str, setting: str, part: str, auto_processor: Any) -> Encoder:
         model, found = AutoModel.from_pretrained(source, config=config, output_loading_info=True)
         processor = auto_processor.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        where = "" if Path(source).is_dir() else " is not a local folder and could not be fetched from the Hub"
-        raise ValueError(f"{setting}: {name}{where} cannot be loaded ({first_line(error)})") from None
+        trouble = "cannot be loaded"
+        if not Path(source).is_dir():
+            trouble = "is not a local folder and could not be fetched from the Hub"
+        raise ValueError(f"{setting}: {name} {trouble} ({first_line(error)})") from None
     model = model.get_encoder() if config.is_encoder_decoder else model
     wanted = {key.rpartition("encoder.")[2] for key, _ in model.named_parameters()}
     missing = sorted(
