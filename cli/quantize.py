@@ -6,6 +6,7 @@ HELP = "Put a model's routed experts into 4 bits by AWQ; they stay so in memory.
 EXAMPLES = """
   deepseek-moe quantize runs/demo/adapt/model runs/int4 --group 32
   deepseek-moe quantize runs/demo/adapt/model runs/int4 --group 32 --data medicine --no-clip
+  deepseek-moe quantize runs/demo/adapt/model runs/int4 --group 32 --feedback --calibration-tokens 32768
   deepseek-moe quantize runs/demo/adapt/model runs/nearest --group 32 --grid 0 --no-clip
   deepseek-moe quantize runs/demo/adapt/model runs/int4 --group 32 --dry-run
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         suffix = "" if default == "null" else f" (default: {default})"
         parser.add_argument(option, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=f"{text}{suffix}")
     parser.add_argument("--clip", action=argparse.BooleanOptionalAction, default=True, help=texts["clip"][1])
+    parser.add_argument("--feedback", action=argparse.BooleanOptionalAction, default=False, help=texts["feedback"][1])
     parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
     parser.add_argument("--dry-run", action="store_true", help="print what would be quantized, and write nothing")
 
@@ -52,7 +54,11 @@ def run(args: argparse.Namespace) -> int:
 
     words = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
     given = {name: parse_value(_OPTIONS[name].removeprefix("--"), word) for name, word in words.items()}
-    settings = build_recipe({"model": args.model, "clip": args.clip, **given}, QuantizeSettings, source="quantize")
+    settings = build_recipe(
+        {"model": args.model, "clip": args.clip, "feedback": args.feedback, **given},
+        QuantizeSettings,
+        source="quantize",
+    )
 
     from deepseek_training.stages.quantize import quantize
 

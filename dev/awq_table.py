@@ -1,16 +1,20 @@
 """What 4-bit experts cost, by kind of rounding: the tables of docs/making_it_smaller.md.
 
-    python dev/awq_table.py runs/small/model --group 128 [--draws 5]
+    python dev/awq_table.py runs/small/model --group 128 [--draws 5] [--bits 8 4 3]
+    python dev/awq_table.py runs/demo-real/upcycle --group 64 32 --bits 4 --draws 1 --tokens 4096 --eval-bytes 20000 \
+        --without-outliers
 
-On the model as it is, and with outliers that change nothing of what it computes: 4 of the hidden channels have their
-norm's weight times 30 and all that reads them, the router too, divided by 30; 3 inner channels of each expert times 20
-in the up projection and divided by 20 in the down projection. KL is to the model without rounding, in nats a token, on
-held-out books; differences in bits per byte are of pairs of windows. A draw is another part of the training text.
+On the model as it is, and, of one like DeepSeek's, with outliers that change nothing of what it computes: 4 of the
+hidden channels have their norm's weight times 30 and all that reads them, the router too, divided by 30; 3 inner
+channels of each expert times 20 in the up projection and divided by 20 in the down projection. KL is to the model
+without rounding, in nats a token, on held-out books; differences in bits per byte are of pairs of windows. A draw is
+another part of the training text.
 """
 
 import argparse
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +23,10 @@ from torch import Tensor
 
 from deepseek_records.loading import load_model, load_tokenizer
 from deepseek_training.compress import awq as awq_module
-from deepseek_training.compress.awq import AwqSettings, DenseStore, PackedStore, awq
+from deepseek_training.compress.awq import AwqSettings, awq
 from deepseek_training.compress.calibration import shuffled_blocks
 from deepseek_training.compress.divergence import Reference
+from deepseek_training.compress.expert_stores import DenseStore, PackedStore
 from deepseek_training.data.corpus import Corpus
 from deepseek_training.data.packing import encode_documents
 from deepseek_training.recipes.quantize import QuantizeSettings
@@ -33,6 +38,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "nearest": NEAREST,
     "AWQ": {"is_clipped": False},
     "AWQ, clipped": {},
+    "nearest, fed back": {"grid": 0, "is_clipped": False, "is_fed_back": True},
+    "AWQ, clipped, fed back": {"is_fed_back": True},
     "AWQ, clipped, powers of two": {"is_power_of_two": True},
 }
 
@@ -74,17 +81,18 @@ class Table:
     Args:
         model: Without rounding.
         tokenizer: Its own.
-        group_size: Of the rounding.
         draws: How many parts of the text calibrate in turn.
+        tokens: Of each part.
+        eval_bytes: Of the held-out text.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, group_size: int, draws: int) -> None:
-        self.settings = QuantizeSettings(model="", group_size=group_size)
+    def __init__(self, model: Any, tokenizer: Any, draws: int, tokens: int, eval_bytes: int) -> None:
         corpus = Corpus.load("books", None)
         blocks = shuffled_blocks(encode_documents(corpus.train, tokenizer), 256)
-        self.draws = [blocks[start : start + 8] for start in range(0, 8 * draws, 8)]
-        held_out = HeldOut.prepare("books", corpus.validation, tokenizer, 150_000)
-        self.reference = Reference.of(model, held_out, self.settings)
+        count = tokens // 256
+        self.draws = [blocks[start : start + count] for start in range(0, count * draws, count)]
+        held_out = HeldOut.prepare("books", corpus.validation, tokenizer, eval_bytes)
+        self.reference = Reference.of(model, held_out, QuantizeSettings(model=""))
 
     def row(self, name: str, make: Callable[[Tensor], Any], draws: int | None = None) -> float:
         """Print one variant's figures, the mean and range over draws, and return its mean KL."""
@@ -100,9 +108,9 @@ class Table:
         )
         return mean_kl
 
-    def rounded(self, model: Any, bits: int, kind: dict[str, Any]) -> Callable[[Tensor], Any]:
+    def rounded(self, model: Any, group: int, bits: int, kind: dict[str, Any]) -> Callable[[Tensor], Any]:
         """Return what rounds a copy of a model by given text."""
-        settings = AwqSettings(group_size=self.settings.group_size, bits=bits, **kind)
+        settings = AwqSettings(group_size=group, bits=bits, **kind)
 
         def make(blocks: Tensor) -> Any:
             changed = copy.deepcopy(model)
@@ -111,34 +119,47 @@ class Table:
 
         return make
 
-
-def main() -> None:
-    """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--draws", type=int, default=5)
-    args = parser.parse_args()
-    model, tokenizer = load_model(args.model, dtype=torch.float32), load_tokenizer(args.model)
-    table = Table(model, tokenizer, args.group, args.draws)
-    before = table.reference.compare(model).before
-    print(f"books: {before.value:.4f} +- {before.stderr:.4f} bits per byte, groups of {args.group}")
-    print("variant | KL, mean [range] | difference in bits per byte, mean [range] +- error of the text | share")
-    table.row("bf16", lambda _: copy.deepcopy(model).bfloat16(), draws=1)
-    for bits in (8, 4, 3):
-        for name, kind in KINDS.items():
-            table.row(f"int{bits}, {name}", table.rounded(model, bits, kind), draws=1 if kind == NEAREST else None)
-    for seed in range(3):
+    def rows_with_outliers(self, model: Any, group: int, seed: int) -> None:
+        """Print the int4 variants of a model that has got outliers."""
         poisoned = poison(copy.deepcopy(model), seed)
         kl = {
-            name: table.row(f"outliers {seed}, int4, {name}", table.rounded(poisoned, 4, kind), draws=1)
+            name: self.row(f"outliers {seed}, int4, {name}", self.rounded(poisoned, group, 4, kind), draws=1)
             for name, kind in KINDS.items()
         }
         awq_module.find_fold = without_router  # type: ignore[assignment]
-        kl["left out"] = table.row(f"outliers {seed}, int4, router left out", table.rounded(poisoned, 4, {}), draws=1)
+        self.row(f"outliers {seed}, int4, router left out", self.rounded(poisoned, group, 4, {}), draws=1)
         awq_module.find_fold = find_fold
         ratios = [kl["nearest"] / kl[name] for name in ("AWQ", "AWQ, clipped")]
         print(f"outliers {seed}: nearest over AWQ {ratios[0]:.2f}, over AWQ clipped {ratios[1]:.2f}", flush=True)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--group", type=int, nargs="+", default=[128])
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=2048, help="that calibrate")
+    parser.add_argument("--eval-bytes", type=int, default=150_000)
+    parser.add_argument("--without-outliers", action="store_true")
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model, dtype=torch.float32), load_tokenizer(args.model)
+    model.set_experts_implementation("fused_moe")
+    table = Table(model, tokenizer, args.draws, args.tokens, args.eval_bytes)
+    before = table.reference.before
+    print(f"books: {before.value:.4f} +- {before.stderr:.4f} bits per byte")
+    print("variant | KL, mean [range] | difference in bits per byte, mean [range] +- error of the text | share")
+    table.row("bf16", lambda _: copy.deepcopy(model).bfloat16(), draws=1)
+    for group, bits in itertools.product(args.group, args.bits):
+        for name in args.kinds:
+            kind = KINDS[name]
+            made = table.rounded(model, group, bits, kind)
+            table.row(f"int{bits}, groups of {group}, {name}", made, draws=1 if kind == NEAREST else None)
+    if not args.without_outliers:
+        for seed in range(3):
+            table.rows_with_outliers(model, args.group[0], seed)
 
 
 if __name__ == "__main__":

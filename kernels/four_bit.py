@@ -109,16 +109,21 @@ class FourBitFormat:
             return (num_experts, height * width // 2), (num_experts, height * width // self.group_size)
         return (num_experts, height, width // 8), (num_experts, height, width // self.group_size)
 
-    def quantize_into(self, matrix: Tensor, codes: Tensor, scales: Tensor) -> None:
+    def quantize_into(self, matrix: Tensor, codes: Tensor, scales: Tensor, given: Tensor | None = None) -> None:
         """Write one expert's codes and scales.
 
         Args:
             matrix: [M, N].
             codes: As from `empty`, of one expert.
             scales: As from `empty`, of one expert.
+            given: Scales [M, N / group] to round by, of int4; None: of the largest magnitudes.
         """
-        quantize = quantize_nf4 if self.name == "nf4" else quantize_int4
-        for target, source in zip((codes, scales), quantize(matrix, self.group_size), strict=True):
+        if self.name == "nf4":
+            assert given is None, "NF4 rounds by the largest magnitudes"
+            found = quantize_nf4(matrix, self.group_size)
+        else:
+            found = quantize_int4(matrix, self.group_size, given)
+        for target, source in zip((codes, scales), found, strict=True):
             target.copy_(source.view(target.shape))
 
 
@@ -141,19 +146,22 @@ def quantize_nf4(matrix: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return nearest[::2] << 4 | nearest[1::2], largest
 
 
-def quantize_int4(matrix: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def quantize_int4(matrix: Tensor, group_size: int, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return symmetric codes in compressed-tensors' packing and the scales, in the matrix's dtype.
 
     Args:
         matrix: [M, N].
         group_size: Divides N; a multiple of 8.
+        scales: [M, N / group] to round by; None: each group's largest magnitude over 7.5.
 
     Raises:
         ValueError: It does not.
     """
     _check_group(group_size, matrix.shape[-1], "inputs")
     groups = matrix.detach().reshape(matrix.shape[0], -1, group_size)
-    scales = (groups.abs().amax(2).float() / 7.5).clamp(min=_TINY).to(matrix.dtype)
+    if scales is None:
+        scales = (groups.abs().amax(2).float() / 7.5).clamp(min=_TINY)
+    scales = scales.to(matrix.dtype)
     codes = (groups.float() / scales.float().unsqueeze(2)).round().clamp(-8, 7).to(torch.int32) + 8
     eights = codes.view(matrix.shape[0], -1, 8)
     packed = torch.zeros(eights.shape[:2], dtype=torch.int32, device=matrix.device)

@@ -52,16 +52,17 @@ class FourBitWeights(nn.Module):
         for expert in range(stack.shape[0]):
             self.fill_expert(name, expert, stack[expert])
 
-    def fill_expert(self, name: str, expert: int, matrix: Tensor) -> None:
+    def fill_expert(self, name: str, expert: int, matrix: Tensor, given: Tensor | None = None) -> None:
         """Quantize one expert's matrix of a projection.
 
         Args:
             name: Of the projection.
             expert: Its place.
             matrix: [M, N].
+            given: Scales of int4 to round by, as in `FourBitFormat.quantize_into`.
         """
         codes, scales = (self.get_buffer(f"{PROJECTIONS[name]}_{part}") for part in ("codes", "scales"))
-        self.format.quantize_into(matrix, codes[expert], scales[expert])
+        self.format.quantize_into(matrix, codes[expert], scales[expert], given)
 
     def matrices(self, name: str, dtype: torch.dtype) -> Any:
         """Return a projection to be read expert by expert.

@@ -11,21 +11,30 @@ Axes: T tokens, K slots, H hidden, I expert width, E experts.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deepseek_training.compress.awq_fold import InputFold, find_fold
-from deepseek_training.compress.awq_search import candidate_scales, channel_weights, clip_limits, fake_quantize
+from deepseek_training.compress.awq_search import (
+    candidate_scales,
+    channel_weights,
+    clip_limits,
+    fake_quantize,
+    group_scales,
+)
+from deepseek_training.compress.error_feedback import round_with_feedback
 from deepseek_training.compress.expert_saliency import read_call
+from deepseek_training.compress.expert_stores import PackedStore, Rounding
 from deepseek_training.compress.layer_walk import LayerWalk
 from modeling_deepseek.experts_form import find_epilogue
 from modeling_deepseek.families import MoeLayer, find_moe_layers
-from modeling_deepseek.four_bit_experts import METHOD, begin_four_bits, end_four_bits, find_format, packable_experts
+from modeling_deepseek.four_bit_experts import METHOD, find_format, packable_experts
 
-_LEAST_TOKENS, _MOST_TOKENS = 64, 256  # of an expert
+# Of an expert; error feedback sees more, for it needs the moments of all its inputs together.
+_LEAST_TOKENS, _MOST_TOKENS, _MOST_FED_BACK = 64, 256, 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +46,7 @@ class AwqSettings:
         bits: 4 where the experts are to be packed; others for comparisons. None: scales are folded, nothing rounded.
         grid: Scales that are tried beside the identity; 0 leaves rounding to nearest.
         is_clipped: Whether the largest weights may be cut off.
+        is_fed_back: Whether each column makes up for the errors of those before it (`error_feedback.py`).
         is_power_of_two: Whether scales are powers of two, with which folding changes no bit of the function.
         batch_size: Blocks of a forward pass.
     """
@@ -45,6 +55,7 @@ class AwqSettings:
     bits: int | None = 4
     grid: int = 20
     is_clipped: bool = True
+    is_fed_back: bool = False
     is_power_of_two: bool = False
     batch_size: int = 8
 
@@ -66,64 +77,6 @@ class LayerReport:
     experts_below: int
     experts_unseen: int
     gain: float
-
-
-class Store(Protocol):
-    """Where rounded experts go."""
-
-    def put(self, name: str, expert: int, matrix: Tensor) -> None:
-        """Round and keep one matrix.
-
-        Args:
-            name: Of the projection.
-            expert: Its place.
-            matrix: `[M, N]`, scaled and clipped.
-        """
-
-    def close(self) -> None:
-        """Have the module compute by what was kept."""
-
-
-class PackedStore:
-    """Codes and scales in the module's `four_bit`.
-
-    Args:
-        experts: A fused module.
-        settings: How.
-    """
-
-    def __init__(self, experts: nn.Module, settings: AwqSettings) -> None:
-        self.experts = experts
-        self.weights = begin_four_bits(experts, find_format(4, "int4", settings.group_size))
-
-    def put(self, name: str, expert: int, matrix: Tensor) -> None:
-        """Round and keep one matrix: see `Store`."""
-        self.weights.fill_expert(name, expert, matrix.to(self.weights.dtype))
-
-    def close(self) -> None:
-        """Have the module compute by its codes."""
-        end_four_bits(self.experts)
-
-
-class DenseStore:
-    """The rounded values in the module's own weights, for bits that nothing packs.
-
-    Args:
-        experts: A fused module.
-        settings: How.
-    """
-
-    def __init__(self, experts: nn.Module, settings: AwqSettings) -> None:
-        self.experts, self.settings = experts, settings
-
-    def put(self, name: str, expert: int, matrix: Tensor) -> None:
-        """Round and keep one matrix: see `Store`."""
-        bits = self.settings.bits
-        rounded = matrix if bits is None else fake_quantize(matrix, self.settings.group_size, bits)
-        self.experts.get_parameter(name).data[expert].copy_(rounded)
-
-    def close(self) -> None:
-        """Nothing: the module computes as before."""
 
 
 @torch.no_grad()
@@ -205,20 +158,21 @@ class Sample:
             handle.remove()
         return cls(*(torch.cat(parts) for parts in zip(*calls, strict=True)))
 
-    def of_expert(self, expert: int) -> tuple[Tensor, Tensor, int]:
+    def of_expert(self, expert: int, most: int = _MOST_TOKENS) -> tuple[Tensor, Tensor, int]:
         """Return tokens `[n, H]` and weights `[n]` in fp32 that calibrate an expert, and how many came to it.
 
         Args:
             expert: Its place.
+            most: Of its own tokens; as many of others where too few came.
         """
         used = (self.indices == expert) & (self.weights > 0)
         rows = used.any(1).nonzero().flatten()
         weights = (self.weights.float() * used).sum(1)
         own = len(rows)
-        rows = _evenly(rows, _MOST_TOKENS)
+        rows = _evenly(rows, most)
         shares = weights[rows]
         if own < _LEAST_TOKENS:
-            others = _evenly(torch.arange(len(self.hidden), device=rows.device), _MOST_TOKENS)
+            others = _evenly(torch.arange(len(self.hidden), device=rows.device), most)
             positive = self.weights[self.weights > 0].float()
             rows = torch.cat([rows, others])
             shares = torch.cat([shares, positive.mean().expand(len(others))])
@@ -244,12 +198,11 @@ def _round_layer(
     kept = store(experts, settings)
     own = []
     for expert in range(count):
-        tokens, weights, number = sample.of_expert(expert)
+        tokens, weights, number = sample.of_expert(expert, _MOST_FED_BACK if settings.is_fed_back else _MOST_TOKENS)
         own.append(number)
-        for name, matrix in zip(
-            ("gate_up_proj", "down_proj"), _round_expert(experts, expert, tokens, weights, settings), strict=True
-        ):
-            kept.put(name, expert, matrix)
+        roundings = _round_expert(experts, expert, tokens, weights, settings)
+        for name, rounding in zip(("gate_up_proj", "down_proj"), roundings, strict=True):
+            kept.put(name, expert, rounding)
     kept.close()
     below = sum(number < _LEAST_TOKENS for number in own)
     return LayerReport(layer.name, len(sample.hidden), below, own.count(0), gain)
@@ -279,20 +232,30 @@ def _search_input(experts: nn.Module, sample: Sample, settings: AwqSettings) -> 
 
 def _round_expert(
     experts: nn.Module, expert: int, tokens: Tensor, weights: Tensor, settings: AwqSettings
-) -> tuple[Tensor, Tensor]:
-    """One expert's matrices `[2I, H]` and `[H, I]`, scaled and clipped, about to be rounded."""
+) -> tuple[Rounding, Rounding]:
+    """One expert's matrices `[2I, H]` and `[H, I]`, scaled and clipped, about to be stored."""
     epilogue = find_epilogue(experts)
     size, bits = settings.group_size, settings.bits or 4
     gate_up, down = experts.gate_up_proj.data[expert].float(), experts.down_proj.data[expert].float()
-    wanted = epilogue.apply(tokens @ gate_up.T) @ down.T
-    clipped = _clip(gate_up, tokens, settings)
-    inner = epilogue.apply(tokens @ fake_quantize(clipped, size, bits).T)
+    first = _round_matrix(gate_up, tokens, settings)
+    inner = epilogue.apply(tokens @ first.rounded(size, bits).T)
     is_linear_in_up = epilogue.limit is None and epilogue.shift == 0 and not epilogue.is_interleaved
     if settings.grid and is_linear_in_up:
-        scale = _search_inner(down, inner, wanted, weights, settings)
-        clipped[clipped.shape[0] // 2 :] /= scale.unsqueeze(1)  # rows of up; rounding commutes with it
+        few = _evenly(torch.arange(len(tokens), device=tokens.device), _MOST_TOKENS)
+        wanted = epilogue.apply(tokens[few] @ gate_up.T) @ down.T
+        scale = _search_inner(down, inner[few], wanted, weights[few], settings)
+        first = first.with_upper_rows_divided(scale)  # rows of up
         down, inner = down * scale, inner / scale
-    return clipped, _clip(down, inner, settings)
+    return first, _round_matrix(down, inner, settings)
+
+
+def _round_matrix(matrix: Tensor, inputs: Tensor, settings: AwqSettings) -> Rounding:
+    """Clip a matrix `[M, N]` by its inputs `[n, N]`, and round it where errors are fed back."""
+    clipped = _clip(matrix, inputs, settings)
+    if not settings.is_fed_back or settings.bits is None:
+        return Rounding(clipped)
+    scales = group_scales(clipped, settings.group_size, settings.bits)
+    return Rounding(round_with_feedback(matrix, inputs, scales, settings.bits), scales)
 
 
 def _search_inner(down: Tensor, inner: Tensor, wanted: Tensor, weights: Tensor, settings: AwqSettings) -> Tensor:
@@ -324,6 +287,6 @@ def _round_unseen(layer: MoeLayer, settings: AwqSettings, store: type[Any]) -> L
     count = layer.experts.gate_up_proj.shape[0]
     for expert in range(count):
         for name in ("gate_up_proj", "down_proj"):
-            kept.put(name, expert, layer.experts.get_parameter(name).data[expert].float())
+            kept.put(name, expert, Rounding(layer.experts.get_parameter(name).data[expert].float()))
     kept.close()
     return LayerReport(layer.name, 0, count, count, 1.0)

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from deepseek_kernels.four_bit import quantize_int4
 
-__all__ = ["candidate_scales", "channel_weights", "clip_limits", "fake_quantize", "power_of_two", "quantize_int4"]
+__all__ = [
+    "candidate_scales",
+    "channel_weights",
+    "clip_limits",
+    "fake_quantize",
+    "group_scales",
+    "power_of_two",
+    "quantize_int4",
+]
 
 _NUM_LIMITS, _LIMIT_STEPS = 10, 20
 _ROWS = 1024  # of a matrix whose clipping is searched at once
@@ -37,8 +45,20 @@ def fake_quantize(matrix: Tensor, group_size: int, bits: int = 4) -> Tensor:
     """
     groups = matrix.float().reshape(matrix.shape[0], -1, group_size)
     half = 2 ** (bits - 1)
-    scales = (groups.abs().amax(2, keepdim=True) / (half - 0.5)).clamp(min=1e-12)
+    scales = group_scales(matrix, group_size, bits).unsqueeze(2)
     return ((groups / scales).round().clamp(-half, half - 1) * scales).reshape(matrix.shape)
+
+
+def group_scales(matrix: Tensor, group_size: int, bits: int = 4) -> Tensor:
+    """Return the scales that a matrix is rounded by, `[M, G]` in fp32.
+
+    Args:
+        matrix: `[M, N]`.
+        group_size: g, a divisor of N.
+        bits: As for `fake_quantize`.
+    """
+    largest = matrix.float().reshape(matrix.shape[0], -1, group_size).abs().amax(2)
+    return (largest / (2 ** (bits - 1) - 0.5)).clamp(min=1e-12)
 
 
 def channel_weights(matrix: Tensor, group_size: int) -> Tensor:

@@ -75,6 +75,11 @@ class Reference:
         nats, num_tokens = _measure(model, held_out, settings)
         return cls(held_out, settings, nats, num_tokens, blocks, torch.cat(list(_log_probs(model, blocks))))
 
+    @property
+    def before(self) -> BitsPerByte:
+        """Bits per byte of the model before it was changed."""
+        return BitsPerByte.from_windows(self.nats, self.num_tokens, self.held_out.num_bytes)
+
     def compare(self, model: PreTrainedModel) -> Comparison:
         """Return how far the model is now from what it was.
 
@@ -83,15 +88,14 @@ class Reference:
         """
         nats, _ = _measure(model, self.held_out, self.settings)
         changes = [new - old for new, old in zip(nats, self.nats, strict=True)]
-        before, after, difference = (
-            BitsPerByte.from_windows(one, self.num_tokens, self.held_out.num_bytes)
-            for one in (self.nats, nats, changes)
+        after, difference = (
+            BitsPerByte.from_windows(one, self.num_tokens, self.held_out.num_bytes) for one in (nats, changes)
         )
         total = 0.0
         for old, new in zip(self.log_probs, _log_probs(model, self.blocks), strict=True):
             total += float((old.exp() * (old - new[0])).sum())
         count = self.blocks.numel()
-        return Comparison(before, after, difference, divergence=total / count, num_tokens=count)
+        return Comparison(self.before, after, difference, divergence=total / count, num_tokens=count)
 
 
 def _measure(model: PreTrainedModel, held_out: HeldOut, settings: QuantizeSettings) -> tuple[list[float], list[int]]:

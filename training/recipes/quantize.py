@@ -15,6 +15,9 @@ class QuantizeSettings:
     group_size: int = setting(128, help="weights along the input that share a scale: divides hidden and expert width")
     grid: int = setting(20, help="scales tried beside the identity; 0 rounds to nearest")
     clip: bool = setting(True, help="cut off the largest weights where that lowers the error")
+    feedback: bool = setting(
+        False, help="round column after column, each making up for the errors of those before it (GPTQ); slower"
+    )
     scales: Literal["float", "power_of_two"] = setting(
         "float", help="kind of the channels' scales: with power_of_two folding them changes no bit of the function"
     )

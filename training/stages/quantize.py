@@ -97,6 +97,7 @@ def _awq_settings(settings: QuantizeSettings) -> AwqSettings:
         group_size=settings.group_size,
         grid=settings.grid,
         is_clipped=settings.clip,
+        is_fed_back=settings.feedback,
         is_power_of_two=settings.scales == "power_of_two",
         batch_size=settings.batch_size,
     )
