@@ -217,6 +217,7 @@ def _add_adapt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--few-rate", type=float, default=5e-3, help="where few do: LoRA and ESFT")
     parser.add_argument("--replay-share", type=float, default=0.4, help="of the blocks that are general text")
     parser.add_argument("--stop-loss", type=float, default=0.02, help="relative loss of general text that ends a run")
+    parser.add_argument("--stop-patience", type=int, help="looks in a row above it that end no run (default: half)")
     parser.add_argument("--rank", type=int, default=8, help="of the adapters, at least 1")
     parser.add_argument("--top-p", type=float, default=0.3, help="share of the text whose experts ESFT trains")
     parser.add_argument("--eval-bytes", type=int, default=20_000, help="of each held-out source to score")

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ def check_options(args: argparse.Namespace) -> None:
     for name in ("seeds", "task_seeds", "steps", "rank", "eval_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: got {getattr(args, name)}, expected at least 1")
+    looks = math.ceil(args.steps / args.eval_steps)
+    if args.stop_patience is None:
+        args.stop_patience = looks // 2
+    if not 0 <= args.stop_patience < looks:
+        raise ValueError(f"stop_patience: got {args.stop_patience}, expected at least 0 and below the {looks} looks")
     names = [data_name(one) for one in (*args.domains, args.general, *args.also)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -172,14 +178,15 @@ class Workshop:
             **{"model": str(args.model), "data": domain, "general_data": args.general, "seed": seed},
             **{"max_steps": args.steps, "batch_size": args.batch_size, "sequence_length": args.sequence_length},
             **{"learning_rate": args.learning_rate, "warmup_steps": min(5, args.steps), "report_to": []},
-            **{"replay_share": args.replay_share, "stop_general_loss": args.stop_loss, "eval_steps": args.eval_steps},
+            **{"replay_share": args.replay_share, "eval_steps": args.eval_steps},
+            **{"stop_general_loss": args.stop_loss, "stop_patience": args.stop_patience},
             **{"eval_bytes": max(1000, args.eval_bytes // 2)},
         }
+        if method in ("full, no replay", "full, no stop"):
+            settings |= {"stop_general_loss": None, "stop_patience": 0, "eval_steps": 0}
         if method == "full, no replay":
-            settings |= {"replay_share": 0.0, "stop_general_loss": None, "eval_steps": 0}
-        elif method == "full, no stop":
-            settings |= {"stop_general_loss": None, "eval_steps": 0}
-        elif method != "full":
+            settings |= {"replay_share": 0.0}
+        elif not method.startswith("full"):
             settings |= {"learning_rate": args.few_rate, "bias_update_speed": 0.0}
         if method.startswith("LoRA"):
             modules, parameters = self._targets

@@ -255,7 +255,10 @@ class AdaptRecipe(TextSettings, EsftSettings, MtpSettings):
     stop_general_loss: float | None = setting(
         None,
         help="End the training at the first measurement (eval_steps) where general bits per byte have risen by more "
-        "than this share, and take the model of the measurement before; null: never.",
+        "than this share, and take the model of the last measurement within it; null: never.",
+    )
+    stop_patience: int = setting(
+        0, help="Measurements in a row above stop_general_loss that do not end the training; some losses come back."
     )
     long_tail: bool = setting(
         False,
@@ -273,4 +276,10 @@ class AdaptRecipe(TextSettings, EsftSettings, MtpSettings):
         self.require("stop_general_loss", bound is None or 0 <= bound < math.inf, "null or at least 0, and finite")
         self.require("stop_general_loss", bound is None or self.eval_steps > 0, "null with eval_steps=0")
         self.require("stop_general_loss", bound is None or size == 1, f"null with expert_parallel_size={size}")
+        patience = self.stop_patience
+        self.require("stop_patience", patience >= 0, "at least 0")
+        self.require("stop_patience", patience == 0 or bound is not None, "0 with stop_general_loss=null")
+        if patience and self.max_steps:
+            looks = math.ceil(self.max_steps / self.eval_steps)
+            self.require("stop_patience", patience < looks, f"below the number of measurements, {looks}")
         self.require("long_tail", not self.long_tail or size == 1, f"false with expert_parallel_size={size}")

@@ -54,7 +54,7 @@ class AdaptationWatch:
         stop = None
         if recipe.stop_general_loss is not None:
             general = dict(list(before.items())[num_held_out(domain) :])
-            stop = StopAtForgetting(trainer, general, recipe.stop_general_loss)
+            stop = StopAtForgetting(trainer, general, recipe.stop_general_loss, recipe.stop_patience)
             trainer.add_callback(stop)
         return cls(recipe, stop, TailReport.begin(recipe, trainer, tokenizer, domain, held_out))
 

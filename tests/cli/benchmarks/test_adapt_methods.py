@@ -76,7 +76,12 @@ def test_every_method_runs_and_is_told_apart(family, texts, tmp_path, capsys):
         seen.add(json.dumps(row["bits_per_byte"]))
         assert row["kept_step"][0] == 4 and "words" in row["tail"]
     assert rows["full"]["bits_per_byte"] == rows["full, no stop"]["bits_per_byte"]  # nothing reaches this bound
-    assert len(seen) == len(METHODS) - 1
+    # Of a router that is not trained both scores may choose the same experts, and then train the same model.
+    tokens, gate = (
+        RunFolder(tmp_path / "out" / "runs" / f"medicine-ESFT-by-{name}-0").summary.details["chosen_experts"]
+        for name in ("tokens", "gate")
+    )
+    assert len(seen) == len(METHODS) - (2 if tokens == gate else 1)
     for name in METHODS[3:]:  # routers and embeddings stay, whatever the family
         recipe = RunFolder(tmp_path / "out" / "runs" / f"medicine-{name.replace(' ', '-')}-0").settings
         assert recipe["bias_update_speed"] == 0.0
@@ -147,6 +152,7 @@ def test_the_embedded_medicine_has_two_sources():
     [
         (["--methods", "full", "guess"], "methods: got 'guess', expected some of: full, no replay; full, no stop;"),
         (["--seeds", "0"], "seeds: got 0, expected at least 1"),
+        (["--steps", "20", "--stop-patience", "2"], "stop_patience: got 2, expected at least 0 and below the 2 looks"),
         (["--general", "medicine"], "domains: got 'medicine' twice among the texts"),
         (["--domains", "medicine", "medicine"], "domains: got 'medicine' twice among the texts"),
     ],

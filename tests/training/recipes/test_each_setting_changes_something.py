@@ -53,6 +53,8 @@ BASE = {
 }
 # Long answers of the likeliest tokens, among which some come again.
 REPEATING = {"response_length": 24, "temperature": 0.05}
+# A rate at which the general text is forgotten at once.
+FORGETTING = {"stop_general_loss": 0.0, "eval_steps": 1, "learning_rate": 1.0}
 # Another value, where doubling a number, turning a switch or adding to nothing does not do; with what it needs beside.
 OTHER = {
     "*": {
@@ -79,6 +81,7 @@ OTHER = {
         "esft_top_p": {"esft_top_p": 0.3},
         "esft_score": {"esft_top_p": 0.3, "esft_score": "gate"},
         "stop_general_loss": {"stop_general_loss": 0.0, "eval_steps": 1},
+        "stop_patience": {"stop_patience": 1, **FORGETTING},
         "chat_template": {"chat_template": "{template}"},
         "prompt_template": {"prompt_template": "Q: {prompt}\nA:"},
         "prompts": {"prompts": "dialogues_zh", "prompt_sources": []},
@@ -171,6 +174,7 @@ BESIDE = {
     "lora_targets": {"lora_rank": 2},
     "esft_score": {"esft_top_p": 0.3},
     "stop_general_loss": {"eval_steps": 1},
+    "stop_patience": FORGETTING,
     "cliprange": {"num_ppo_epochs": 4},
     "cliprange_value": {"num_ppo_epochs": 4},
     "repetition_penalty": REPEATING,
