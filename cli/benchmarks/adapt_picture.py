@@ -43,6 +43,8 @@ def draw(
     plt.close(figure)
     for domain, methods in trained.items():
         method = "full" if "full" in methods else next(iter(methods))
+        if not before.tail[domain]:
+            continue
         counts = mean_counts(one.measured.tail[domain] for one in methods[method])
         moments = {"before": describe_tail(before.tail[domain]), "after": describe_tail(counts)}
         draw_tail(moments, folder / f"long_tail_{domain}.png", f"{domain}, {method}")

@@ -46,7 +46,7 @@ class TailReport:
             held_out: The sets that are scored, those of the domain first.
 
         Raises:
-            ValueError: The model is sharded, or nothing of the domain is held out.
+            ValueError: The model is sharded, or nothing of the domain is held out or falls into a band.
         """
         if not recipe.long_tail:
             return None
@@ -58,7 +58,13 @@ class TailReport:
         if not texts:
             raise ValueError("long_tail: got true, expected false; nothing of the domain is held out")
         train = [text for corpus in domain for text in corpus.train]
-        report = cls(trainer, tokenizer, TailText.prepare(train, texts), recipe.sequence_length)
+        text = TailText.prepare(train, texts)
+        if not text.spans:
+            raise ValueError(
+                "long_tail: got true, expected false; the held-out text has no topic, and no word of four letters "
+                "that at most a third of the training documents hold"
+            )
+        report = cls(trainer, tokenizer, text, recipe.sequence_length)
         report.before = report._measure()
         return report
 
