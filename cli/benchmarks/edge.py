@@ -1,7 +1,7 @@
 """One small model in every runtime that it is exported for: size, time to load, memory, tokens per second, same text.
 
 ``deepseek-moe bench edge`` exports MODEL, gives all runtimes the same prompts as token ids, one thread each, and holds
-their greedy text against transformers'. What is not installed is left out and named.
+their greedy text against transformers'. What is not installed, or does not take the model, is left out and named.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         3 where a runtime in fp32 wrote another text than transformers.
 
     Raises:
-        ValueError: A number is out of range, a package of the extra ``edge`` is absent, or a model without export.
+        ValueError: A number is out of range, or a package of the extra ``edge`` is absent.
     """
     for name in ("prompts", "max_tokens", "rounds"):
         if getattr(args, name) < 1:
@@ -122,7 +122,8 @@ def _onnx(
     setting: Setting, source: Path, export: dict[str, Any], own: list[list[int]], args: argparse.Namespace
 ) -> Iterator[Row]:
     folder = setting.folder / "onnx"
-    export_onnx(output=folder, **export)
+    if _is_left_out("onnxruntime", lambda: export_onnx(output=folder, **export)):
+        return
     for name, file in (("fp32", "model.onnx"), ("int8", "model_int8.onnx")):
         found = _measure(setting, f"onnxruntime, {name}", "onnxruntime", folder / file)
         yield _row(f"onnxruntime, {name}", folder / file, found, own)
@@ -135,13 +136,11 @@ def _browser(
     if find_browser() is None:
         print("  browser: left out, no Chromium is installed", flush=True)
         return
-    try:
-        find_runtime(runtime)
-    except ValueError as error:
-        print(f"  browser: left out, {error}", flush=True)
-        return
     folder = setting.folder / "browser"
-    export_browser(output=folder, runtime=runtime, **export)
+    if _is_left_out("browser", lambda: find_runtime(runtime)):
+        return
+    if _is_left_out("browser", lambda: export_browser(output=folder, runtime=runtime, **export)):
+        return
     for name, file in (("fp32", "model.onnx"), ("int8", "model_int8.onnx")):
         asked = {"file": file, "prompts": setting.prompts, "max_tokens": setting.max_tokens, "rounds": setting.rounds}
         yield _row(f"browser (WebAssembly), {name}", folder / file, measure_browser(folder, asked), own)
@@ -154,7 +153,8 @@ def _executorch(
         print("  ExecuTorch: left out, it is not installed", flush=True)
         return
     folder = setting.folder / "executorch"
-    export_executorch(output=folder, **export)
+    if _is_left_out("ExecuTorch", lambda: export_executorch(output=folder, **export)):
+        return
     found = _measure(setting, "ExecuTorch", "executorch", folder / PROGRAM)
     yield _row("ExecuTorch, fp32", folder / PROGRAM, found, own)
 
@@ -168,7 +168,9 @@ def _llama_cpp(
         return
     config = export["model"].config
     fixed = config.num_experts_per_tok if getattr(config, "has_dynamic_experts", False) else None
-    file = export_gguf(source, setting.folder / "model.gguf", fixed_experts=fixed)
+    file = setting.folder / "model.gguf"
+    if _is_left_out("llama.cpp", lambda: export_gguf(source, file, fixed_experts=fixed)):
+        return
     name = "llama.cpp, fp32"
     if fixed is not None:
         at_fixed = setting.folder / "fixed"
@@ -179,6 +181,16 @@ def _llama_cpp(
         own = _measure(setting, "transformers", "transformers", at_fixed)["tokens"]
         name = f"llama.cpp, fp32, {fixed} experts"
     yield _row(name, file, _measure(setting, "llama.cpp", "llama.cpp", file), own)
+
+
+def _is_left_out(name: str, prepare: Callable[[], Any]) -> bool:
+    """Prepare a runtime, or say why it does not take the model."""
+    try:
+        prepare()
+    except ValueError as error:
+        print(f"  {name}: left out, {error}", flush=True)
+        return True
+    return False
 
 
 def _measure(setting: Setting, name: str, runtime: str, path: Path) -> dict[str, Any]:
