@@ -151,7 +151,8 @@ def main() -> None:
     before = table.reference.before
     print(f"books: {before.value:.4f} +- {before.stderr:.4f} bits per byte")
     print("variant | KL, mean [range] | difference in bits per byte, mean [range] +- error of the text | share")
-    table.row("bf16", lambda _: copy.deepcopy(model).bfloat16(), draws=1)
+    if args.kinds == list(KINDS):
+        table.row("bf16", lambda _: copy.deepcopy(model).bfloat16(), draws=1)
     for group, bits in itertools.product(args.group, args.bits):
         for name in args.kinds:
             kind = KINDS[name]
