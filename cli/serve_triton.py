@@ -61,7 +61,8 @@ def run(args: argparse.Namespace, api_key: str | None) -> int:
 
 
 def _serve(args: argparse.Namespace, installation: Any, repository: Path, api_key: str | None) -> int:
-    from deepseek_serving.triton_server.process import Listening, TritonProcess, find_free_ports
+    from deepseek_serving.triton_server.ports import Listening, find_free_ports
+    from deepseek_serving.triton_server.process import TritonProcess
     from deepseek_serving.triton_server.supervision import Supervisor
 
     free = iter(find_free_ports(3))

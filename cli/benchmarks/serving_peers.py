@@ -20,7 +20,7 @@ from typing import Any
 from deepseek_cli.benchmarks.serving_load import Answer
 from deepseek_records.exit_codes import RunFailedError
 from deepseek_serving.triton_server.installation import find_installation
-from deepseek_serving.triton_server.process import find_free_ports
+from deepseek_serving.triton_server.ports import find_free_ports
 
 VLLM_VARIABLE = "DEEPSEEK_MOE_VLLM"
 _VLLM = Path("build", "serving", "vllm")
@@ -91,11 +91,25 @@ def transformers_serve(model: str, max_tokens: int) -> Iterator[Ask]:
 
 @contextmanager
 def vllm(model: str, max_tokens: int) -> Iterator[Ask]:
-    """Run vLLM's own server on the CPU, under the conditions that its text can be compared.
+    """Run vLLM's own server on the CPU and yield what asks it.
 
     Args:
         model: A DeepSeek-V3 checkpoint with latents of 512 and rotated keys of 64.
         max_tokens: Of an answer.
+
+    Raises:
+        AbsentError: vLLM is not installed.
+    """
+    with vllm_server(model) as port:
+        yield lambda prompt: ask_openai(port, "model", max_tokens, prompt)
+
+
+@contextmanager
+def vllm_server(model: str) -> Iterator[int]:
+    """Run vLLM's own server on the CPU, under the conditions that its text can be compared, and yield its port.
+
+    Args:
+        model: As of `vllm`.
 
     Raises:
         AbsentError: vLLM is not installed.
@@ -119,7 +133,7 @@ def vllm(model: str, max_tokens: int) -> Iterator[Ask]:
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     with _child(command, settings) as process:
         _wait_for_port(process, port, "vLLM")
-        yield lambda prompt: ask_openai(port, "model", max_tokens, prompt)
+        yield port
 
 
 def find_vllm() -> Path:

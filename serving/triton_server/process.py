@@ -11,17 +11,16 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sysconfig
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deepseek_records.exit_codes import RunFailedError
 from deepseek_serving.triton_server.installation import Installation
+from deepseek_serving.triton_server.ports import Listening, check_free
 
 RUN_VARIABLE = "DEEPSEEK_MOE_TRITON_RUN"
 _ADMIN_HEADER = "deepseek-moe-supervisor"
@@ -43,27 +42,6 @@ class TritonRefusedError(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-
-
-@dataclass(frozen=True)
-class Listening:
-    """Where the server listens and who may ask.
-
-    Attributes:
-        http_port: Always on 127.0.0.1.
-        grpc_host: Where gRPC listens.
-        grpc_port: Its port.
-        metrics_port: Always on 127.0.0.1.
-        api_key: What clients must send; None asks for nothing.
-        tls: Files of certificate and key for gRPC; None leaves it plain.
-    """
-
-    http_port: int
-    grpc_port: int
-    metrics_port: int
-    grpc_host: str = "127.0.0.1"
-    api_key: str | None = None
-    tls: tuple[Path, Path] | None = None
 
 
 class TritonProcess:
@@ -98,7 +76,7 @@ class TritonProcess:
             ValueError: A port is taken.
         """
         for port in (self.listening.http_port, self.listening.grpc_port, self.listening.metrics_port):
-            _check_free(port)
+            check_free(port)
         self.run_folder.mkdir(mode=0o700, exist_ok=True)
         environment = os.environ | {
             "PATH": f"{self.installation.python / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -291,32 +269,6 @@ class TritonProcess:
                 f"--grpc-server-key={where.tls[1]}",
             ]
         return command
-
-
-def find_free_ports(number: int) -> list[int]:
-    """Return ports of 127.0.0.1 that nobody has now.
-
-    Args:
-        number: How many.
-    """
-    sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def _check_free(port: int) -> None:
-    with socket.socket() as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            one.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ValueError(
-                f"--port: got {port}, which cannot be taken ({error.strerror}), expected a free one; 0 takes any"
-            ) from None
 
 
 def _read(path: str) -> str:

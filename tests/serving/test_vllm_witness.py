@@ -1,4 +1,4 @@
-"""vLLM on a CPU continues an exported checkpoint with the very tokens of transformers.
+"""vLLM on a CPU continues an exported checkpoint as transformers does, and its server can be evaluated.
 
 `make serve-setup-vllm` installs it. A Llama goes first: it tells whether vLLM itself computes right here.
 """
@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from deepseek_cli.benchmarks import serving, serving_peers
+from deepseek_cli.main import main
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow, pytest.mark.timeout(900)]
 NUM_PROMPTS, NUM_TOKENS = 64, 24
@@ -66,3 +67,29 @@ def test_64_prompts_get_the_same_greedy_tokens(tmp_path, save):
         assert told["tokens"] == tokens
         assert told["logps"] == pytest.approx(logps, abs=1e-4)
     assert len({tuple(told["tokens"]) for told in answers}) > NUM_PROMPTS // 2
+
+
+@pytest.mark.parametrize("task", ["mmlu", "bits_per_byte", "humaneval"])
+def test_its_server_is_scored_as_the_checkpoint(tmp_path, task):
+    """`evaluate URL` over vLLM's HTTP: the same answers and texts, log-likelihoods equal up to rounding."""
+    serving.build_model(tmp_path / "model")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{n} nodes. " * 40}) + "\n" for n in range(3)))
+    own = ["--data", str(tmp_path / "text.jsonl")] if task == "bits_per_byte" else []
+    words = ["--tasks", task, "--limit", "2", "--max-length", "200", "--max-new-tokens", "8", *own, "--output"]
+    assert main(["evaluate", str(tmp_path / "model"), *words, str(tmp_path / "local")]) == 0
+    try:
+        with serving_peers.vllm_server(str(tmp_path / "model")) as port:
+            served = ["evaluate", f"http://127.0.0.1:{port}/v1", "--tokenizer", str(tmp_path / "model")]
+            assert main([*served, *words, str(tmp_path / "served")]) == 0
+    except serving_peers.AbsentError as error:
+        pytest.skip(str(error))
+    local, over_http = (
+        [json.loads(line) for line in (tmp_path / name / f"samples_{task}.jsonl").read_text().splitlines()]
+        for name in ("local", "served")
+    )
+    assert len(local) == len(over_http) > 0
+    for mine, theirs in zip(local, over_http, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - {"duration_s", "seconds"}:
+            is_close = name in ("loglikelihoods", "loglikelihood", "bits_per_byte")
+            assert theirs[name] == (pytest.approx(mine[name], abs=2e-3) if is_close else mine[name]), name

@@ -58,7 +58,8 @@ def describe(folder, kinds):
 @contextmanager
 def triton(folder, kinds, *, grace_s=5.0, batching=None, **listening):
     """A server for the kinds, with its supervisor, that must leave nothing behind."""
-    from deepseek_serving.triton_server.process import Listening, TritonProcess, find_free_ports
+    from deepseek_serving.triton_server.ports import Listening, find_free_ports
+    from deepseek_serving.triton_server.process import TritonProcess
     from deepseek_serving.triton_server.repository import BatchingSettings, write_repository
     from deepseek_serving.triton_server.supervision import Supervisor
 

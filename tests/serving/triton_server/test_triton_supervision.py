@@ -101,7 +101,8 @@ def test_the_command_from_start_to_sigterm(tmp_path):
 
 
 def test_a_taken_port_is_one_line(tmp_path):
-    from deepseek_serving.triton_server.process import Listening, TritonProcess, find_free_ports
+    from deepseek_serving.triton_server.ports import Listening, find_free_ports
+    from deepseek_serving.triton_server.process import TritonProcess
     from deepseek_serving.triton_server.repository import BatchingSettings, write_repository
 
     repository = write_repository(tmp_path / "repository", describe(tmp_path, ["score"]), BatchingSettings())
