@@ -34,6 +34,8 @@ from deepseek_training.trainer.held_out import HeldOut
 from modeling_deepseek.families import find_moe_layers
 
 NEAREST = {"grid": 0, "is_clipped": False}
+# Not symmetric about zero: what llama.cpp's Q4_1 stores, and pack-quantized only with zero points.
+BETWEEN = "nearest, from least to largest"
 KINDS: dict[str, dict[str, Any]] = {
     "nearest": NEAREST,
     "AWQ": {"is_clipped": False},
@@ -70,6 +72,19 @@ def without_router(*args: Any) -> Any:
     fold = find_fold(*args)
     router = {id(parameter) for parameter in args[0].router.parameters()}
     return dataclasses.replace(fold, readers=tuple(one for one in fold.readers if id(one) not in router))
+
+
+@torch.no_grad()
+def round_between(model: Any, group: int, bits: int) -> Any:
+    """Round a copy's experts to even levels between the least and the largest weight of each group, and return it."""
+    changed = copy.deepcopy(model)
+    for layer in find_moe_layers(changed):
+        for stack in (layer.experts.gate_up_proj.data, layer.experts.down_proj.data):
+            groups = stack.view(*stack.shape[:2], -1, group)
+            least = groups.amin(3, keepdim=True)
+            step = ((groups.amax(3, keepdim=True) - least) / (2**bits - 1)).clamp(min=1e-12)
+            groups.copy_(((groups - least) / step).round() * step + least)
+    return changed
 
 
 find_fold = awq_module.find_fold
@@ -139,7 +154,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--group", type=int, nargs="+", default=[128])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, BETWEEN], default=list(KINDS))
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=2048, help="that calibrate")
     parser.add_argument("--eval-bytes", type=int, default=150_000)
@@ -155,9 +170,12 @@ def main() -> None:
         table.row("bf16", lambda _: copy.deepcopy(model).bfloat16(), draws=1)
     for group, bits in itertools.product(args.group, args.bits):
         for name in args.kinds:
-            kind = KINDS[name]
-            made = table.rounded(model, group, bits, kind)
-            table.row(f"int{bits}, groups of {group}, {name}", made, draws=1 if kind == NEAREST else None)
+            title = f"int{bits}, groups of {group}, {name}"
+            if name == BETWEEN:
+                table.row(title, lambda _, size=(group, bits): round_between(model, *size), draws=1)
+                continue
+            made = table.rounded(model, group, bits, KINDS[name])
+            table.row(title, made, draws=1 if KINDS[name] == NEAREST else None)
     if not args.without_outliers:
         for seed in range(3):
             table.rows_with_outliers(model, args.group[0], seed)
