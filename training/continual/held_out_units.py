@@ -81,7 +81,7 @@ class HeldOutUnits:
             batch_size: Windows of a forward pass.
             half: Of which units; None: all.
         """
-        places = range(len(self.documents)) if half is None else np.flatnonzero(self.half(half))
+        places = range(len(self.documents)) if half is None else np.flatnonzero(self.half(half)).tolist()
         documents = [self.documents[place] for place in places]
         nats = measure_documents(model, documents, sequence_length=sequence_length, batch_size=batch_size)
         return nats / np.log(2)
