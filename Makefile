@@ -6,6 +6,7 @@
 #                      browsers, seeing and hearing; into runs/futures, in under 20 minutes
 #   make test       the default tests (under 8 minutes on two cores)
 #   make test-all   also the tests marked slow, and the site
+#   make distributed-setup  DeepSpeed, into build/distributed
 #   make test-distributed   several processes: engines, resuming, failures; about twenty minutes
 #   make serve-setup  Triton Inference Server and its client, into build/serving
 #   make serve-setup-vllm  vLLM for CPUs, to compare with, into build/serving
@@ -34,7 +35,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo demo-real demo-futures test test-all test-distributed serve-setup serve-setup-vllm test-serving edge-setup test-edge test-versions check lint style claims docs bench clean
+.PHONY: setup demo demo-real demo-futures test test-all distributed-setup test-distributed serve-setup serve-setup-vllm test-serving edge-setup test-edge test-versions check lint style claims docs bench clean
 
 setup: $(VENV)/installed
 
@@ -105,10 +106,18 @@ edge-setup: setup
 test-edge: edge-setup
 	@$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=build/edge/executorch:build/edge/llama_cpp $(BIN)/python -m pytest -m "slow or not slow" tests/serving/edge tests/cli/benchmarks/test_edge.py
 
-test-distributed: setup
-	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/training/trainer/test_distributed.py \
+# DeepSpeed in a folder of its own: transformers and accelerate change what they do where they find it. On a CPU its first
+# run compiles one small library, which needs g++.
+distributed-setup: setup
+	@test -d build/distributed/deepspeed || echo "Installing DeepSpeed into build/distributed"
+	@test -d build/distributed/deepspeed || DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-deps --target build/distributed deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
+
+test-distributed: distributed-setup
+	@$(OFFLINE) OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/build/distributed/extensions \
+	  PYTHONPATH=$(CURDIR)/build/distributed PATH="$(CURDIR)/build/distributed/bin:$$PATH" $(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/training/trainer/test_distributed.py \
 	  tests/training/trainer/test_failing_processes.py tests/training/trainer/test_stages_in_processes.py \
-	  tests/modeling_deepseek/test_expert_parallel.py tests/training/launch
+	  tests/modeling_deepseek/test_expert_parallel.py tests/training/launch/cluster/test_two_processes.py \
+	  tests/training/launch/test_job_runs.py tests/training/launch/test_measure_on_cluster.py
 
 test-versions: setup
 	@$(BIN)/python dev/versions.py $(if $(ONLY),--only $(ONLY))

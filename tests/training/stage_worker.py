@@ -15,6 +15,7 @@ from pathlib import Path
 import torch.distributed
 from accelerate.state import AcceleratorState
 from transformers import Trainer
+from transformers.integrations import unset_hf_deepspeed_config
 
 from deepseek_cli.main import main
 
@@ -39,6 +40,7 @@ def run(words):
         except Stopped:
             code = "stopped"
     AcceleratorState._reset_state(reset_partial_state=True)
+    unset_hf_deepspeed_config()  # or the next command would load its model in parts
     return {"code": code, "stderr": told.getvalue()[-3000:]}
 
 

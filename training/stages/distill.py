@@ -25,6 +25,7 @@ from deepseek_training.data.texts import data_name
 from deepseek_training.launch.plan import announce, load_or_outline
 from deepseek_training.recipes.distill import DistillRecipe
 from deepseek_training.trainer.distill_trainer import DistillTrainer
+from deepseek_training.trainer.distributed_engine import building_as_configured
 from deepseek_training.trainer.held_out import HeldOut, bits_figures
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.outcome import step_tokens, write_samples
@@ -59,7 +60,8 @@ def distill(
     check_vocabulary(teacher, tokenizer)
     args = training_arguments(recipe, Path(output))
     dataset = read_blocks(recipe, corpus, tokenizer, args)
-    student = make_student(recipe, planned, teacher, dataset.blocks, is_dry=is_dry)
+    with building_as_configured(args):
+        student = make_student(recipe, planned, teacher, dataset.blocks, is_dry=is_dry)
     pair = {"teacher": teacher, "student": student, "tokenizer": tokenizer}
     check_pair(recipe, dataset, **pair)
     run = open_run(recipe, output, args, command="distill", overwrite=overwrite, is_dry=is_dry)

@@ -78,7 +78,11 @@ def prepare_engine(timeout_s: int = 1800) -> dict[str, Any]:
         return {}
     if engine is DistributedType.DEEPSPEED:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        PartialState(backend="gloo", timeout=timeout, **_store_of_this_attempt(timeout))
+        if (
+            not torch.distributed.is_initialized()
+        ):  # DeepSpeed's own start knows no store, but takes a group that is there
+            torch.distributed.init_process_group("gloo", timeout=timeout, **_store_of_this_attempt(timeout))
+        PartialState(backend="gloo", timeout=timeout)
     elif engine is DistributedType.FSDP or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # `TrainingArguments` (5.23) has a process on a CPU wait as long as torch does by default.
         state = PartialState(cpu=True, timeout=timeout, **_store_of_this_attempt(timeout))

@@ -1,4 +1,4 @@
-"""adapt, sft and distill in two processes that divide the model: the figures of one process, exact resume.
+"""adapt, sft, distill and dpo in two processes that divide the model: the figures of one process, exact resume.
 
 Each way of dividing is started once and runs every stage, each also stopped in its last step and run again.
 """
@@ -25,13 +25,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORKER = str(Path(__file__).parents[1] / "stage_worker.py")
 # Of the clock and the machine, and a sum of TRL that begins again with each start.
 CLOCKED = {"tokens_per_second", "peak_memory_gib", "mfu", "num_tokens"}
+CLOCKED |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens"}
 SETTINGS = ["--max-steps", "4", "--learning-rate", "0.003", "--logging-steps", "2", "--save-steps", "2"]
 SETTINGS += ["--report-to", "[]", "--max-grad-norm", "0.5"]
 WHOLE = ("adapt", "sft", "distill")
 STAGES = {
     "fsdp2_sharded": (*WHOLE, "adapt-lora"),
     "expert_parallel": WHOLE,
-    "zero3": WHOLE,
+    "zero3": (*WHOLE, "dpo"),
 }
 ZERO3 = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
 CASES = [
@@ -54,6 +55,13 @@ def files(policy_path, tmp_path_factory):
     for name in ("books", "medicine"):
         texts = [text[:2000] for text in load_texts(name)[:30]]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pairs = [
+        {"prompt": f"What is {i} and {i}?", "chosen": f"It is {2 * i}, sir.", "rejected": f"{2 * i}!"}
+        for i in range(40)
+    ]
+    splits = ["train" if i < 36 else "validation" for i in range(40)]
+    rows = [json.dumps({**pair, "split": split}) + "\n" for pair, split in zip(pairs, splits, strict=True)]
+    (folder / "pairs.jsonl").write_text("".join(rows))
     return folder
 
 
@@ -64,6 +72,7 @@ def words(stage, files, output, more):
         "adapt": ["--model", model, "--data", str(files / "medicine.jsonl"), *text, "--bias-update-speed", "0.01"],
         "sft": ["--model", model, "--bias-update-speed", "0.01", "--num-eval-conversations", "4"],
         "distill": ["--teacher", model, "--data", str(files / "books.jsonl"), "--calibration-tokens", "256", *text],
+        "dpo": ["--model", model, "--data", str(files / "pairs.jsonl"), "--bias-update-speed", "0.01"],
     }
     name, _, lora = stage.partition("-")
     command["adapt"] += ["--general-data", str(files / "books.jsonl"), "--replay-share", "0.1"]
@@ -87,7 +96,7 @@ def run(launcher, jobs, folder):
 def alone(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     spread = ["--batch-size", "8"]
-    jobs = [{"name": one, "words": words(one, files, folder / one, spread)} for one in STAGES["fsdp2_sharded"]]
+    jobs = [{"name": one, "words": words(one, files, folder / one, spread)} for one in (*WHOLE, "adapt-lora", "dpo")]
     (codes,) = run([], jobs, folder)
     assert all(codes[one]["code"] in (0, 3) for one in codes), codes
     return folder
