@@ -9,27 +9,9 @@ import re
 from collections.abc import Iterable, Iterator
 
 from deepseek_training.knowledge.passages import Passage
+from deepseek_training.knowledge.relations import ListLeads, relation_of
 from deepseek_training.knowledge.vocabulary import Mention, Term, Vocabulary, normalize
 
-RELATIONS = {
-    "symptoms": "has_sign",
-    "definition": "has_sign",
-    "complications": "has_complication",
-    "causes": "has_cause",
-    "risk": "has_risk",
-    "treatments": "treatment_names",
-    "diagnosis": "diagnosis_names",
-    "outlook": "outlook_names",
-}
-_OTHER = "names"
-# A definition names much beside signs: only a sentence that says so states one.
-_SIGN_CUE = re.compile(
-    r"\b(?:symptoms?|signs?|characteri[sz]ed by|marked by|indicated by|causes?|causing|leads? to|results? in"
-    r"|(?:may|can|often|also|usually) (?:have|feel|experience|develop|include|suffer|be|cause)|accompanied"
-    r"|complain)\b",
-    re.I,
-)
-_DEFINITION = "definition"
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?]?|\n")
 _CLAUSE_END = re.compile(
     r"[;:]|,?\s+\b(?:but|however|although|though|except|while|whereas|because|since|until|so that|and so|therefore)\b",
@@ -76,7 +58,7 @@ class Statement:
 
     Args:
         subject: Id of the topic.
-        relation: One of `RELATIONS`, or ``names``.
+        relation: From `relation_of`.
         object: Id of the term.
         document: Where it is said.
         begin: First character of the term's name in the document.
@@ -137,10 +119,21 @@ def extract(passages: Iterable[Passage], vocabulary: Vocabulary) -> Iterator[Sta
         subject = topic_id(passage.topic)
         if not passage.topic or subject == "topic:":
             continue
+        leads = ListLeads()
         for sentence in _SENTENCE.finditer(passage.text):
-            for mention in vocabulary.find(sentence[0]):
-                if mention.term != subject and not _is_same(passage.topic, sentence[0][mention.begin : mention.end]):
-                    yield _state(passage, sentence, mention, subject)
+            lead = leads.of(sentence[0])
+            mentions = [
+                one
+                for one in vocabulary.find(sentence[0])
+                if one.term != subject and not _is_same(passage.topic, sentence[0][one.begin : one.end])
+            ]
+            for mention in mentions:
+                others = [(one.begin, one.end) for one in mentions if one.term != mention.term]
+                places = [
+                    (begin + len(lead), end + len(lead)) for begin, end in [(mention.begin, mention.end), *others]
+                ]
+                relation = relation_of(passage.section, lead + sentence[0], places[0], places[1:])
+                yield _state(passage, sentence, mention, subject, relation)
 
 
 def _is_same(topic: str, quote: str) -> bool:
@@ -149,18 +142,12 @@ def _is_same(topic: str, quote: str) -> bool:
     return first <= second or second <= first
 
 
-def _relation(passage: Passage, sentence: str) -> str:
-    if passage.section == _DEFINITION and not _SIGN_CUE.search(sentence):
-        return _OTHER
-    return RELATIONS.get(passage.section, _OTHER)
-
-
-def _state(passage: Passage, sentence: re.Match[str], mention: Mention, subject: str) -> Statement:
+def _state(passage: Passage, sentence: re.Match[str], mention: Mention, subject: str, relation: str) -> Statement:
     text, begin = sentence[0], passage.begin + sentence.start()
     is_negated, is_doubted = judge(text, mention.begin, mention.end)
     return Statement(
         subject=subject,
-        relation=_relation(passage, text),
+        relation=relation,
         object=mention.term,
         document=passage.document,
         begin=begin + mention.begin,
