@@ -2,20 +2,25 @@
 
     python dev/training_memory.py [--json FILE] [--only NAME]
 
-A process runs ``deepseek-moe pretrain`` for three steps of two passes. What it allocates is the largest sum of living
-tensors while the trainer trains, weights included, as torch's profiler tells; resident is what the system gave the
-process meanwhile, in a run of its own without the profiler.
+A process runs ``deepseek-moe pretrain`` for three steps of two passes, first of a tiny model, for what is imported
+late. Peak is the most resident memory while the trainer trains, beyond what the process held before it built its
+model: what is freed goes back to the system at once (`MALLOC_MMAP_THRESHOLD_`), and the kernel forgets earlier peaks.
 """
 
 import argparse
+import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+# What Python, torch and the data take beside it; subtracted from the others.
+TINY = "debug"
 SIZES: dict[str, dict[str, Any]] = {
+    TINY: {"preset": "debug"},
     "20m": {"preset": "20m"},
     "20m, 40 experts": {"preset": "20m", "n_routed_experts": 40},
     "100m": {"preset": "100m"},
@@ -57,65 +62,59 @@ def status_bytes(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def most_allocated(events: Any) -> int:
-    """Return the largest sum of what a profile's allocations leave alive."""
-    now = most = 0
-    for event in sorted((one for one in events if one.name() == "[memory]"), key=lambda one: one.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
-def watch(kind: str, words: list[str]) -> dict[str, float]:
+def watch(words: list[str]) -> dict[str, float]:
     """Run a training in this process and return its peak and its plan, in bytes.
 
     Args:
-        kind: ``allocated`` or ``resident``.
         words: Of the command.
     """
-    from torch.profiler import ProfilerActivity, profile
-
     from deepseek_cli.main import main
-    from deepseek_training.launch import plan
+    from deepseek_training.launch.training_memory import estimate_training
+    from deepseek_training.stages import pretrain
     from deepseek_training.trainer import stage_trainer
 
     found: dict[str, float] = {}
-    estimate, train = plan.estimate_training, stage_trainer.StageTrainer.train
-
-    def estimated(*args: Any, **kwargs: Any) -> Any:
-        memory = estimate(*args, **kwargs)
-        found.update(plan=memory.total, activations=memory.activations)
-        return memory
+    train = stage_trainer.StageTrainer.train
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        weights = sum(parameter.nbytes for parameter in self.model.parameters())
-        before = status_bytes("VmRSS") - weights
-        if kind == "resident":
-            done = train(self, *args, **kwargs)
-            found["peak"] = status_bytes("VmHWM") - before
-            return done
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            done = train(self, *args, **kwargs)
-        found["peak"] = weights + most_allocated(recorded.profiler.kineto_results.events())
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+        done = train(self, *args, **kwargs)
+        found["peak"] = status_bytes("VmHWM") - found["before"]
+        recipe = self.recipe
+        found["plan"] = estimate_training(
+            self.model,
+            recipe.batch_size * recipe.sequence_length,
+            trained=self.model.num_parameters(),
+            is_bf16=recipe.bf16,
+            is_checkpointed=recipe.gradient_checkpointing,
+            is_accumulated=True,
+        ).total
         return done
 
-    plan.estimate_training, stage_trainer.StageTrainer.train = estimated, watched
-    code = main(words)
-    assert code in (0, 3), code
+    # The plan is made afterwards: the memory that it frees would be taken again.
+    pretrain.plan_training = pretrain.announce = lambda *args, **kwargs: None
+    stage_trainer.StageTrainer.train = watched
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = [*words, "--preset", "debug", "--model", "{}", "--output", f"{folder}/run"]
+        for one in (tiny, words):
+            gc.collect()
+            found["before"] = status_bytes("VmRSS")
+            code = main(one)
+            assert code in (0, 3), code
     return found
 
 
-def measure(kind: str, size: str, way: str) -> dict[str, float]:
+def measure(size: str, way: str) -> dict[str, float]:
     """Return peak and plan of one training, from a process of its own.
 
     Args:
-        kind: As for `watch`.
         size: A name of `SIZES`.
         way: A name of `WAYS`.
     """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, __file__, "watch", kind, *command(SIZES[size], WAYS[way], f"{folder}/run")]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        words = [sys.executable, __file__, "watch", *command(SIZES[size], WAYS[way], f"{folder}/run")]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -129,23 +128,23 @@ def main() -> None:
     parser.add_argument("--only", default="", help="sizes whose name begins so")
     args = parser.parse_args()
     rows = []
-    print("| model | way | plan, MiB | allocated, MiB | plan / allocated | resident, MiB |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
-    for size in SIZES:
-        for way in WAYS:
-            if not size.startswith(args.only):
+    print("| model | way | plan, MiB | peak, MiB | plan / peak |")
+    print("| --- | --- | ---: | ---: | ---: |")
+    for way in WAYS:
+        tiny = measure(TINY, way)
+        for size in SIZES:
+            if size == TINY or not size.startswith(args.only):
                 continue
-            allocated, resident = (measure(kind, size, way) for kind in ("allocated", "resident"))
-            rows.append({"size": size, "way": way, **allocated, "resident": resident["peak"]})
-            ratio = allocated["plan"] / allocated["peak"]
-            cells = [f"{x / 2**20:.1f}" for x in (allocated["plan"], allocated["peak"], resident["peak"])]
-            print(f"| {size} | {way or 'fp32'} | {cells[0]} | {cells[1]} | {ratio:.3f} | {cells[2]} |", flush=True)
+            found = {name: value - tiny[name] for name, value in measure(size, way).items()}
+            rows.append({"size": size, "way": way, **found})
+            planned, peak = found["plan"] / 2**20, found["peak"] / 2**20
+            print(f"| {size} | {way or 'fp32'} | {planned:.1f} | {peak:.1f} | {planned / peak:.3f} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["watch"]:
-        print(json.dumps(watch(sys.argv[2], sys.argv[3:])))
+        print(json.dumps(watch(sys.argv[2:])))
     else:
         main()
