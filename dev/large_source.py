@@ -1,9 +1,11 @@
-"""Measures what a source of gigabytes costs: memory beyond that of a small one, time of the first and second start.
+"""Measures what a source of gigabytes costs: memory, time of the first and second start, speed of the data path.
 
     python dev/large_source.py FOLDER --gigabytes 2
 
 Writes FOLDER/texts.jsonl from the embedded medicine with its words varied, trains the nano model on it for some steps
-in a process of its own, twice, and on the embedded medicine for comparison. FOLDER may be deleted afterwards.
+in a process of its own, twice, and on the embedded medicine for comparison. The data path is timed on one thread, by
+the processor's seconds: tokenizing, and putting batches together from the cached tokens in random order, as the
+trainer's loader does. FOLDER may be deleted afterwards.
 """
 
 import argparse
@@ -16,9 +18,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
+from torch.utils.data import DataLoader, RandomSampler
+
+from deepseek_records.loading import load_tokenizer
+from deepseek_records.user_text import encode_documents_plainly
+from deepseek_training.data.corpus import Corpus
+from deepseek_training.data.packing import PackedDataset, encode_documents
 from deepseek_training.data.texts import load_texts
 
 STEPS = 40
+BATCH, LENGTH = 8, 256  # of pretrain-demo
 
 
 def write_texts(path: Path, num_bytes: int) -> None:
@@ -77,6 +87,30 @@ def train(data: str, output: Path, cache: Path) -> dict[str, Any]:
     }
 
 
+def measure_data_path(data: str, model: Path, cache: Path) -> dict[str, int]:
+    """Return tokens per second of the processor: of tokenizing, and of batches from the cache.
+
+    Args:
+        data: The source, whose tokens the cache has.
+        model: A run's model, whose tokenizer made them.
+        cache: Of `datasets`.
+    """
+    datasets.config.HF_DATASETS_CACHE = cache
+    tokenizer, corpus = load_tokenizer(str(model)), Corpus.load(data)
+    sample = [corpus.train[index] for index in range(0, len(corpus.train), max(1, len(corpus.train) // 2000))]
+    began = time.process_time()
+    num_tokens = sum(map(len, encode_documents_plainly(sample, tokenizer)))
+    tokenizing_s = time.process_time() - began
+    blocks = PackedDataset(encode_documents(corpus.train, tokenizer), LENGTH)
+    loader = DataLoader(blocks, batch_size=BATCH, sampler=RandomSampler(blocks, num_samples=BATCH * 2000))
+    began = time.process_time()
+    num_read = sum(batch["input_ids"].numel() for batch in loader)
+    return {
+        "tokenizing_tokens_per_second": round(num_tokens / tokenizing_s),
+        "reading_tokens_per_second": round(num_read / (time.process_time() - began)),
+    }
+
+
 def _memory(pid: int) -> dict[str, int]:
     """Kilobytes that are the process's own, and its peak with what it has mapped of files."""
     try:
@@ -101,6 +135,7 @@ def main() -> None:
     for name, data in (("small", "medicine"), ("first", str(path)), ("second", str(path))):
         found[name] = train(data, args.folder / f"run-{name}", args.folder / "cache")
         print(json.dumps({name: found[name]}), flush=True)
+    found |= measure_data_path(str(path), args.folder / "run-second" / "model", args.folder / "cache")
     for part in ("own", "peak"):
         key = f"{part}_memory_gib"
         found[f"additional_{key}"] = round(
