@@ -10,6 +10,7 @@ prints the plan of two presets: counted on the meta device, the rest arithmetic.
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 
 from deepseek_training.compress.student_config import CUT, obstacles_to_shrink
 from modeling_deepseek import DeepseekConfig
@@ -41,7 +42,13 @@ class Round:
 
 
 def plan_halvings(
-    teacher: DeepseekConfig, student: DeepseekConfig, num_rounds: int, *, tokens: float, flops_per_second: float
+    teacher: DeepseekConfig,
+    student: DeepseekConfig,
+    num_rounds: int,
+    *,
+    tokens: float,
+    flops_per_second: float,
+    multiples: Mapping[str, int] = _MULTIPLES,
 ) -> list[Round]:
     """Return the rounds from a teacher to a student; each round's teacher is the model of the round before.
 
@@ -53,6 +60,7 @@ def plan_halvings(
         num_rounds: How many cuts.
         tokens: Trained on in each round.
         flops_per_second: What one GPU computes of these.
+        multiples: Of what a size between is a multiple; a size that is not named may be any number.
 
     Raises:
         ValueError: The student is not a slice of the teacher, or there is no round.
@@ -65,7 +73,7 @@ def plan_halvings(
     rounds: list[Round] = []
     before = count_parameters(teacher)
     for number in range(1, num_rounds + 1):
-        config = student if number == num_rounds else _between(teacher, student, number / num_rounds)
+        config = student if number == num_rounds else _between(teacher, student, number / num_rounds, multiples)
         count = count_parameters(config)
         flops = tokens * (6 * count.active + 2 * before.active)
         num_bytes = _ADAMW_BYTES * count.total + _BF16_BYTES * before.total
@@ -75,7 +83,9 @@ def plan_halvings(
     return rounds
 
 
-def _between(teacher: DeepseekConfig, student: DeepseekConfig, share: float) -> DeepseekConfig:
+def _between(
+    teacher: DeepseekConfig, student: DeepseekConfig, share: float, multiples: Mapping[str, int]
+) -> DeepseekConfig:
     """A configuration so far on the way; never smaller than the student's in any size."""
     settings = {}
     for name in (*CUT, "min_experts_per_tok"):
@@ -83,7 +93,7 @@ def _between(teacher: DeepseekConfig, student: DeepseekConfig, share: float) -> 
         if large is None or small is None or large == small:
             continue
         size = large * (small / large) ** share
-        multiple = _MULTIPLES.get(name, 1)
+        multiple = multiples.get(name, 1)
         settings[name] = min(max(round(size / multiple) * multiple, small), large)
     shared = {name: value for name, value in student.to_dict().items() if name not in settings}
     shared["target_experts_per_tok"] = None
