@@ -111,6 +111,7 @@ test-edge: edge-setup
 distributed-setup: setup
 	@test -d build/distributed/deepspeed || echo "Installing DeepSpeed into build/distributed"
 	@test -d build/distributed/deepspeed || DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-deps --target build/distributed deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
+	@command -v slurmctld > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -qq --no-install-recommends slurm-wlm munge > /dev/null; } || echo "Not installed: slurm-wlm; the test on Slurm is skipped"
 
 test-distributed: distributed-setup
 	@$(OFFLINE) OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/build/distributed/extensions \
