@@ -39,7 +39,8 @@ def try_family(module: str, name: str) -> set[str]:
         reading = Reading(model, passages[0].token_ids)
         if attribute(reading, reading.next_token_target).error < MOST_ERROR:
             done.add("complete")
-    except AttributeError:  # DeepSeek-V4 routes by token ids, which embeddings have none of
+    except ValueError as error:  # DeepSeek-V4 routes by token ids, which embeddings have none of
+        assert "a language model that reads embeddings in place of tokens" in str(error) and "\n" not in str(error)
         return done
     return done | ({"parts"} if split_router_logits(reading, len(layers) - 1) is not None else set())
 
