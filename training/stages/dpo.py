@@ -16,6 +16,7 @@ from deepseek_training.data.pairs import describe_pairs, load_pairs
 from deepseek_training.data.texts import data_name
 from deepseek_training.launch.plan import announce, load_or_outline, plan_training
 from deepseek_training.recipes.dpo import DpoRecipe
+from deepseek_training.trainer.distributed_engine import refuse_fsdp
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.lora import with_lora
 from deepseek_training.trainer.new_model import check_model
@@ -38,9 +39,10 @@ def dpo(recipe: DpoRecipe, output: str | Path, *, overwrite: bool = False, is_dr
     Raises:
         FileExistsError: The folder holds another run.
         FileNotFoundError: The model, the template or the data are missing.
-        ValueError: A setting, the tokenizer or the data cannot be used.
+        ValueError: A setting, the tokenizer, the data or the engine cannot be used.
     """
     started = time.monotonic()
+    refuse_fsdp("dpo")
     train, validation = (load_pairs(recipe, split) for split in ("train", "validation"))
     validation = validation[: recipe.num_eval_pairs]
     tokenizer = load_tokenizer(recipe.model)

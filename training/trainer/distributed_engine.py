@@ -64,6 +64,23 @@ def refuse_split_engine(stage: str) -> None:
         )
 
 
+def refuse_fsdp(stage: str) -> None:
+    """Refuse FSDP2 in a stage that was never held against one process under it.
+
+    Args:
+        stage: The command.
+
+    Raises:
+        ValueError: ``accelerate launch`` was told to use it.
+    """
+    engine = requested_engine()
+    if engine is DistributedType.FSDP:
+        raise ValueError(
+            f"engine: got {engine.value}, expected torchrun or DeepSpeed ZeRO-3 for {stage}: with FSDP2 it was never "
+            "held against one process"
+        )
+
+
 def prepare_engine(timeout_s: int = 1800) -> dict[str, Any]:
     """Set up the process group that several processes need on a CPU; call it before `TrainingArguments`.
 

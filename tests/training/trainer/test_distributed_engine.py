@@ -7,6 +7,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
+from deepseek_training.stages.dpo import DpoRecipe, dpo
 from deepseek_training.trainer.distributed_engine import (
     LAUNCH_FOLDER,
     check_engine,
@@ -79,3 +80,15 @@ def test_completions_are_not_written_by_parts_of_a_policy(engine, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(ValueError, match=f"^engine: got {engine}, expected torchrun for align"):
         refuse_split_engine("align")
+
+
+def test_dpo_names_the_engines_that_agree_with_one_process(monkeypatch, tmp_path):
+    recipe = DpoRecipe(model="m", data="pairs.jsonl", max_steps=1, learning_rate=0.1)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"^engine: got FSDP, expected torchrun or DeepSpeed ZeRO-3 for dpo"):
+        dpo(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(FileNotFoundError, match=r"pairs\.jsonl"):
+        dpo(recipe, tmp_path / "run")
