@@ -8,6 +8,8 @@ import time
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from modeling_deepseek.training_pass import set_accumulation_steps
@@ -50,8 +52,11 @@ def time_passes(
 
 
 def is_timeable(model: PreTrainedModel) -> bool:
-    """Return whether a copy may be made of a model to time it."""
-    return model.device.type != "meta" and sum(p.numel() * p.element_size() for p in model.parameters()) < MOST_BYTES
+    """Return whether a copy may be made of a model to time it: it is small, and whole in this process."""
+    is_split = any(isinstance(module, FSDPModule) for module in model.modules())
+    is_split = is_split or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return model.device.type != "meta" and not is_split and size < MOST_BYTES
 
 
 def timed_rows(batch_size: int, length: int, device: torch.device) -> int:

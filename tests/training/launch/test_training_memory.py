@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from training_memory import TINY, measure
 
 from deepseek_training.launch.training_memory import count_kept, estimate_training
@@ -41,3 +43,18 @@ def test_each_way_of_saving_saves(model):
     assert len(kept.layers) == model.config.num_hidden_layers and min(kept.layers) > kept.layer_input
     frozen = estimate_training(model, 64, trained=0, is_bf16=False, is_checkpointed=False, is_accumulated=True)
     assert frozen.gradients == frozen.moments == 0
+
+
+@pytest.fixture
+def process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["the model", "its layers"])
+def test_a_model_in_parts_is_counted_without_a_copy(model, process_group, is_whole):
+    for part in [model] if is_whole else model.model.layers:
+        fully_shard(part)
+    ways = {"is_bf16": False, "is_checkpointed": False, "is_accumulated": True}
+    assert estimate_training(model, 4096, trained=model.num_parameters(), **ways).total > 0
