@@ -18,7 +18,7 @@ from torch import Tensor
 
 MIN_BYTES = 2**20
 MAX_IDLE_BYTES = 2 * 2**30
-_HUGE_PAGE_BYTES = 2 * 2**20
+PAGE_BYTES = 2 * 2**20
 
 _idle: dict[int, list[mmap.mmap]] = {}
 _lock = threading.RLock()
@@ -35,7 +35,7 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     num_bytes = count * dtype.itemsize
     if num_bytes < MIN_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.empty(shape, dtype=dtype)
-    size = -(-num_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    size = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
     with _lock:
         waiting = _idle.get(size)
         pages = waiting.pop() if waiting else _new_pages(size)

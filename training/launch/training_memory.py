@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deepseek_records.activation_checkpointing import disable_checkpointing
+from deepseek_training.launch.expert_buffers import ExpertBuffers, count_buffers
 from deepseek_training.launch.step_time import is_timeable, random_batch
 from modeling_deepseek.training_pass import set_accumulation_steps
 
@@ -37,6 +38,7 @@ class TrainingMemory:
         moments: AdamW's two.
         activations: Kept for the backward pass, and casts of weights under autocast.
         logits: What the loss takes.
+        buffers: What layers of experts take in a pass beside that.
         update: What AdamW needs beside all of that while it updates the largest parameter.
         is_accumulated: Whether gradients of an earlier pass lie there while a pass keeps its activations.
     """
@@ -46,14 +48,17 @@ class TrainingMemory:
     moments: float
     activations: float
     logits: float
+    buffers: ExpertBuffers
     update: float
     is_accumulated: bool
 
     @property
     def total(self) -> float:
         """The most at any time: activations go as gradients come, and all are gone when the optimizer steps."""
-        on_the_way = self.activations + self.logits
-        most = max(on_the_way + (self.gradients if self.is_accumulated else 0), self.gradients + self.update)
+        on_the_way = self.activations + self.buffers.pages + self.buffers.pooled
+        on_the_way += max(self.logits, self.buffers.passing)
+        stepping = self.gradients + self.update + self.buffers.idle
+        most = max(on_the_way + (self.gradients if self.is_accumulated else 0), stepping)
         return self.weights + self.moments + most
 
 
@@ -98,8 +103,8 @@ def estimate_training(
     """Return what a training of a model needs on a device that holds all of it.
 
     Args:
-        model: Left as it is; of one over 1 GiB, or on the meta device, activations are about 20 values of the hidden
-            width per layer and token.
+        model: Left as it is; of one over 1 GiB, on the meta device or split over processes, activations are about 20
+            values of the hidden width per layer and token.
         num_tokens: Of one forward pass.
         trained: Parameters that the training moves.
         is_bf16: Whether passes run under bf16 autocast.
@@ -120,6 +125,13 @@ def estimate_training(
         moments=_ADAMW_BYTES * trained,
         activations=kept.total(num_tokens, is_checkpointed=is_checkpointed),
         logits=_LOSS_BYTES * config.vocab_size * num_tokens,
+        buffers=count_buffers(
+            model,
+            num_tokens,
+            is_bf16=is_bf16,
+            is_checkpointed=is_checkpointed,
+            is_accumulated=is_accumulated,
+        ),
         update=2 * _FP32 * max(moved, default=0),
         is_accumulated=is_accumulated,
     )
