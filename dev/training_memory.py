@@ -136,7 +136,8 @@ def watch(what: str, words: list[str]) -> dict[str, float]:
         return done
 
     # The plan is made afterwards: the memory that it frees would be taken again.
-    pretrain.plan_training = pretrain.announce = lambda *args, **kwargs: None
+    for name in ("plan_training", "announce"):
+        setattr(pretrain, name, lambda *args, **kwargs: None)
     stage_trainer.StageTrainer.train = watched
     with tempfile.TemporaryDirectory() as folder:
         tiny = [*words, "--preset", "debug", "--model", "{}", "--output", f"{folder}/run"]
