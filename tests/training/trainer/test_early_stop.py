@@ -71,6 +71,7 @@ def expected(above, patience):
     return {"kept_step": kept, "stopped_at_step": None}
 
 
+@pytest.mark.slow
 def test_patience_lets_a_loss_come_back(settings, tmp_path):
     """A high rate that falls to nothing, with much replay: the loss rises above the bound at once, and returns."""
     back = {**settings, "learning_rate": 2e-2, "replay_share": 0.7, "min_learning_rate_share": 0.0}
