@@ -31,6 +31,8 @@ TYPES := $(VENV)/types
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Hundreds of processes are started: where bytecode is not kept, each compiles the package anew.
 export PYTHONDONTWRITEBYTECODE :=
+# Debian's packages, where this may install them.
+apt = { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -qq --no-install-recommends $(1) > /dev/null; }
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two workers with one thread each: two threads in each of two processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -77,7 +79,7 @@ test-all: setup docs
 serve-setup: setup
 	@echo "Installing Triton Inference Server and its client into build/serving"
 	@$(BIN)/python -m deepseek_serving.triton_server.installation
-	@{ command -v promtool && command -v amtool && command -v chromium; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager chromium > /dev/null; } || echo "Not installed: prometheus, prometheus-alertmanager and chromium; their tests are skipped"
+	@{ command -v promtool && command -v amtool && command -v chromium; } > /dev/null || $(call apt,prometheus prometheus-alertmanager chromium) || echo "Not installed: prometheus, prometheus-alertmanager and chromium; their tests are skipped"
 	@test -d $(VENV)/lib/python3*/site-packages/grafana_foundation_sdk || $(PIP) --no-deps 'grafana-foundation-sdk==1769699998!10.1.0'
 	@command -v npm > /dev/null || echo "Not installed: npm, which brings the schemas of Prometheus' operator; their tests are skipped"
 	@test -d build/serving/schemas/node_modules || ! command -v npm > /dev/null || npm install --silent --prefix build/serving/schemas --ignore-scripts @kubernetes-models/prometheus-operator@6.0.0
@@ -101,7 +103,7 @@ edge-setup: setup
 	@test -d build/edge/llama_cpp/xllamacpp || $(PIP) --no-deps --target build/edge/llama_cpp xllamacpp==2026.10.11549
 	@command -v npm > /dev/null || echo "Not installed: npm, which brings onnxruntime-web; the page's tests are skipped"
 	@test -d build/edge/browser/node_modules || ! command -v npm > /dev/null || npm install --silent --prefix build/edge/browser --ignore-scripts onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0
-	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || echo "Not installed: chromium; the page's tests are skipped"
+	@command -v chromium > /dev/null || $(call apt,chromium) || echo "Not installed: chromium; the page's tests are skipped"
 
 test-edge: edge-setup
 	@$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=build/edge/executorch:build/edge/llama_cpp $(BIN)/python -m pytest -m "slow or not slow" tests/serving/edge tests/cli/benchmarks/test_edge.py
@@ -111,7 +113,7 @@ test-edge: edge-setup
 distributed-setup: setup
 	@test -d build/distributed/deepspeed || echo "Installing DeepSpeed into build/distributed"
 	@test -d build/distributed/deepspeed || DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-deps --target build/distributed deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
-	@command -v slurmctld > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -qq --no-install-recommends slurm-wlm munge > /dev/null; } || echo "Not installed: slurm-wlm; the test on Slurm is skipped"
+	@command -v slurmctld > /dev/null || $(call apt,slurm-wlm munge) || echo "Not installed: slurm-wlm; the test on Slurm is skipped"
 
 test-distributed: distributed-setup
 	@$(OFFLINE) OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/build/distributed/extensions \

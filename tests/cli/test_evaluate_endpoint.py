@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 from endpoint_server import make_model, make_tokenizer, serving
+from scored_samples import assert_scored_alike, read_rows
 
 from deepseek_cli.main import main
 from deepseek_serving.monitoring.evaluations import add_evaluation, read_evaluations
@@ -53,10 +54,6 @@ def test_a_significant_fall_is_told_and_shown(running, tmp_path, capsys):
     assert 'deepseek_moe_evaluation_fell{task="humaneval"} 1.0' in page
 
 
-def read_rows(folder, task):
-    return [json.loads(line) for line in (folder / f"samples_{task}.jsonl").read_text().splitlines()]
-
-
 def make_tokenizer_of_letters():
     """Of the same size, with a token for each letter of an answer in place of bytes that no text holds."""
     tokenizer = make_tokenizer()
@@ -92,15 +89,7 @@ def test_every_kind_of_task_scores_a_server_as_its_checkpoint(running, tmp_path,
     assert main(["evaluate", str(tmp_path / "model"), *words, str(tmp_path / "local")]) == 0
     served = ["evaluate", running.url, "--tokenizer", str(tmp_path / "model")]
     assert main([*served, *words, str(tmp_path / "served")]) == 0
-    local, over_url = read_rows(tmp_path / "local", task), read_rows(tmp_path / "served", task)
-    assert len(local) == len(over_url) > 0
-    for mine, theirs in zip(local, over_url, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in mine:
-            is_close = name in ("loglikelihoods", "loglikelihood", "bits_per_byte")
-            expected = pytest.approx(mine[name], abs=2e-3) if is_close else mine[name]
-            if name not in ("duration_s", "seconds"):
-                assert theirs[name] == expected, name
+    assert_scored_alike(read_rows(tmp_path / "local", task), read_rows(tmp_path / "served", task))
 
 
 def test_what_has_no_effect_on_a_server_is_refused(running, tmp_path, capsys):

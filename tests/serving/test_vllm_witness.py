@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 import torch
+from scored_samples import assert_scored_alike, read_rows
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from deepseek_cli.benchmarks import serving, serving_peers
@@ -83,13 +84,4 @@ def test_its_server_is_scored_as_the_checkpoint(tmp_path, task):
             assert main([*served, *words, str(tmp_path / "served")]) == 0
     except serving_peers.AbsentError as error:
         pytest.skip(str(error))
-    local, over_http = (
-        [json.loads(line) for line in (tmp_path / name / f"samples_{task}.jsonl").read_text().splitlines()]
-        for name in ("local", "served")
-    )
-    assert len(local) == len(over_http) > 0
-    for mine, theirs in zip(local, over_http, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in mine.keys() - {"duration_s", "seconds"}:
-            is_close = name in ("loglikelihoods", "loglikelihood", "bits_per_byte")
-            assert theirs[name] == (pytest.approx(mine[name], abs=2e-3) if is_close else mine[name]), name
+    assert_scored_alike(read_rows(tmp_path / "local", task), read_rows(tmp_path / "served", task))

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deepseek_records.activation_checkpointing import disable_checkpointing
+from deepseek_records.decoder_layers import decoder_layers
 from deepseek_training.launch.expert_buffers import ExpertBuffers, count_buffers
 from deepseek_training.launch.step_time import is_timeable, random_batch
 from modeling_deepseek.training_pass import set_accumulation_steps
@@ -148,8 +149,7 @@ def count_kept(model: PreTrainedModel, *, is_bf16: bool) -> KeptBytes:
         twin = copy.deepcopy(model).train()
         disable_checkpointing(twin)
         set_accumulation_steps(twin, 1)
-        kinds = set(getattr(twin, "_no_split_modules", None) or ())
-        layers = [module for module in twin.modules() if type(module).__name__ in kinds]
+        layers = list(decoder_layers(twin).values())
         short, long = (_count(twin, layers, length, is_bf16=is_bf16) for length in _LENGTHS)
     step = _LENGTHS[1] - _LENGTHS[0]
     per_token = [(more - less) / step for less, more in zip(short, long, strict=True)]

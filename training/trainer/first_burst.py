@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from deepseek_records.decoder_layers import decoder_layers
+
 # Of a layer that was finite at every step.
 _NEVER = 2**62
 
@@ -20,18 +22,17 @@ class FirstBurst(TrainerCallback):
     """Notes when each decoder layer's output first was not finite.
 
     Args:
-        model: Its layers are the modules it does not split (`_no_split_modules`), in order.
+        model: Its decoder layers are looked at.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        kinds = set(getattr(model, "_no_split_modules", None) or ())
-        self.names = [name for name, module in model.named_modules() if type(module).__name__ in kinds]
-        modules = dict(model.named_modules())
+        layers = decoder_layers(model)
+        self.names = list(layers)
         device = next(model.parameters()).device
         self.first = torch.full((max(1, len(self.names)),), _NEVER, dtype=torch.int64, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
-        for place, name in enumerate(self.names):
-            modules[name].register_forward_hook(lambda _, __, output, place=place: self._look(place, output))
+        for place, layer in enumerate(layers.values()):
+            layer.register_forward_hook(lambda _, __, output, place=place: self._look(place, output))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

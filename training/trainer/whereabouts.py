@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from deepseek_records.decoder_layers import decoder_layers
+
 # How long one that waited in vain looks for the others who did.
 _OTHERS_S = 2.0
 _BETWEEN, _AFTER = "between two steps", "the loss or the backward pass"
@@ -23,7 +25,7 @@ class Whereabouts(TrainerCallback):
     """Notes and tells the step and the layer of this process.
 
     Args:
-        model: Its layers are the modules it does not split (`_no_split_modules`).
+        model: Its decoder layers are noted.
         args: The trainer's arguments, which know the processes and how long they wait for one another.
     """
 
@@ -33,11 +35,9 @@ class Whereabouts(TrainerCallback):
         self._step, self._place, self._told = 0, _BETWEEN, ""
         self._lock, self._is_over = threading.Lock(), threading.Event()
         self._store = _launchers_store()
-        kinds = set(getattr(model, "_no_split_modules", None) or ())
-        for name, module in model.named_modules():
-            if type(module).__name__ in kinds:
-                module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
-                module.register_forward_hook(lambda *_: self._enter(_AFTER))
+        for name, layer in decoder_layers(model).items():
+            layer.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
+            layer.register_forward_hook(lambda *_: self._enter(_AFTER))
 
     def _enter(self, place: str) -> None:
         self._place = place
