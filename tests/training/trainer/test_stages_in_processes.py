@@ -3,26 +3,20 @@
 Each way of dividing is started once and runs every stage, each also stopped in its last step and run again.
 """
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from process_jobs import NEEDS_DEEPSPEED, run_jobs
 from safetensors.torch import load_file
 
 from deepseek_records.loading import load_model, load_tokenizer
 from deepseek_records.run_folder import RunFolder
 from deepseek_training.data.texts import load_texts
-from deepseek_training.trainer.distributed_engine import launch_config
 from modeling_deepseek import DeepseekForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-WORKER = str(Path(__file__).parents[1] / "stage_worker.py")
 # Of the clock and the machine, and a sum of TRL that begins again with each start.
 CLOCKED = {"tokens_per_second", "peak_memory_gib", "mfu", "num_tokens"}
 CLOCKED |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens"}
@@ -34,9 +28,8 @@ STAGES = {
     "expert_parallel": WHOLE,
     "zero3": (*WHOLE, "dpo"),
 }
-ZERO3 = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
 CASES = [
-    pytest.param(engine, stage, marks=ZERO3 if engine == "zero3" else ())
+    pytest.param(engine, stage, marks=NEEDS_DEEPSPEED if engine == "zero3" else ())
     for engine, stages in STAGES.items()
     for stage in stages
 ]
@@ -80,25 +73,12 @@ def words(stage, files, output, more):
     return [name, f"{name}-debug", "--output", str(output), *command[name], *SETTINGS, *adapter, *more]
 
 
-def run(launcher, jobs, folder):
-    """Run the jobs; of each the exit code in every process, and what it wrote."""
-    path = folder / "jobs.json"
-    path.write_text(json.dumps(jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launcher, WORKER, str(path)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(one.read_text()) for one in sorted(folder.glob("jobs.*.json"))]
-
-
 @pytest.fixture(scope="module")
 def alone(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     spread = ["--batch-size", "8"]
     jobs = [{"name": one, "words": words(one, files, folder / one, spread)} for one in (*WHOLE, "adapt-lora", "dpo")]
-    (codes,) = run([], jobs, folder)
-    assert all(codes[one]["code"] in (0, 3) for one in codes), codes
+    run_jobs(None, 1, jobs, folder)
     return folder
 
 
@@ -118,11 +98,7 @@ def launched(files, tmp_path_factory):
                 again = words(stage, files, folder / f"{stage}-again", spread)
                 jobs.append({"name": f"{stage}-stopped", "words": again, "stop_at": 4})
                 jobs.append({"name": f"{stage}-again", "words": again})
-            launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes=2"]
-            for process in run([*launcher, "--config_file", str(launch_config(engine))], jobs, folder):
-                for name, one in process.items():
-                    expected = ("stopped",) if name.endswith("-stopped") else (0, 3)
-                    assert one["code"] in expected, (name, one)
+            run_jobs(engine, 2, jobs, folder)
         return made[engine]
 
     return launch
