@@ -12,36 +12,19 @@ EXAMPLES = """
 
 evaluate, generate and card take runs/int4 as they take any run.
 """
-_OPTIONS = {
-    "bits": "--bits",
-    "group_size": "--group",
-    "grid": "--grid",
-    "scales": "--scales",
-    "format": "--format",
-    "data": "--data",
-    "data_column": "--data-column",
-    "calibration_tokens": "--calibration-tokens",
-    "sequence_length": "--sequence-length",
-    "batch_size": "--batch-size",
-    "eval_bytes": "--eval-bytes",
-    "max_loss": "--max-loss",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from deepseek_training.recipes.loading import describe_recipe
+    from deepseek_training.recipes.loading import add_setting_arguments, setting_helps
     from deepseek_training.recipes.quantize import QuantizeSettings
 
-    texts = {name: (default, text) for name, default, text in describe_recipe(QuantizeSettings)}
-    parser.add_argument("model", metavar="MODEL", help=texts["model"][1])
+    helps = setting_helps(QuantizeSettings)
+    parser.add_argument("model", metavar="MODEL", help=helps["model"])
     parser.add_argument("output", metavar="OUT", help="run folder; the quantized model lies in its model/")
-    for name, option in _OPTIONS.items():
-        default, text = texts[name]
-        suffix = "" if default == "null" else f" (default: {default})"
-        parser.add_argument(option, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=f"{text}{suffix}")
-    parser.add_argument("--clip", action=argparse.BooleanOptionalAction, default=True, help=texts["clip"][1])
-    parser.add_argument("--feedback", action=argparse.BooleanOptionalAction, default=False, help=texts["feedback"][1])
+    add_setting_arguments(parser, QuantizeSettings, but=("model", "clip", "feedback"), also={"group_size": "--group"})
+    parser.add_argument("--clip", action=argparse.BooleanOptionalAction, default=True, help=helps["clip"])
+    parser.add_argument("--feedback", action=argparse.BooleanOptionalAction, default=False, help=helps["feedback"])
     parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
     parser.add_argument("--dry-run", action="store_true", help="print what would be quantized, and write nothing")
 
@@ -49,16 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Quantize and print what it cost."""
     from deepseek_cli.stage_command import close_with_targets
-    from deepseek_training.recipes.loading import build_recipe, parse_value
+    from deepseek_training.recipes.loading import build_recipe, collect_overrides
     from deepseek_training.recipes.quantize import QuantizeSettings
 
-    words = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
-    given = {name: parse_value(_OPTIONS[name].removeprefix("--"), word) for name, word in words.items()}
-    settings = build_recipe(
-        {"model": args.model, "clip": args.clip, "feedback": args.feedback, **given},
-        QuantizeSettings,
-        source="quantize",
-    )
+    given = {"model": args.model, "clip": args.clip, "feedback": args.feedback, **collect_overrides(args)}
+    settings = build_recipe(given, QuantizeSettings, source="quantize")
 
     from deepseek_training.stages.quantize import quantize
 

@@ -11,31 +11,27 @@ EXAMPLES = """
 
 distill or adapt heal what was cut.
 """
-_OPTIONS = ("experts_by", "data", "data_column", "calibration_tokens", "sequence_length", "batch_size", "eval_bytes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from deepseek_training.recipes.loading import describe_recipe
+    from deepseek_training.recipes.loading import add_setting_arguments, setting_helps
     from deepseek_training.recipes.shrink import ShrinkSettings
 
-    texts = {name: (default, text) for name, default, text in describe_recipe(ShrinkSettings)}
-    parser.add_argument("model", metavar="MODEL", help=texts["model"][1])
+    helps = setting_helps(ShrinkSettings)
+    parser.add_argument("model", metavar="MODEL", help=helps["model"])
     parser.add_argument("output", metavar="OUT", help="run folder; the smaller model lies in its model/")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=texts["student"][1], dest="student"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=helps["student"], dest="student"
     )
-    for name in _OPTIONS:
-        default, text = texts[name]
-        option, suffix = f"--{name.replace('_', '-')}", "" if default == "null" else f" (default: {default})"
-        parser.add_argument(option, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=f"{text}{suffix}")
+    add_setting_arguments(parser, ShrinkSettings, but=("model", "student"))
     parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
     parser.add_argument("--dry-run", action="store_true", help="print what would be cut, and write nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     """Cut and print what it cost."""
-    from deepseek_training.recipes.loading import build_recipe, parse_value
+    from deepseek_training.recipes.loading import build_recipe, collect_overrides, parse_value
     from deepseek_training.recipes.shrink import ShrinkSettings
 
     if not args.student:
@@ -46,9 +42,8 @@ def run(args: argparse.Namespace) -> int:
         if not equals or not key:
             raise ValueError(f"--set: got {word!r}, expected KEY=VALUE")
         student[key] = parse_value(f"set {key}", value)
-    words = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
-    given = {name: parse_value(name.replace("_", "-"), word) for name, word in words.items()}
-    settings = build_recipe({"model": args.model, "student": student, **given}, ShrinkSettings, source="shrink")
+    given = {"model": args.model, "student": student, **collect_overrides(args)}
+    settings = build_recipe(given, ShrinkSettings, source="shrink")
 
     from deepseek_training.stages.shrink import shrink
 

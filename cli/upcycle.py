@@ -14,28 +14,22 @@ adapt and sft then train the experts apart.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from deepseek_training.recipes.loading import describe_recipe
+    from deepseek_training.recipes.loading import add_setting_arguments, setting_helps
     from deepseek_training.recipes.upcycle import UpcycleSettings
 
-    for name, default, text in describe_recipe(UpcycleSettings):
-        if name == "model":
-            parser.add_argument("model", metavar="DENSE", help=text)
-            parser.add_argument("output", metavar="OUT", help="run folder; the mixture lies in its model/")
-            continue
-        option, suffix = f"--{name.replace('_', '-')}", "" if default == "null" else f" (default: {default})"
-        parser.add_argument(option, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=f"{text}{suffix}")
+    parser.add_argument("model", metavar="DENSE", help=setting_helps(UpcycleSettings)["model"])
+    parser.add_argument("output", metavar="OUT", help="run folder; the mixture lies in its model/")
+    add_setting_arguments(parser, UpcycleSettings, but=("model",))
     parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
     parser.add_argument("--dry-run", action="store_true", help="print what would be made, and write nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the mixture and print how far it is from the dense model."""
-    from deepseek_training.recipes.loading import build_recipe, describe_recipe, parse_value
+    from deepseek_training.recipes.loading import build_recipe, collect_overrides
     from deepseek_training.recipes.upcycle import UpcycleSettings
 
-    names = [name for name, _, _ in describe_recipe(UpcycleSettings) if name != "model" and hasattr(args, name)]
-    given = {name: parse_value(name.replace("_", "-"), getattr(args, name)) for name in names}
-    settings = build_recipe({"model": args.model, **given}, UpcycleSettings, source="upcycle")
+    settings = build_recipe({"model": args.model, **collect_overrides(args)}, UpcycleSettings, source="upcycle")
 
     from deepseek_training.stages.upcycle import upcycle
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,6 +148,11 @@ def describe_recipe(recipe_class: type) -> list[tuple[str, str, str]]:
     return rows
 
 
+def setting_helps(recipe_class: type) -> dict[str, str]:
+    """Return each setting's explanation, for options that a command declares itself."""
+    return {field.name: field.metadata["help"] for field in offered(recipe_class)}
+
+
 def _default_text(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
@@ -169,22 +174,32 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, recipe_class: type) ->
     add_setting_arguments(parser, recipe_class)
 
 
-def add_setting_arguments(parser: argparse.ArgumentParser, recipe_class: type, *, but: Collection[str] = ()) -> None:
+def add_setting_arguments(
+    parser: argparse.ArgumentParser,
+    recipe_class: type,
+    *,
+    but: Collection[str] = (),
+    also: Mapping[str, str] | None = None,
+) -> None:
     """Add one option a setting; underscores and dashes both work.
 
     Args:
         parser: The subcommand's parser.
         recipe_class: The dataclass; read the given ones back with `collect_overrides`.
         but: Settings that the command itself decides.
+        also: Shorter options by the setting that they give.
     """
-    group = parser.add_argument_group("settings", "each replaces the recipe's value; YAML syntax for the value")
+    group = parser.add_argument_group(
+        "settings", "each replaces the recipe's or the default; YAML syntax for the value"
+    )
     for field in offered(recipe_class):
         if field.name in but:
             continue
         text = f"{field.metadata['help']} (default: {_default_text(field)})".replace("%", "%%")
-        option = f"--{field.name.replace('_', '-')}"
+        options = [f"--{field.name.replace('_', '-')}"]
+        options += [also[field.name]] if also and field.name in also else []
         kinds = {"dest": f"setting_{field.name}", "default": argparse.SUPPRESS, "metavar": "VALUE"}
-        group.add_argument(option, help=text, **kinds)
+        group.add_argument(*options, help=text, **kinds)
         if "_" in field.name:
             group.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kinds)
 
