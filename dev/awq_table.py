@@ -41,6 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "AWQ": {"is_clipped": False},
     "AWQ, clipped": {},
     "nearest, fed back": {"grid": 0, "is_clipped": False, "is_fed_back": True},
+    "clipped, fed back": {"grid": 0, "is_fed_back": True},
     "AWQ, clipped, fed back": {"is_fed_back": True},
     "AWQ, clipped, powers of two": {"is_power_of_two": True},
 }

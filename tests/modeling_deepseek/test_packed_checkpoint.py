@@ -63,9 +63,15 @@ def test_files_are_named_and_described_as_the_format_says(name, tmp_path):
     assert not any("four_bit" in name or name.endswith("gate_up_proj") for name in tensors)
 
 
-def test_stock_transformers_reads_the_same_model(tmp_path):
+def test_stock_transformers_reads_the_same_model_with_scales_of_either_sign(tmp_path):
     pytest.importorskip("compressed_tensors")
-    expected = logits(saved(tmp_path))
+    packed = saved(tmp_path / "positive")
+    scales = [buffer for name, buffer in packed.named_buffers() if name.endswith("_scales")]
+    for one in scales:
+        one[..., ::2] *= -1
+    assert scales
+    save_packed(packed, tmp_path)
+    expected = logits(packed)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.model.layers[0].mlp.experts.gate_up_proj.is_floating_point()
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)

@@ -2,7 +2,8 @@
 
 `deepseek-moe quantize` calls `awq`. In each layer two kinds of scales are searched (`awq_search.py`): one of the MoE
 block's input, folded into the norm before it (`awq_fold.py`), and one per expert of the inner channels, folded into
-its up projection. Weights are clipped and rounded, and the next layer is calibrated on what the rounded one gives.
+its up projection. Weights are rounded by scales that are searched group by group, and the next layer is calibrated on
+what the rounded one gives.
 
 Every expert is calibrated: one that too few tokens came to takes tokens of the whole layer beside its own. All tokens
 through all experts would cost `E / K` times as much and gains nothing from about 64 tokens per expert on.
@@ -21,9 +22,10 @@ from deepseek_training.compress.awq_fold import InputFold, find_fold
 from deepseek_training.compress.awq_search import (
     candidate_scales,
     channel_weights,
-    clip_limits,
     fake_quantize,
     group_scales,
+    round_by,
+    search_scales,
 )
 from deepseek_training.compress.error_feedback import round_with_feedback
 from deepseek_training.compress.expert_saliency import read_call
@@ -45,7 +47,7 @@ class AwqSettings:
         group_size: Weights that share a scale.
         bits: 4 where the experts are to be packed; others for comparisons. None: scales are folded, nothing rounded.
         grid: Scales that are tried beside the identity; 0 leaves rounding to nearest.
-        is_clipped: Whether the largest weights may be cut off.
+        is_clipped: Whether each group's scale is searched: the largest weights may be cut off, the sign may change.
         is_fed_back: Whether each column makes up for the errors of those before it (`error_feedback.py`).
         is_power_of_two: Whether scales are powers of two, with which folding changes no bit of the function.
         batch_size: Blocks of a forward pass.
@@ -235,10 +237,9 @@ def _round_expert(
 ) -> tuple[Rounding, Rounding]:
     """One expert's matrices `[2I, H]` and `[H, I]`, scaled and clipped, about to be stored."""
     epilogue = find_epilogue(experts)
-    size, bits = settings.group_size, settings.bits or 4
     gate_up, down = experts.gate_up_proj.data[expert].float(), experts.down_proj.data[expert].float()
     first = _round_matrix(gate_up, tokens, settings)
-    inner = epilogue.apply(tokens @ first.rounded(size, bits).T)
+    inner = epilogue.apply(tokens @ first.values.T)
     is_linear_in_up = epilogue.limit is None and epilogue.shift == 0 and not epilogue.is_interleaved
     if settings.grid and is_linear_in_up:
         few = _evenly(torch.arange(len(tokens), device=tokens.device), _MOST_TOKENS)
@@ -250,12 +251,14 @@ def _round_expert(
 
 
 def _round_matrix(matrix: Tensor, inputs: Tensor, settings: AwqSettings) -> Rounding:
-    """Clip a matrix `[M, N]` by its inputs `[n, N]`, and round it where errors are fed back."""
-    clipped = _clip(matrix, inputs, settings)
-    if not settings.is_fed_back or settings.bits is None:
-        return Rounding(clipped)
-    scales = group_scales(clipped, settings.group_size, settings.bits)
-    return Rounding(round_with_feedback(matrix, inputs, scales, settings.bits), scales)
+    """Round a matrix `[M, N]` by its inputs `[n, N]`, which may be none."""
+    size, bits = settings.group_size, settings.bits
+    if bits is None:
+        return Rounding(matrix.clone())
+    scales = search_scales(matrix, inputs, size, bits) if settings.is_clipped else group_scales(matrix, size, bits)
+    if settings.is_fed_back:
+        return Rounding(round_with_feedback(matrix, inputs, scales, bits), scales)
+    return Rounding(round_by(matrix, scales, bits), scales)
 
 
 def _search_inner(down: Tensor, inner: Tensor, wanted: Tensor, weights: Tensor, settings: AwqSettings) -> Tensor:
@@ -265,14 +268,6 @@ def _search_inner(down: Tensor, inner: Tensor, wanted: Tensor, weights: Tensor, 
     scales = candidate_scales(inner.abs().mean(0), w_mean, settings.grid, settings.is_power_of_two)
     losses = [_loss((inner / scale) @ fake_quantize(down * scale, size, bits).T - wanted, weights) for scale in scales]
     return scales[min(range(len(scales)), key=losses.__getitem__)]
-
-
-def _clip(matrix: Tensor, inputs: Tensor, settings: AwqSettings) -> Tensor:
-    if not settings.is_clipped or settings.bits is None:
-        return matrix.clone()
-    groups = matrix.reshape(len(matrix), -1, settings.group_size)
-    limit = clip_limits(matrix, inputs, settings.group_size, settings.bits)
-    return torch.minimum(torch.maximum(groups, -limit), limit).reshape(matrix.shape)
 
 
 def _loss(difference: Tensor, weights: Tensor) -> float:
@@ -287,6 +282,7 @@ def _round_unseen(layer: MoeLayer, settings: AwqSettings, store: type[Any]) -> L
     count = layer.experts.gate_up_proj.shape[0]
     for expert in range(count):
         for name in ("gate_up_proj", "down_proj"):
-            kept.put(name, expert, Rounding(layer.experts.get_parameter(name).data[expert].float()))
+            matrix = layer.experts.get_parameter(name).data[expert].float()
+            kept.put(name, expert, _round_matrix(matrix, matrix.new_empty(0, matrix.shape[1]), settings))
     kept.close()
     return LayerReport(layer.name, 0, count, count, 1.0)

@@ -1,4 +1,4 @@
-"""What AWQ searches, on plain tensors: scales of input channels, and limits to which weights are clipped.
+"""What AWQ searches, on plain tensors: scales of input channels, and the scales by which groups are rounded.
 
 Weights are rounded as `deepseek_kernels.four_bit.quantize_int4` rounds them. A scale s is folded where the channel
 comes from, and W s is what is stored:
@@ -24,15 +24,18 @@ from deepseek_kernels.four_bit import quantize_int4
 __all__ = [
     "candidate_scales",
     "channel_weights",
-    "clip_limits",
     "fake_quantize",
     "group_scales",
     "power_of_two",
     "quantize_int4",
+    "round_by",
+    "search_scales",
 ]
 
-_NUM_LIMITS, _LIMIT_STEPS = 10, 20
-_ROWS = 1024  # of a matrix whose clipping is searched at once
+# Of a group's largest weight over 7.5. The first is taken where nothing tells them apart; with 15 / 16 the largest is
+# code -8, so that weights that llama.cpp rounded to Q4_0 stay what they are.
+_SHARES = (1.0, 1.2, 1.15, 1.1, 1.05, 15 / 16, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
+_ROWS = 1024  # of a matrix that are searched at once
 
 
 def fake_quantize(matrix: Tensor, group_size: int, bits: int = 4) -> Tensor:
@@ -43,10 +46,20 @@ def fake_quantize(matrix: Tensor, group_size: int, bits: int = 4) -> Tensor:
         group_size: g, a divisor of N.
         bits: At least 2; 4 gives what `quantize_int4` stores.
     """
-    groups = matrix.float().reshape(matrix.shape[0], -1, group_size)
-    half = 2 ** (bits - 1)
-    scales = group_scales(matrix, group_size, bits).unsqueeze(2)
-    return ((groups / scales).round().clamp(-half, half - 1) * scales).reshape(matrix.shape)
+    return round_by(matrix, group_scales(matrix, group_size, bits), bits)
+
+
+def round_by(matrix: Tensor, scales: Tensor, bits: int = 4) -> Tensor:
+    """Return a matrix rounded by given scales, `[M, N]` in fp32.
+
+    Args:
+        matrix: `[M, N]`.
+        scales: `[M, G]`, of either sign.
+        bits: As for `fake_quantize`.
+    """
+    groups, half = matrix.float().reshape(*scales.shape, -1), 2 ** (bits - 1)
+    each = scales.unsqueeze(2)
+    return ((groups / each).round().clamp(-half, half - 1) * each).reshape(matrix.shape)
 
 
 def group_scales(matrix: Tensor, group_size: int, bits: int = 4) -> Tensor:
@@ -99,34 +112,35 @@ def power_of_two(scale: Tensor) -> Tensor:
     return torch.exp2(scale.log2().round())
 
 
-def clip_limits(matrix: Tensor, inputs: Tensor, group_size: int, bits: int = 4) -> Tensor:
-    """Return `[M, G, 1]`: the magnitude to which each group is clipped before it is rounded.
+def search_scales(matrix: Tensor, inputs: Tensor, group_size: int, bits: int = 4) -> Tensor:
+    """Return the scales `[M, G]` by which each group's part of the output changes least.
 
-    Tried are the largest magnitude and nine smaller ones down to 55 % of it; kept is what changes the group's part of
-    the output least. That part's squared error is d C d with d the weights' change and C the inputs' second moments.
+    Tried are shares of `group_scales`, smaller ones cut the largest weights off, and the same with the sign changed:
+    there is one code more below zero than above, and which side needs it differs from group to group. The part's
+    squared error is d C d with d the weights' change and C the inputs' second moments.
 
     Args:
         matrix: `[M, N]`.
-        inputs: `[n, N]`; without tokens the limits are the largest magnitudes.
+        inputs: `[n, N]`; without tokens the scales are those of `group_scales`.
         group_size: g.
         bits: As for `fake_quantize`.
     """
     num_groups = matrix.shape[1] // group_size
     columns = inputs.float().reshape(len(inputs), num_groups, group_size).transpose(0, 1)
     moments = columns.transpose(1, 2) @ columns
-    return torch.cat([_limits(rows, moments, group_size, bits) for rows in matrix.float().split(_ROWS)])
+    return torch.cat([_search_rows(rows, moments, bits) for rows in matrix.float().split(_ROWS)])
 
 
-def _limits(matrix: Tensor, moments: Tensor, group_size: int, bits: int) -> Tensor:
-    groups = matrix.reshape(len(matrix), -1, group_size)
-    largest = groups.abs().amax(2, keepdim=True)
+def _search_rows(matrix: Tensor, moments: Tensor, bits: int) -> Tensor:
+    size = moments.shape[1]
+    groups = matrix.reshape(len(matrix), -1, size)
+    largest = group_scales(matrix, size, bits)
     best, least = largest, torch.full_like(largest, math.inf)
-    for step in range(_NUM_LIMITS):
-        limit = largest * (1 - step / _LIMIT_STEPS)
-        clipped = torch.minimum(torch.maximum(groups, -limit), limit)
-        change = fake_quantize(clipped.reshape(matrix.shape), group_size, bits).reshape(groups.shape) - groups
-        moved = torch.bmm(change.transpose(0, 1), moments).transpose(0, 1)
-        error = (moved * change).sum(2, keepdim=True)
-        is_better = error < least
-        best, least = torch.where(is_better, limit, best), torch.where(is_better, error, least)
+    for share in _SHARES:
+        for scales in (largest * share, largest * -share):
+            change = round_by(matrix, scales, bits).reshape(groups.shape) - groups
+            moved = torch.bmm(change.transpose(0, 1), moments).transpose(0, 1)
+            error = (moved * change).sum(2)
+            is_better = error < least
+            best, least = torch.where(is_better, scales, best), torch.where(is_better, error, least)
     return best

@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from deepseek_training.compress.awq_search import fake_quantize
 from modeling_deepseek.four_bit_experts import begin_four_bits, end_four_bits, find_format
 
 
@@ -14,23 +13,12 @@ class Rounding:
     """A matrix about to be stored.
 
     Attributes:
-        values: `[M, N]` in fp32, scaled and clipped.
-        scales: `[M, G]` where the values are codes times these already; None: they are still to be rounded to nearest.
+        values: `[M, N]` in fp32, codes times scales.
+        scales: `[M, G]`; None: nothing was rounded.
     """
 
     values: Tensor
     scales: Tensor | None = None
-
-    def rounded(self, group_size: int, bits: int | None) -> Tensor:
-        """Return the values after rounding, `[M, N]`.
-
-        Args:
-            group_size: Weights that share a scale.
-            bits: None: nothing is rounded.
-        """
-        if bits is None or self.scales is not None:
-            return self.values
-        return fake_quantize(self.values, group_size, bits)
 
     def with_upper_rows_divided(self, scale: Tensor) -> "Rounding":
         """Return it with the second half of its rows divided; rounding commutes with that.
@@ -47,12 +35,12 @@ class Store(Protocol):
     """Where rounded experts go."""
 
     def put(self, name: str, expert: int, rounding: Rounding) -> None:
-        """Round and keep one matrix.
+        """Keep one matrix.
 
         Args:
             name: Of the projection.
             expert: Its place.
-            rounding: Of its matrix.
+            rounding: Its values.
         """
 
     def close(self) -> None:
@@ -72,7 +60,7 @@ class PackedStore:
         self.weights = begin_four_bits(experts, find_format(4, "int4", settings.group_size))
 
     def put(self, name: str, expert: int, rounding: Rounding) -> None:
-        """Round and keep one matrix: see `Store`."""
+        """Keep one matrix: see `Store`."""
         self.weights.fill_expert(name, expert, rounding.values.to(self.weights.dtype), rounding.scales)
 
     def close(self) -> None:
@@ -89,12 +77,11 @@ class DenseStore:
     """
 
     def __init__(self, experts: nn.Module, settings: Any) -> None:
-        self.experts, self.settings = experts, settings
+        self.experts = experts
 
     def put(self, name: str, expert: int, rounding: Rounding) -> None:
-        """Round and keep one matrix: see `Store`."""
-        rounded = rounding.rounded(self.settings.group_size, self.settings.bits)
-        self.experts.get_parameter(name).data[expert].copy_(rounded)
+        """Keep one matrix: see `Store`."""
+        self.experts.get_parameter(name).data[expert].copy_(rounding.values)
 
     def close(self) -> None:
         """Nothing: the module computes as before."""

@@ -14,7 +14,9 @@ class QuantizeSettings:
     bits: int = setting(4, help="bits per weight of the routed experts; 4")
     group_size: int = setting(128, help="weights along the input that share a scale: divides hidden and expert width")
     grid: int = setting(20, help="scales tried beside the identity; 0 rounds to nearest")
-    clip: bool = setting(True, help="cut off the largest weights where that lowers the error")
+    clip: bool = setting(
+        True, help="search each group's scale, of either sign, by the error; small ones cut off its largest weights"
+    )
     feedback: bool = setting(
         False, help="round column after column, each making up for the errors of those before it (GPTQ); slower"
     )

@@ -7,9 +7,11 @@ from deepseek_kernels.four_bit import FourBitFormat, PackedMatrices
 from deepseek_training.compress.awq_search import (
     candidate_scales,
     channel_weights,
-    clip_limits,
     fake_quantize,
+    group_scales,
     quantize_int4,
+    round_by,
+    search_scales,
 )
 
 
@@ -51,22 +53,44 @@ def test_a_channels_share_of_its_groups_largest_weight():
     torch.testing.assert_close(channel_weights(matrix, 2), torch.tensor([0.25, 1.0, 0.5, 1.0]))
 
 
+def errors_of(change, inputs, size):
+    """Squared error of each group's part of the output, [M, G]."""
+    groups = change.reshape(len(change), -1, size)
+    parts = inputs.reshape(len(inputs), -1, size)
+    return torch.einsum("ngc,mgc->mgn", parts, groups).square().sum(2)
+
+
 @pytest.mark.parametrize("bits", [3, 4])
-def test_clipping_lowers_each_groups_error_and_cuts_only_where_it_does(bits):
+def test_searched_scales_lower_each_groups_error_and_take_either_sign(bits):
     matrix, inputs = random(40, 64), random(50, 64, seed=1)
-    limit = clip_limits(matrix, inputs, 32, bits)
-    groups = matrix.reshape(40, 2, 32)
-    assert (limit <= groups.abs().amax(2, keepdim=True)).all() and (limit > 0).all()
-    clipped = torch.minimum(torch.maximum(groups, -limit), limit).reshape(matrix.shape)
-
-    def errors(values):
-        change = (fake_quantize(values, 32, bits) - matrix).reshape(40, 2, 32)
-        return torch.einsum("ngc,mgc->mgn", inputs.reshape(50, 2, 32), change).square().sum(2)
-
-    assert (errors(clipped) <= errors(matrix) * (1 + 1e-4)).all()
-    assert errors(clipped).sum() < 0.95 * errors(matrix).sum()
+    largest, found = group_scales(matrix, 32, bits), search_scales(matrix, inputs, 32, bits)
+    assert (found.abs() <= 1.2001 * largest).all() and (found.abs() >= 0.5499 * largest).all()
+    assert 0.2 < (found < 0).float().mean() < 0.8
+    errors = errors_of(round_by(matrix, found, bits) - matrix, inputs, 32)
+    nearest = errors_of(fake_quantize(matrix, 32, bits) - matrix, inputs, 32)
+    assert (errors <= nearest * (1 + 1e-4)).all() and errors.sum() < 0.8 * nearest.sum()
+    for share in (-1.2, -0.9, 0.55, 0.8):  # some of what was tried
+        tried = errors_of(round_by(matrix, largest * share, bits) - matrix, inputs, 32)
+        assert (errors <= tried * (1 + 1e-4)).all()
 
 
-def test_without_tokens_nothing_is_clipped():
+def test_weights_on_the_grid_of_q4_0_stay_what_they_are():
+    """Those on -8..7 by a positive scale, those on -7..8 by a negative one only."""
+    codes, inputs = torch.arange(16).float() - 8, random(40, 32, seed=1)
+    matrix = torch.stack([torch.cat([codes, -codes]), torch.cat([-codes, codes])]) * 0.3
+    found = search_scales(matrix, inputs, 16)
+    torch.testing.assert_close(found, torch.tensor([[0.3, -0.3], [-0.3, 0.3]]))
+    torch.testing.assert_close(round_by(matrix, found), matrix)
+
+
+def test_packed_codes_of_a_negative_scale_stand_for_the_same_values():
+    matrix = random(24, 64)
+    scales = -group_scales(matrix, 32)
+    codes, kept = quantize_int4(round_by(matrix, scales), 32, scales)
+    stack = PackedMatrices(codes[None], kept[None], (1, 24, 64), FourBitFormat("int4", 32), torch.float32)
+    assert torch.equal(stack[0], round_by(matrix, scales))
+
+
+def test_without_tokens_the_scales_are_those_of_the_largest_weights():
     matrix = random(4, 16)
-    assert torch.equal(clip_limits(matrix, torch.empty(0, 16), 8), matrix.reshape(4, 2, 8).abs().amax(2, keepdim=True))
+    assert torch.equal(search_scales(matrix, torch.empty(0, 16), 8), group_scales(matrix, 8))
