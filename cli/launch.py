@@ -92,8 +92,10 @@ def run(args: argparse.Namespace) -> int:
     recipe = _load(args.recipe, job.stage, parse_overrides(args.settings))  # refuses now what every node would refuse
     if args.engine != "ddp" and getattr(recipe, "optimizer", "adamw") != "adamw":
         raise ValueError(f"optimizer: got {recipe.optimizer} with --engine {args.engine}, expected adamw")
-    if job.stage in ("align", "grpo") and args.engine != "ddp":
-        raise ValueError(f"--engine: got {args.engine}, expected ddp for {job.stage}, which needs the whole policy")
+    if job.stage in ("align", "grpo", "dpo") and args.engine not in ("ddp", "zero3"):
+        raise ValueError(f"--engine: got {args.engine}, expected ddp or zero3 for {job.stage}")
+    if job.stage in ("align", "grpo") and args.engine == "zero3" and recipe.lora_rank:
+        raise ValueError(f"lora_rank: got {recipe.lora_rank} with --engine zero3, expected 0 for {job.stage}")
     if getattr(recipe, "save_in_background", False) and args.engine not in ("fsdp2_sharded", "expert_parallel"):
         raise ValueError(f"save_in_background: got True with --engine {args.engine}, expected fsdp2_sharded")
     text = render_job(job, args.on)

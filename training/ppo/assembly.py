@@ -22,7 +22,7 @@ from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.recipes.rewarded import RewardedSettings
 from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
 from deepseek_training.rewards.model_reward import ModelReward
-from deepseek_training.trainer.distributed_engine import refuse_split_engine
+from deepseek_training.trainer.distributed_engine import prepare_engine, refuse_fsdp, refuse_split_adapter
 from deepseek_training.trainer.run_callbacks import MetricsFile
 from deepseek_training.trainer.run_start import choose_trackers
 
@@ -92,9 +92,12 @@ def ppo_config(recipe: AlignRecipe, output: Path) -> PPOConfig:
         recipe: The settings.
         output: The run folder; checkpoints go into it.
     """
-    refuse_split_engine("align")
+    refuse_fsdp("align")
+    refuse_split_adapter(recipe.lora_rank, "align")
+    accelerator_config = prepare_engine()
     num_processes = PartialState().num_processes
     return PPOConfig(
+        accelerator_config=accelerator_config,
         output_dir=str(output / "checkpoints"),
         seed=recipe.seed,
         per_device_train_batch_size=recipe.batch_size // recipe.num_mini_batches,

@@ -27,10 +27,13 @@ from deepseek_records.run_folder import write_json
 from deepseek_training.ppo.reward_adapter import load_reward_state, reward_state
 from deepseek_training.ppo.settings import PPOConfig
 from deepseek_training.trainer.checkpoints import is_complete, load_weights, mark_complete, step_of
+from deepseek_training.trainer.whole_weights import whole_weights
 
 VALUE_FOLDER = "value_model"
 REFERENCE_FOLDER = "reference"
 STATE_FILE = "ppo_state.json"
+# What is there of a whole optimizer, and of one that DeepSpeed has split.
+WHOLE_OPTIMIZER, SPLIT_OPTIMIZER = OPTIMIZER_NAME, "latest"
 
 
 @dataclasses.dataclass
@@ -86,8 +89,10 @@ class PPOCheckpoints:
         folder = Path(self.args.output_dir) / f"checkpoint-{state.global_step}"
         states = gather_object([reward_state(self.reward_model)])
         self.accelerator.wait_for_everyone()  # every process writes its random state into the checkpoint
+        with whole_weights(self.model, self.accelerator):
+            if self.accelerator.is_main_process:
+                self.accelerator.unwrap_model(self.model).value_model.save_pretrained(folder / VALUE_FOLDER)
         if self.accelerator.is_main_process:
-            self.accelerator.unwrap_model(self.model).value_model.save_pretrained(folder / VALUE_FOLDER)
             self._save_reference(folder / REFERENCE_FOLDER)
             write_json(folder / STATE_FILE, {"reward": states})
             mark_complete(folder)
@@ -115,13 +120,16 @@ class PPOCheckpoints:
         """
         folder = Path(folder)
         reward_states = self._check(folder)
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        _load_weights(unwrapped.policy, folder)
-        _load_weights(unwrapped.value_model, folder / VALUE_FOLDER)
+        if self._is_deepspeed:
+            self.model.load_checkpoint(str(folder))
+        else:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            _load_weights(unwrapped.policy, folder)
+            _load_weights(unwrapped.value_model, folder / VALUE_FOLDER)
+            optimizer.load_state_dict(torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
         if self.ref_model is not None:
             _load_weights(self.accelerator.unwrap_model(self.ref_model), folder / REFERENCE_FOLDER)
             self._saved_reference = folder / REFERENCE_FOLDER
-        optimizer.load_state_dict(torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
         lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         saved = PPOState.load_from_json(str(folder / TRAINER_STATE_NAME))
         for name in ("global_step", "episode", "epoch", "log_history"):
@@ -138,12 +146,20 @@ class PPOCheckpoints:
                 f"resume_from_checkpoint: got {folder} of {len(states)} processes, expected one of "
                 f"{self.accelerator.num_processes}, as in this training"
             )
-        if not (folder / OPTIMIZER_NAME).is_file():
+        needed, other = (SPLIT_OPTIMIZER, WHOLE_OPTIMIZER)[:: 1 if self._is_deepspeed else -1]
+        if (folder / other).is_file():
+            engines = ("DeepSpeed", "torchrun")[:: 1 if self._is_deepspeed else -1]
+            raise ValueError(f"engine: got {engines[0]}, expected {engines[1]}, which wrote {folder}")
+        if not (folder / needed).is_file():
             raise ValueError(
                 f"resume_from_checkpoint: got {folder} without optimizer state (save_only_model=True), "
                 "expected one with it"
             )
         return states
+
+    @property
+    def _is_deepspeed(self) -> bool:
+        return self.accelerator.state.deepspeed_plugin is not None
 
     def _save_reference(self, folder: Path) -> None:
         if self.ref_model is None or self._saved_reference == folder:

@@ -20,7 +20,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import DEFAULT_CALLBACKS, DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import CallbackHandler, ExportableState, PrinterCallback
 
@@ -28,7 +27,8 @@ from deepseek_training.ppo.checkpoint import PPOState
 from deepseek_training.ppo.forward import PolicyAndValue
 from deepseek_training.ppo.rollout import PromptCollator
 from deepseek_training.ppo.settings import PPOConfig
-from deepseek_training.ppo.setup import disable_dropout, set_batch_sizes
+from deepseek_training.ppo.setup import deepspeed_plugin, disable_dropout, set_batch_sizes
+from deepseek_training.trainer.whole_weights import is_split, whole_weights
 
 try:
     from trl.experimental.ppo import PPOTrainer as StockTrainer
@@ -136,7 +136,7 @@ class PPOFoundation(StockTrainer):
             module = getattr(self, name)
             if module is None:
                 continue
-            if self.is_deepspeed_enabled:
+            if is_split(module):
                 from trl.models.utils import prepare_deepspeed
 
                 setattr(self, name, prepare_deepspeed(module, self.accelerator))
@@ -159,15 +159,14 @@ class PPOFoundation(StockTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy alone, also when DDP hides it (stock then saves the wrapper, which fails)."""
-        wrapped, self.model = self.model, self.accelerator.unwrap_model(self.model).policy
-        if self.is_deepspeed_enabled:
-            self.deepspeed = self.model
+        wrapped, is_deepspeed_enabled = self.model, self.is_deepspeed_enabled
+        # DeepSpeed's own way of saving would ask its engine, which holds the value model too
+        self.model, self.is_deepspeed_enabled = self.accelerator.unwrap_model(wrapped).policy, False
         try:
-            Trainer.save_model(self, output_dir, _internal_call)
+            with whole_weights(wrapped, self.accelerator):
+                Trainer.save_model(self, output_dir, _internal_call)
         finally:
-            self.model = wrapped
-            if self.is_deepspeed_enabled:
-                self.deepspeed = wrapped
+            self.model, self.is_deepspeed_enabled = wrapped, is_deepspeed_enabled
 
 
 def stop_token_id(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -194,8 +193,8 @@ def _with_adapter(model: PreTrainedModel, peft_config: Any, args: PPOConfig) -> 
 
 
 def _frozen_copy(policy: nn.Module) -> nn.Module:
-    if is_deepspeed_zero3_enabled():
-        raise ValueError("ref_model: got None under ZeRO-3, expected a model, since a sharded policy cannot be copied")
+    if is_split(policy):
+        raise ValueError("ref_model: got None with a split policy, expected a model, since its parts cannot be copied")
     return copy.deepcopy(policy).requires_grad_(False).eval()
 
 
@@ -209,5 +208,6 @@ def _build_accelerator(args: PPOConfig) -> Accelerator:
     return Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps, sync_with_dataloader=False),
+        deepspeed_plugin=deepspeed_plugin(args, steps),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )

@@ -127,13 +127,20 @@ def sampler(trainer: CorrectedPPOTrainer, held_out: Dataset) -> Callable[[], tup
 def save_models(trainer: CorrectedPPOTrainer, run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the policy to ``model/``, beside it ``value_model/`` and ``reference/``, each loadable by itself.
 
-    With LoRA the adapters are merged into the weights there; the policy's also lies in ``adapter/``.
+    Every process has to come here; the first one writes. With LoRA the adapters are merged into the weights there; the
+    policy's also lies in ``adapter/``.
 
     Args:
         trainer: After training.
         run: The run folder.
         tokenizer: Saved beside each model.
     """
+    with trainer.player.whole_weights():
+        if trainer.accelerator.is_main_process:
+            _save_each(trainer, run, tokenizer)
+
+
+def _save_each(trainer: CorrectedPPOTrainer, run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
     policy, value_model = unwrapped.policy, unwrapped.value_model
     if trainer.ref_model is None:

@@ -26,6 +26,7 @@ from deepseek_training.ppo.reward_adapter import RewardAdapter, RewardError
 from deepseek_training.ppo.rollout import Rollout, mask_beyond_end, sample
 from deepseek_training.ppo.settings import PPOConfig
 from deepseek_training.ppo.stopwatch import Stopwatch
+from deepseek_training.trainer.whole_weights import whole_weights
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -61,6 +62,7 @@ class Player:
     watch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
     metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     extra_columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    _is_whole: bool = dataclasses.field(default=False, init=False)
 
     @torch.no_grad()
     def play(self, batch: dict[str, Any], *, is_evaluation: bool = False) -> Rollout:
@@ -79,7 +81,7 @@ class Player:
         queries = batch["input_ids"].to(self.accelerator.device)
         context_length = queries.shape[1]
         self.model.eval()
-        with self.accelerator.autocast():
+        with self.whole_weights(), self.accelerator.autocast():
             with self.watch.time("generation"), self._unwrapped_for_generation() as (unwrapped, config):
                 query_responses, logprobs = sample(
                     unwrapped.policy, queries, config, args.local_rollout_forward_batch_size, self.stop_token_id
@@ -111,6 +113,19 @@ class Player:
         finally:
             self.metrics, self.watch = kept
 
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Hold all weights in this process, however often it plays inside; every process has to come here."""
+        if self._is_whole:
+            yield
+            return
+        self._is_whole = True
+        try:
+            with whole_weights(self.model, self.accelerator):
+                yield
+        finally:
+            self._is_whole = False
+
     def log_metric(self, name: str, value: float) -> None:
         """What rewards receive as ``log_metric``; the next log averages the values over the processes."""
         self.metrics.setdefault(name, []).append(value)
@@ -129,7 +144,7 @@ class Player:
             unwrap_model_for_generation(
                 self.model,
                 self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gather_deepspeed3_params=False,  # `whole_weights` has
                 generation_kwargs=settings,
             ) as unwrapped,
             router_logits_off(unwrapped.policy),

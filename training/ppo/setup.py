@@ -6,6 +6,7 @@
 import math
 
 from accelerate import PartialState
+from accelerate.utils import DeepSpeedPlugin
 from datasets import Dataset
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -177,3 +178,23 @@ def set_batch_sizes(args: PPOConfig, num_processes: int, num_prompts: int) -> No
     args.mini_batch_size = args.batch_size // args.num_mini_batches
     args.local_mini_batch_size = args.local_batch_size // args.num_mini_batches
     args.num_total_batches = math.ceil(args.total_episodes / args.batch_size)
+
+
+def deepspeed_plugin(args: PPOConfig, num_steps: int) -> DeepSpeedPlugin | None:
+    """Return DeepSpeed's settings with PPO's own in them; None without DeepSpeed.
+
+    Args:
+        args: The trainer's arguments.
+        num_steps: Passes of an optimizer step.
+
+    Raises:
+        ValueError: Weights are split, and shall not be gathered to write completions.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        return None
+    if plugin.zero_stage == 3 and not args.ds3_gather_for_generation:
+        raise ValueError("ds3_gather_for_generation: got False under ZeRO-3, expected True")
+    plugin.deepspeed_config["gradient_accumulation_steps"] = num_steps
+    plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
+    return plugin

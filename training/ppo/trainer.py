@@ -286,7 +286,7 @@ class CorrectedPPOTrainer(PPOFoundation):
                 accelerator.backward(loss * len(micro_batches))
                 if accelerator.sync_gradients and args.max_grad_norm:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-                    stats["grad_norm"] = norm.detach()
+                    stats["grad_norm"] = torch.as_tensor(norm, device=totals.device).detach()  # DeepSpeed: a float
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             deviation = torch.maximum(stats.pop(DEVIATION), sums.get(DEVIATION, totals.new_zeros(())))
@@ -353,7 +353,7 @@ class CorrectedPPOTrainer(PPOFoundation):
         Args:
             dataset: The prompts.
         """
-        with self.player.figures_kept(), undeferred():
+        with self.player.figures_kept(), self.player.whole_weights(), undeferred():
             return evaluate_prompts(
                 self.player, dataset, self.data_collator, num_samples=self.num_eval_samples, seed=self.local_seed
             )

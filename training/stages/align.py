@@ -28,6 +28,7 @@ from deepseek_training.ppo.outcome import (
 )
 from deepseek_training.ppo.reward_bar import RewardBar
 from deepseek_training.recipes.align import AlignRecipe
+from deepseek_training.trainer.distributed_engine import building_as_configured, check_engine
 from deepseek_training.trainer.inputs_held import hold_inputs
 from deepseek_training.trainer.interruption import leaving_a_checkpoint, train_until_stopped
 from deepseek_training.trainer.run_start import open_run
@@ -59,7 +60,8 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
     held_out = validation.select(range(min(recipe.num_eval_prompts, len(validation))))
     args = ppo_config(recipe, Path(output))
     check_enough(recipe, train, args.world_size)
-    policy, value_model = load_models(recipe, is_dry=is_dry)  # a bad path leaves no run folder behind
+    with building_as_configured(args):
+        policy, value_model = load_models(recipe, is_dry=is_dry)  # a bad path leaves no run folder behind
     check_vocabulary(policy, tokenizer)
     check_router_replay(policy, recipe.router_replay)
     run = open_run(recipe, output, args, command="align", overwrite=overwrite, is_dry=is_dry)
@@ -70,6 +72,7 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
     models = {"model": policy, "value_model": value_model, "processing_class": tokenizer, "reward": reward}
     bar = RewardBar("align")
     trainer = build_trainer(recipe, args, run, bar, train_dataset=train, eval_dataset=held_out, **models)
+    check_engine(trainer.accelerator)
     trainer.add_callback(SampleLog(run, recipe.sample_steps, sampler(trainer, held_out)))
     hold_inputs(run, args, data=train, held_out=held_out, model=policy)
     with leaving_a_checkpoint(trainer, run):
@@ -91,8 +94,8 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
             samples=samples_over_time(run) + pair_samples(prompt_texts(held_out), before, after),
             seconds=time.time() - started,
         )
+        save_models(trainer, run, tokenizer)
         if trainer.accelerator.is_main_process:
-            save_models(trainer, run, tokenizer)
             summary = run.finish(summary)
     trainer.accelerator.wait_for_everyone()
     return summary

@@ -18,13 +18,14 @@ from deepseek_training.launch.plan_alignment import plan_group_updates
 from deepseek_training.ppo.assembly import build_reward
 from deepseek_training.ppo.outcome import gain_check, measure_gain, pair_samples, reward_rows
 from deepseek_training.recipes.grpo import GrpoRecipe
-from deepseek_training.trainer.distributed_engine import refuse_split_engine
+from deepseek_training.trainer.distributed_engine import building_as_configured, refuse_fsdp, refuse_split_adapter
 from deepseek_training.trainer.interruption import leaving_a_checkpoint
 from deepseek_training.trainer.lora import with_lora
 from deepseek_training.trainer.preference_trainers import GrpoStageTrainer, grpo_config
 from deepseek_training.trainer.rewarded_policy import complete_and_score, measure_before
 from deepseek_training.trainer.run_start import open_run
 from deepseek_training.trainer.stage_trainer import run_training
+from deepseek_training.trainer.whole_weights import whole_weights
 
 __all__ = ["GrpoRecipe", "grpo"]
 
@@ -44,18 +45,20 @@ def grpo(recipe: GrpoRecipe, output: str | Path, *, overwrite: bool = False, is_
         FileExistsError: The folder holds something else.
     """
     started = time.monotonic()
-    refuse_split_engine("grpo")
+    refuse_fsdp("grpo")
+    refuse_split_adapter(recipe.lora_rank, "grpo")
     reward = build_reward(recipe)
     tokenizer = load_tokenizer(recipe.model)
     train, validation = (load_prompts(recipe, tokenizer, split) for split in ("train", "validation"))
     held_out = validation.select(range(min(recipe.num_eval_prompts, len(validation))))
     options = {"experts_implementation": recipe.experts_implementation} if recipe.experts_implementation else {}
-    model = load_or_outline(recipe.model, is_dry=is_dry, **options)
+    args = grpo_config(recipe, Path(output))
+    with building_as_configured(args):
+        model = load_or_outline(recipe.model, is_dry=is_dry, **options)
     check_vocabulary(model, tokenizer)
     check_bias_speed(model, recipe.bias_update_speed)
     check_router_replay(model, recipe.router_replay)
     model = with_lora(model, recipe)
-    args = grpo_config(recipe, Path(output))
     run = open_run(recipe, output, args, command="grpo", overwrite=overwrite, is_dry=is_dry)
     plan = plan_group_updates(recipe, args, model, len(train), len(held_out))
     announce(plan, run.path, is_first=args.process_index == 0, is_dry=is_dry)
@@ -67,7 +70,8 @@ def grpo(recipe: GrpoRecipe, output: str | Path, *, overwrite: bool = False, is_
         policy = trainer.accelerator.unwrap_model(trainer.model)
         before = measure_before(run, lambda: complete_and_score(policy, tokenizer, held_out, reward, recipe))
         run_training(trainer, run)
-        after = complete_and_score(policy, tokenizer, held_out, reward, recipe)
+        with whole_weights(trainer.model_wrapped, trainer.accelerator):
+            after = complete_and_score(policy, tokenizer, held_out, reward, recipe)
         gain = measure_gain(before["reward"], after["reward"])
         trainer.save_result(run, tokenizer)
         summary = Summary(

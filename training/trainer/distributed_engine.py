@@ -47,23 +47,6 @@ def requested_engine() -> DistributedType | None:
     return None
 
 
-def refuse_split_engine(stage: str) -> None:
-    """Refuse an engine that splits the model, in a stage that learns from completions of it.
-
-    Args:
-        stage: The command.
-
-    Raises:
-        ValueError: ``accelerate launch`` was told to use one; without a GPU it would be left out without a word.
-    """
-    engine = requested_engine()
-    if engine is not None:
-        raise ValueError(
-            f"engine: got {engine.value}, expected torchrun for {stage}: its completions are written by the whole "
-            "policy in each process"
-        )
-
-
 def refuse_fsdp(stage: str) -> None:
     """Refuse FSDP2 in a stage that was never held against one process under it.
 
@@ -79,6 +62,20 @@ def refuse_fsdp(stage: str) -> None:
             f"engine: got {engine.value}, expected torchrun or DeepSpeed ZeRO-3 for {stage}: with FSDP2 it was never "
             "held against one process"
         )
+
+
+def refuse_split_adapter(lora_rank: int, stage: str) -> None:
+    """Refuse LoRA under DeepSpeed, where adapters were never held against one process.
+
+    Args:
+        lora_rank: The recipe's.
+        stage: The command.
+
+    Raises:
+        ValueError: There is an adapter, and ``accelerate launch`` was told to use DeepSpeed.
+    """
+    if lora_rank and requested_engine() is DistributedType.DEEPSPEED:
+        raise ValueError(f"lora_rank: got {lora_rank}, expected 0 for {stage} under DeepSpeed")
 
 
 def prepare_engine(timeout_s: int = 1800) -> dict[str, Any]:

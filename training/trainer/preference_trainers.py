@@ -24,6 +24,7 @@ from deepseek_training.recipes.grpo import GrpoRecipe
 from deepseek_training.trainer.distributed_engine import prepare_engine
 from deepseek_training.trainer.resumed_training import ResumedTraining
 from deepseek_training.trainer.run_start import choose_trackers
+from deepseek_training.trainer.whole_weights import load_whole
 
 
 class GrpoStageTrainer(ResumedTraining, GRPOTrainer):
@@ -40,7 +41,7 @@ class GrpoStageTrainer(ResumedTraining, GRPOTrainer):
         start = {name: value.clone() for name, value in model.state_dict().items()}
         super().__init__(model=model, **kwargs)
         if self.ref_model is not None:  # TRL has read it from a path, which an adapter's model does not have
-            self.accelerator.unwrap_model(self.ref_model).load_state_dict(start, strict=False)
+            load_whole(self.accelerator.unwrap_model(self.ref_model), start)
         ExpertBalanceCallback.attach(self, recipe.bias_update_speed)
         if recipe.router_replay:
             RouterReplayCallback.attach(self)

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from deepseek_records.run_folder import RunFolder, write_json
@@ -15,7 +16,7 @@ BEFORE_FILE = "before.json"
 
 
 def measure_before(run: RunFolder, measure: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any]]:
-    """Return the start model's measurement; a resumed run reads what it has measured.
+    """Return the start model's measurement; a resumed run reads what it has measured. The first process writes it.
 
     Args:
         run: The run folder, where a file keeps it.
@@ -25,7 +26,8 @@ def measure_before(run: RunFolder, measure: Callable[[], dict[str, list[Any]]]) 
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     measured = measure()
-    write_json(path, measured)
+    if PartialState().is_main_process:
+        write_json(path, measured)
     return measured
 
 

@@ -86,7 +86,12 @@ def test_a_files_stage_is_found(tmp_path, capsys):
         (["pretrain-debug", "--seeed", "3"], "unknown setting 'seeed'"),
         (["pretrain-debug", "--cpu"], "--processes-per-node: got one of it and --cpu, expected both or neither"),
         (["pretrain-debug", "--engine", "expert_parallel"], "--engine: got expert_parallel, expected"),
-        (["align-debug", "--engine", "fsdp2"], "--engine: got fsdp2, expected ddp for align"),
+        (["align-debug", "--engine", "fsdp2"], "--engine: got fsdp2, expected ddp or zero3 for align"),
+        (["dpo-debug", "--engine", "fsdp2_sharded"], "--engine: got fsdp2_sharded, expected ddp or zero3 for dpo"),
+        (
+            ["grpo-debug", "--engine", "zero3", "--lora-rank", "4"],
+            "lora_rank: got 4 with --engine zero3, expected 0 for grpo",
+        ),
         (
             ["pretrain-debug", "--save-in-background", "true"],
             "save_in_background: got True with --engine",

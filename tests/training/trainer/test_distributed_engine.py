@@ -13,7 +13,8 @@ from deepseek_training.trainer.distributed_engine import (
     check_engine,
     launch_config,
     prepare_engine,
-    refuse_split_engine,
+    refuse_fsdp,
+    refuse_split_adapter,
     requested_engine,
 )
 from deepseek_training.trainer.expert_parallel import check_expert_parallel
@@ -74,12 +75,20 @@ def test_experts_that_cannot_be_split_are_refused(size, num_processes, change, m
         check_expert_parallel(config, size, num_processes)
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_completions_are_not_written_by_parts_of_a_policy(engine, monkeypatch):
-    refuse_split_engine("align")
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ValueError, match=f"^engine: got {engine}, expected torchrun for align"):
-        refuse_split_engine("align")
+@pytest.mark.parametrize("stage", ["align", "grpo", "dpo"])
+def test_fsdp_is_refused_where_it_was_not_tried(stage, monkeypatch):
+    refuse_fsdp(stage)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=f"^engine: got FSDP, expected torchrun or DeepSpeed ZeRO-3 for {stage}"):
+        refuse_fsdp(stage)
+
+
+def test_an_adapter_of_a_rewarded_policy_is_not_split(monkeypatch):
+    refuse_split_adapter(4, "align")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    refuse_split_adapter(0, "align")
+    with pytest.raises(ValueError, match=r"^lora_rank: got 4, expected 0 for align under DeepSpeed"):
+        refuse_split_adapter(4, "align")
 
 
 def test_dpo_names_the_engines_that_agree_with_one_process(monkeypatch, tmp_path):
