@@ -22,8 +22,9 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from deepseek_cli.main import main
 from deepseek_training.balance.callback import ExpertBalanceCallback
+from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 
-step, train = Trainer.training_step, Trainer.train
+step, train, update = Trainer.training_step, Trainer.train, CorrectedPPOTrainer._train_step
 job, trained = {}, {}
 
 
@@ -37,6 +38,12 @@ def stopping_step(self, *args, **kwargs):
             os._exit(9)
         raise Stopped
     return step(self, *args, **kwargs)
+
+
+def stopping_update(self, number):
+    if number == job.get("stop_at"):
+        raise Stopped
+    update(self, number)
 
 
 def describing_train(self, *args, **kwargs):
@@ -81,6 +88,7 @@ def run(words):
 
 
 Trainer.training_step, Trainer.train = stopping_step, describing_train
+CorrectedPPOTrainer._train_step = stopping_update
 torch.distributed.destroy_process_group = lambda *args: None  # the next command needs it
 jobs, done = Path(sys.argv[1]), {}
 for job in json.loads(jobs.read_text()):

@@ -27,6 +27,7 @@ from deepseek_records.run_folder import write_json
 from deepseek_training.ppo.reward_adapter import load_reward_state, reward_state
 from deepseek_training.ppo.settings import PPOConfig
 from deepseek_training.trainer.checkpoints import is_complete, load_weights, mark_complete, step_of
+from deepseek_training.trainer.distributed_engine import building_as_configured
 from deepseek_training.trainer.whole_weights import whole_weights
 
 VALUE_FOLDER = "value_model"
@@ -128,7 +129,8 @@ class PPOCheckpoints:
             _load_weights(unwrapped.value_model, folder / VALUE_FOLDER)
             optimizer.load_state_dict(torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
         if self.ref_model is not None:
-            _load_weights(self.accelerator.unwrap_model(self.ref_model), folder / REFERENCE_FOLDER)
+            with building_as_configured(self.args):
+                _load_weights(self.accelerator.unwrap_model(self.ref_model), folder / REFERENCE_FOLDER)
             self._saved_reference = folder / REFERENCE_FOLDER
         lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         saved = PPOState.load_from_json(str(folder / TRAINER_STATE_NAME))

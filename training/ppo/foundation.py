@@ -194,7 +194,9 @@ def _with_adapter(model: PreTrainedModel, peft_config: Any, args: PPOConfig) -> 
 
 def _frozen_copy(policy: nn.Module) -> nn.Module:
     if is_split(policy):
-        raise ValueError("ref_model: got None with a split policy, expected a model, since its parts cannot be copied")
+        raise ValueError(
+            "ref_model: got None with a policy that ZeRO-3 has split, expected a model, or zero3_init_flag: false"
+        )
     return copy.deepcopy(policy).requires_grad_(False).eval()
 
 

@@ -95,6 +95,7 @@ def sample(
             generation_config=config,
             return_dict_in_generate=True,
             output_scores=True,
+            synced_gpus=False,  # under ZeRO-3 transformers waits in each token, but another process may play less
         )
         ids = output.sequences[:, part.shape[1] :]
         logprobs.append(selective_log_softmax(torch.stack(output.scores, 1), ids))

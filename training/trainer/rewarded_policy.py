@@ -85,6 +85,7 @@ def _complete(
             top_k=0,
             top_p=1.0,
             pad_token_id=pad,
+            synced_gpus=False,  # all weights are here
         )[:, width:]
         for row in written.tolist():
             end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)

@@ -96,7 +96,7 @@ def test_evaluates_all_and_resumes_bit_for_bit(two, folder):
 
 def test_one_process_refuses_the_checkpoint_of_two(two, folder, tmp_path):
     trainer = make_ours(tmp_path)
-    with pytest.raises(ValueError, match="written by 2 processes, this training has 1"):
+    with pytest.raises(ValueError, match="of 2 processes, expected one of 1, as in this training"):
         trainer.train(resume_from_checkpoint=folder / "resume" / "checkpoint-2")
 
 

@@ -144,10 +144,11 @@ def test_the_rewards_state_is_resumed(tmp_path):
 
 WORKER = """
 import sys
+from pathlib import Path
 import torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 from ppo_parts import losses, make_ours
-from test_align_resume import Counting, KILLED
+from test_resume import Counting, KILLED
 from deepseek_training.ppo.checkpoint import last_checkpoint
 
 torch.set_num_threads(1)
@@ -168,7 +169,7 @@ KILLED = dict(
 def start(folder):
     folder.mkdir(exist_ok=True)
     (folder / "worker.py").write_text(WORKER)
-    command = [sys.executable, str(folder / "worker.py"), str(Path(__file__).parents[1]), str(folder)]
+    command = [sys.executable, str(folder / "worker.py"), str(Path(__file__).parent), str(folder)]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
 
 

@@ -48,10 +48,13 @@ def split(policy_path, tmp_path_factory):
     return folder
 
 
+def is_timed(name):
+    return name in CLOCKED or name.startswith("time/") or "per_second" in name
+
+
 def trace(path):
     """The run's figures, but for those of the clock."""
-    rows = RunFolder(path).metrics
-    return [{k: v for k, v in row.items() if k not in CLOCKED and "per_second" not in k} for row in rows]
+    return [{k: v for k, v in row.items() if not is_timed(k)} for row in RunFolder(path).metrics]
 
 
 def is_number(value):
