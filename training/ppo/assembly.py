@@ -22,7 +22,12 @@ from deepseek_training.recipes.align import AlignRecipe
 from deepseek_training.recipes.rewarded import RewardedSettings
 from deepseek_training.rewards import Diversity, Relevance, Safety, WeightedReward
 from deepseek_training.rewards.model_reward import ModelReward
-from deepseek_training.trainer.distributed_engine import prepare_engine, refuse_fsdp, refuse_split_adapter
+from deepseek_training.trainer.distributed_engine import (
+    check_engine,
+    prepare_engine,
+    refuse_fsdp,
+    refuse_split_adapter,
+)
 from deepseek_training.trainer.run_callbacks import MetricsFile
 from deepseek_training.trainer.run_start import choose_trackers
 
@@ -157,6 +162,7 @@ def build_trainer(
         num_eval_samples=recipe.num_eval_samples,
         **parts,
     )
+    check_engine(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)  # it prints every metric of every update
     if recipe.router_replay:
         RouterReplayCallback.attach(trainer)

@@ -28,7 +28,7 @@ from deepseek_training.ppo.outcome import (
 )
 from deepseek_training.ppo.reward_bar import RewardBar
 from deepseek_training.recipes.align import AlignRecipe
-from deepseek_training.trainer.distributed_engine import building_as_configured, check_engine
+from deepseek_training.trainer.distributed_engine import building_as_configured
 from deepseek_training.trainer.inputs_held import hold_inputs
 from deepseek_training.trainer.interruption import leaving_a_checkpoint, train_until_stopped
 from deepseek_training.trainer.run_start import open_run
@@ -55,8 +55,7 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
     started = time.time()
     reward = build_reward(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    train = load_prompts(recipe, tokenizer, "train")
-    validation = load_prompts(recipe, tokenizer, "validation")
+    train, validation = (load_prompts(recipe, tokenizer, split) for split in ("train", "validation"))
     held_out = validation.select(range(min(recipe.num_eval_prompts, len(validation))))
     args = ppo_config(recipe, Path(output))
     check_enough(recipe, train, args.world_size)
@@ -72,7 +71,6 @@ def align(recipe: AlignRecipe, output: str | Path, *, overwrite: bool = False, i
     models = {"model": policy, "value_model": value_model, "processing_class": tokenizer, "reward": reward}
     bar = RewardBar("align")
     trainer = build_trainer(recipe, args, run, bar, train_dataset=train, eval_dataset=held_out, **models)
-    check_engine(trainer.accelerator)
     trainer.add_callback(SampleLog(run, recipe.sample_steps, sampler(trainer, held_out)))
     hold_inputs(run, args, data=train, held_out=held_out, model=policy)
     with leaving_a_checkpoint(trainer, run):
