@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -68,6 +69,24 @@ def test_a_killed_process_is_started_again_here(tmp_path, undisturbed):
         _, error = job.communicate(timeout=300)
     assert job.returncode == 0 and b"attempt 1 of 11 is over" in error
     assert figure(output) == undisturbed
+
+
+def test_a_port_in_use_is_told_before_the_first_attempt(tmp_path):
+    output, script = write_job(tmp_path, "taken")
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        done = subprocess.run(
+            ["bash", script],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"MASTER_PORT": port},
+            check=False,
+        )
+    assert done.returncode == 2 and not output.exists()
+    assert done.stderr.splitlines()[-1] == f"MASTER_PORT: got {port}, which another program uses, expected a free port"
 
 
 SLURM_CONF = """
