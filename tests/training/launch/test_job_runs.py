@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -87,6 +88,17 @@ def test_a_port_in_use_is_told_before_the_first_attempt(tmp_path):
         )
     assert done.returncode == 2 and not output.exists()
     assert done.stderr.splitlines()[-1] == f"MASTER_PORT: got {port}, which another program uses, expected a free port"
+
+
+def test_an_engine_that_is_not_installed_is_told_before_the_first_attempt(tmp_path):
+    output, script = write_job(tmp_path, "zero3", "--engine", "zero3")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    find = [sys.executable, "-c", "import deepspeed"]
+    if not subprocess.run(find, env=environment, capture_output=True, check=False).returncode:
+        pytest.skip("DeepSpeed is installed")
+    done = subprocess.run(["bash", script], capture_output=True, text=True, env=environment, check=False)
+    told = "engine: got zero3 without DeepSpeed, expected it installed: pip install 'deepseek-moe[deepspeed]'\n"
+    assert (done.returncode, done.stderr) == (2, told) and not output.exists()
 
 
 SLURM_CONF = """
