@@ -1,12 +1,12 @@
-"""Trains `pretrain-demo` with one choice changed at a time, and a dense Llama, each for equal CPU time.
+"""Trains `pretrain-demo` with one choice changed at a time, and dense Llamas, each for equal CPU time.
 
-    OMP_NUM_THREADS=1 python dev/pretraining_choices.py RUNS [--steps 160] [--seeds 3]
+    OMP_NUM_THREADS=1 python dev/pretraining_choices.py RUNS [--steps 160] [--seeds 3] [--only NAME...]
 
 A step of each variant is timed first, in turn with one of the recipe as it is; a variant gets as many fewer steps as
-its step costs more, and the schedule ends with its last step. The Llama has as many active parameters beside the
-embedding as the recipe's model and is trained by the same optimizer, on the same blocks of books; it goes through
-`adapt`, from drawn weights. The optimizer itself is compared by `muon_against_adamw.py`. Finished runs are taken as
-they are.
+its step costs more, and the schedule ends with its last step. A Llama has as many active parameters, the width, the
+depth and the vocabulary of the variant that it stands against, and is trained by the same optimizer, on the same
+blocks of books; it goes through `adapt`, from drawn weights. The optimizer itself is compared by
+`muon_against_adamw.py`. Finished runs are taken as they are.
 """
 
 import argparse
@@ -37,6 +37,7 @@ FINER = {
     **{"n_routed_experts": 32, "moe_intermediate_size": 48, "min_experts_per_tok": 4, "num_experts_per_tok": 8},
     "target_experts_per_tok": 6.0,
 }
+WIDE: dict[str, Any] = {"vocab_size": 2048, "model": {"num_hidden_layers": 2, "hidden_size": 160}}
 # Choice, variant, settings that differ from the recipe's; those under `model` are added to it.
 VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("", "as it is", {}),
@@ -46,8 +47,19 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("batch", "4 blocks", {"batch_size": 4}),
     ("rate", "0.018", {"learning_rate": 1.8e-2}),
     ("vocabulary", "2048 tokens", {"vocab_size": 2048}),
+    ("both", "2048 tokens and 2 layers of 160", WIDE),
 )
-LLAMA = "dense Llama"
+# Llama, the variant whose active size, width, depth and vocabulary it has.
+LLAMAS = {
+    "dense Llama": "as it is",
+    "dense Llama of 2048 tokens and 2 layers of 160": "2048 tokens and 2 layers of 160",
+}
+SETTINGS = {name: settings for _, name, settings in VARIANTS} | {
+    name: next(settings for _, other, settings in VARIANTS if other == like) for name, like in LLAMAS.items()
+}
+FOLDERS = {name: str(place) for place, (_, name, _) in enumerate(VARIANTS)} | dict(
+    zip(LLAMAS, ("llama", "llama-wide"), strict=True)
+)
 
 
 def recipe_of(recipe: PretrainRecipe, settings: dict[str, Any]) -> PretrainRecipe:
@@ -103,36 +115,35 @@ class Stepper:
         return timed_step(self.model, self.optimizer, ids, recipe.max_grad_norm)
 
 
-def step_costs(recipe: PretrainRecipe, num_rounds: int) -> dict[str, float]:
+def step_costs(recipe: PretrainRecipe, names: list[str], num_rounds: int) -> dict[str, float]:
     """Return what a step of each variant costs in steps of the recipe as it is.
 
     Args:
         recipe: The settings.
+        names: Of variants and Llamas; the recipe as it is first.
         num_rounds: Steps of each.
     """
-    steppers = {name: Stepper(recipe_of(recipe, settings), is_llama=False) for _, name, settings in VARIANTS}
-    steppers[LLAMA] = Stepper(recipe, is_llama=True)
+    steppers = {name: Stepper(recipe_of(recipe, SETTINGS[name]), is_llama=name in LLAMAS) for name in names}
     times: dict[str, list[float]] = {name: [] for name in steppers}
     for number in range(num_rounds + 2):
         for name, stepper in steppers.items():
             seconds = stepper.step()
             if number >= 2:
                 times[name].append(seconds)
-    first = statistics.median(times[VARIANTS[0][1]])
+    first = statistics.median(times[names[0]])
     return {name: statistics.median(row) / first for name, row in times.items()}
 
 
-def train_llama(recipe: PretrainRecipe, root: Path, tokenizer: Path, *, seed: int, max_steps: int) -> dict[str, float]:
-    """Return bits per byte and CPU seconds of the Llama.
+def train_llama(recipe: PretrainRecipe, folder: Path, tokenizer: Path, max_steps: int) -> dict[str, float]:
+    """Return bits per byte and CPU seconds of a Llama.
 
     Args:
         recipe: The settings.
-        root: Of the runs.
+        folder: Of the run.
         tokenizer: A run's model, whose tokenizer it gets.
-        seed: Of weights and data.
         max_steps: Steps.
     """
-    start, folder = root / f"llama-start-{seed}", root / f"llama-{seed}"
+    start, seed = folder.with_name(f"start-{folder.name}"), recipe.seed
     clock = folder / "cpu_seconds.json"
     if not clock.exists():
         torch.manual_seed(seed)
@@ -157,34 +168,40 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=160, help="of the recipe as it is")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15, help="steps of each that are timed")
+    parser.add_argument("--only", nargs="+", choices=[*SETTINGS], help="beside the recipe as it is; otherwise all")
     args = parser.parse_args()
+    names = [name for name in SETTINGS if not args.only or name in (VARIANTS[0][1], *args.only)]
+    for name in names:
+        if name in LLAMAS and LLAMAS[name] not in names:
+            parser.error(f"--only: got {name!r}, expected {LLAMAS[name]!r} beside it, whose tokenizer it has")
     torch.set_num_threads(1)
     DEFAULT_CALLBACKS.append(CpuClock)
     recipe = load_recipe(args.recipe, PretrainRecipe)
     recipe = dataclasses.replace(recipe, sample_prompts=[], check_bigram=False)
     costs_file = args.runs / "step_costs.json"
-    if not costs_file.exists():
+    costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
+    if missing := [name for name in names[1:] if name not in costs]:
         args.runs.mkdir(parents=True, exist_ok=True)
-        costs_file.write_text(json.dumps(step_costs(recipe, args.rounds)))
-    costs = json.loads(costs_file.read_text())
-    found: dict[str, list[dict[str, float]]] = {}
+        costs |= step_costs(recipe, [names[0], *missing], args.rounds)
+        costs_file.write_text(json.dumps(costs))
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for seed in range(args.seeds):
-        for place, (_, name, settings) in enumerate(VARIANTS):
+        for name in names:
             steps = round(args.steps / costs[name])
-            changed = recipe_of(recipe, {"seed": seed, "warmup_steps": min(30, steps // 5), **settings})
-            found.setdefault(name, []).append(train(changed, args.runs / f"{place}-{seed}", max_steps=steps))
+            changed = recipe_of(recipe, {"seed": seed, "warmup_steps": min(30, steps // 5), **SETTINGS[name]})
+            folder = args.runs / f"{FOLDERS[name]}-{seed}"
+            if name in LLAMAS:
+                tokenizer = args.runs / f"{FOLDERS[LLAMAS[name]]}-{seed}" / "model"
+                found[name].append(train_llama(changed, folder, tokenizer, steps))
+            else:
+                found[name].append(train(changed, folder, max_steps=steps))
             print(json.dumps({"variant": name, "seed": seed, "steps": steps, **found[name][-1]}), flush=True)
-        steps = round(args.steps / costs[LLAMA])
-        tokenizer = args.runs / f"0-{seed}" / "model"
-        warm = dataclasses.replace(recipe, warmup_steps=min(30, steps // 5))
-        found.setdefault(LLAMA, []).append(train_llama(warm, args.runs, tokenizer, seed=seed, max_steps=steps))
-        print(json.dumps({"variant": LLAMA, "seed": seed, "steps": steps, **found[LLAMA][-1]}), flush=True)
     print_table(args, found, costs)
     return 0
 
 
 def print_table(args: argparse.Namespace, found: dict[str, list[dict[str, float]]], costs: dict[str, float]) -> None:
-    """Print what each variant reached.
+    """Print what each variant reached, and what it reached less what its Llama did.
 
     Args:
         args: The options.
@@ -193,20 +210,40 @@ def print_table(args: argparse.Namespace, found: dict[str, list[dict[str, float]
     """
     print("| choice | variant | parameters | active | steps | CPU s | bits per byte | against the recipe, paired |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    first = [row["bits_per_byte"] for row in found[VARIANTS[0][1]]]
-    names = [(choice, name, args.runs / f"{place}-0") for place, (choice, name, _) in enumerate(VARIANTS)]
-    for choice, name, folder in [*names, ("", LLAMA, args.runs / "llama-0")]:
-        model = load_model(folder / "model")
+    choices = {name: choice for choice, name, _ in VARIANTS}
+    for name in found:
+        model = load_model(args.runs / f"{FOLDERS[name]}-0" / "model")
         total = active = sum(one.numel() for one in model.parameters())
-        if name != LLAMA:
+        if name not in LLAMAS:
             active = count_parameters(model.config, model.config.target_experts_per_tok).active
         bits = [row["bits_per_byte"] for row in found[name]]
-        change = mean_with_error([one - base for one, base in zip(bits, first, strict=True)])
         cpu = statistics.mean(row["cpu_seconds"] for row in found[name])
-        against = "" if not choice and name != LLAMA else f"{change[0]:+.3f} ± {change[1] or 0:.3f}"
+        against = "" if name == VARIANTS[0][1] else paired(found, name, VARIANTS[0][1])
         value, error = mean_with_error(bits)
-        cells = [choice, name, f"{total / 1e3:,.0f} k", f"{active / 1e3:,.0f} k", str(round(args.steps / costs[name]))]
+        cells = [
+            choices.get(name, ""),
+            name,
+            f"{total / 1e3:,.0f} k",
+            f"{active / 1e3:,.0f} k",
+            str(round(args.steps / costs[name])),
+        ]
         print(f"| {' | '.join([*cells, f'{cpu:.0f}', f'{value:.3f} ± {error or 0:.3f}', against])} |")
+    for llama, name in LLAMAS.items():
+        if llama in found:
+            print(f"{name}, less {llama}: {paired(found, name, llama)}")
+
+
+def paired(found: dict[str, list[dict[str, float]]], name: str, base: str) -> str:
+    """Return the mean difference of two variants over seeds with its error.
+
+    Args:
+        found: By variant, one row for each seed.
+        name: A variant.
+        base: The one that is taken from it.
+    """
+    rows = zip(found[name], found[base], strict=True)
+    mean, error = mean_with_error([one["bits_per_byte"] - other["bits_per_byte"] for one, other in rows])
+    return f"{mean:+.3f} ± {error or 0:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """The recipes between the demo's and the article's: their counts, and the fit of their rates and batches."""
 
+import dataclasses
+
 import pytest
 import torch
+from pretraining_choices import WIDE, recipe_of
 
 from deepseek_cli.main import main
 from deepseek_training.launch.plan import ModelSize, describe_compute
@@ -34,6 +37,12 @@ def test_a_recipe_is_as_large_as_it_says_and_trains_as_published(name):
     # DeepSeek LLM, arXiv 2401.02954: the near-optimal learning rate and batch of a compute budget.
     assert batch == pytest.approx(0.2920 * flops**0.3271, rel=0.1)
     assert recipe.learning_rate == pytest.approx(0.3118 * flops**-0.1250, rel=0.25)
+
+
+def test_the_wide_demo_is_the_variant_that_was_measured():
+    demo, wide = (load_recipe(name, PretrainRecipe) for name in ("pretrain-demo", "pretrain-demo-wide"))
+    steps = {name: getattr(wide, name) for name in ("max_steps", "save_steps", "sample_steps")}
+    assert dataclasses.replace(recipe_of(demo, WIDE), **steps) == wide
 
 
 def test_the_compute_of_a_training_in_words():
