@@ -6,7 +6,7 @@ HELP = "Put a model's routed experts into 4 bits by AWQ; they stay so in memory.
 EXAMPLES = """
   deepseek-moe quantize runs/demo/adapt/model runs/int4 --group 32
   deepseek-moe quantize runs/demo/adapt/model runs/int4 --group 32 --data medicine --no-clip
-  deepseek-moe quantize runs/demo/adapt/model runs/int4 --group 32 --feedback --calibration-tokens 32768
+  deepseek-moe quantize runs/demo/adapt/model runs/int4 --group 32 --grid 0 --feedback --calibration-tokens 32768
   deepseek-moe quantize runs/demo/adapt/model runs/nearest --group 32 --grid 0 --no-clip
   deepseek-moe quantize runs/demo/adapt/model runs/int4 --group 32 --dry-run
 
