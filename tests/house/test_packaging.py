@@ -86,6 +86,7 @@ def test_wheel_from_sdist_holds_every_file(source_tree, tmp_path):
     assert wheel_names(build(unpacked, tmp_path / "wheel", "wheel")) == tracked_files()
 
 
+@pytest.mark.slow
 def test_editable_install_finds_every_module():
     modules = sorted(
         name[: -len(".py")].replace("/", ".").removesuffix(".__init__")

@@ -13,6 +13,8 @@ pytest.importorskip("transformers.distributed.expert_parallel")
 from expert_parallel_cases import CASES, EXPERTS_IMPLEMENTATIONS, make_experts, make_inputs, run
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parent / "expert_parallel_worker.py"
 
 
@@ -56,7 +58,6 @@ def test_less_is_kept_than_by_transformers_exchange(split):
         assert ours <= theirs - num_tokens * 4 * 12, (ours, theirs)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_by_tritons_kernels(tmp_path):
     found = launched(tmp_path, TRITON_INTERPRET="1")

@@ -101,14 +101,14 @@ def test_every_launch(launches, gpu, tiles):
     check(made, gpu, getattr(fp8_tiles, tiles))
 
 
+@slow
 @pytest.mark.parametrize(
     "gpu,tiles,rank",
     [
-        ("sm_90", "MANY_ROWS", 16),
-        *(pytest.param("sm_90", name, 16, marks=slow) for name in ("SOME_ROWS", "FEW_ROWS")),
-        *(pytest.param("sm_90", "MANY_ROWS", rank, marks=slow) for rank in (1, 64)),
-        *(pytest.param("sm_89", name, 16, marks=slow) for name in ("SAFE", "FEW_ROWS")),
-        *(pytest.param("sm_100", name, 16, marks=slow) for name in ("MANY_ROWS_SM_100", "SOME_ROWS", "FEW_ROWS")),
+        *(("sm_90", name, 16) for name in ("MANY_ROWS", "SOME_ROWS", "FEW_ROWS")),
+        *(("sm_90", "MANY_ROWS", rank) for rank in (1, 64)),
+        *(("sm_89", name, 16) for name in ("SAFE", "FEW_ROWS")),
+        *(("sm_100", name, 16) for name in ("MANY_ROWS_SM_100", "SOME_ROWS", "FEW_ROWS")),
     ],
 )
 def test_every_launch_under_an_adapter(launches, gpu, tiles, rank):
@@ -138,9 +138,8 @@ def test_odd_shapes(launches, shape):
     check(made, "sm_90", fp8_tiles.MANY_ROWS)
 
 
-@pytest.mark.parametrize(
-    "tiles,H,I", [("FEW_ROWS", 16, 5), *(pytest.param("SOME_ROWS", *s, marks=slow) for s in ((16, 64), (1, 1)))]
-)
+@slow
+@pytest.mark.parametrize("tiles,H,I", [("FEW_ROWS", 16, 5), ("SOME_ROWS", 16, 64), ("SOME_ROWS", 1, 1)])
 def test_no_codes_are_known_at_compile_time(launches, tiles, H, I):  # noqa: E741
     """Of a pair of constant codes that goes to several places ptxas 12.8 leaves one unwritten."""
     made = launches("sm_90", tiles)

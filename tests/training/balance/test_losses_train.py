@@ -103,8 +103,8 @@ def run(folder, model, callbacks, optimizer=None, **options):
     return trainer
 
 
-# Without the callback the loss is added in the same place: two kinds by default, the rest in the slow tests.
-ALONE = ("full", "LoRA")
+# Without the callback the loss is added in the same place: one kind by default, the rest in the slow tests.
+ALONE = ("full",)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def test_pretrain_leaves_the_last_whole_step(command, tmp_path, monkeypatch, cap
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize(("call", "step"), [(6, 6), pytest.param(1, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("call", "step"), [(6, 6), (1, 1)])
 def test_what_goes_on_ends_with_the_same_figures(command, tmp_path, monkeypatch, capsys, call, step):
     # Without checkpoints on the way: the one that the signal leaves is the only one.
     command = [*command, "--save-steps", "0", "--eval-steps", "0"]
