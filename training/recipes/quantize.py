@@ -13,7 +13,7 @@ class QuantizeSettings:
     model: str = setting(help="the model to quantize: a folder or Hub id")
     bits: int = setting(4, help="bits per weight of the routed experts; 4")
     group_size: int = setting(128, help="weights along the input that share a scale: divides hidden and expert width")
-    grid: int = setting(20, help="scales tried beside the identity; 0 rounds to nearest")
+    grid: int = setting(20, help="scales of channels tried beside the identity; 0: none")
     clip: bool = setting(
         True, help="search each group's scale, of either sign, by the error; small ones cut off its largest weights"
     )
