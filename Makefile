@@ -117,8 +117,8 @@ distributed-setup: setup
 
 test-distributed: distributed-setup
 	@$(OFFLINE) OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/build/distributed/extensions \
-	  PYTHONPATH=$(CURDIR)/build/distributed PATH="$(CURDIR)/build/distributed/bin:$$PATH" $(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/training/trainer/test_distributed.py \
-	  tests/training/trainer/test_failing_processes.py tests/training/trainer/test_stages_in_processes.py \
+	  PYTHONPATH=$(CURDIR)/build/distributed PATH="$(CURDIR)/build/distributed/bin:$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow" \
+	  tests/training/trainer/test_distributed.py tests/training/trainer/test_failing_processes.py tests/training/trainer/test_stages_in_processes.py \
 	  tests/training/trainer/test_rewarded_stages_in_processes.py \
 	  tests/modeling_deepseek/test_expert_parallel.py tests/training/launch/cluster/test_two_processes.py \
 	  tests/training/launch/test_job_runs.py tests/training/launch/test_measure_on_cluster.py
