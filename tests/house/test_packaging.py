@@ -78,6 +78,7 @@ def test_wheel_holds_every_file(source_tree, tmp_path):
     assert wheel_names(build(source_tree, tmp_path / "wheel", "wheel")) == tracked_files()
 
 
+@pytest.mark.slow
 def test_wheel_from_sdist_holds_every_file(source_tree, tmp_path):
     sdist = build(source_tree, tmp_path / "sdist", "sdist")
     with tarfile.open(sdist) as archive:

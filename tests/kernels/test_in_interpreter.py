@@ -15,12 +15,16 @@ FILES = [
     "gpu/test_triton_rows.py",
     "gpu/test_tune.py",
     "gpu/test_triton_epilogue.py",
-    "gpu/test_fp8_kernels.py",
-    "gpu/test_triton_lora.py",
     "gpu/test_four_bit_kernels.py",
 ]
-# Tiles of a GPU's size, faults that the others must see, and the kernels that put LoRA on FP8 codes.
-LONG_FILES = ["gpu/test_production_tiles.py", "gpu/test_planted_faults.py", "gpu/test_fp8_lora_kernels.py"]
+# Tiles of a GPU's size, faults that the others must see, FP8, and adapters.
+LONG_FILES = [
+    "gpu/test_production_tiles.py",
+    "gpu/test_planted_faults.py",
+    "gpu/test_fp8_kernels.py",
+    "gpu/test_triton_lora.py",
+    "gpu/test_fp8_lora_kernels.py",
+]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 
 
@@ -40,6 +44,7 @@ def test_kernels_in_the_interpreter(names):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_long_files_in_the_interpreter():
     run(*LONG_FILES)
 

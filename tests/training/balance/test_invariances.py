@@ -182,6 +182,7 @@ SEE = RoutingObserver._see
     ],
     ids=["not divided", "stock not divided", "moves each pass", "drifts", "counts twice", "lost in recomputation"],
 )
+@pytest.mark.slow
 def test_the_comparison_notices(tmp_path, wholes, monkeypatch, family, arguments, callback, faults):
     for name, fault in faults.items():
         monkeypatch.setattr(RoutingObserver, name, fault)

@@ -38,6 +38,7 @@ def weights(folder):
     return load_file(RunFolder(folder).model_path / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [{}, {"lora_rank": 4, "learning_rate": 3e-2}])
 def test_the_result_is_the_model_of_the_last_measurement_within_the_bound(settings, tmp_path, method):
     summary = run({**settings, **method, "stop_general_loss": 0.01}, tmp_path / "stopped")
