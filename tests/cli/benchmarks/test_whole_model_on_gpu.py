@@ -36,6 +36,7 @@ def test_a_model_in_4_bits_takes_what_is_counted():
     assert {p.dtype for p in leaves} == {torch.float32} and 12 * sum(p.numel() for p in leaves) == counted_adapter
 
 
+@pytest.mark.slow
 def test_the_loss_takes_twelve_bytes_per_logit():
     num_tokens, vocabulary = 256, 65536
     hidden = torch.randn(num_tokens, 8).bfloat16().requires_grad_()
