@@ -235,7 +235,7 @@ def _search_input(experts: nn.Module, sample: Sample, settings: AwqSettings) -> 
 def _round_expert(
     experts: nn.Module, expert: int, tokens: Tensor, weights: Tensor, settings: AwqSettings
 ) -> tuple[Rounding, Rounding]:
-    """One expert's matrices `[2I, H]` and `[H, I]`, scaled and clipped, about to be stored."""
+    """One expert's matrices `[2I, H]` and `[H, I]`, scaled and rounded, about to be stored."""
     epilogue = find_epilogue(experts)
     gate_up, down = experts.gate_up_proj.data[expert].float(), experts.down_proj.data[expert].float()
     first = _round_matrix(gate_up, tokens, settings)
@@ -251,12 +251,14 @@ def _round_expert(
 
 
 def _round_matrix(matrix: Tensor, inputs: Tensor, settings: AwqSettings) -> Rounding:
-    """Round a matrix `[M, N]` by its inputs `[n, N]`, which may be none."""
+    """Round a matrix `[M, N]` by its inputs `[n, N]`; without any, to nearest."""
     size, bits = settings.group_size, settings.bits
     if bits is None:
         return Rounding(matrix.clone())
-    scales = search_scales(matrix, inputs, size, bits) if settings.is_clipped else group_scales(matrix, size, bits)
-    if settings.is_fed_back:
+    scales = group_scales(matrix, size, bits)
+    if settings.is_clipped and len(inputs):
+        scales = search_scales(matrix, inputs, size, bits)
+    if settings.is_fed_back and len(inputs):
         return Rounding(round_with_feedback(matrix, inputs, scales, bits), scales)
     return Rounding(round_by(matrix, scales, bits), scales)
 

@@ -134,10 +134,10 @@ def search_scales(matrix: Tensor, inputs: Tensor, group_size: int, bits: int = 4
 def _search_rows(matrix: Tensor, moments: Tensor, bits: int) -> Tensor:
     size = moments.shape[1]
     groups = matrix.reshape(len(matrix), -1, size)
-    largest = group_scales(matrix, size, bits)
-    best, least = largest, torch.full_like(largest, math.inf)
+    nearest = group_scales(matrix, size, bits)
+    best, least = nearest, torch.full_like(nearest, math.inf)
     for share in _SHARES:
-        for scales in (largest * share, largest * -share):
+        for scales in (nearest * share, nearest * -share):
             change = round_by(matrix, scales, bits).reshape(groups.shape) - groups
             moved = torch.bmm(change.transpose(0, 1), moments).transpose(0, 1)
             error = (moved * change).sum(2)

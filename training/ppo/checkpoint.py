@@ -33,8 +33,8 @@ from deepseek_training.trainer.whole_weights import whole_weights
 VALUE_FOLDER = "value_model"
 REFERENCE_FOLDER = "reference"
 STATE_FILE = "ppo_state.json"
-# What is there of a whole optimizer, and of one that DeepSpeed has split.
-WHOLE_OPTIMIZER, SPLIT_OPTIMIZER = OPTIMIZER_NAME, "latest"
+# What a checkpoint has of the optimizer, by what trained.
+OPTIMIZER_FILES = {"torchrun": OPTIMIZER_NAME, "DeepSpeed": "latest"}
 
 
 @dataclasses.dataclass
@@ -148,11 +148,10 @@ class PPOCheckpoints:
                 f"resume_from_checkpoint: got {folder} of {len(states)} processes, expected one of "
                 f"{self.accelerator.num_processes}, as in this training"
             )
-        needed, other = (SPLIT_OPTIMIZER, WHOLE_OPTIMIZER)[:: 1 if self._is_deepspeed else -1]
-        if (folder / other).is_file():
-            engines = ("DeepSpeed", "torchrun")[:: 1 if self._is_deepspeed else -1]
-            raise ValueError(f"engine: got {engines[0]}, expected {engines[1]}, which wrote {folder}")
-        if not (folder / needed).is_file():
+        engine, other = ("DeepSpeed", "torchrun") if self._is_deepspeed else ("torchrun", "DeepSpeed")
+        if (folder / OPTIMIZER_FILES[other]).is_file():
+            raise ValueError(f"engine: got {engine}, expected {other}, which wrote {folder}")
+        if not (folder / OPTIMIZER_FILES[engine]).is_file():
             raise ValueError(
                 f"resume_from_checkpoint: got {folder} without optimizer state (save_only_model=True), "
                 "expected one with it"

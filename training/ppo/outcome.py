@@ -4,14 +4,13 @@ The gain is judged pairwise, prompt by prompt with the same random numbers: prom
 than a prompt's rewards before and after. The unpaired error is reported beside it.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from deepseek_records.run_folder import METRICS_FILE, RunFolder, write_json
+from deepseek_records.run_folder import METRICS_FILE, RunFolder
 from deepseek_records.statistics import difference_with_error, mean_with_error
 from deepseek_records.summary import Check, Gain, Result, Sample, When
 from deepseek_training.data.prompts import prompt_texts
@@ -19,6 +18,7 @@ from deepseek_training.ppo.evaluation import numbers_of
 from deepseek_training.ppo.trainer import CorrectedPPOTrainer
 from deepseek_training.ppo.value import without_adapter
 from deepseek_training.trainer.lora import ADAPTER_FOLDER, merged
+from deepseek_training.trainer.rewarded_policy import measure_before
 
 METRIC_NAMES = ("reward", "reward_relevance", "reward_safety", "reward_diversity", "kl", "length_tokens")
 NUM_SAMPLES = 6
@@ -31,16 +31,16 @@ def evaluate_once(trainer: CorrectedPPOTrainer, run: RunFolder) -> dict[str, lis
         trainer: Before its training.
         run: The run folder, where a file keeps it.
     """
-    path = run.path / "before.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    if trainer.accelerator.is_main_process:
-        (run.path / METRICS_FILE).unlink(missing_ok=True)  # left by an evaluation that was interrupted
-    trainer.evaluate(metric_key_prefix="before")
-    if trainer.accelerator.is_main_process:
-        write_json(path, trainer.last_evaluation)
+
+    def measure() -> dict[str, list[Any]]:
+        if trainer.accelerator.is_main_process:
+            (run.path / METRICS_FILE).unlink(missing_ok=True)  # left by an evaluation that was interrupted
+        trainer.evaluate(metric_key_prefix="before")
+        return trainer.last_evaluation
+
+    before = measure_before(run, measure)
     trainer.accelerator.wait_for_everyone()
-    return trainer.last_evaluation
+    return before
 
 
 def measure_gain(before: Sequence[float], after: Sequence[float]) -> Gain:

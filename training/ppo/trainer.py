@@ -174,7 +174,7 @@ class CorrectedPPOTrainer(PPOFoundation):
                 value = math.ceil(self.state.max_steps * value) if value < 1 else value
                 setattr(self.state, name, value)
         if self.is_deepspeed_enabled:
-            self.deepspeed = self.model_wrapped = self.model
+            self.model_wrapped = self.model
         if checkpoint is True:
             checkpoint = last_checkpoint(args.output_dir)
             if checkpoint is None:
